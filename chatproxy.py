@@ -1,0 +1,4736 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["curl_cffi>=0.16", "click>=8.1"]
+# ///
+"""chatproxy turns ChatGPT web accounts into an OpenAI-compatible API on your own server.
+
+    python chatproxy.py serve --demo      try it with no account and no network
+    python chatproxy.py accounts add -    paste tokens, one a line
+    python chatproxy.py serve             then point any OpenAI client at http://127.0.0.1:5005/v1
+
+The file reads from top to bottom: a section uses only those above it. A request travels the other way: `routes` asks
+`openai` what the client wants, `answers` leases an account and asks `upstream`, whose bytes come from `transport`
+and become typed events in `events`; `openai` gives them the client's shape again and `http` writes them out.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import bisect
+import contextlib
+import datetime
+import email
+import errno
+import functools
+import gc
+import hashlib
+import hmac
+import http
+import http.server
+import importlib.util
+import ipaddress
+import json
+import logging
+import math
+import os
+import pathlib
+import random
+import re
+import resource
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import struct
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import click
+from curl_cffi import Curl, CurlECode, CurlHttpVersion, CurlOpt, ffi, lib
+from curl_cffi.requests import impersonate as browsers
+
+__version__ = "1.0.0"
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+# ============================================================================================================
+# settings: one row each; flags, environment, `config`, `--help` and the README's table all come from these rows
+# ============================================================================================================
+
+
+class SettingError(Exception):
+    """A setting that cannot be used; its text is one line naming the setting, the value and what is accepted."""
+
+
+class Kind(NamedTuple):
+    """How a setting's text becomes a value: `parse` raises ValueError, `accepts` says what it takes."""
+
+    parse: Callable[[str], Any]
+    accepts: str
+
+
+def _boolean(text: str) -> bool:
+    words = {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "0": False,
+        "no": False,
+        "off": False,
+    }
+    return words[text.lower()]
+
+
+def _off(text: str) -> bool:
+    if _boolean(text):
+        raise ValueError
+    return False
+
+
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        parts = urllib.parse.urlsplit(text)
+        _ = parts.port  # a port that is not a number from 0 to 65535 raises here
+        if parts.scheme not in schemes or not parts.hostname or re.search(r"[\s\x00-\x1f]", text):
+            raise ValueError
+        return text.rstrip("/")
+
+    return parse
+
+
+def _several(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    return lambda text: tuple(parse(part.strip()) for part in text.split(",") if part.strip())
+
+
+def _matching(pattern: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+
+    return parse
+
+
+def _number(low: int, high: int) -> Kind:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    return Kind(parse, f"a whole number from {low} to {high}")
+
+
+def _one_of(*words: str) -> Kind:
+    def parse(text: str) -> str:
+        return words[words.index(text.lower())]
+
+    return Kind(parse, " or ".join(words) if len(words) > 1 else f"{words[0]} (this version has no other)")
+
+
+BOOLEAN = Kind(_boolean, "true or false")
+OFF = Kind(_off, "false (this version has no other)")
+HOST_NAME = Kind(_matching(r"[0-9A-Za-z.:_%-]+"), "a host name or an IP address")
+WEB = Kind(_url("http", "https"), "an http:// or https:// URL")
+WEBS = Kind(_several(_url("http", "https")), "http:// or https:// URLs, separated by commas")
+PROXIES = Kind(
+    _several(_url("http", "https", "socks5", "socks5h")),
+    "http://, https://, socks5:// or socks5h:// URLs, separated by commas",
+)
+KEY = Kind(_matching(r"[\x21-\x2b\x2d-\x7e]{1,4096}"), "printable ASCII without spaces and commas")
+KEYS = Kind(_several(KEY.parse), "keys of printable ASCII without spaces, separated by commas")
+PREFIX = Kind(lambda text: _matching(r"[0-9A-Za-z._~/-]+")(text).strip("/"), "letters, digits and . _ ~ - /")
+DIFFICULTY = Kind(lambda text: _matching(r"[0-9A-Fa-f]{1,32}")(text).lower(), "1 to 32 hexadecimal digits")
+EXISTING = Kind(lambda text: str(pathlib.Path(text).expanduser().resolve(strict=True)), "a file that exists")
+FOLDER = Kind(lambda text: str(pathlib.Path(text).expanduser().absolute()), "a folder")
+LANGUAGE = Kind(_matching(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*"), "a language tag such as en-US")
+BROWSER = Kind(
+    lambda text: browsers.BrowserType(browsers.resolve_latest_browser_type(text)).value,
+    "a browser that curl_cffi knows, such as chrome, safari or firefox",
+)
+
+
+def _data_dir() -> str:
+    """systemd's state directory, else XDG's, else ~/.local/state; the service manager may name several."""
+    if folder := os.environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        return folder
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(base, "chatproxy")
+
+
+def setting(
+    default: str, kind: Kind, meaning: str, alias: str = "", secret: bool = False, hidden: bool = False
+) -> Any:
+    """One row: `default` is text as a person would write it, "" is unset (None, or an empty tuple for lists)."""
+    return field(
+        metadata={
+            "default": default,
+            "kind": kind,
+            "meaning": meaning,
+            "alias": alias,
+            "secret": secret,
+            "hidden": hidden,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting; the field `max_body_mb` is the variable MAX_BODY_MB and the flag --max-body-mb."""
+
+    host: str = setting("127.0.0.1", HOST_NAME, "address to listen on")
+    port: int = setting("5005", _number(0, 65535), "port to listen on; 0 takes any free one")
+    tls_cert: str | None = setting("", EXISTING, "PEM file with the certificate chain; with TLS_KEY: HTTPS")
+    tls_key: str | None = setting("", EXISTING, "PEM file with the certificate's private key")
+    api_prefix: str | None = setting(
+        "", PREFIX, "all routes live under `/PREFIX`; anything else is 404", secret=True
+    )
+    authorization: tuple[str, ...] = setting(
+        "", KEYS, "comma-separated keys that clients pass as API key to use the pool", secret=True
+    )
+    admin_key: str | None = setting(
+        "",
+        KEY,
+        "key for admin routes; unset: the first of AUTHORIZATION; with neither: loopback clients only",
+        secret=True,
+    )
+    allow_direct_tokens: bool = setting(
+        "true", BOOLEAN, "may clients bring their own access, refresh or `sk-` token as API key"
+    )
+    chatgpt_base_url: tuple[str, ...] = setting(
+        "https://chatgpt.com", WEBS, "the upstream; of several, separated by commas, an account keeps one"
+    )
+    openai_auth_url: str = setting("https://auth.openai.com", WEB, "token endpoint and sign-in")
+    openai_api_url: str = setting("https://api.openai.com", WEB, "where `sk-` keys go")
+    proxy_url: tuple[str, ...] = setting(
+        "",
+        PROXIES,
+        "http, https, socks5 or socks5h proxies for the upstream, comma-separated; an account keeps its proxy",
+        alias="GO_CHATGPT_API_PROXY",
+        secret=True,
+    )
+    export_proxy_url: tuple[str, ...] = setting(
+        "", PROXIES, "proxy for fetching URLs that clients name", secret=True
+    )
+    auth_key: str | None = setting(
+        "", KEY, "sent upstream as header `authkey`, for private gateways", secret=True
+    )
+    arkose_token_url: str | None = setting(
+        "", WEB, 'external service for Arkose tokens: `POST {"blob": …}` answers `{"token": …}`', secret=True
+    )
+    conversation_only: bool = setting(
+        "false", BOOLEAN, "the upstream gateway handles requirements and proofs: send the conversation alone"
+    )
+    pow_difficulty: str = setting(
+        "00003a",
+        DIFFICULTY,
+        "hardest proof of work accepted (a smaller string is harder); harder ones are refused with 403",
+    )
+    pow_algorithm: str = setting(
+        "sha3", _one_of("sha3", "fnv"), "hash of the proof of work; newer pages use `fnv`", hidden=True
+    )
+    retry_times: int = setting(
+        "3", _number(0, 100), "further attempts before the first byte of an answer, each on the next account"
+    )
+    history_disabled: bool = setting(
+        "true", BOOLEAN, "temporary chats; false keeps them and returns `conversation_id` and `message_id`"
+    )
+    enable_limit: bool = setting(
+        "true", BOOLEAN, "an account that the upstream told to wait is not used before its time"
+    )
+    random_token: bool = setting("true", BOOLEAN, "pick accounts at random; false: in turn")
+    scheduled_refresh: bool = setting(
+        "false", OFF, "refresh every refresh token at start and every 4 days at 03:00 local time"
+    )
+    auto_continue: int = setting(
+        "3", _number(0, 100), "how often an answer cut by the upstream's length limit is continued unasked"
+    )
+    check_model: bool = setting("false", OFF, "refuse models that the account does not list")
+    upload_by_url: bool = setting("false", OFF, "`URL… text` in a plain message fetches and uploads the URLs")
+    allow_private_urls: bool = setting(
+        "false", BOOLEAN, "may URLs that clients name lead to private addresses"
+    )
+    upstream_order: str = setting("pool", _one_of("pool"), "which answers first")
+    agent_key: str | None = setting(
+        "", KEY, "the key that agents register with; unset: ADMIN_KEY", secret=True
+    )
+    enable_gateway: bool = setting("false", OFF, "the web mirror")
+    auto_seed: bool = setting("true", BOOLEAN, "the web mirror's seeds are made unasked")
+    impersonate: str = setting("chrome", BROWSER, "browser that curl_cffi impersonates towards the upstream")
+    oai_language: str = setting("en-US", LANGUAGE, "interface language told to the upstream")
+    data_dir: str = setting(
+        "",
+        FOLDER,
+        "folder of the store; unset: `$STATE_DIRECTORY`, else `$XDG_STATE_HOME/chatproxy`, else `~/.local/state/chatproxy`",
+    )
+    max_body_mb: int = setting("20", _number(1, 2048), "largest request body, in MiB")
+    max_connections: int = setting("2048", _number(1, 100_000), "most client connections at a time")
+    read_timeout: int = setting(
+        "30", _number(1, 3600), "seconds a client may take to send a request, or idle between two"
+    )
+    upstream_timeout: int = setting("120", _number(1, 3600), "seconds of upstream silence that end a call")
+    shutdown_grace: int = setting(
+        "30", _number(0, 3600), "seconds that open answers get to finish after SIGTERM"
+    )
+    heartbeat: int = setting(
+        "15", _number(1, 3600), "seconds of silence after which a streaming client gets a sign of life"
+    )
+    log_level: str = setting(
+        "info", _one_of("debug", "info", "warning", "error"), "how much is logged, to stderr"
+    )
+    log_format: str = setting("text", _one_of("text", "json"), "`json`: one object a line")
+
+    @property
+    def administrator(self) -> str | None:
+        """The key that opens the admin routes, None when only loopback clients may."""
+        return self.admin_key or (self.authorization[0] if self.authorization else None)
+
+
+class Origin(NamedTuple):
+    """A setting's text as given, and where it came from: flag, env (which variable) or default."""
+
+    text: str
+    source: str
+
+
+def gather(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Origin]:
+    """The text of every setting by field name: the flag wins over the variable, an empty text is unset."""
+    found = {}
+    for row in fields(Settings):
+        names = [row.name.upper(), *filter(None, [row.metadata["alias"]])]
+        if flag := flags.get(row.name):
+            found[row.name] = Origin(flag, "flag")
+        elif name := next((name for name in names if environ.get(name)), None):
+            found[row.name] = Origin(environ[name], "env" if name == names[0] else f"env {name}")
+        else:
+            found[row.name] = Origin(row.metadata["default"], "default")
+    return found
+
+
+def settle(origins: Mapping[str, Origin]) -> Settings:
+    """Parsed settings; SettingError names the first that cannot be used."""
+    values: dict[str, Any] = {}
+    for row in fields(Settings):
+        text, kind = origins[row.name].text.strip(), row.metadata["kind"]
+        if not text:
+            values[row.name] = (
+                () if row.type.startswith("tuple") else _data_dir() if row.name == "data_dir" else None
+            )
+            continue
+        try:
+            values[row.name] = kind.parse(text)
+        except (ValueError, KeyError, OSError):
+            shown = masked(text) if row.metadata["secret"] else repr(text)
+            raise SettingError(
+                f"{row.name.upper()}: {shown} cannot be used; accepted: {kind.accepts}"
+            ) from None
+        if values[row.name] == () and row.metadata["default"]:
+            raise SettingError(f"{row.name.upper()}: {text!r} cannot be used; accepted: {kind.accepts}")
+    if bool(values["tls_cert"]) != bool(values["tls_key"]):
+        missing = "TLS_KEY" if values["tls_cert"] else "TLS_CERT"
+        raise SettingError(
+            f"{missing}: unset cannot be used; accepted: TLS_CERT and TLS_KEY, both or neither"
+        )
+    return Settings(**values)
+
+
+def masked(secret: str) -> str:
+    """A secret's stand-in for people's eyes: nothing of it but a hash that tells two apart."""
+    return f"***{hashlib.sha256(secret.encode()).hexdigest()[:6]}"
+
+
+def settings_table() -> str:
+    """The README's table of settings, in Markdown."""
+    lines = ["| variable | default | accepted | meaning |", "| --- | --- | --- | --- |"]
+    for row in fields(Settings):
+        if not row.metadata["hidden"]:
+            meta, alias = row.metadata, row.metadata["alias"]
+            name = f"`{row.name.upper()}`" + (f" (`{alias}`)" if alias else "")
+            default = f"`{meta['default']}`" if meta["default"] else ""
+            lines.append(f"| {name} | {default} | {meta['kind'].accepts} | {meta['meaning']} |")
+    return "\n".join(lines)
+
+
+# ============================================================================================================
+# errors: one way to fail; the http section alone turns it into bytes
+# ============================================================================================================
+
+
+class Cause(NamedTuple):
+    """A row of the error table: what a code means and the HTTP status it has."""
+
+    status: int
+    kind: str
+    meaning: str
+
+
+CAUSES = {
+    "invalid_request_error": Cause(
+        400, "invalid_request_error", "body not JSON, wrong type or missing field; `param` names the field"
+    ),
+    "invalid_api_key": Cause(401, "invalid_request_error", "no or wrong key"),
+    "not_found": Cause(404, "invalid_request_error", "route, conversation or file that does not exist"),
+    "model_not_found": Cause(404, "invalid_request_error", "model that does not exist"),
+    "method_not_allowed": Cause(
+        405, "invalid_request_error", "known route, other method; `Allow` names those it has"
+    ),
+    "request_timeout": Cause(408, "invalid_request_error", "client too slow to send its request"),
+    "request_too_large": Cause(
+        413, "invalid_request_error", "body over MAX_BODY_MB, or a prompt too long for the upstream"
+    ),
+    "uri_too_long": Cause(414, "invalid_request_error", "URL over its limit"),
+    "expectation_failed": Cause(417, "invalid_request_error", "an `Expect` other than `100-continue`"),
+    "headers_too_large": Cause(431, "invalid_request_error", "headers over their limit"),
+    "rate_limit_exceeded": Cause(
+        429, "rate_limit_error", "every usable account is waiting out a limit; `Retry-After`"
+    ),
+    "upstream_blocked": Cause(
+        403, "upstream_error", "the upstream refuses this address (Cloudflare page, unusual activity)"
+    ),
+    "arkose_required": Cause(
+        403, "upstream_error", "the upstream wants an Arkose token and no service provides one"
+    ),
+    "proof_of_work_too_hard": Cause(
+        403, "upstream_error", "the upstream asks a harder proof than POW_DIFFICULTY allows"
+    ),
+    "internal_error": Cause(
+        500, "server_error", "a fault of chatproxy itself; the log has it under the request id"
+    ),
+    "upstream_error": Cause(502, "upstream_error", "upstream unreachable, 5xx, or an answer cut off"),
+    "no_account": Cause(
+        503, "server_error", "no account in the pool can answer (none, or all expired); `Retry-After`"
+    ),
+    "overloaded": Cause(
+        503, "server_error", "more connections than MAX_CONNECTIONS, or shutting down; `Retry-After`"
+    ),
+    "upstream_timeout": Cause(504, "upstream_error", "upstream silent"),
+}
+
+
+class ApiError(Exception):
+    """A failure told to the client: `code` is a key of CAUSES, `message` says what to do next, never a secret."""
+
+    def __init__(
+        self, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ):
+        super().__init__(message)
+        self.code, self.message, self.param, self.headers = code, message, param, dict(headers or {})
+
+    @property
+    def status(self) -> int:
+        return CAUSES[self.code].status
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+        kind = CAUSES[self.code].kind
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class Refusal(ApiError):
+    """The upstream refused or failed a call before answering.
+
+    `reason` is what the pool needs to know: "expired" (401), "blocked" (403 and human-verification pages), "limited"
+    (429), "broken" (5xx), "unreachable" (no connection), "silent" (no answer in time), "missing" (404 or 405 of a call)
+    or "rejected" (this request, whoever asks). `wait` is the pause a 429 asked for, in seconds.
+    """
+
+    def __init__(self, reason: str, code: str, message: str, wait: float | None = None):
+        super().__init__(code, message)
+        self.reason, self.wait = reason, wait
+
+
+class ClientGone(Exception):
+    """The client hung up: nobody is left to be told anything."""
+
+
+def errors_table() -> str:
+    """The README's table of errors, in Markdown."""
+    lines = ["| status | code | cause |", "| --- | --- | --- |"]
+    lines += [
+        f"| {cause.status} | `{code}` | {cause.meaning} |"
+        for code, cause in sorted(CAUSES.items(), key=lambda row: row[1].status)
+    ]
+    return "\n".join(lines)
+
+
+# ============================================================================================================
+# telemetry: logs on stderr and Prometheus counters; neither ever sees a secret or a message's text
+# ============================================================================================================
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (ISO 8601, UTC), level, message and the record's `facts`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        line = {"time": when.isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
+        line |= {"message": record.getMessage()} | getattr(record, "facts", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """`LEVEL message key=value …`; systemd's journal has the time already, a terminal gets it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "%(levelname)-7s %(message)s"
+            if "JOURNAL_STREAM" in os.environ
+            else "%(asctime)s %(levelname)-7s %(message)s"
+        )
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
+        return super().format(record) + facts
+
+
+LOG = logging.getLogger("chatproxy")
+
+
+def start_logging(settings: Settings) -> None:
+    """Sends the `chatproxy` logger to stderr in the chosen level and format."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(settings.log_level.upper())
+    LOG.propagate = False
+
+
+def log(level: int, message: str, /, exc_info: bool = False, **facts: Any) -> None:
+    """One line with its facts as key=value or JSON members."""
+    if LOG.isEnabledFor(level):
+        LOG.log(level, message, extra={"facts": facts}, exc_info=exc_info)
+
+
+class Metrics:
+    """Counters, gauges and histograms by name and labels, rendered as Prometheus text.
+
+    A value costs one lock; what happens once per token is counted by its stream and added when the stream ends.
+    """
+
+    BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+    HELP = {
+        "chatproxy_requests_total": "Requests answered, by route and status.",
+        "chatproxy_streams_open": "Streamed answers under way.",
+        "chatproxy_events_total": "Events sent to streaming clients.",
+        "chatproxy_connections": "Client connections open.",
+        "chatproxy_first_byte_seconds": "Time from a request to the first byte of its answer, by route.",
+        "chatproxy_upstream_responses_total": "Answers of the upstream, by call and status (0: none came).",
+        "chatproxy_accounts": "Accounts in the pool, by state.",
+        "chatproxy_proof_seconds": "Time to solve a proof of work.",
+        "chatproxy_retries_total": "Attempts that went on to the next account, by reason.",
+    }
+
+    def __init__(self) -> None:
+        self._values_lock = threading.Lock()
+        self._values: dict[str, dict[str, float]] = {}
+        self._histograms: dict[str, dict[str, list[float]]] = {}
+        self._gauges: dict[str, Callable[[], Mapping[str, float]]] = {}
+
+    def add(self, name: str, amount: float = 1, labels: str = "") -> None:
+        """Adds to a counter (or an up-and-down gauge); `labels` is text such as `route="/v1",status="200"`."""
+        with self._values_lock:
+            series = self._values.setdefault(name, {})
+            series[labels] = series.get(labels, 0) + amount
+
+    def observe(self, name: str, seconds: float, labels: str = "") -> None:
+        """Adds a duration to a histogram: a count for each bucket, then their sum."""
+        with self._values_lock:
+            row = self._histograms.setdefault(name, {}).setdefault(labels, [0.0] * (len(self.BUCKETS) + 2))
+            index = next((i for i, bound in enumerate(self.BUCKETS) if seconds <= bound), len(self.BUCKETS))
+            row[index] += 1
+            row[-1] += seconds
+
+    def gauge(self, name: str, read: Callable[[], Mapping[str, float]]) -> None:
+        """A gauge that is read when asked for: `read` gives values by labels."""
+        self._gauges[name] = read
+
+    def render(self) -> str:
+        """Prometheus text format, version 0.0.4."""
+        with self._values_lock:
+            plain = {name: dict(series) for name, series in self._values.items()}
+            histograms = {
+                name: {k: list(v) for k, v in rows.items()} for name, rows in self._histograms.items()
+            }
+        plain |= {name: dict(read()) for name, read in self._gauges.items()}
+        lines = []
+        for name, series in sorted(plain.items()):
+            lines += [
+                f"# HELP {name} {self.HELP[name]}",
+                f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}",
+            ]
+            lines += [
+                f"{name}{{{labels}}} {value:g}" if labels else f"{name} {value:g}"
+                for labels, value in sorted(series.items())
+            ]
+        for name, rows in sorted(histograms.items()):
+            lines += [f"# HELP {name} {self.HELP[name]}", f"# TYPE {name} histogram"]
+            for labels, row in sorted(rows.items()):
+                lines += self._histogram_lines(name, labels, row)
+        return "\n".join(lines) + "\n"
+
+    def _histogram_lines(self, name: str, labels: str, row: list[float]) -> Iterator[str]:
+        comma, total = "," if labels else "", 0.0
+        for bound, count in zip([*map(str, self.BUCKETS), "+Inf"], row[:-1], strict=True):
+            total += count
+            yield f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total:g}'
+        braces = f"{{{labels}}}" if labels else ""
+        yield f"{name}_sum{braces} {row[-1]:g}"
+        yield f"{name}_count{braces} {total:g}"
+
+
+# ============================================================================================================
+# store: one SQLite file for what must outlive the process
+# ============================================================================================================
+
+
+@dataclass(frozen=True)
+class AccountRow:
+    """An account as it is kept. `secret` is the token it was added with (or the newest refresh token), `access_token`
+    the current one; times are Unix seconds. `guest` accounts belong to a caller who brings the token, not to the pool."""
+
+    id: str
+    kind: str
+    secret: str
+    email: str = ""
+    plan: str = ""
+    workspace: str = ""
+    access_token: str = ""
+    expires: float = 0.0
+    device: str = ""
+    browser: str = ""
+    proxy: str = ""
+    cookies: str = "{}"
+    state: str = "ready"
+    reason: str = ""
+    guest: int = 0
+    added: float = 0.0
+
+
+class User(NamedTuple):
+    """An API user: the token itself is not kept, only its SHA-256."""
+
+    id: str
+    name: str
+    token_hash: str
+    added: float
+
+
+MIGRATIONS = (
+    """
+    CREATE TABLE accounts (
+        id TEXT PRIMARY KEY, kind TEXT NOT NULL, secret TEXT NOT NULL, email TEXT NOT NULL, plan TEXT NOT NULL,
+        workspace TEXT NOT NULL, access_token TEXT NOT NULL, expires REAL NOT NULL, device TEXT NOT NULL,
+        browser TEXT NOT NULL, proxy TEXT NOT NULL, cookies TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL,
+        guest INTEGER NOT NULL, added REAL NOT NULL) WITHOUT ROWID;
+    CREATE TABLE waits (
+        account TEXT NOT NULL REFERENCES accounts(id) ON DELETE CASCADE, model TEXT NOT NULL, until REAL NOT NULL,
+        strikes INTEGER NOT NULL, PRIMARY KEY (account, model)) WITHOUT ROWID;
+    CREATE TABLE conversations (
+        id TEXT PRIMARY KEY, account TEXT NOT NULL REFERENCES accounts(id) ON DELETE CASCADE, used REAL NOT NULL
+        ) WITHOUT ROWID;
+    CREATE TABLE users (id TEXT PRIMARY KEY, name TEXT NOT NULL, token_hash TEXT NOT NULL UNIQUE, added REAL NOT NULL)
+        WITHOUT ROWID;
+    """,
+)
+
+
+class StoreError(Exception):
+    """The store cannot be opened; one line that says why."""
+
+
+class Store:
+    """The SQLite file `chatproxy.db` in a folder of mode 0700, itself of mode 0600.
+
+    WAL with synchronous=FULL: what a method has returned from survives kill -9 and a power cut. One connection serves
+    all threads under a lock; other processes may write beside it, which `changed` notices.
+    """
+
+    def __init__(self, folder: str) -> None:
+        path = pathlib.Path(folder)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)
+            self.path = path / "chatproxy.db"
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            self.path.chmod(0o600)
+            self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+            self._db_lock = threading.RLock()
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._migrate()
+            self._version = self._data_version()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"DATA_DIR: {folder!r} cannot be used: {error}") from None
+
+    def _migrate(self) -> None:
+        """Brings the schema to this program's version; two processes at once take turns."""
+        with self.writing():
+            have = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if have > len(MIGRATIONS):
+                raise StoreError(f"DATA_DIR: {self.path} was written by a newer chatproxy (schema {have})")
+            for script in MIGRATIONS[have:]:
+                for statement in filter(str.strip, script.split(";")):
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: everything inside is kept, or after an exception nothing."""
+        with self._db_lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._db_lock:
+            return self._db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        with self._db_lock:
+            self._db.close()
+
+    def _data_version(self) -> int:
+        return int(self._rows("PRAGMA data_version")[0][0])
+
+    def changed(self) -> bool:
+        """Whether another process has written since the last call."""
+        before, self._version = self._version, self._data_version()
+        return before != self._version
+
+    def accounts(self) -> list[AccountRow]:
+        return [
+            AccountRow(*row)
+            for row in self._rows(f"SELECT {', '.join(_ACCOUNT_COLUMNS)} FROM accounts ORDER BY added, id")
+        ]
+
+    def put_accounts(self, rows: Iterable[AccountRow]) -> None:
+        """Adds accounts, or replaces all of those whose id is known; in one transaction."""
+        marks = ", ".join("?" * len(_ACCOUNT_COLUMNS))
+        updates = ", ".join(f"{name}=excluded.{name}" for name in _ACCOUNT_COLUMNS[1:])
+        query = f"INSERT INTO accounts ({', '.join(_ACCOUNT_COLUMNS)}) VALUES ({marks}) ON CONFLICT(id) DO UPDATE SET {updates}"
+        with self.writing() as db:
+            db.executemany(query, [tuple(getattr(row, name) for name in _ACCOUNT_COLUMNS) for row in rows])
+
+    def update_account(self, id: str, **columns: Any) -> None:
+        """Changes some columns of one account, so that two processes never undo each other's others."""
+        assignments = ", ".join(f"{name}=?" for name in columns)
+        with self.writing() as db:
+            db.execute(f"UPDATE accounts SET {assignments} WHERE id=?", (*columns.values(), id))
+
+    def remove_account(self, id: str) -> bool:
+        with self.writing() as db:
+            return db.execute("DELETE FROM accounts WHERE id=?", (id,)).rowcount > 0
+
+    def waits(self) -> list[tuple[str, str, float, int]]:
+        """(account, model, until, strikes) of every cool-down, those that are over too: their strikes count on."""
+        return [
+            (row[0], row[1], row[2], row[3])
+            for row in self._rows("SELECT account, model, until, strikes FROM waits")
+        ]
+
+    def put_wait(self, account: str, model: str, until: float, strikes: int) -> None:
+        with self.writing() as db:
+            db.execute(
+                "INSERT INTO waits SELECT id, ?, ?, ? FROM accounts WHERE id=?"
+                " ON CONFLICT(account, model) DO UPDATE SET until=excluded.until, strikes=excluded.strikes",
+                (model, until, strikes, account),
+            )
+
+    def remove_wait(self, account: str, model: str) -> None:
+        with self.writing() as db:
+            db.execute("DELETE FROM waits WHERE account=? AND model=?", (account, model))
+
+    def conversation_account(self, id: str) -> str | None:
+        """The id of the account that holds a conversation, None when it is not known."""
+        rows = self._rows("SELECT account FROM conversations WHERE id=?", id)
+        return rows[0][0] if rows else None
+
+    def put_conversation(self, id: str, account: str) -> None:
+        with self.writing() as db:
+            db.execute(
+                "INSERT INTO conversations SELECT ?, id, ? FROM accounts WHERE id=?"
+                " ON CONFLICT(id) DO UPDATE SET account=excluded.account, used=excluded.used",
+                (id, time.time(), account),
+            )
+
+    def users(self) -> list[User]:
+        return [
+            User(*row)
+            for row in self._rows("SELECT id, name, token_hash, added FROM users ORDER BY added, id")
+        ]
+
+    def put_user(self, user: User) -> None:
+        with self.writing() as db:
+            db.execute("INSERT INTO users (id, name, token_hash, added) VALUES (?, ?, ?, ?)", user)
+
+    def remove_user(self, id: str) -> bool:
+        with self.writing() as db:
+            return db.execute("DELETE FROM users WHERE id=?", (id,)).rowcount > 0
+
+
+_ACCOUNT_COLUMNS = tuple(column.name for column in fields(AccountRow))
+
+# ============================================================================================================
+# proof: the browser fingerprint and the proof of work made from it
+# ============================================================================================================
+
+# What browsers send when they give up after MOST_ATTEMPTS, before the base64 of the seed in quotes.
+GIVE_UP = "gAAAAABwQ8Lk5FbGpA2NcR9dShT6gYjU7VxZ4D"
+MOST_ATTEMPTS = 500_000
+# A proof that takes fewer attempts than this on average (about 2 ms) is solved where it is needed.
+EASY_ATTEMPTS = 2_000
+REQUIREMENTS_DIFFICULTY = "0fffff"
+_SCREENS = (3000, 3016, 2624, 2520, 4000, 3120)
+_CORES = (4, 8, 10, 12, 16)
+_NAVIGATOR = (
+    "webdriver−false",
+    "vendor−Google Inc.",
+    "cookieEnabled−true",
+    "onLine−true",
+    "pdfViewerEnabled−true",
+)
+_DOCUMENT = ("location", "scrollingElement", "body", "activeElement", "documentElement", "fonts")
+_WINDOW = (
+    "alert",
+    "close",
+    "crypto",
+    "history",
+    "indexedDB",
+    "navigation",
+    "performance",
+    "screen",
+    "scheduler",
+)
+# The clock that the fingerprint claims and the conversation body repeats as timezone_offset_min.
+TIMEZONE_OFFSET_MIN = 300
+
+
+class Page(NamedTuple):
+    """What the site's start page gives a fingerprint: the `src` of its scripts, its data-build, and when it was read."""
+
+    scripts: tuple[str, ...] = ()
+    build: str | None = None
+    read: float = 0.0
+
+
+def fingerprint(device: str, agent: str, language: str, page: Page, now: float) -> list[Any]:
+    """The configuration array of "Proof of work": what one device keeps for life is drawn from its id."""
+    dice = random.Random(device)
+    screen, cores = dice.choice(_SCREENS), dice.choice(_CORES)
+    navigator, document, window = dice.choice(_NAVIGATOR), dice.choice(_DOCUMENT), dice.choice(_WINDOW)
+    zone = datetime.timezone(-datetime.timedelta(minutes=TIMEZONE_OFFSET_MIN))
+    date = datetime.datetime.fromtimestamp(now, zone).strftime(
+        "%a %b %d %Y %H:%M:%S GMT-0500 (Eastern Standard Time)"
+    )
+    since = min(max(now - page.read, 1.0), 3600.0) * 1000
+    script = page.scripts[int(now) % len(page.scripts)] if page.scripts else None
+    languages = language if "-" not in language else f"{language},{language.split('-')[0]}"
+    origin = round((now * 1000 - since), 1)
+    head = [screen, date, 4294705152, 0, agent, script, page.build, language, languages, 0]
+    return [*head, navigator, document, window, since, str(uuid.uuid4()), "", cores, origin]
+
+
+class _Sha3:
+    """SHA3-512 over a head that is hashed once; 128 hexadecimal digits."""
+
+    digits = 128
+
+    def __init__(self, head: bytes) -> None:
+        self._head = hashlib.sha3_512(head)
+
+    def first(self, starts: Iterable[bytes], rest: bytes, bound: bytes) -> bytes | None:
+        """The first start with which head + start + rest hashes to at most `bound`, compared over its length."""
+        copy, size = self._head.copy, len(bound)
+        for start in starts:
+            state = copy()
+            state.update(start + rest)
+            if state.digest()[:size] <= bound:
+                return start
+        return None
+
+
+class _Fnv:
+    """32-bit FNV-1a with the finisher that newer pages use; 8 hexadecimal digits."""
+
+    digits = 8
+
+    def __init__(self, head: bytes) -> None:
+        self._head = self._add(2166136261, head)
+
+    @staticmethod
+    def _add(state: int, data: bytes) -> int:
+        for byte in data:
+            state = ((state ^ byte) * 16777619) & 0xFFFFFFFF
+        return state
+
+    def first(self, starts: Iterable[bytes], rest: bytes, bound: bytes) -> bytes | None:
+        """The first start with which head + start + rest hashes to at most `bound`, compared over its length."""
+        for start in starts:
+            state = self._add(self._head, start + rest)
+            state = ((state ^ state >> 16) * 2246822507) & 0xFFFFFFFF
+            state = ((state ^ state >> 13) * 3266489909) & 0xFFFFFFFF
+            if (state ^ state >> 16).to_bytes(4, "big")[: len(bound)] <= bound:
+                return start
+        return None
+
+
+ALGORITHMS: dict[str, tuple[type[_Sha3] | type[_Fnv], str]] = {"sha3": (_Sha3, ""), "fnv": (_Fnv, "~S")}
+
+
+def expected_attempts(difficulty: str) -> float:
+    """How many attempts a difficulty takes on average: "00003a" is met by 0x3b of 16^6 digests."""
+    return 16 ** len(difficulty) / (int(difficulty, 16) + 1)
+
+
+def harder(difficulty: str, limit: str) -> bool:
+    """Whether a difficulty is harder than the limit: smaller as text, the shorter one filled up with "f"."""
+    size = max(len(difficulty), len(limit))
+    return difficulty.lower().ljust(size, "f") < limit.ljust(size, "f")
+
+
+# Three digits of JSON are four letters of base64: the part of an answer that changes from attempt to attempt.
+_STARTS = tuple(base64.b64encode(b"%03d" % number) for number in range(1000))
+
+
+def solve(seed: str, difficulty: str, configuration: list[Any], algorithm: str) -> str:
+    """The answer: base64 of a configuration whose hash after the seed is at most `difficulty`; ProofGivenUp if none is.
+
+    Only three digits of index 13, performance.now(), change from one attempt to the next: what stands before them is
+    hashed once, what stands behind them is encoded once, so that an attempt hashes 100 bytes and not 700. Counter
+    (index 3) and elapsed time (index 9) advance every thousand attempts.
+    """
+    kind = ALGORITHMS[algorithm][0]
+    # An odd number of digits compares as its last half byte filled up: "00003a1" as 00 00 3a 1f.
+    bound = bytes.fromhex(difficulty + "f" * (len(difficulty) % 2))[: kind.digits // 2]
+    for tried in range(0, MOST_ATTEMPTS, len(_STARTS)):
+        configuration[3], configuration[9] = tried + len(_STARTS), (tried + len(_STARTS)) // 2
+        head, rest = (base64.b64encode(part) for part in _split(configuration))
+        if found := kind(seed.encode() + head).first(_STARTS, rest, bound):
+            return (head + found + rest).decode()
+    raise ProofGivenUp(seed)
+
+
+class ProofGivenUp(Exception):
+    """No proof within MOST_ATTEMPTS; the one argument is the seed."""
+
+
+def _split(configuration: list[Any]) -> tuple[bytes, bytes]:
+    """The configuration's JSON without three digits inside index 13: what stands before them, filled up to a multiple
+    of three bytes so that base64 of the parts is base64 of the whole, and what stands behind them."""
+    text = functools.partial(json.dumps, separators=(",", ":"), ensure_ascii=False)
+    head = f"{text(configuration[:13])[:-1]},{int(configuration[13])}.".encode()
+    rest = f"7,{text(configuration[14:])[1:]}".encode()
+    return head + b"104"[: 3 - len(head) % 3], rest
+
+
+def proof_token(seed: str, difficulty: str, configuration: list[Any], algorithm: str) -> str:
+    """`PROOF`: the answer with its prefix, or what browsers send when they give up."""
+    suffix = ALGORITHMS[algorithm][1]
+    try:
+        return f"gAAAAAB{solve(seed, difficulty, configuration, algorithm)}{suffix}"
+    except ProofGivenUp:
+        return GIVE_UP + base64.b64encode(f'"{seed}"'.encode()).decode() + suffix
+
+
+def requirements_token(configuration: list[Any], algorithm: str) -> str:
+    """`REQ`: a proof for a seed of one's own, sent as `p` to ask for requirements."""
+    answer = solve(str(random.random()), REQUIREMENTS_DIFFICULTY, configuration, algorithm)
+    return f"gAAAAAC{answer}{ALGORITHMS[algorithm][1]}"
+
+
+class Solver:
+    """Processes that solve hard proofs, so that they stop nobody: a thread would hold the interpreter for all others.
+
+    They are forked before any thread exists, one fewer than there are cores, and take jobs off one datagram socket as
+    they get free: JSON [number, [seed, difficulty, configuration, algorithm]] there, [number, token] back. When they
+    are lost, proofs are solved in the calling thread.
+    """
+
+    def __init__(self, busy_cpu: int | None = None) -> None:
+        """`busy_cpu` is the processor that the calling process keeps to: the solvers stay away from it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._processes = []
+        for _ in range(max(1, (os.cpu_count() or 1) - 1)):
+            if not (process := os.fork()):
+                ours.close()
+                self._serve(theirs, busy_cpu)
+            self._processes.append(process)
+        theirs.close()
+        self._socket = ours
+        self._waiting_lock = threading.Lock()
+        self._waiting: dict[int, Future[str]] = {}
+        self._numbers = 0
+
+    def start(self) -> None:
+        """Begins to hear answers; called once, when threads may start."""
+        threading.Thread(target=self._listen, name="solver", daemon=True).start()
+
+    def submit(self, seed: str, difficulty: str, configuration: list[Any], algorithm: str) -> Future[str]:
+        """The proof token to be; solved at once when it is easy."""
+        future: Future[str] = Future()
+        job = (seed, difficulty, configuration, algorithm)
+        if expected_attempts(difficulty) <= EASY_ATTEMPTS:
+            future.set_result(proof_token(*job))
+            return future
+        with self._waiting_lock:
+            self._numbers += 1
+            number = self._numbers
+            self._waiting[number] = future
+        try:
+            self._socket.send(json.dumps([number, job]).encode())
+        except OSError:
+            log(logging.ERROR, "the solver processes are gone; solving in place")
+            with self._waiting_lock:
+                self._waiting.pop(number, None)
+            future.set_result(proof_token(*job))
+        return future
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._socket.close()
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+
+    def _listen(self) -> None:
+        """Hands each answer to the future that waits for it."""
+        while True:
+            try:
+                number, token = json.loads(self._socket.recv(65536))
+            except OSError:
+                return
+            with self._waiting_lock:
+                future = self._waiting.pop(number, None)
+            if future and future.set_running_or_notify_cancel():
+                future.set_result(token)
+
+    @staticmethod
+    def _serve(jobs: socket.socket, busy_cpu: int | None) -> NoReturn:
+        """A solver process: job after job, until its parent is gone."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        os.nice(10)
+        if busy_cpu is not None:
+            os.sched_setaffinity(0, os.sched_getaffinity(0) - {busy_cpu})
+        parent = os.getppid()
+        jobs.settimeout(2.0)
+        while os.getppid() == parent:
+            with contextlib.suppress(OSError):  # a time-out, or the parent's end is closed
+                number, job = json.loads(jobs.recv(65536))
+                jobs.send(json.dumps([number, proof_token(*job)]).encode())
+        os._exit(0)
+
+
+# ============================================================================================================
+# transport: libcurl handles, their pools, bytes in and out, time-outs, abort
+# ============================================================================================================
+
+CONNECT_TIMEOUT = 10.0  # seconds
+LAST_SILENCE = 0.2  # seconds an upstream may take to end an answer after its last byte
+IDLE_HANDLE_LIFE = 60.0  # seconds an unused connection is kept
+MOST_IDLE_HANDLES = 64  # kept for one account
+
+# What a slow operation is here: a generator that yields None for every HEARTBEAT seconds it has waited, so that whoever
+# drives it can give a client a sign of life, and that returns its result.
+Patient = Generator[None, None, T]
+
+
+def patiently(operation: Patient[T]) -> T:
+    """Runs a slow operation for which nobody needs a sign of life."""
+    while True:
+        try:
+            next(operation)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def beating(operation: Patient[T], beat: S) -> Generator[S, None, T]:
+    """The same operation with another sign of life than None, for generators that yield more than those."""
+    while True:
+        try:
+            next(operation)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        yield beat
+
+
+class Watch:
+    """Who waits for an operation: how often they want a sign of life, and whether they are still there."""
+
+    def __init__(self, heartbeat: float) -> None:
+        self.heartbeat = heartbeat
+
+    def check(self) -> None:
+        """Raises when the operation is to end: ClientGone, or ApiError as the process stops. Called once a second."""
+
+
+def awaited(future: Future[T], watch: Watch, limit: float) -> Patient[T]:
+    """The future's result; TimeoutError after `limit` seconds."""
+    start = signed = time.monotonic()
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+    while True:
+        if done.wait(min(1.0, watch.heartbeat, limit)):
+            return future.result()
+        now = time.monotonic()
+        if now - start >= limit:
+            raise TimeoutError
+        watch.check()
+        if now - signed >= watch.heartbeat:
+            signed = now
+            yield
+
+
+class Route(NamedTuple):
+    """How an account reaches the net: its browser target ("" for none), and proxy URL ("" for none)."""
+
+    browser: str
+    proxy: str
+
+
+class Answer(NamedTuple):
+    """A whole answer: status, header lines by lower-case name (`set-cookie` joined by newlines), body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """The body as JSON; {} when it is none."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            return {}
+
+
+class _Pile(list[bytes]):
+    """Where libcurl's callback leaves bytes: a list that can be written to, with no Python frame of our own."""
+
+    write = list.append
+
+
+class _Easy(Curl):
+    """A curl handle without the WebSocket buffer of 128 KiB that each would have."""
+
+    _WS_RECV_BUFFER_SIZE = 1
+
+
+class Handle:
+    """One libcurl easy handle in a multi handle of its own, kept with its connections from call to call.
+
+    The multi handle gives what curl_easy_perform does not: a wait that ends by itself, in the calling thread, so that
+    a silent upstream can be left and a silent stream given a heartbeat. Not for two threads at once.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self._easy, self._multi = _Easy(), lib.curl_multi_init()
+        self._pointer = self._easy._curl
+        self._running, self._number = ffi.new("int *"), ffi.new("int *")
+        self._body, self._head = _Pile(), _Pile()
+        self._method = "GET"
+        if route.browser:
+            self._easy.impersonate(route.browser)
+        if route.proxy:
+            self._easy.setopt(CurlOpt.PROXY, route.proxy)
+        for option, value in (
+            (CurlOpt.NOSIGNAL, 1),
+            (CurlOpt.CONNECTTIMEOUT_MS, int(CONNECT_TIMEOUT * 1000)),
+            (CurlOpt.TCP_NODELAY, 1),
+            (CurlOpt.TCP_KEEPALIVE, 1),
+            (CurlOpt.MAXAGE_CONN, 300),
+        ):
+            self._easy.setopt(option, value)
+        self._easy._ensure_cacert()
+        self._plain: bool | None = None
+        self._silence = 0.0  # seconds without a byte that end the call
+        self._verbose = False
+        self.used = time.monotonic()
+
+    def close(self) -> None:
+        if self._multi:
+            lib.curl_multi_cleanup(self._multi)
+            self._easy.close()
+            self._multi = None
+
+    def call(
+        self, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch, silence: float
+    ) -> Call:
+        """Prepares a call; its bytes come as the result is iterated over. `headers` are whole lines."""
+        easy = self._easy
+        easy.setopt(CurlOpt.URL, url)
+        if self._plain != (plain := url.startswith("http://")):
+            # An impersonated handle would ask a plain server for HTTP/2 by `Upgrade: h2c`, which many mishandle.
+            easy.setopt(CurlOpt.HTTP_VERSION, CurlHttpVersion.V1_1 if plain else CurlHttpVersion.V2TLS)
+            self._plain = plain
+        if body is not None:
+            easy.setopt(CurlOpt.POSTFIELDSIZE_LARGE, len(body))
+            easy.setopt(CurlOpt.POSTFIELDS, body)
+            easy.setopt(CurlOpt.POST, 1)
+        else:
+            easy.setopt(CurlOpt.HTTPGET, 1)
+        if (method, self._method) != ("GET", "GET"):
+            easy.setopt(CurlOpt.CUSTOMREQUEST, method)
+            self._method = method
+        easy.setopt(CurlOpt.HTTPHEADER, headers)
+        self._silence = silence
+        self._body.clear()
+        self._head.clear()
+        easy.setopt(CurlOpt.WRITEDATA, self._body)
+        easy.setopt(CurlOpt.HEADERDATA, self._head)
+        return Call(self, watch)
+
+    def learn_agent(self, found: Callable[[str], None]) -> None:
+        """Lets the next call tell the user agent it sends, which only libcurl knows."""
+
+        def hear(kind: int, data: bytes) -> None:
+            if kind == 2 and (match := re.search(rb"(?im)^user-agent: ([^\r\n]+)", data)):  # 2: headers sent
+                found(match[1].decode("latin-1"))
+
+        self._verbose = True
+        self._easy.setopt(CurlOpt.VERBOSE, 1)
+        self._easy.setopt(CurlOpt.DEBUGFUNCTION, hear)
+
+    def _transfer(self, watch: Watch) -> Iterator[bytes]:
+        """Runs the prepared call: yields what has come together, b"" for a heartbeat's time of silence."""
+        multi, running, body, number = self._multi, self._running, self._body, self._number
+        lib.curl_multi_add_handle(multi, self._pointer)
+        try:
+            heard = signed = checked = time.monotonic()
+            while True:
+                lib.curl_multi_perform(multi, running)
+                if body:
+                    data = body[0] if len(body) == 1 else b"".join(body)
+                    body.clear()
+                    heard = signed = time.monotonic()
+                    yield data
+                if not running[0]:
+                    break
+                lib.curl_multi_poll(multi, ffi.NULL, 0, 1000 if self._silence >= 1 else 200, number)
+                if number[0]:
+                    continue
+                now = time.monotonic()
+                if now - checked >= 1.0:
+                    checked = now
+                    watch.check()
+                if now - heard > self._silence:
+                    text = f"The upstream was silent for {self._silence:g} seconds; try again."
+                    raise Refusal("silent", "upstream_timeout", text)
+                if now - signed >= watch.heartbeat:
+                    signed = now
+                    yield b""
+            self._raise_for_result()
+        finally:
+            lib.curl_multi_remove_handle(multi, self._pointer)
+            self._easy.clean_handles_and_buffers()
+            if self._verbose:  # libcurl must not call what was just freed
+                self._easy.setopt(CurlOpt.VERBOSE, 0)
+                self._verbose = False
+            self.used = time.monotonic()
+
+    def _raise_for_result(self) -> None:
+        message = lib.curl_multi_info_read(self._multi, self._number)
+        if message == ffi.NULL or not (code := message.data.result):
+            return
+        error = self._easy._get_error(code, "perform")
+        text = re.sub(r"^Failed to perform, |\. See https://curl.*$", "", str(error), flags=re.S)
+        reason = "silent" if code == CurlECode.OPERATION_TIMEDOUT and self._head else "unreachable"
+        raise Refusal(reason, "upstream_error", f"The upstream could not be reached: {text}")
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
+        status, headers = 0, dict[str, str]()
+        for line in self._head:
+            if line.startswith(b"HTTP/"):
+                status, headers = int(line.split(None, 2)[1]), {}
+            elif b":" in line:
+                name, _, value = line.decode("latin-1").partition(":")
+                name, value = name.lower(), value.strip()
+                headers[name] = f"{headers[name]}\n{value}" if name in headers else value
+        return status, headers
+
+
+class Call:
+    """A call under way, iterated over once: `start` until the head is there, then `rest` for the body."""
+
+    def __init__(self, handle: Handle, watch: Watch) -> None:
+        self._handle, self._bytes = handle, handle._transfer(watch)
+        self._first = b""
+        self.status, self.headers = 0, dict[str, str]()
+
+    def start(self) -> Patient[None]:
+        """Waits for the first byte of the body (or its end): status and headers are known then."""
+        while not (first := next(self._bytes, None)):
+            if first is None:
+                break
+            yield
+        self._first = first or b""
+        self.status, self.headers = self._handle.head()
+
+    def rest(self) -> Iterator[bytes]:
+        """The body's bytes as they come, b"" for a heartbeat's time of silence."""
+        if self._first:
+            yield self._first
+            yield from self._bytes
+
+    def whole(self) -> Patient[Answer]:
+        """The whole answer."""
+        yield from self.start()
+        parts = []
+        for data in self.rest():
+            if data:
+                parts.append(data)
+            else:
+                yield
+        return Answer(self.status, self.headers, b"".join(parts))
+
+    def hurry(self) -> None:
+        """Gives the call a fifth of a second to end, after the last byte that matters: a connection that was read to
+        its end can be kept."""
+        self._handle._silence = LAST_SILENCE
+
+    def close(self) -> None:
+        """Ends the call where it is; its connection goes too if the answer was not over."""
+        self._bytes.close()  # type: ignore[attr-defined] # a generator, typed as what callers use of it
+
+
+class Handles:
+    """Kept handles by owner and route: two owners never share a connection."""
+
+    def __init__(self) -> None:
+        self._idle_lock = threading.Lock()
+        self._idle: dict[tuple[str, Route], list[Handle]] = {}
+
+    @contextlib.contextmanager
+    def lend(self, owner: str, route: Route) -> Iterator[Handle]:
+        """A handle for one call at a time; the one used last, whose connection is most likely alive."""
+        with self._idle_lock:
+            idle = self._idle.get((owner, route))
+            handle = idle.pop() if idle else None
+        handle = handle or Handle(route)
+        try:
+            yield handle
+        finally:
+            with self._idle_lock:
+                idle = self._idle.setdefault((owner, route), [])
+                kept = len(idle) < MOST_IDLE_HANDLES
+                if kept:
+                    idle.append(handle)
+            if not kept:
+                handle.close()
+
+    def sweep(self, now: float) -> None:
+        """Closes what has been idle for long."""
+        with self._idle_lock:
+            old = [h for idle in self._idle.values() for h in idle if now - h.used > IDLE_HANDLE_LIFE]
+            for key, idle in list(self._idle.items()):
+                self._idle[key] = [h for h in idle if now - h.used <= IDLE_HANDLE_LIFE]
+                if not self._idle[key]:
+                    del self._idle[key]
+        for handle in old:
+            handle.close()
+
+
+# ============================================================================================================
+# accounts: identity, lease, cool-down, what an account is told and what becomes of it
+# ============================================================================================================
+
+ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-free"
+FIRST_WAIT, LONGEST_WAIT = (
+    60.0,
+    3600.0,
+)  # seconds; a 429 that names no time doubles its account's wait each time
+TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
+
+
+def claims(token: str) -> dict[str, Any]:
+    """What an access token (a JWT) says of itself, unverified; ValueError when it is none. "Accounts: Access token"."""
+    parts = token.split(".")
+    if len(parts) != 3 or not token.startswith("eyJ"):
+        raise ValueError("not a JWT")
+    payload = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    if not isinstance(payload, dict):
+        raise ValueError("not a JWT")
+    return payload
+
+
+def with_access_token(row: AccountRow, token: str) -> AccountRow:
+    """The account with a new access token and what the token says of its owner."""
+    said = claims(token)
+    profile, auth = (
+        said.get("https://api.openai.com/profile") or {},
+        said.get("https://api.openai.com/auth") or {},
+    )
+    return replace(
+        row,
+        access_token=token,
+        expires=float(said.get("exp") or 0),
+        email=str(profile.get("email") or row.email),
+        plan=str(auth.get("chatgpt_plan_type") or row.plan),
+        workspace=row.workspace or str(auth.get("chatgpt_account_id") or ""),
+    )
+
+
+def recognise(line: str) -> AccountRow:
+    """A token as an account without identity yet; a team workspace may follow it after a comma. ValueError if unknown.
+
+    Known are access tokens (JWTs), refresh tokens (`rt_…`, or 45 characters in the iOS generation), session tokens
+    (encrypted JWTs) and the word `login-free`, which stands for no token at all.
+    """
+    token, _, workspace = (part.strip() for part in line.strip().partition(","))
+    if workspace and not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", workspace):
+        raise ValueError("what follows the comma is not a workspace id")
+    if token == LOGIN_FREE:
+        return AccountRow(id=f"free-{secrets.token_hex(5)}", kind=LOGIN_FREE, secret="")
+    if not re.fullmatch(r"[\x21-\x2b\x2d-\x7e]{20,16384}", token):
+        raise ValueError("not a token")
+    row = AccountRow(id="", kind=ACCESS, secret=token, workspace=workspace)
+    owner = token
+    if token.startswith("rt_") or re.fullmatch(r"[0-9A-Za-z_-]{45}", token):
+        row = replace(row, kind=REFRESH)
+    elif token.startswith("eyJ") and token.count(".") == 4:
+        row = replace(row, kind=SESSION)
+    else:
+        try:
+            row = with_access_token(row, token)
+            said = claims(token)
+        except (ValueError, TypeError, AttributeError, binascii.Error):
+            raise ValueError("neither an access, a refresh nor a session token") from None
+        user = (said.get("https://api.openai.com/auth") or {}).get("user_id") or said.get("sub")
+        owner = str(user) if user else token
+    digest = hashlib.sha256(f"{row.kind} {owner} {row.workspace}".encode()).hexdigest()
+    return replace(row, id=f"{row.kind[:3]}-{digest[:10]}")
+
+
+class Wait(NamedTuple):
+    """A cool-down for one model: over at `until` (Unix seconds), after `strikes` refusals in a row."""
+
+    until: float
+    strikes: int
+
+
+class Account:
+    """An account at work: its row of the store and what only the running process knows of it."""
+
+    def __init__(self, row: AccountRow, route: Route, gateway: str) -> None:
+        self.row, self.route, self.gateway = row, route, gateway
+        self.waits: dict[str, Wait] = {}
+        self.cookies: dict[str, str] = json.loads(row.cookies)
+        self.renewal: Future[str] | None = None  # the exchange under way, guarded by the pool's lock
+        self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
+        self.spare: Future[Any] | None = (
+            None  # the requirements prepared for its next turn, guarded by the pool's lock
+        )
+        self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
+        self.answered = False
+        self.used = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.row.id
+
+    @property
+    def name(self) -> str:
+        """How logs and errors call it."""
+        return self.row.email or self.row.id
+
+    @property
+    def renewable(self) -> bool:
+        return self.row.kind in (REFRESH, SESSION)
+
+    def token_valid(self, now: float) -> bool:
+        """Whether it can ask as it is; an access token without expiry counts until the upstream refuses it."""
+        row = self.row
+        return (
+            row.kind == LOGIN_FREE
+            or bool(row.access_token)
+            and (not row.expires or row.expires - TOKEN_LEEWAY > now)
+        )
+
+    def state(self, now: float) -> str:
+        """ready, waiting, expired or dead, for people and metrics."""
+        if self.row.state != "ready":
+            return self.row.state
+        if not self.renewable and not self.token_valid(now):
+            return "expired"
+        return "waiting" if any(wait.until > now for wait in self.waits.values()) else "ready"
+
+
+class Pool:
+    """The accounts, which of them answers next, and which is left alone for how long.
+
+    What it decides is in memory and written through to the store. Guests, whose token a caller brings, are kept beside
+    the pool and never chosen for others.
+    """
+
+    MOST_GUESTS = 10_000
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.settings, self.store = settings, store
+        self._accounts_lock = threading.RLock()
+        self._accounts: dict[str, Account] = {}
+        self._turn_order: list[Account] = []  # those not set aside
+        self._cursor = 0
+        self._guests: OrderedDict[str, Account] = OrderedDict()
+        self.reload()
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        """Takes in what the store holds: new accounts, removed ones, states and waits that another process wrote."""
+        rows = self.store.accounts()
+        waits: dict[str, dict[str, Wait]] = {}
+        for owner, model, until, strikes in self.store.waits():
+            waits.setdefault(owner, {})[model] = Wait(until, strikes)
+        with self._accounts_lock:
+            before, self._accounts = self._accounts, {}
+            load = Counter(row.proxy for row in rows)
+            for row in rows:
+                if row.guest:
+                    if (guest := self._guests.get(row.id)) is not None:
+                        guest.row = row
+                    continue
+                account = before.get(row.id)
+                if account is None:
+                    account = self._enliven(row, load)
+                account.row = row
+                account.waits = waits.get(row.id, {})
+                self._accounts[row.id] = account
+            self._order()
+
+    def _enliven(self, row: AccountRow, load: Counter[str]) -> Account:
+        """Gives an account its part of the configuration: a proxy for life (the least used) and a gateway."""
+        proxies, gateways = self.settings.proxy_url, self.settings.chatgpt_base_url
+        proxy = row.proxy if row.proxy in proxies else ""
+        if proxies and not proxy:
+            proxy = min(proxies, key=lambda one: load[one])
+            load[proxy] += 1
+            if not row.guest:
+                self.store.update_account(row.id, proxy=proxy)
+        browser = (
+            row.browser if row.browser in browsers.BrowserType.__members__ else self.settings.impersonate
+        )
+        gateway = gateways[int(hashlib.sha256(row.id.encode()).hexdigest(), 16) % len(gateways)]
+        return Account(row, Route(browser, proxy), gateway)
+
+    def _order(self) -> None:
+        self._turn_order = [account for account in self._accounts.values() if account.row.state == "ready"]
+
+    def add(self, lines: Iterable[str]) -> tuple[list[AccountRow], list[str]]:
+        """Stores the tokens, one a line (`#` begins a comment): the accounts, and why which line was left out.
+
+        An account that is known gets its new token and is ready again; its identity stays.
+        """
+        known = {row.id: row for row in self.store.accounts()}
+        rows, faults = {}, []
+        for number, line in enumerate(lines, 1):
+            if not (text := line.partition("#")[0].strip()):
+                continue
+            try:
+                row = recognise(text)
+            except ValueError as error:
+                faults.append(f"line {number}: {error}")
+                continue
+            old = known.get(row.id)
+            identity = old or AccountRow(
+                "", "", "", device=str(uuid.uuid4()), browser=self.settings.impersonate, added=time.time()
+            )
+            rows[row.id] = replace(
+                row,
+                **{
+                    name: getattr(identity, name)
+                    for name in ("device", "browser", "proxy", "cookies", "added")
+                },
+                email=row.email or identity.email,
+                plan=row.plan or identity.plan,
+            )
+        self.store.put_accounts(rows.values())
+        self.reload()
+        return list(rows.values()), faults
+
+    def guest(self, key: str) -> Account:
+        """The account of a caller who brings a token (or none: `login-free`); ValueError when it is no token."""
+        row = recognise(key)
+        if row.kind == SESSION:
+            raise ValueError("a session token is no API key")
+        if row.kind == LOGIN_FREE:
+            row = replace(row, id="free-caller")
+        with self._accounts_lock:
+            account = self._guests.get(row.id)
+            if account is None:
+                kept = next((one for one in self.store.accounts() if one.id == row.id and one.guest), None)
+                device = str(uuid.uuid5(uuid.NAMESPACE_URL, row.id))
+                row = kept or replace(
+                    row, guest=1, device=device, browser=self.settings.impersonate, added=time.time()
+                )
+                account = self._enliven(row, Counter())
+                if row.kind == REFRESH and not kept:
+                    self.store.put_accounts([row])
+                self._guests[row.id] = account
+                while len(self._guests) > self.MOST_GUESTS:
+                    self._guests.popitem(last=False)
+            elif row.kind == ACCESS and row.secret != account.row.secret:
+                account.row = replace(row, guest=1, device=account.row.device, browser=account.row.browser)
+            self._guests.move_to_end(row.id)
+            return account
+
+    def accounts(self) -> list[Account]:
+        with self._accounts_lock:
+            return list(self._accounts.values())
+
+    def live(self) -> list[Account]:
+        """All accounts and guests that the process knows."""
+        with self._accounts_lock:
+            return [*self._accounts.values(), *self._guests.values()]
+
+    def states(self) -> dict[str, int]:
+        """How many accounts are in which state."""
+        now = time.time()
+        return Counter(account.state(now) for account in self.accounts())
+
+    # -- who answers ---------------------------------------------------------------------------------------------------
+
+    def lease(self, model: str, tried: Iterable[Account] = (), holder: str | None = None) -> Account:
+        """The account for the next attempt; ApiError rate_limit_exceeded or no_account when there is none.
+
+        `holder` is the id of the one account that will do. Accounts already tried come again only when all have been.
+        """
+        now, tried = time.time(), list(tried)
+        with self._accounts_lock:
+            order = self._turn_order
+            if holder is not None:
+                order = [account for account in order if account.id == holder]
+            if not order:
+                raise self._none(model, now)
+            first = random.randrange(len(order)) if self.settings.random_token else self._cursor % len(order)
+            usable = None
+            for step in range(len(order)):
+                account = order[(first + step) % len(order)]
+                if not self._usable(account, model, now):
+                    continue
+                if account not in tried:
+                    self._cursor = first + step + 1
+                    account.used = now
+                    return account
+                usable = usable or account
+            if usable is None:
+                raise self._none(model, now)
+            return usable
+
+    def _usable(self, account: Account, model: str, now: float) -> bool:
+        if not account.renewable and not account.token_valid(now):
+            return False
+        wait = account.waits.get(model)
+        return not (self.settings.enable_limit and wait and wait.until > now)
+
+    def check_guest(self, account: Account, model: str) -> None:
+        """A guest's lease: the same rules for an account that cannot be replaced by another."""
+        now = time.time()
+        account.used = now
+        if account.row.state != "ready" or not (account.renewable or account.token_valid(now)):
+            raise ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
+        if not self._usable(account, model, now):
+            raise self._limited(account.waits[model].until - now)
+
+    def _none(self, model: str, now: float) -> ApiError:
+        """Why no account can answer; the lock is held."""
+        waits = [account.waits[model].until for account in self._turn_order if model in account.waits]
+        waits = [until for until in waits if until > now]
+        if waits and self.settings.enable_limit:
+            return self._limited(min(waits) - now)
+        found = "has no accounts" if not self._accounts else "has only expired or dead accounts"
+        text = f"The pool {found}; add one with `chatproxy.py accounts add`, and see `chatproxy.py accounts list`."
+        return ApiError("no_account", text, headers={"Retry-After": "30"})
+
+    @staticmethod
+    def _limited(seconds: float) -> ApiError:
+        seconds = max(1, math.ceil(seconds))
+        text = (
+            f"Every usable account is waiting out the upstream's rate limit; try again in {seconds} seconds."
+        )
+        return ApiError("rate_limit_exceeded", text, headers={"Retry-After": str(seconds)})
+
+    # -- what becomes of them ------------------------------------------------------------------------------------------
+
+    def told_to_wait(self, account: Account, model: str, seconds: float | None) -> float:
+        """A 429: leaves the account alone for this model, for the given time or one that grows; the time taken."""
+        with self._accounts_lock:
+            strikes = account.waits[model].strikes + 1 if model in account.waits else 1
+            pause = seconds if seconds is not None else min(FIRST_WAIT * 2 ** (strikes - 1), LONGEST_WAIT)
+            account.waits[model] = Wait(time.time() + pause, strikes)
+        self.store.put_wait(account.id, model, time.time() + pause, strikes)
+        return pause
+
+    def answered(self, account: Account, model: str) -> None:
+        """An answer came: the account's strikes for the model are forgotten."""
+        account.answered = True
+        account.used = time.time()
+        if model in account.waits:
+            with self._accounts_lock:
+                account.waits.pop(model, None)
+            self.store.remove_wait(account.id, model)
+
+    def set_aside(self, account: Account, state: str, reason: str) -> None:
+        """Takes an account out for good, as `expired` or `dead`, until it gets a new token."""
+        with self._accounts_lock:
+            account.row = replace(account.row, state=state, reason=reason)
+            self._order()
+        self.store.update_account(account.id, state=state, reason=reason)
+        log(logging.WARNING, f"account set aside as {state}", account=account.name, reason=reason)
+
+    def renewed(self, account: Account, token: str, secret: str | None) -> None:
+        """A new access token, and the secret to ask for the next one if that was rotated: stored, then used."""
+        row = replace(with_access_token(account.row, token), state="ready", reason="")
+        row = replace(row, secret=secret or row.secret)
+        columns = ("access_token", "expires", "email", "plan", "workspace", "secret", "state", "reason")
+        self.store.update_account(account.id, **{name: getattr(row, name) for name in columns})
+        with self._accounts_lock:
+            account.row = row
+            self._order()
+
+    def keep_cookies(self) -> None:
+        """Stores the cookies that changed since the last time."""
+        for account in self.accounts():
+            text = json.dumps(account.cookies)
+            if text != account.row.cookies:
+                account.row = replace(account.row, cookies=text)
+                self.store.update_account(account.id, cookies=text)
+
+    # -- guarded one-at-a-time work -------------------------------------------------------------------------------------
+
+    def renewal(self, account: Account, begin: Callable[[], Future[str]]) -> Future[str]:
+        """The exchange under way for an account, begun if there is none."""
+        with self._accounts_lock:
+            if account.renewal is None or account.renewal.done():
+                account.renewal = begin()
+            return account.renewal
+
+    def put_spare(self, account: Account, begin: Callable[[], Future[Any]]) -> None:
+        """Begins to prepare an account's next turn, unless that is done already."""
+        with self._accounts_lock:
+            if account.spare is None:
+                account.spare = begin()
+
+    def take_spare(self, account: Account) -> Future[Any] | None:
+        """What was prepared, for one taker."""
+        with self._accounts_lock:
+            spare, account.spare = account.spare, None
+            return spare
+
+
+# ============================================================================================================
+# upstream: the calls of the web API, one method each
+# ============================================================================================================
+
+PAGE_LIFE = 900.0  # seconds between two readings of the start page
+SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
+REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
+REFRESH_REDIRECT = "com.openai.chat://auth0.openai.com/ios/com.openai.chat/callback"
+BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
+SESSION_COOKIE = "__Secure-next-auth.session-token"
+# A user agent for fingerprints made before libcurl has told its own, which takes a failed connection.
+UNKNOWN_AGENT = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/150.0.0.0 Safari/537.36"
+# What a page's script sends rather than a person opening the page; an empty value keeps libcurl from sending its own.
+_SCRIPT_HEADERS = (
+    b"Accept: */*", b"Content-Type: application/json", b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
+    b"Sec-Fetch-Dest: empty", b"Sec-Fetch-User:", b"Upgrade-Insecure-Requests:", b"Expect:",
+)  # fmt: skip
+_PAGE_HEADERS = (b"Expect:",)
+_BLOCK_MARKS = re.compile(r"just a moment|cf-spinner|cf-chl|challenge-platform|unusual activity", re.I)
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a conversation call needs besides its body: good for one call, until `expires` (monotonic seconds)."""
+
+    token: str = ""
+    proof: str = ""
+    arkose: str = ""
+    expires: float = math.inf
+
+    def headers(self) -> list[bytes]:
+        """The `openai-sentinel-…` header lines."""
+        values = {
+            "chat-requirements-token": self.token,
+            "proof-token": self.proof,
+            "arkose-token": self.arkose,
+        }
+        return [f"openai-sentinel-{name}: {value}".encode() for name, value in values.items() if value]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a question: role system, user, assistant or tool."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, in nobody's shape: the messages, the upstream's model slug, and a conversation to go on with."""
+
+    messages: tuple[Message, ...]
+    model: str
+    conversation: str | None = None
+    parent: str | None = None
+    continues: bool = False
+
+
+def conversation_body(question: Question, history_disabled: bool) -> dict[str, Any]:
+    """ "The conversation body"."""
+    now = time.time()
+    messages = [
+        {
+            "id": str(uuid.uuid4()),
+            "author": {"role": message.role},
+            "content": {"content_type": "text", "parts": [message.text]},
+            "metadata": {},
+            "create_time": now,
+        }
+        for message in question.messages
+    ]
+    body = {
+        "action": "continue" if question.continues else "next",
+        "messages": messages,
+        "model": question.model,
+        "parent_message_id": question.parent or str(uuid.uuid4()),
+        "conversation_mode": {"kind": "primary_assistant"},
+        "history_and_training_disabled": history_disabled,
+        "force_use_sse": True,
+        "supports_buffering": True,
+        "supported_encodings": ["v1"],
+        "system_hints": [],
+        "suggestions": [],
+        "timezone_offset_min": TIMEZONE_OFFSET_MIN,
+        "websocket_request_id": str(uuid.uuid4()),
+    }
+    if question.conversation:
+        body["conversation_id"] = question.conversation
+    if question.continues:
+        del body["messages"]
+    return body
+
+
+def refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
+    """ "Refusals" as an exception. Of the upstream's own words only `detail` is repeated, and never what it was sent."""
+    text = body[:20_000].decode("utf-8", "replace")
+    page = "text/html" in headers.get("content-type", "") or text.lstrip()[:1] == "<"
+    detail: Any = None
+    if not page:
+        with contextlib.suppress(ValueError, AttributeError):
+            detail = json.loads(body).get("detail")
+    code = str(detail.get("code") or "") if isinstance(detail, dict) else ""
+    said = detail.get("message") if isinstance(detail, dict) else detail
+    if isinstance(detail, list):  # a validator's list repeats the input: say only what and where
+        said = "; ".join(
+            f"{'.'.join(map(str, one.get('loc', ())))}: {one.get('msg')}"
+            for one in detail
+            if isinstance(one, dict)
+        )
+    said = f": {said[:300]}" if isinstance(said, str) and said else ""
+    if status == 429:
+        wait = detail.get("clears_in") if isinstance(detail, dict) else None
+        return Refusal(
+            "limited", "rate_limit_exceeded", "The upstream's rate limit is reached.", _seconds(wait, headers)
+        )
+    if status == 401:
+        return Refusal(
+            "expired",
+            "invalid_api_key",
+            "The upstream says that this account's token expired or was revoked.",
+        )
+    if status == 403 or (page and _BLOCK_MARKS.search(text)):
+        advice = "open chatgpt.com in a browser from this address, or set PROXY_URL to another one"
+        return Refusal(
+            "blocked", "upstream_blocked", f"The upstream refuses this server's address ({status}); {advice}."
+        )
+    if status >= 500 or page:
+        return Refusal("broken", "upstream_error", f"The upstream failed with status {status}; try again.")
+    if status in (404, 405):
+        if "conversation" in code or "conversation_not_found" in text:
+            return Refusal("rejected", "not_found", "The upstream does not know this conversation.")
+        if "model" in code:
+            return Refusal("rejected", "model_not_found", f"The upstream does not offer this model{said}")
+        return Refusal("missing", "upstream_error", f"The upstream has no such call ({status}).")
+    if status == 413:
+        return Refusal(
+            "rejected", "request_too_large", "The upstream says that the prompt is too long; shorten it."
+        )
+    return Refusal("rejected", "invalid_request_error", f"The upstream rejected the request ({status}){said}")
+
+
+def _seconds(said: Any, headers: Mapping[str, str]) -> float | None:
+    """The pause that a 429 asks for: its body's `clears_in`, else Retry-After as seconds."""
+    for value in (said, headers.get("retry-after")):
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(seconds := float(value or "")) and seconds >= 0:
+                return min(seconds, 30 * 86400.0)
+    return None
+
+
+class ChatGPT:
+    """The web API of chatgpt.com for any account: turns, what they need beforehand, and token renewal."""
+
+    def __init__(
+        self, settings: Settings, pool: Pool, handles: Handles, solver: Solver, metrics: Metrics
+    ) -> None:
+        self.settings, self.pool, self.handles, self.solver, self.metrics = (
+            settings,
+            pool,
+            handles,
+            solver,
+            metrics,
+        )
+        self.background = ThreadPoolExecutor(16, thread_name_prefix="background")
+        self._pages: dict[tuple[str, str], Page] = {}
+        self._agents: dict[str, str] = {}
+        self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
+        self._quiet = Watch(float("inf"))
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _calling(
+        self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch
+    ) -> Iterator[tuple[Call, Handle]]:
+        """A call on a handle of the account's own, ended where it is when the block is left."""
+        with self.handles.lend(account.id, account.route) as handle:
+            call = handle.call(method, url, headers, body, watch, float(self.settings.upstream_timeout))
+            try:
+                yield call, handle
+            finally:
+                call.close()
+
+    def _headers(self, account: Account, extra: Iterable[bytes] = ()) -> list[bytes]:
+        """The header lines of every call of the site's own scripts."""
+        row, gateway = account.row, account.gateway
+        lines = [
+            *_SCRIPT_HEADERS,
+            f"Origin: {gateway}".encode(),
+            f"Referer: {gateway}/".encode(),
+            f"oai-device-id: {row.device}".encode(),
+            f"oai-language: {self.settings.oai_language}".encode(),
+        ]
+        if row.access_token and row.kind != LOGIN_FREE:
+            lines.append(f"Authorization: Bearer {row.access_token}".encode())
+            if row.workspace:
+                lines.append(f"chatgpt-account-id: {row.workspace}".encode())
+        if self.settings.auth_key:
+            lines.append(f"authkey: {self.settings.auth_key}".encode())
+        if account.cookies:
+            lines.append(("Cookie: " + "; ".join(f"{k}={v}" for k, v in account.cookies.items())).encode())
+        return [*lines, *extra]
+
+    def _base(self, account: Account) -> str:
+        return account.gateway + ("/backend-anon" if account.row.kind == LOGIN_FREE else "/backend-api")
+
+    def _heard(self, call: str, account: Account, status: int, headers: Mapping[str, str]) -> None:
+        """Counts an answer and keeps the cookies it sets."""
+        self.metrics.add("chatproxy_upstream_responses_total", labels=f'call="{call}",status="{status}"')
+        for line in headers.get("set-cookie", "").split("\n"):
+            name, equals, value = line.partition(";")[0].partition("=")
+            if not equals or not name.strip() or re.search(r"[\s\x00-\x1f]", name.strip() + value.strip()):
+                continue
+            if re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I) or not value.strip():
+                account.cookies.pop(name.strip(), None)
+            else:
+                account.cookies[name.strip()] = value.strip()
+
+    def _post(
+        self, call: str, account: Account, path: str, body: Mapping[str, Any], watch: Watch
+    ) -> Patient[dict[str, Any]]:
+        """A call that answers with a JSON object; Refusal for anything but 2xx."""
+        data = json.dumps(body, separators=(",", ":")).encode()
+        url = self._base(account) + path
+        try:
+            with self._calling(account, "POST", url, self._headers(account), data, watch) as (open_call, _):
+                answer = yield from open_call.whole()
+        except Refusal:
+            self._heard(call, account, 0, {})
+            raise
+        self._heard(call, account, answer.status, answer.headers)
+        if not 200 <= answer.status < 300 or not isinstance(answer.json(), dict):
+            raise refusal(answer.status, answer.headers, answer.body)
+        return dict(answer.json())
+
+    # -- one turn ------------------------------------------------------------------------------------------------------
+
+    def page(self, account: Account, watch: Watch) -> Patient[Page]:
+        """The start page's facts for fingerprints, read at most every PAGE_LIFE seconds; a failure is harmless."""
+        key = (account.gateway, account.route.browser)
+        known, now = self._pages.get(key), time.time()
+        if known and now - known.read < PAGE_LIFE:
+            return known
+        self._pages[key] = (known or Page())._replace(read=now)  # others go on with what is known meanwhile
+        cookies = "; ".join(f"{k}={v}" for k, v in account.cookies.items())
+        headers = [*_PAGE_HEADERS, *([f"Cookie: {cookies}".encode()] if cookies else [])]
+        with (
+            contextlib.suppress(Refusal),
+            self._calling(account, "GET", account.gateway + "/", headers, None, watch) as (call, handle),
+        ):
+            handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
+            answer = yield from call.whole()
+            self._heard("page", account, answer.status, answer.headers)
+            if answer.status == 200:
+                text = answer.body.decode("utf-8", "replace")
+                build = re.search(r'<html[^>]*\sdata-build="([^"]*)"', text)
+                scripts = tuple(re.findall(r'<script[^>]*\ssrc="([^"]+)"', text)[:50])
+                self._pages[key] = Page(scripts, build[1] if build else None, now)
+        return self._pages[key]
+
+    def _fingerprint(self, account: Account, page: Page) -> list[Any]:
+        agent = self._agents.get(account.route.browser, UNKNOWN_AGENT)
+        return fingerprint(account.row.device, agent, self.settings.oai_language, page, time.time())
+
+    def requirements(self, account: Account, watch: Watch) -> Patient[Requirements]:
+        """Requirements token and proofs for one conversation call; either generation, steps 1 to 3 of "One turn"."""
+        if self.settings.conversation_only:
+            return Requirements()
+        page = yield from self.page(account, watch)
+        algorithm = self.settings.pow_algorithm
+        token, made = account.requirements_token
+        if not token or made != page.read:
+            token = requirements_token(self._fingerprint(account, page), algorithm)
+            account.requirements_token = (token, page.read)
+        path, newer = "/sentinel/chat-requirements", (account.gateway, "sentinel")
+        if newer not in self._newer:
+            try:
+                answer = yield from self._post("requirements", account, path, {"p": token}, watch)
+                return (yield from self._satisfied(account, page, answer, watch))
+            except Refusal as refused:
+                if refused.reason != "missing":
+                    raise
+                self._newer.add(newer)
+        answer = yield from self._post("requirements", account, f"{path}/prepare", {"p": token}, watch)
+        ready = yield from self._satisfied(account, page, answer, watch)
+        final = {"prepare_token": answer.get("prepare_token"), "proofofwork": ready.proof}
+        answer = yield from self._post("requirements", account, f"{path}/finalize", final, watch)
+        expires = time.monotonic() + float(answer.get("expire_after") or 540)
+        return replace(ready, token=str(answer.get("token") or ""), expires=expires)
+
+    def _satisfied(
+        self, account: Account, page: Page, asked: Mapping[str, Any], watch: Watch
+    ) -> Patient[Requirements]:
+        """Solves what an answer to chat-requirements asks for. Turnstile is left to the upstream to decide."""
+        expires = time.monotonic() + float(asked.get("expire_after") or 540)
+        if asked.get("force_login") and account.row.kind == LOGIN_FREE:
+            raise Refusal(
+                "blocked",
+                "upstream_blocked",
+                "The upstream wants a signed-in account here; add one to the pool.",
+            )
+        proof, arkose = asked.get("proofofwork") or {}, asked.get("arkose") or {}
+        solution = token = ""
+        if proof.get("required"):
+            solution = yield from self._proof(
+                account, page, str(proof.get("seed")), str(proof.get("difficulty")), watch
+            )
+        if arkose.get("required"):
+            token = yield from self._arkose(account, str(arkose.get("dx") or ""), watch)
+        return Requirements(str(asked.get("token") or ""), solution, token, expires)
+
+    def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> Patient[str]:
+        if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty):
+            raise Refusal(
+                "rejected", "upstream_error", "The upstream asks a proof of work of an unknown kind."
+            )
+        if harder(difficulty, self.settings.pow_difficulty):
+            limit = self.settings.pow_difficulty
+            text = f"The upstream asks a proof of difficulty {difficulty}; POW_DIFFICULTY={limit} allows no harder one."
+            raise Refusal("rejected", "proof_of_work_too_hard", text)
+        start = time.monotonic()
+        job = self.solver.submit(
+            seed, difficulty.lower(), self._fingerprint(account, page), self.settings.pow_algorithm
+        )
+        try:
+            token = yield from awaited(job, watch, float(self.settings.upstream_timeout))
+        except TimeoutError:
+            raise ApiError("upstream_error", "The proof of work took too long; try again.") from None
+        self.metrics.observe("chatproxy_proof_seconds", time.monotonic() - start)
+        return token
+
+    def _arkose(self, account: Account, dx: str, watch: Watch) -> Patient[str]:
+        if not self.settings.arkose_token_url:
+            text = "The upstream wants an Arkose token; set ARKOSE_TOKEN_URL to a service that provides them."
+            raise Refusal("rejected", "arkose_required", text)
+        body = json.dumps({"blob": dx}).encode()
+        with self.handles.lend("arkose", Route("", "")) as handle:
+            headers = [b"Content-Type: application/json", b"Expect:"]
+            url, silence = self.settings.arkose_token_url, float(self.settings.upstream_timeout)
+            try:
+                answer = yield from handle.call("POST", url, headers, body, watch, silence).whole()
+                token = answer.json().get("token") if answer.status == 200 else None
+            except (Refusal, AttributeError):
+                token = None
+        if not isinstance(token, str) or not token:
+            raise Refusal("rejected", "arkose_required", "The service at ARKOSE_TOKEN_URL gave no token.")
+        return token
+
+    def conversation(
+        self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch
+    ) -> Iterator[bytes]:
+        """Steps 4 and 5 of "One turn": the answer's bytes as they come, b"" for a heartbeat's time of silence."""
+        newer = (account.gateway, "conversation")
+        if newer not in self._newer:
+            try:
+                yield from self._converse(account, "/conversation", body, needs.headers(), watch)
+                return
+            except Refusal as refused:
+                if refused.reason != "missing":
+                    raise
+                self._newer.add(newer)
+        bare = {name: value for name, value in body.items() if name != "messages"}
+        answer = yield from beating(
+            self._post("conduit", account, "/f/conversation/prepare", bare, watch), b""
+        )
+        conduit = f"x-conduit-token: {answer.get('conduit_token') or ''}".encode()
+        yield from self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
+
+    def _converse(
+        self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
+    ) -> Iterator[bytes]:
+        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        headers = self._headers(account, [b"Accept: text/event-stream", *extra])
+        headers.remove(b"Accept: */*")
+        try:
+            with self._calling(account, "POST", self._base(account) + path, headers, data, watch) as (
+                call,
+                _,
+            ):
+                yield from beating(call.start(), b"")
+                self._heard("conversation", account, call.status, call.headers)
+                if call.status == 200 and "text/html" not in call.headers.get("content-type", ""):
+                    yield from self._until_done(call)
+                    return
+                parts = []
+                for part in call.rest():
+                    parts.append(part)
+                    if not part:
+                        yield b""
+                raise refusal(call.status, call.headers, b"".join(parts))
+        except Refusal as refused:
+            if refused.reason in ("unreachable", "silent"):
+                self._heard("conversation", account, 0, {})
+            raise
+
+    @staticmethod
+    def _until_done(call: Call) -> Iterator[bytes]:
+        """The body, whose end is not waited for long once the last event was there."""
+        done = False
+        try:
+            for part in call.rest():
+                if part.endswith(b"[DONE]\n\n"):
+                    done = True
+                    call.hurry()
+                yield part
+        except Refusal:
+            if not done:
+                raise
+
+    # -- prepared ahead ------------------------------------------------------------------------------------------------
+
+    def prepare(self, account: Account) -> None:
+        """Begins to get an account's next requirements in the background, one spare an account."""
+        if not self.settings.conversation_only:
+            self.pool.put_spare(account, lambda: self.background.submit(self._prepared, account))
+
+    def _prepared(self, account: Account) -> Requirements | None:
+        """The spare, or None when it could not be had: the next turn will find out why."""
+        try:
+            return patiently(self.requirements(account, self._quiet))
+        except ApiError as error:
+            log(logging.DEBUG, "no requirements ahead", account=account.name, code=error.code)
+            return None
+        except Exception:
+            log(logging.ERROR, "background job failed", exc_info=True, account=account.name)
+            return None
+
+    def ready_requirements(self, account: Account, watch: Watch) -> Patient[Requirements]:
+        """The account's spare, waited for if it is on its way, else requirements got now."""
+        spare = self.pool.take_spare(account)
+        if spare is not None and not spare.cancel():
+            with contextlib.suppress(TimeoutError):
+                needs: Requirements | None = yield from awaited(
+                    spare, watch, float(self.settings.upstream_timeout)
+                )
+                if needs is not None and needs.expires > time.monotonic() + 1:
+                    return needs
+        return (yield from self.requirements(account, watch))
+
+    def sweep_spares(self) -> None:
+        """Drops what has expired, and gets anew what an account in use will need."""
+        now = time.monotonic()
+        for account in self.pool.live():
+            spare = account.spare
+            if spare is None or not spare.done() or spare.cancelled():
+                continue
+            needs = spare.result()
+            if needs is None or needs.expires <= now + 5:
+                self.pool.take_spare(account)
+                if (
+                    needs is not None
+                    and time.time() - account.used < SPARE_IDLE
+                    and account.row.state == "ready"
+                ):
+                    self.prepare(account)
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def token(self, account: Account, watch: Watch, refused: str = "") -> Patient[None]:
+        """Sees to it that the account has a usable access token, other than one that was just `refused`.
+
+        One exchange at a time an account, in the background: a client that hangs up never interrupts one.
+        """
+        if account.token_valid(time.time()) and account.row.access_token != refused:
+            return
+        if not account.renewable:
+            return
+        renewal = self.pool.renewal(account, lambda: self.background.submit(self._renew, account))
+        try:
+            yield from awaited(renewal, watch, float(self.settings.upstream_timeout))
+        except TimeoutError:
+            raise Refusal(
+                "silent", "upstream_timeout", "The token endpoint did not answer in time."
+            ) from None
+
+    def _renew(self, account: Account) -> str:
+        """Exchanges the account's secret for an access token. "Accounts: Refresh token, Session token"."""
+        not_before, failures = account.retry_renewal
+        if time.time() < not_before:
+            raise Refusal(
+                "unreachable",
+                "upstream_error",
+                "Renewing this account's token failed; it is tried again soon.",
+            )
+        try:
+            if account.row.kind == SESSION:
+                token, secret = self._ask_session(account)
+            else:
+                token, secret = self._ask_refresh(account)
+            self.pool.renewed(account, token, secret)
+        except Refusal as refused:
+            if refused.reason == "dead":
+                self.pool.set_aside(account, "dead", refused.message)
+                raise Refusal(
+                    "expired", "invalid_api_key", "This account's sign-in is no longer valid."
+                ) from None
+            account.retry_renewal = (time.time() + min(2.0**failures, 600), failures + 1)
+            raise
+        account.retry_renewal = (0.0, 0)
+        log(logging.INFO, "token renewed", account=account.name)
+        return token
+
+    def _ask_refresh(self, account: Account) -> tuple[str, str | None]:
+        secret, url = account.row.secret, f"{self.settings.openai_auth_url}/oauth/token"
+        body = {"grant_type": "refresh_token", "refresh_token": secret}
+        # A token does not tell which client it was given to, but those of 45 characters are the iOS generation's.
+        ios = {"client_id": REFRESH_CLIENT, "redirect_uri": REFRESH_REDIRECT}
+        for client in [{"client_id": BROWSER_CLIENT}, ios] if secret.startswith("rt_") else [ios]:
+            headers = [b"Content-Type: application/json", b"Expect:"]
+            answer = self._exchange(
+                "refresh", account, "POST", url, headers, json.dumps(body | client).encode()
+            )
+            said = answer.json() if isinstance(answer.json(), dict) else {}
+            error = said.get("error")
+            error = error.get("code") if isinstance(error, dict) else error
+            if answer.status == 200 and said.get("access_token"):
+                return str(said["access_token"]), str(said["refresh_token"]) if said.get(
+                    "refresh_token"
+                ) else None
+            if error not in ("invalid_grant", "access_denied"):
+                raise Refusal(
+                    "broken", "upstream_error", f"The token endpoint answered with status {answer.status}."
+                )
+        raise Refusal("dead", "invalid_api_key", str(error))
+
+    def _ask_session(self, account: Account) -> tuple[str, str | None]:
+        size, token = 3900, account.row.secret  # what a browser's cookie holds; longer ones are split
+        pieces = [token[i : i + size] for i in range(0, len(token), size)]
+        names = (
+            [SESSION_COOKIE] if len(pieces) == 1 else [f"{SESSION_COOKIE}.{i}" for i in range(len(pieces))]
+        )
+        cookies = account.cookies | dict(zip(names, pieces, strict=True))
+        headers = [*_PAGE_HEADERS, ("Cookie: " + "; ".join(f"{k}={v}" for k, v in cookies.items())).encode()]
+        answer = self._exchange(
+            "session", account, "GET", f"{account.gateway}/api/auth/session", headers, None
+        )
+        said = answer.json() if isinstance(answer.json(), dict) else {}
+        if answer.status == 200 and not said:
+            raise Refusal("dead", "invalid_api_key", "the session is over")
+        if answer.status != 200 or not said.get("accessToken"):
+            raise refusal(answer.status if answer.status != 401 else 502, answer.headers, answer.body)
+        # A renewed cookie may come whole or in numbered pieces; it is kept as the secret, not in the jar.
+        found = {
+            name: account.cookies.pop(name)
+            for name in list(account.cookies)
+            if name.startswith(SESSION_COOKIE)
+        }
+        renewed = "".join(found[name] for name in sorted(found, key=lambda name: (len(name), name)))
+        return str(said["accessToken"]), renewed or None
+
+    def _exchange(
+        self, call: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None
+    ) -> Answer:
+        with self._calling(account, method, url, headers, body, self._quiet) as (open_call, _):
+            answer = patiently(open_call.whole())
+        self._heard(call, account, answer.status, answer.headers if url.startswith(account.gateway) else {})
+        return answer
+
+
+# ============================================================================================================
+# events: bytes, server-sent events, typed events
+# ============================================================================================================
+
+
+class Begin(NamedTuple):
+    """The answer begins: the model that really gives it ("" when the upstream does not say), and its ids there."""
+
+    model: str
+    conversation: str
+    message: str
+
+
+class Text(NamedTuple):
+    """A piece of the answer."""
+
+    text: str
+
+
+class Reasoning(NamedTuple):
+    """A piece of what the model thought before answering; never part of the answer."""
+
+    text: str
+
+
+class Finish(NamedTuple):
+    """The end: `reason` is stop, length or content_filter; the ids are those to go on from."""
+
+    reason: str
+    conversation: str = ""
+    message: str = ""
+
+
+Event = Begin | Text | Reasoning | Finish
+
+
+class EventStream:
+    """Server-sent events: takes bytes however they are cut, gives the `data` of whole events.
+
+    Each byte is looked at a fixed number of times: what has no event's end is put aside unjoined until one comes.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._last = b""  # the last byte put aside, to see an end that is cut in two
+        self._cr = False  # a carriage return was last: a line feed that follows belongs to it
+
+    def feed(self, data: bytes) -> list[str]:
+        """The `data` of each event that is complete now, its lines joined by line feeds."""
+        if b"\r" in data or self._cr:
+            data = self._unix(data)
+        end = data.rfind(b"\n\n")
+        if end < 0 and not (self._last == b"\n" and data[:1] == b"\n"):
+            if data:
+                self._parts.append(data)
+                self._last = data[-1:]
+            return []
+        cut = end + 2 if end >= 0 else 1
+        block = b"".join([*self._parts, data[:cut]]) if self._parts else data[:cut]
+        rest = data[cut:]
+        self._parts, self._last = [rest] if rest else [], rest[-1:]
+        return [
+            found
+            for event in block.decode("utf-8", "replace").split("\n\n")
+            if (found := self._data(event)) is not None
+        ]
+
+    def _unix(self, data: bytes) -> bytes:
+        if self._cr and data[:1] == b"\n":
+            data = data[1:]
+        self._cr = data[-1:] == b"\r" if data else self._cr
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    @staticmethod
+    def _data(event: str) -> str | None:
+        if event.startswith("data: ") and "\n" not in event:  # nearly all of them
+            return event[6:]
+        lines = [line[5:].removeprefix(" ") for line in event.split("\n") if line.startswith("data:")]
+        return "\n".join(lines) if lines else None
+
+
+class _Growing:
+    """A message under way: who it is for, and how much of its text has been passed on."""
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        self.raw = message
+        self.id = str(message.get("id") or "")
+        self.sent = 0
+        self.tail: list[str] = []  # appended to part 0 since `raw` was last brought up to date
+        self.kind = self._kind()
+
+    def _kind(self) -> type[Text] | type[Reasoning] | None:
+        """What becomes of its text. "Which messages are the answer"."""
+        message = self.raw
+        content = message.get("content")
+        kind = content.get("content_type") if isinstance(content, dict) else None
+        author, metadata = message.get("author"), message.get("metadata")
+        if not isinstance(author, dict) or author.get("role") != "assistant":
+            return None
+        if isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation"):
+            return None
+        if kind in ("thoughts", "reasoning_recap"):
+            return Reasoning
+        if kind not in ("text", "multimodal_text") or message.get("recipient", "all") != "all":
+            return None
+        return Text if message.get("channel") in (None, "final") else None
+
+    def text(self) -> str:
+        """The whole text so far."""
+        if self.tail:
+            parts = self.raw["content"]["parts"]
+            parts[0] = "".join([parts[0], *self.tail])
+            self.tail.clear()
+        content = self.raw.get("content")
+        if not isinstance(content, dict):
+            return ""
+        if content.get("content_type") == "thoughts":
+            return "\n\n".join(self._thoughts(content.get("thoughts")))
+        if content.get("content_type") == "reasoning_recap":
+            return ""  # "Thought for 5 seconds": a caption, not a thought
+        parts = content.get("parts")
+        return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
+
+    @staticmethod
+    def _thoughts(thoughts: Any) -> Iterator[str]:
+        for thought in thoughts if isinstance(thoughts, list) else ():
+            if isinstance(thought, dict):
+                yield "\n".join(str(thought[key]) for key in ("summary", "content") if thought.get(key))
+
+
+class Decoder:
+    """The upstream's answer, in either encoding, as typed events. "The answer: server-sent events, two encodings".
+
+    `feed` takes bytes however they are cut; `finish` tells afterwards how the answer ended. One decoder lives through
+    a continued answer, so that nothing of it is passed on twice.
+    """
+
+    def __init__(self) -> None:
+        self.conversation = self.message = self.model = ""
+        self._begun = self._done = False
+        self._events = EventStream()
+        self._messages: dict[str, _Growing] = {}
+        self._current: _Growing | None = None
+        self._path, self._op = "", "add"
+        self._hot = False  # path and op are an append to part 0 of an answering message
+        self._reason = ""
+
+    def renew(self) -> None:
+        """Gets ready for the bytes of the call that goes on with this answer."""
+        self._events, self._current, self._hot = EventStream(), None, False
+        self._path, self._op, self._reason, self._done = "", "add", "", False
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that have become whole; Refusal when the upstream says that it failed."""
+        out: list[Event] = []
+        append = out.append
+        for text in self._events.feed(data):
+            if text[:1] != "{":
+                self._done = self._done or text == "[DONE]"
+                continue
+            try:
+                value = _decode(text)[0]
+            except ValueError:
+                continue
+            # Once per token: {"v": "…"} goes on appending to the answer's first part.
+            if self._hot and len(value) == 1 and type(more := value.get("v")) is str:
+                current = self._current
+                assert current is not None
+                current.tail.append(more)
+                current.sent += len(more)
+                append(Text(more))
+            else:
+                self._take(value, out)
+        return out
+
+    def finish(self) -> Finish | None:
+        """How the answer ended, None when it did not: it was cut off."""
+        if not self._reason and not self._done:
+            return None
+        return Finish(self._reason or "stop", self.conversation, self.message)
+
+    def _take(self, value: dict[str, Any], out: list[Event]) -> None:
+        """One event of any kind."""
+        if "v" in value or "p" in value or "o" in value:
+            self._path, self._op = value.get("p", self._path), value.get("o", self._op)
+            self._apply(self._path, self._op, value.get("v"), out)
+            current = self._current
+            self._hot = (
+                self._path == "/message/content/parts/0"
+                and self._op == "append"
+                and current is not None
+                and current.kind is Text
+                and isinstance(_at(current.raw, ["content", "parts", 0]), str)
+            )
+        elif value.get("error"):
+            raise Refusal(
+                "broken", "upstream_error", "The upstream broke off its answer with an error; try again."
+            )
+        elif isinstance(value.get("message"), dict):
+            self._begin(value, out)
+        elif value.get("type") == "message_stream_complete":
+            self.conversation = value.get("conversation_id") or self.conversation
+        elif value.get("type") == "moderation" and (value.get("moderation_response") or {}).get("blocked"):
+            self._reason = "content_filter"
+
+    def _begin(self, value: dict[str, Any], out: list[Event]) -> None:
+        """A message, new or (in the cumulative encoding) known and grown."""
+        self.conversation = value.get("conversation_id") or self.conversation
+        message = _Growing(value["message"])
+        known = self._messages.get(message.id)
+        if known is not None and known.id:
+            message.sent = known.sent
+        self._messages[message.id] = self._current = message
+        self._grown(message, out)
+
+    def _apply(self, path: str, op: str, value: Any, out: list[Event]) -> None:
+        """One operation of the v1 encoding; paths that lead nowhere are passed over."""
+        if op == "patch" and isinstance(value, list):
+            for one in value:
+                if isinstance(one, dict):
+                    self._apply(path + str(one.get("p", "")), str(one.get("o", "append")), one.get("v"), out)
+            return
+        if path == "":
+            if op == "add" and isinstance(value, dict) and isinstance(value.get("message"), dict):
+                self._begin(value, out)
+            elif isinstance(value, dict) and value.get("error"):
+                raise Refusal(
+                    "broken", "upstream_error", "The upstream broke off its answer with an error; try again."
+                )
+            return
+        if path == "/conversation_id" and isinstance(value, str):
+            self.conversation = value
+        current = self._current
+        if current is None or not path.startswith("/message/"):
+            return
+        if path == "/message/content/parts/0" and op == "append" and isinstance(value, str) and current.tail:
+            current.tail.append(value)
+        else:
+            current.text()  # brings `raw` up to date
+            _patch(current.raw, [_step(step) for step in path.split("/")[2:]], op, value)
+        self._grown(current, out)
+
+    def _grown(self, message: _Growing, out: list[Event]) -> None:
+        """Passes on what a message has grown by, and notes whether it is the end."""
+        if message.kind is not None:
+            metadata = message.raw.get("metadata")
+            self.model = (
+                str(metadata.get("model_slug") or self.model) if isinstance(metadata, dict) else self.model
+            )
+            if not self._begun:
+                self._begun = True
+                out.append(Begin(self.model, self.conversation, message.id))
+            text = message.text()
+            if len(text) > message.sent:
+                out.append(message.kind(text[message.sent :]))
+                message.sent = len(text)
+        if message.kind is Text:
+            self._status(message)
+
+    def _status(self, message: _Growing) -> None:
+        self.message = message.id or self.message
+        metadata, end_turn = message.raw.get("metadata"), message.raw.get("end_turn")
+        details = metadata.get("finish_details") if isinstance(metadata, dict) else None
+        kind = details.get("type") if isinstance(details, dict) else None
+        if self._reason == "content_filter":
+            return
+        if kind == "max_tokens":
+            self._reason = "length"
+        elif (kind in ("stop", "interrupted") and end_turn is not False) or (
+            message.raw.get("status") == "finished_successfully" and end_turn
+        ):
+            self._reason = "stop"
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def _step(text: str) -> str | int:
+    """A step of a JSON pointer; array indexes as numbers."""
+    return int(text) if text.isdecimal() and len(text) < 7 else text.replace("~1", "/").replace("~0", "~")
+
+
+def _at(value: Any, steps: Iterable[str | int]) -> Any:
+    for step in steps:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
+    """Applies one operation where the pointer leads, if it leads anywhere."""
+    target, last = _at(target, steps[:-1]), steps[-1]
+    if isinstance(target, dict):
+        last = str(last)
+        old = target.get(last)
+    elif isinstance(target, list) and isinstance(last, int) and last <= len(target):
+        old = target[last] if last < len(target) else None
+    else:
+        return
+    if op == "remove":
+        if isinstance(target, dict):
+            target.pop(last, None)
+        elif isinstance(last, int) and last < len(target):
+            del target[last]
+        return
+    if op == "append" and isinstance(old, str) and isinstance(value, str):
+        value = old + value
+    elif op == "append" and isinstance(old, list):
+        value = [*old, *value] if isinstance(value, list) else [*old, value]
+    elif op == "append" and isinstance(old, dict) and isinstance(value, dict):
+        value = old | value
+    elif op == "truncate" and isinstance(old, (str, list)) and isinstance(value, int):
+        value = old[:value]
+    elif op == "add" and isinstance(target, list) and isinstance(last, int):
+        target.insert(last, value)
+        return
+    if isinstance(target, list) and last == len(target):
+        target.append(value)
+    else:
+        target[last] = value
+
+
+# ============================================================================================================
+# answers: a question becomes events, whichever account and however many attempts it takes
+# ============================================================================================================
+
+# Reasons to go on to the next account, never after the upstream rejected the request itself.
+_NEXT_ACCOUNT = ("expired", "blocked", "limited", "broken", "unreachable")
+
+
+class Attempt:
+    """One answer's way through the accounts: those tried so far, and whether anything of it has come."""
+
+    def __init__(self, question: Question, guest: Account | None, holder: str | None) -> None:
+        self.question, self.guest, self.holder = question, guest, holder
+        self.tried: list[Account] = []
+        self.begun = False
+        self.account: Account | None = None
+
+
+class Answers:
+    """Asks the web upstream on behalf of the pool or of a guest: leases, retries, goes on with what was cut."""
+
+    def __init__(self, settings: Settings, pool: Pool, upstream: ChatGPT, metrics: Metrics) -> None:
+        self.settings, self.pool, self.upstream, self.metrics = settings, pool, upstream, metrics
+
+    def ask(
+        self, question: Question, guest: Account | None, watch: Watch
+    ) -> Generator[list[Event], None, None]:
+        """The answer as batches of events that came together, [] for a heartbeat's time of silence; Finish is last.
+
+        ApiError when no account could answer; after the first event, when the answer broke off.
+        """
+        known = question.conversation and not guest
+        attempt = Attempt(
+            question,
+            guest,
+            self.pool.store.conversation_account(question.conversation or "") if known else None,
+        )
+        account = self._lease(attempt)
+        while True:
+            if account in attempt.tried:
+                yield from beating(self._pause(len(attempt.tried), watch), [])
+            try:
+                yield from self._answer(account, attempt, watch)
+                return
+            except Refusal as refused:
+                if attempt.begun:
+                    raise
+                account = self._next(account, attempt, refused)
+
+    def _lease(self, attempt: Attempt) -> Account:
+        model = attempt.question.model
+        if attempt.guest:
+            self.pool.check_guest(attempt.guest, model)
+            return attempt.guest
+        return self.pool.lease(model, attempt.tried, attempt.holder)
+
+    def _next(self, account: Account, attempt: Attempt, refused: Refusal) -> Account:
+        """Draws the consequences of a refused attempt: the account for the next one, else what to tell the client."""
+        reason, model = refused.reason, attempt.question.model
+        if reason == "limited":
+            pause = self.pool.told_to_wait(account, model, refused.wait)
+            refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
+            log(logging.INFO, "account told to wait", account=account.name, model=model, seconds=round(pause))
+        elif reason == "expired" and account.row.state == "ready":
+            self.pool.set_aside(account, "expired", "the upstream refused its token (401)")
+        attempt.tried.append(account)
+        if reason not in _NEXT_ACCOUNT or len(attempt.tried) > self.settings.retry_times:
+            raise self._last(refused, attempt)
+        try:
+            account = self._lease(attempt)
+        except ApiError as none:
+            raise (none if reason in ("expired", "limited") else refused) from None
+        if account in attempt.tried and reason == "blocked":
+            raise refused
+        self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
+        return account
+
+    def _last(self, refused: Refusal, attempt: Attempt) -> ApiError:
+        """What the client is told after the last attempt."""
+        if refused.reason != "expired" or attempt.guest:
+            return refused
+        text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
+        return ApiError("no_account", text, headers={"Retry-After": "1"})
+
+    def _pause(self, tries: int, watch: Watch) -> Patient[None]:
+        """Between two attempts on the same account: a quarter of a second, twice as long each time."""
+        with contextlib.suppress(TimeoutError):
+            yield from awaited(Future[None](), watch, 0.25 * 2 ** (tries - 1))
+
+    def _answer(self, account: Account, attempt: Attempt, watch: Watch) -> Iterator[list[Event]]:
+        """The whole answer of one account, continued as often as AUTO_CONTINUE says."""
+        question, decoder, continuations = attempt.question, Decoder(), 0
+        while True:
+            yield from self._turn(account, question, attempt, decoder, watch)
+            finish = decoder.finish()
+            if finish is None:
+                raise Refusal("broken", "upstream_error", "The upstream broke off its answer; try again.")
+            continuations += 1
+            cut = finish.reason == "length" and finish.conversation and finish.message
+            if not cut or continuations > self.settings.auto_continue:
+                break
+            here = {"conversation": finish.conversation, "parent": finish.message}
+            question = replace(question, messages=(), continues=True, **here)
+            decoder.renew()
+        self._answered(account, attempt, finish)
+        yield [finish]
+
+    def _answered(self, account: Account, attempt: Attempt, finish: Finish) -> None:
+        first = not account.answered
+        self.pool.answered(account, attempt.question.model)
+        if first:
+            self.upstream.prepare(account)
+        if not self.settings.history_disabled and not attempt.guest and finish.conversation:
+            self.pool.store.put_conversation(finish.conversation, account.id)
+
+    def _turn(
+        self, account: Account, question: Question, attempt: Attempt, decoder: Decoder, watch: Watch
+    ) -> Iterator[list[Event]]:
+        """One conversation call, made again once if a renewed token helps."""
+        yield from beating(self.upstream.token(account, watch), [])
+        token = account.row.access_token
+        try:
+            yield from self._call(account, question, attempt, decoder, watch)
+        except Refusal as refused:
+            if refused.reason != "expired" or not account.renewable or attempt.begun:
+                raise
+            yield from beating(self.upstream.token(account, watch, refused=token), [])
+            yield from self._call(account, question, attempt, decoder, watch)
+
+    def _call(
+        self, account: Account, question: Question, attempt: Attempt, decoder: Decoder, watch: Watch
+    ) -> Iterator[list[Event]]:
+        needs = yield from beating(self.upstream.ready_requirements(account, watch), [])
+        body = conversation_body(question, self.settings.history_disabled)
+        if account.answered:
+            self.upstream.prepare(account)
+        attempt.account = account
+        for data in self.upstream.conversation(account, body, needs, watch):
+            if not data:
+                yield []
+                continue
+            attempt.begun = True
+            if events := decoder.feed(data):
+                yield events
+
+
+# ============================================================================================================
+# openai: requests and events to and from OpenAI's shapes; pure functions and small machines, no sockets
+# ============================================================================================================
+
+
+def invalid(param: str, message: str) -> ApiError:
+    """A 400 that names the field."""
+    return ApiError("invalid_request_error", message, param)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A request's body as a JSON object."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError("invalid_request_error", "The body is not valid JSON; send one JSON object.") from None
+    if not isinstance(value, dict):
+        raise ApiError("invalid_request_error", "The body is not a JSON object; send one.")
+    return value
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A validated chat completion request. `limit` is in tokens, None for none; `stops` never occur in the answer."""
+
+    question: Question
+    model: str
+    stream: bool
+    include_usage: bool
+    limit: int | None
+    stops: tuple[str, ...]
+
+
+def _typed(
+    body: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], what: str, param: str = ""
+) -> Any:
+    """body[name], None when absent or null; 400 when it is of another type."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise invalid(param or name, f"`{param or name}` must be {what}.")
+    return value
+
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise invalid(where, f"`{where}` must be an object with `role` and `content`.")
+    role = value.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise invalid(f"{where}.role", f"`{where}.role` must be one of {', '.join(ROLES)}.")
+    content = value.get("content")
+    if content is None and role == "assistant":
+        content = ""
+    if isinstance(content, str):
+        return Message(ROLES[role], content)
+    if not isinstance(content, list):
+        raise invalid(f"{where}.content", f"`{where}.content` must be a string or a list of content parts.")
+    return Message(
+        ROLES[role], "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    )
+
+
+def _part(value: Any, where: str) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("text", "input_text", "refusal"):
+        raise invalid(where, f"`{where}` must be a part of type text; this version takes no other.")
+    text = value.get("refusal" if kind == "refusal" else "text")
+    if not isinstance(text, str):
+        raise invalid(f"{where}.text", f"`{where}.text` must be a string.")
+    return text
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(stop, str) for stop in stops):
+        raise invalid("stop", "`stop` must be a string or a list of up to 16 strings.")
+    return tuple(stop for stop in stops if stop)
+
+
+def parse_chat(body: Mapping[str, Any], history_disabled: bool) -> ChatRequest:
+    """A chat completion request; 400 names what is wrong. What the web upstream cannot honour is accepted and ignored."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise invalid("messages", "`messages` must be a list of at least one message.")
+    model = _typed(body, "model", str, "a string")
+    if not model:
+        raise invalid("model", "`model` is missing; name one, such as gpt-4o or auto.")
+    for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
+        _typed(body, name, (int, float), "a number")
+    _typed(body, "seed", int, "an integer")
+    _typed(body, "user", str, "a string")
+    _typed(body, "logit_bias", dict, "an object")
+    if _typed(body, "n", int, "an integer") not in (None, 1):
+        raise invalid("n", "`n` must be 1: the upstream gives one answer a request.")
+    if _typed(body, "logprobs", bool, "true or false"):
+        raise invalid("logprobs", "`logprobs` must be false: the upstream gives none.")
+    for name in ("tools", "functions"):
+        if _typed(body, name, list, "a list"):
+            raise invalid(name, f"`{name}` must be empty: this version calls no functions.")
+    limits = [_typed(body, name, int, "an integer") for name in ("max_completion_tokens", "max_tokens")]
+    limit = next((limit for limit in limits if limit is not None), None)
+    if limit is not None and limit < 1:
+        raise invalid(
+            "max_completion_tokens" if limits[0] is not None else "max_tokens",
+            "The most tokens must be 1 or more.",
+        )
+    options = _typed(body, "stream_options", dict, "an object") or {}
+    conversation, parent = (
+        _typed(body, name, str, "a string") for name in ("conversation_id", "parent_message_id")
+    )
+    if conversation and history_disabled:
+        raise invalid(
+            "conversation_id",
+            "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary.",
+        )
+    question = Question(
+        tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages)),
+        model,
+        conversation or None,
+        parent if conversation else None,
+    )
+    return ChatRequest(
+        question,
+        model,
+        bool(_typed(body, "stream", bool, "true or false")),
+        bool(_typed(options, "include_usage", bool, "true or false", "stream_options.include_usage")),
+        limit,
+        _stops(body.get("stop")),
+    )
+
+
+# How text is counted without a tokenizer. o200k_base first cuts text into pieces (words with their leading space or
+# sign, digits by three, runs of signs, white space); most are one token, so every match here stands for one. The upper
+# bounds split longer pieces, which are rarer in the vocabulary; they were fitted on prose, code and JSON.
+_PIECE = re.compile(
+    r"""\d{1,3}
+    | [ ][A-Z]?[a-z\xdf-\u024f\u1e00-\u1eff]{1,9} | [A-Z]?[a-z\xdf-\u024f\u1e00-\u1eff]{1,7}
+    | [ ]?[A-Z]{1,5}
+    | [!-/:-@\[-`{-~][A-Z]?[a-z\xdf-\u024f\u1e00-\u1eff]{1,6}  # .name, (word, _part
+    | ([-=*\#_/.~+])\1{3,}[\r\n]*  # rulers: ----, ====
+    | [ ]?[!-/:-@\[-`{-~\x00-\x08\x0e-\x1b\x7f]{1,3}[\r\n]*
+    | \s*[\r\n]+ | \s+(?=\s) | \s(?![^\x00-\x7f])""",
+    re.VERBOSE,
+)
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+# Tokens per character beyond ASCII, by the code point its range starts at: Latin-1 (the words are matched above),
+# other Latin, Greek, Cyrillic, Hebrew and Arabic, Indic and others, Vietnamese, symbols, CJK signs, kana, others, Han,
+# others, Hangul, others, variation selectors, full-width signs, emoji and rare Han.
+_SCRIPTS = (
+    0x80, 0x100, 0x370, 0x400, 0x590, 0x700, 0x1E00, 0x2000, 0x3000, 0x3040, 0x3100, 0x3400, 0xA000, 0xAC00, 0xD7A4,
+    0xFE00, 0xFF00, 0x10000,
+)  # fmt: skip
+_COSTS = (0.1, 1.5, 0.4, 0.26, 0.36, 0.4, 0.0, 1.0, 0.25, 0.65, 0.5, 1.6, 0.5, 0.73, 0.5, 1.6, 1.0, 1.85)
+# The 500 Han characters in most of the vocabulary's longer pieces: those usually share a token.
+_COMMON_HAN = frozenset(
+    "一丁七万三上下不与专世业东个中丰为主久么之乐也买了争事二于五亚些交产京人亿什今他代以们件价任伊众优会"
+    "传位体何作你例保信俺值假做偷像元先克免党入全公六共关其内册准凤凰出分划创利到制前力办加务动助势包化北"
+    "区十午华卓单南博卡历去县参友双发取口另只可台号司合同名后吗否告员周命和品哪商啪器四回因国图在地场址型"
+    "城基堂增士处备复外多夜大天太央奇奖女好如妇妻始姐委娱子字存学安完官定宝实客家容对导小少就尼局展属山州"
+    "工市布常幕平年幸广庆应度建开式强当录彩影律得微心必快态怎思性总息情意戏成我战户所手打技投报拍招持指据"
+    "排接推提播收改放政教数整文料斯新方旗无日时明易星是時更最月有服期本机权来极果查标样格案棋模次欧款止正"
+    "此比毛民水求江没河治法注洲活流测海消清港游源点热無然爱片版牌物特玩环现球理生用申电男登百的皇目直相看"
+    "真知码破确碰示社神票福科秘称程空站竞第等算管米类精系红级线组经结统综编网置美群老考者联肖育胆能腾自至"
+    "色苹草荐菲营蕉虎行表装西要观规视解计认讯记论设证评试话说请读财责账购费资赌赛赢超足路车软载输过运近返"
+    "这进送选透通速道邀那部都里重量金钱银链锋长間门间阳际限院除集霸青靠面韩音页预领频题首香马验骗高黄黑龙"
+)
+
+
+def estimate_tokens(text: str) -> int:
+    """About how many o200k_base tokens a text is, in one pass (two if it is not all ASCII)."""
+    tokens = float(len(_PIECE.findall(text)))
+    if not text.isascii():
+        for char, count in Counter("".join(_NOT_ASCII.findall(text))).items():
+            if char in _COMMON_HAN:
+                tokens += 0.45 * count
+            elif char in "äöüß":  # the sign of German, whose long words split more often
+                tokens += 2.5 * count
+            else:
+                tokens += _COSTS[bisect.bisect(_SCRIPTS, ord(char)) - 1] * count
+    return max(1, round(tokens)) if text else 0
+
+
+class Tokens:
+    """Counts tokens: exactly with `tiktoken` where it is installed and has its vocabulary at hand, else by estimate."""
+
+    def __init__(self) -> None:
+        self._encode: Callable[..., list[int]] | None = None
+        self._loading: threading.Thread | None = None
+        if importlib.util.find_spec("tiktoken"):
+            self._loading = threading.Thread(target=self._load, name="tiktoken", daemon=True)
+            self._loading.start()
+
+    def _load(self) -> None:
+        """tiktoken may have to download its vocabulary: in the background, so that nobody waits long for it."""
+        try:
+            import tiktoken
+
+            self._encode = tiktoken.get_encoding("o200k_base").encode
+        except Exception as error:
+            log(logging.INFO, "tiktoken has no vocabulary; tokens are estimated", reason=type(error).__name__)
+
+    def count(self, text: str) -> int:
+        """The tokens of a text in o200k_base."""
+        if self._loading is not None:
+            self._loading.join(2.0)
+            self._loading = None
+        return len(self._encode(text, disallowed_special=())) if self._encode else estimate_tokens(text)
+
+
+class Trimmer:
+    """Enforces `stop` and the token limit on a sequence of events: what comes out is what the client may see.
+
+    A piece of text that may be the beginning of a stop sequence is held back until it is known not to be one.
+    """
+
+    def __init__(self, stops: Iterable[str], limit: int | None, count: Callable[[str], int]) -> None:
+        self._stops, self._left, self._count = tuple(stops), limit, count
+        self._pattern = re.compile("|".join(map(re.escape, self._stops))) if self._stops else None
+        self._starts = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
+        self._longest = max(map(len, self._starts), default=0)
+        self._held = ""
+        self.over = False
+
+    def feed(self, events: list[Event]) -> list[Event]:
+        """The events with their text trimmed; after the end of the answer `over` is set and nothing follows."""
+        out: list[Event] = []
+        for event in events:
+            if self.over:
+                break
+            if type(event) is Text:
+                self._text(event.text, out)
+            elif type(event) is Finish:
+                if self._held:
+                    self._limited(self._held, out)
+                if not self.over:
+                    out.append(event)
+                self.over = True
+            else:
+                out.append(event)
+        return out
+
+    def _text(self, text: str, out: list[Event]) -> None:
+        if self._pattern is None:
+            self._limited(text, out)
+            return
+        text = self._held + text
+        if found := self._pattern.search(text):
+            self._held = ""
+            self._limited(text[: found.start()], out)
+            if not self.over:
+                out.append(Finish("stop"))
+            self.over = True
+            return
+        sizes = range(min(self._longest, len(text)), 0, -1)
+        held = next((size for size in sizes if text[-size:] in self._starts), 0)
+        self._held = text[len(text) - held :]
+        self._limited(text[: len(text) - held], out)
+
+    def _limited(self, text: str, out: list[Event]) -> None:
+        if not text:
+            return
+        if self._left is not None:
+            size = self._count(text)
+            if size > self._left:
+                text = self._cut(text, self._left)
+                if text:
+                    out.append(Text(text))
+                out.append(Finish("length"))
+                self.over = True
+                return
+            self._left -= size
+        out.append(Text(text))
+
+    def _cut(self, text: str, tokens: int) -> str:
+        """The longest beginning of the text that is at most so many tokens."""
+        low, high = 0, len(text)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._count(text[:middle]) <= tokens else (low, middle - 1)
+        return text[:low]
+
+
+class Completion:
+    """One answer on its way into OpenAI's shape: takes events, knows what of them the client is given."""
+
+    def __init__(self, request: ChatRequest, tokens: Tokens, extras: bool) -> None:
+        """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept."""
+        self.request, self._tokens, self._extras = request, tokens, extras
+        self.id, self.created = f"chatcmpl-{secrets.token_hex(14)}", int(time.time())
+        self.model = request.model
+        trims = request.stops or request.limit is not None
+        self._trimmer = Trimmer(request.stops, request.limit, tokens.count) if trims else None
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._ids = {"conversation_id": "", "message_id": ""}
+        self._reason = "stop"
+        self.over = False
+
+    def take(self, events: list[Event]) -> list[Event]:
+        """Notes a batch of events; those that the client may see."""
+        if self._trimmer:
+            events = self._trimmer.feed(events)
+        for event in events:
+            kind = type(event)
+            if kind is Text:
+                self._text.append(event[0])
+            elif kind is Reasoning:
+                self._reasoning.append(event[0])
+            elif isinstance(event, Begin):
+                self.model = event.model or self.model
+                self._ids = {"conversation_id": event.conversation, "message_id": event.message}
+            elif isinstance(event, Finish):
+                self._reason, self.over = event.reason, True
+                if event.conversation:
+                    self._ids = {"conversation_id": event.conversation, "message_id": event.message}
+        return events
+
+    def usage(self) -> dict[str, Any]:
+        """`usage`: three more tokens a message and three an answer, as OpenAI counts the chat format."""
+        count, messages = self._tokens.count, self.request.question.messages
+        prompt = sum(count(message.text) + 4 for message in messages) + 3
+        completion, reasoning = count("".join(self._text)), count("".join(self._reasoning))
+        if self.request.limit is not None:
+            completion = min(completion, self.request.limit)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion + reasoning,
+            "total_tokens": prompt + completion + reasoning,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+        }
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return frame | self._ids if self._extras and self._ids["conversation_id"] else frame
+
+    def whole(self) -> dict[str, Any]:
+        """A `chat.completion`."""
+        message = {"role": "assistant", "content": "".join(self._text), "refusal": None}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._reason}
+        return self._frame("chat.completion") | {"choices": [choice], "usage": self.usage()}
+
+
+class CompletionStream(Completion):
+    """The same as `chat.completion.chunk` events."""
+
+    _begun = False
+    _ahead = _behind = ""
+
+    def feed(self, events: list[Event]) -> tuple[bytes, int]:
+        """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
+        pieces: list[str] = []
+        append, quote = pieces.append, json.encoder.encode_basestring
+        for event in self.take(events):
+            kind = type(event)
+            if kind is Text and self._begun:  # once per token
+                append(f"{self._ahead}{quote(event[0])}{self._behind}")
+                continue
+            if not self._begun:
+                self._begin(pieces)
+            if isinstance(event, Text):
+                append(f"{self._ahead}{quote(event.text)}{self._behind}")
+            elif isinstance(event, Reasoning):
+                append(self._chunk({"reasoning_content": event.text}, None))
+            elif isinstance(event, Finish):
+                self._end(pieces)
+        return "".join(pieces).encode("utf-8", "replace"), len(pieces)
+
+    def _begin(self, pieces: list[str]) -> None:
+        self._begun = True
+        pieces.append(self._chunk({"role": "assistant", "content": ""}, None))
+        self._ahead, self._behind = self._chunk({"content": "\x00"}, None).split('"\\u0000"')
+
+    def _end(self, pieces: list[str]) -> None:
+        pieces.append(self._chunk({}, self._reason))
+        if self.request.include_usage:
+            pieces.append(
+                f"data: {_compact(self._frame('chat.completion.chunk') | {'choices': [], 'usage': self.usage()})}\n\n"
+            )
+        pieces.append("data: [DONE]\n\n")
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        usage = {"usage": None} if self.request.include_usage else {}
+        return f"data: {_compact(self._frame('chat.completion.chunk') | {'choices': [choice]} | usage)}\n\n"
+
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+# ============================================================================================================
+# http: listening, parsing, limits, auth, router, streaming out
+# ============================================================================================================
+
+MOST_LINE = 8192  # bytes of the request line
+MOST_HEAD = 32768  # bytes of the request line and all headers
+MOST_HEADERS = 100
+BODY_RATE = 10_000  # bytes a second that extend the time a client has for its body
+SEND_TIMEOUT = 60  # seconds a client may take to read what was sent
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TARGET = re.compile(r"[\x21-\x7e]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+
+
+@dataclass
+class Request:
+    """A request as routes see it: `path` is decoded and without API_PREFIX, header names are lower-case."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+    peer: str
+    watch: Watch
+    id: str = ""
+    params: dict[str, str] = field(default_factory=dict)
+    guest: Account | None = None
+    asker: str = ""
+    route: str = "none"
+    key: str = ""
+
+    def json(self) -> dict[str, Any]:
+        return parse_object(self.body)
+
+
+@dataclass
+class Reply:
+    """A whole answer."""
+
+    status: int = 200
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Stream:
+    """An answer in pieces: (bytes, how many events they are) each, sent as they come. Its status is sent with the first;
+    an ApiError raised before that is answered as such, one raised later becomes the stream's last event."""
+
+    pieces: Iterator[tuple[bytes, int]]
+    status: int = 200
+    content_type: str = "text/event-stream; charset=utf-8"
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    return Reply(status, _compact(value).encode("utf-8", "replace"), headers=dict(headers or {}))
+
+
+def malformed(message: str) -> ApiError:
+    return ApiError("invalid_request_error", f"Malformed HTTP: {message}.")
+
+
+def parse_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
+    """Method, target, version and headers of a request's head (without its last empty line).
+
+    Refused with 400 is whatever two parsers might read differently: bare line feeds, folded lines, white space before
+    a colon, control characters, two Host or Content-Length lines, a length with chunked, a length that is not plain
+    digits, a transfer coding other than chunked, a version other than 1.0 and 1.1.
+    """
+    if _BARE_LF.search(head):
+        raise malformed("a line feed without carriage return")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    if len(first) > MOST_LINE:
+        raise ApiError("uri_too_long", f"The request line is longer than {MOST_LINE} bytes.")
+    words = first.split(" ")
+    if len(words) != 3 or not _TOKEN.fullmatch(words[0]) or not _TARGET.fullmatch(words[1]):
+        raise malformed("the request line")
+    method, target, version = words
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise malformed("an HTTP version other than 1.0 and 1.1")
+    if len(lines) > MOST_HEADERS:
+        raise ApiError("headers_too_large", f"There are more than {MOST_HEADERS} header lines.")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
+            raise malformed("a header line")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in ("host", "content-length", "transfer-encoding", "authorization"):
+                raise malformed(f"two {name} headers")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    if version == "HTTP/1.1" and "host" not in headers:
+        raise malformed("no Host header")
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None and (length is not None or coding.lower() != "chunked" or version == "HTTP/1.0"):
+        raise malformed("a transfer coding other than chunked alone")
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+        raise malformed("a Content-Length that is not plain digits")
+    return method, target, version, headers
+
+
+class Wire:
+    """A client's socket: reads heads and bodies with their limits and time-outs, keeps what was sent ahead."""
+
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
+        self._sock, self._timeout = sock, timeout
+        self._ahead = b""
+
+    def _limit(self, seconds: float) -> None:
+        """The kernel's own time-out: a timed Python socket would call poll() before each read and write."""
+        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+
+    def _more(self, deadline: float) -> bytes:
+        """The next bytes, b"" at the end; ApiError request_timeout when they are not there in time."""
+        left = deadline - time.monotonic()
+        try:
+            if left > 0:
+                if left < self._timeout - 0.5:
+                    self._limit(max(left, 0.01))
+                return self._sock.recv(65536)
+        except (BlockingIOError, TimeoutError, ssl.SSLWantReadError):
+            pass
+        except OSError:
+            return b""
+        raise ApiError("request_timeout", "The request took too long to arrive; send it faster.")
+
+    def head(self) -> bytes | None:
+        """The next request's head without its last empty line; None when the client is done.
+
+        A client that sends nothing at all is given the time-out too, and then left without a word.
+        """
+        self._limit(self._timeout)
+        data = self._ahead
+        deadline = time.monotonic() + self._timeout
+        begun = bool(data)
+        while True:
+            data = data.removeprefix(b"\r\n") if not begun else data
+            end = data.find(b"\r\n\r\n")
+            if 0 <= end <= MOST_HEAD:
+                self._ahead = data[end + 4 :]
+                return data[:end]
+            if _BARE_LF.search(data):
+                raise malformed("a line feed without carriage return")
+            if len(data) > MOST_HEAD:
+                line = data.find(b"\r\n")
+                if not 0 <= line <= MOST_LINE:
+                    raise ApiError("uri_too_long", f"The request line is longer than {MOST_LINE} bytes.")
+                raise ApiError("headers_too_large", f"The headers are longer than {MOST_HEAD} bytes.")
+            try:
+                more = self._more(deadline)
+            except ApiError:
+                if data:
+                    raise
+                return None
+            if not more:
+                return None
+            data += more
+            begun = len(data) > 2
+
+    def body(self, headers: Mapping[str, str], most: int) -> bytes:
+        """The request's body, by length or in chunks; request_too_large past `most` bytes."""
+        start, read = time.monotonic(), 0
+        too_large = ApiError(
+            "request_too_large", f"The body is larger than MAX_BODY_MB allows ({most >> 20} MiB)."
+        )
+
+        def more() -> bytes:
+            nonlocal read
+            data = self._more(start + self._timeout + read / BODY_RATE)
+            if not data:
+                raise ClientGone
+            read += len(data)
+            return data
+
+        if "transfer-encoding" in headers:
+            return self._chunks(more, most, too_large)
+        length = int(headers.get("content-length", 0))
+        if length > most:
+            raise too_large
+        parts, have = [self._ahead], len(self._ahead)
+        while have < length:
+            parts.append(more())
+            have += len(parts[-1])
+        data = b"".join(parts) if len(parts) > 1 else parts[0]
+        self._ahead = data[length:]
+        return data[:length]
+
+    def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError) -> bytes:
+        body, data = bytearray(), bytearray(self._ahead)
+        while True:
+            line = self._line(data, more)
+            digits = line.partition(b";")[0].rstrip(b" \t")
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
+                raise malformed("a chunk's size")
+            size = int(digits, 16)
+            if not size:
+                break
+            if len(body) + size > most:
+                raise too_large
+            while len(data) < size + 2:
+                data += more()
+            if data[size : size + 2] != b"\r\n":
+                raise malformed("a chunk's end")
+            body += data[:size]
+            del data[: size + 2]
+        trailers = 0
+        while line := self._line(data, more):
+            trailers += len(line)
+            if trailers > MOST_LINE:
+                raise ApiError("headers_too_large", "The trailers are too long.")
+        self._ahead = bytes(data)
+        return bytes(body)
+
+    @staticmethod
+    def _line(data: bytearray, more: Callable[[], bytes]) -> bytes:
+        while (end := data.find(b"\n")) < 0:
+            if len(data) > MOST_LINE:
+                raise malformed("a line of the chunked body")
+            data += more()
+        line = bytes(data[:end])
+        if line[-1:] != b"\r" or end > MOST_LINE:
+            raise malformed("a line of the chunked body")
+        del data[: end + 1]
+        return line[:-1]
+
+
+class Client(Watch):
+    """The client as someone who waits: gone when its side of the connection is closed."""
+
+    def __init__(self, sock: socket.socket, server: Server) -> None:
+        super().__init__(float(server.settings.heartbeat))
+        self._poll = select.poll()
+        # Where the system cannot tell a closed connection from unread bytes, a hang-up shows at the next write.
+        self._poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))
+        self._server = server
+
+    def check(self) -> None:
+        if self._poll.poll(0):
+            raise ClientGone
+        if self._server.ending:
+            raise ApiError(
+                "overloaded", "The server is shutting down; try again.", headers={"Retry-After": "5"}
+            )
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A thread a connection, up to MAX_CONNECTIONS; `respond` turns a Request into a Reply or a Stream."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+    allow_reuse_address = True
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        respond: Callable[[Request], Reply | Stream],
+        settings: Settings,
+        metrics: Metrics,
+        quiet: bool = False,
+    ) -> None:
+        self.respond, self.settings, self.metrics = respond, settings, metrics
+        self.prefix = f"/{settings.api_prefix}" if settings.api_prefix else ""
+        self.quiet = quiet
+        self.stopping = False  # no new requests
+        self.ending = False  # open answers are to end
+        self._open_lock = threading.Lock()
+        self._open: dict[socket.socket, bool] = {}  # whether a request is being answered
+        self.tls: ssl.SSLContext | None = None
+        if settings.tls_cert and settings.tls_key:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
+            self.tls.load_cert_chain(settings.tls_cert, settings.tls_key)
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, Connection)
+
+    def server_bind(self) -> None:
+        """Binds without asking DNS for the host's name, as HTTPServer would."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Refuses what is over MAX_CONNECTIONS, in the accepting thread and without waiting."""
+        with self._open_lock:
+            if len(self._open) < self.settings.max_connections and not self.stopping:
+                self._open[request] = False
+                return True
+        if not self.tls:
+            error = ApiError("overloaded", "Too many connections; try again.", headers={"Retry-After": "5"})
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                request.send(head_bytes(error_reply(error), "1.1", "close") + error_reply(error).body)
+                request.shutdown(socket.SHUT_WR)
+        return False
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._open_lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A fault of this program outside any request."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            log(logging.ERROR, "connection failed", exc_info=True)
+
+    def mark(self, request: socket.socket, busy: bool) -> None:
+        """Notes whether a connection has a request to answer: idle ones can be ended at once."""
+        self._open[request] = busy
+
+    def connections(self) -> int:
+        return len(self._open)
+
+    def drain(self, grace: float) -> None:
+        """Stops accepting and waits for open answers, up to `grace` seconds; then they end with an error."""
+        self.stopping = True
+        self.shutdown()
+        self.socket.close()
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline + 3:
+            with self._open_lock:
+                idle = [one for one, busy in self._open.items() if not busy]
+                left = len(self._open) - len(idle)
+            for one in idle:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RD)
+            if not left:
+                return
+            self.ending = time.monotonic() >= deadline
+            time.sleep(0.05)
+
+
+def error_reply(error: ApiError) -> Reply:
+    return json_reply(error.body(), error.status, error.headers)
+
+
+_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def head_bytes(reply: Reply | Stream, version: str, connection: str, extra: str = "") -> bytes:
+    """The head of an answer: whole ones have a length, streams to HTTP/1.1 clients are chunked."""
+    lines = [
+        f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, '')}",
+        f"Content-Type: {reply.content_type}",
+    ]
+    if isinstance(reply, Reply):
+        lines.append(f"Content-Length: {len(reply.body)}")
+    else:
+        lines += ["Cache-Control: no-cache", "X-Accel-Buffering: no"]
+        if version == "1.1":
+            lines.append("Transfer-Encoding: chunked")
+    if connection:
+        lines.append(f"Connection: {connection}")
+    lines += [f"{name}: {value}" for name, value in reply.headers.items()]
+    return (
+        "\r\n".join([*lines, f"Date: {_date(int(time.time()))}", "Server: chatproxy"]) + f"\r\n{extra}\r\n"
+    ).encode("latin-1")
+
+
+@functools.lru_cache(2)
+def _date(now: int) -> str:
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
+
+
+_CORS = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: x-request-id, retry-after\r\n"
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
+    "Access-Control-Allow-Headers": "*, Authorization",
+    "Access-Control-Max-Age": "86400",
+}
+
+
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One client connection: HTTP/1.1 with keep-alive and pipelining, HTTP/1.0 with close.
+
+    A request is read whole, answered, and only then the next one is looked at. What `parse_head` refuses ends the
+    connection, since nobody can say where the next request would begin.
+    """
+
+    server: Server
+
+    def setup(self) -> None:
+        sock = self.request
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
+        self.plain = sock
+        self.peer = str(self.client_address[0])
+
+    def handle(self) -> None:
+        """Answers request after request until either side closes."""
+        server = self.server
+        try:
+            if server.tls:
+                self.plain.settimeout(server.settings.read_timeout)
+                self.request = server.tls.wrap_socket(self.plain, server_side=True)
+                self.request.settimeout(None)
+            self.sock = self.request
+            self.wire = Wire(self.sock, float(server.settings.read_timeout))
+            self.client = Client(self.sock, server)
+            while self._one():
+                server.mark(self.plain, False)
+                if server.stopping:
+                    break
+        except (OSError, ClientGone):
+            pass
+
+    def finish(self) -> None:
+        """Closes without a reset that could overtake the answer: reads what the client still sends, for a moment."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.request is not self.plain:
+                self.request.settimeout(1)
+                self.plain = self.request.unwrap()
+        with contextlib.suppress(OSError):
+            self.plain.shutdown(socket.SHUT_WR)
+            self.plain.settimeout(0.2)
+            for _ in range(64):
+                if not self.plain.recv(65536):
+                    break
+        if self.request is not self.plain:
+            self.request.close()
+
+    def _one(self) -> bool:
+        """Reads one request and answers it; whether another may follow."""
+        self.version, self.method = "1.1", ""
+        request = None
+        self.start = time.monotonic()
+        self.request_id = f"req_{secrets.token_hex(8)}"
+        try:
+            head = self.wire.head()
+            if head is None:
+                return False
+            self.server.mark(self.plain, True)
+            self.start = time.monotonic()
+            request, keep = self._read(head)
+        except ApiError as error:
+            self._send(error_reply(error), request, False)
+            return False
+        try:
+            answer = self._routed(request)
+        except ApiError as error:
+            answer = error_reply(error)
+        except ClientGone:
+            self._log(request, 499, 0)
+            return False
+        except Exception:
+            log(logging.ERROR, "request failed", exc_info=True, id=self.request_id, route=request.route)
+            answer = error_reply(
+                ApiError("internal_error", f"chatproxy failed; its log has {self.request_id}.")
+            )
+        return (
+            self._send(answer, request, keep)
+            if isinstance(answer, Reply)
+            else self._stream(answer, request, keep)
+        )
+
+    def _read(self, head: bytes) -> tuple[Request, bool]:
+        """The whole request, and whether its connection may be kept."""
+        method, target, version, headers = parse_head(head)
+        self.version, self.method = version[5:], method
+        options = {word.strip().lower() for word in headers.get("connection", "").split(",")}
+        keep = "close" not in options if version == "HTTP/1.1" else "keep-alive" in options
+        if expected := headers.get("expect"):
+            if expected.lower() != "100-continue":
+                raise ApiError("expectation_failed", "`Expect` may only be `100-continue`.")
+            if (
+                int(headers.get("content-length", 0)) <= self.server.settings.max_body_mb << 20
+                and version == "HTTP/1.1"
+            ):
+                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.wire.body(headers, self.server.settings.max_body_mb << 20)
+        if target.startswith(("http://", "https://")):
+            target = "/" + target.split("//", 1)[1].partition("/")[2]
+        raw, _, query = target.partition("?")
+        path = urllib.parse.unquote(raw) if "%" in raw else raw
+        values = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {}
+        return Request(method, path, values, headers, body, self.peer, self.client, self.request_id), keep
+
+    def _routed(self, request: Request) -> Reply | Stream:
+        prefix = self.server.prefix
+        if self.server.stopping:
+            raise ApiError(
+                "overloaded", "The server is shutting down; try again.", headers={"Retry-After": "5"}
+            )
+        if prefix and not (request.path == prefix or request.path.startswith(prefix + "/")):
+            raise ApiError("not_found", "There is nothing at this address.")
+        request.path = request.path[len(prefix) :] or "/"
+        if request.method not in _METHODS:
+            raise ApiError(
+                "method_not_allowed", "The method is not known here.", headers={"Allow": "GET, POST, OPTIONS"}
+            )
+        if request.method == "OPTIONS":
+            return Reply(204, headers=dict(_PREFLIGHT))
+        return self.server.respond(request)
+
+    def _send(self, reply: Reply, request: Request | None, keep: bool) -> bool:
+        keep = keep and not self.server.stopping
+        connection = ("" if self.version == "1.1" else "keep-alive") if keep else "close"
+        head = head_bytes(reply, self.version, connection, f"x-request-id: {self.request_id}\r\n{_CORS}")
+        try:
+            self.sock.sendall(head if self.method == "HEAD" else head + reply.body)
+        except OSError:
+            keep = False
+        self._log(request, reply.status, 0)
+        return keep
+
+    def _stream(self, stream: Stream, request: Request, keep: bool) -> bool:
+        """Sends a stream's pieces as they come, each in one write."""
+        metrics, events, status = self.server.metrics, 0, stream.status
+        try:
+            piece, count = next(stream.pieces, (b"", 0))
+        except ApiError as error:
+            return self._send(error_reply(error), request, keep)
+        except ClientGone:
+            self._log(request, 499, 0)
+            return False
+        metrics.add("chatproxy_streams_open")
+        keep = keep and self.version == "1.1" and not self.server.stopping
+        chunked, send = self.version == "1.1", self.sock.sendall
+        connection = "" if keep else "close"
+        head = head_bytes(stream, self.version, connection, f"x-request-id: {self.request_id}\r\n{_CORS}")
+        metrics.observe(
+            "chatproxy_first_byte_seconds", time.monotonic() - self.start, f'route="{request.route}"'
+        )
+        try:
+            framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
+            send(head + framed)
+            events += count
+            for piece, count in stream.pieces:
+                events += count
+                send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            if chunked:
+                send(b"0\r\n\r\n")
+        except ApiError as error:
+            status, keep = error.status, False
+            last = f"data: {_compact(error.body())}\n\n".encode()
+            with contextlib.suppress(OSError):
+                send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
+        except (OSError, ClientGone):
+            status, keep = 499, False
+        except Exception:
+            status, keep = 500, False
+            log(logging.ERROR, "stream failed", exc_info=True, id=self.request_id, route=request.route)
+        finally:
+            stream.pieces.close()  # type: ignore[attr-defined] # a generator: its upstream call ends here
+            metrics.add("chatproxy_streams_open", -1)
+            metrics.add("chatproxy_events_total", events)
+        self._log(request, status, events)
+        return keep
+
+    def _log(self, request: Request | None, status: int, events: int) -> None:
+        """One line and one count a request; the route's pattern, since a path may hold a token."""
+        route = request.route if request else "none"
+        self.server.metrics.add("chatproxy_requests_total", labels=f'route="{route}",status="{status}"')
+        if LOG.isEnabledFor(logging.INFO) and not self.server.quiet:
+            facts: dict[str, Any] = {
+                "id": self.request_id,
+                "method": self.method or "-",
+                "route": route,
+                "status": status,
+            }
+            facts |= {"ms": round((time.monotonic() - self.start) * 1000, 1), "peer": self.peer}
+            if request and request.asker:
+                facts["as"] = request.asker
+            if events:
+                facts["events"] = events
+            log(logging.INFO, "request", **facts)
+
+
+class Endpoint(NamedTuple):
+    """A row of the route table. `access`: public, caller (an API key) or admin."""
+
+    method: str
+    path: str
+    access: str
+    function: Callable[[Any, Request], Reply | Stream]
+
+
+class Router:
+    """The route table: endpoints by method and path, whose `{name}` steps become `request.params`."""
+
+    def __init__(self) -> None:
+        self.endpoints: list[Endpoint] = []
+        self._plain: dict[str, dict[str, Endpoint]] = {}
+        self._patterns: list[tuple[re.Pattern[str], dict[str, Endpoint]]] = []
+
+    def on(
+        self, method: str, *paths: str, access: str = "caller"
+    ) -> Callable[[Callable[[Any, Request], Reply | Stream]], Any]:
+        """Decorates the function that answers a method on some paths."""
+
+        def add(function: Callable[[Any, Request], Reply | Stream]) -> Any:
+            for path in paths:
+                endpoint = Endpoint(method, path, access, function)
+                self.endpoints.append(endpoint)
+                if "{" not in path:
+                    self._plain.setdefault(path, {})[method] = endpoint
+                    continue
+                pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path)))
+                for known, methods in self._patterns:
+                    if known.pattern == pattern.pattern:
+                        methods[method] = endpoint
+                        break
+                else:
+                    self._patterns.append((pattern, {method: endpoint}))
+            return function
+
+        return add
+
+    def find(self, request: Request) -> Endpoint:
+        """The endpoint of a request, whose `params` and `route` are set; not_found or method_not_allowed."""
+        methods = self._plain.get(request.path)
+        if methods is None:
+            for pattern, found in self._patterns:
+                if match := pattern.fullmatch(request.path):
+                    request.params, methods = match.groupdict(), found
+                    break
+            else:
+                raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
+        endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
+        request.route = next(iter(methods.values())).path
+        if endpoint is None:
+            allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
+            raise ApiError(
+                "method_not_allowed",
+                f"Use {' or '.join(sorted(methods))} here.",
+                headers={"Allow": ", ".join(allowed)},
+            )
+        return endpoint
+
+    def table(self) -> str:
+        """The README's table of routes, in Markdown."""
+        lines = ["| route | who | answer |", "| --- | --- | --- |"]
+        for endpoint in self.endpoints:
+            meaning = (endpoint.function.__doc__ or "").split("\n")[0]
+            lines.append(f"| `{endpoint.method} {endpoint.path}` | {endpoint.access} | {meaning} |")
+        return "\n".join(lines)
+
+
+class Keys:
+    """Who may call: the keys of AUTHORIZATION and API users, compared by digest in constant time."""
+
+    def __init__(self, settings: Settings, pool: Pool, extra: Iterable[str] = ()) -> None:
+        self.settings, self.pool = settings, pool
+        self._keys = {self._digest(key): f"key {masked(key)}" for key in (*settings.authorization, *extra)}
+        self._users: dict[bytes, str] = {}
+        self.reload()
+
+    @staticmethod
+    def _digest(key: str) -> bytes:
+        return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+    def reload(self) -> None:
+        """Takes in the API users of the store."""
+        self._users = {
+            bytes.fromhex(user.token_hash): f"user {user.name or user.id}" for user in self.pool.store.users()
+        }
+
+    @staticmethod
+    def given(request: Request) -> str:
+        """The API key of a request, "" for none: `Authorization: Bearer X`, or bare `X`."""
+        value = request.headers.get("authorization", "")
+        return value[7:].strip() if value[:7].lower() == "bearer " else value.strip()
+
+    def admit(self, request: Request) -> None:
+        """Decides who answers: sets `guest` (None: the pool) and `asker`, or `key` for an `sk-` key; else invalid_api_key."""
+        key = self.given(request)
+        if name := self._known(key):
+            request.asker = name
+            return
+        if not key:
+            if not self.settings.authorization and not self._users:
+                request.guest, request.asker = self.pool.guest(LOGIN_FREE), "login-free"
+                return
+            raise ApiError("invalid_api_key", "No API key was sent; send one as `Authorization: Bearer KEY`.")
+        if self.settings.allow_direct_tokens:
+            if key.startswith("sk-"):
+                request.key, request.asker = key, f"key {masked(key)}"
+                return
+            with contextlib.suppress(ValueError):
+                request.guest = self.pool.guest(key)
+                request.asker = request.guest.name
+                return
+        raise ApiError(
+            "invalid_api_key",
+            "This API key is not known here; the server's AUTHORIZATION has the right ones.",
+        )
+
+    def _known(self, key: str) -> str:
+        """Who a key belongs to, "" for nobody. Digests are compared: how long that takes tells nothing of a key."""
+        if not key:
+            return ""
+        digest = self._digest(key)
+        return self._keys.get(digest) or self._users.get(digest) or ""
+
+    def admit_admin(self, request: Request) -> None:
+        """Admits the administrator's key; without any key set, clients of this machine."""
+        wanted, key = self.settings.administrator, self.given(request)
+        if wanted is None:
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(request.peer.partition("%")[0])
+                if (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+                    request.asker = "admin"
+                    return
+            raise ApiError("invalid_api_key", "Admin routes answer only this machine until ADMIN_KEY is set.")
+        if not hmac.compare_digest(self._digest(key), self._digest(wanted)):
+            raise ApiError(
+                "invalid_api_key",
+                "The admin key is wrong or missing; send it as `Authorization: Bearer KEY`.",
+            )
+        request.asker = "admin"
+
+
+# ============================================================================================================
+# routes: one short function each
+# ============================================================================================================
+
+HEARTBEAT_COMMENT = b": \n\n"
+ROUTER = Router()
+
+
+class App:
+    """Everything a route may need, made once."""
+
+    def __init__(
+        self, settings: Settings, store: Store, solver: Solver, extra_keys: Iterable[str] = ()
+    ) -> None:
+        self.settings, self.store, self.solver = settings, store, solver
+        self.metrics, self.handles, self.tokens = Metrics(), Handles(), Tokens()
+        self.pool = Pool(settings, store)
+        self.keys = Keys(settings, self.pool, extra_keys)
+        self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
+        self.answers = Answers(settings, self.pool, self.upstream, self.metrics)
+        self.metrics.gauge(
+            "chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in self.pool.states().items()}
+        )
+
+    def respond(self, request: Request) -> Reply | Stream:
+        """Finds the route of a request, checks who may use it, and answers."""
+        under_v1 = request.path.startswith("/v1/")
+        try:
+            endpoint: Endpoint | None = ROUTER.find(request)
+        except ApiError:
+            if not under_v1 or not Keys.given(request).startswith("sk-"):
+                raise
+            endpoint = None
+        if endpoint is None or endpoint.access == "caller":
+            self.keys.admit(request)
+            if request.key and under_v1:
+                return relay(self, request)
+        if endpoint is None:
+            raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
+        if endpoint.access == "admin":
+            self.keys.admit_admin(request)
+        return endpoint.function(self, request)
+
+    def upkeep(self, stop: threading.Event) -> None:
+        """The background job: what another process stored is taken in within a second; what is old is let go."""
+        for second in range(1 << 62):
+            if stop.wait(1.0):
+                return
+            try:
+                if self.store.changed():
+                    self.pool.reload()
+                    self.keys.reload()
+                if second % 10 == 0:
+                    self.handles.sweep(time.monotonic())
+                    self.upstream.sweep_spares()
+                if second % 60 == 59:
+                    self.pool.keep_cookies()
+            except Exception:
+                log(logging.ERROR, "background job failed", exc_info=True)
+
+
+def relay(app: App, request: Request) -> Reply | Stream:
+    """Passes a request with an `sk-` key on to OPENAI_API_URL, unchanged, and its answer back as it comes."""
+    passed = (
+        "content-type",
+        "accept",
+        "user-agent",
+        "openai-organization",
+        "openai-project",
+        "openai-beta",
+        "idempotency-key",
+    )
+    lines = [
+        f"{name}: {request.headers[name]}".encode("latin-1") for name in passed if name in request.headers
+    ]
+    lines += [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
+    query = f"?{urllib.parse.urlencode(request.query)}" if request.query else ""
+    url = app.settings.openai_api_url + urllib.parse.quote(request.path, safe="/:") + query
+    proxies, owner = app.settings.proxy_url, masked(request.key)
+    proxy = proxies[int(hashlib.sha256(owner.encode()).hexdigest(), 16) % len(proxies)] if proxies else ""
+    request.route = request.route if request.route != "none" else "/v1/…"
+    body = request.body if request.body or request.method not in ("GET", "HEAD") else None
+    stack = contextlib.ExitStack()
+    with contextlib.ExitStack() as guard:
+        handle = guard.enter_context(app.handles.lend(owner, Route("", proxy)))
+        call = handle.call(
+            request.method, url, lines, body, request.watch, float(app.settings.upstream_timeout)
+        )
+        guard.callback(call.close)
+        patiently(call.start())
+        headers = {
+            name: value
+            for name, value in call.headers.items()
+            if name.startswith(("x-ratelimit-", "openai-")) or name == "retry-after"
+        }
+        content_type = call.headers.get("content-type", "application/octet-stream")
+        if content_type.startswith("text/event-stream"):
+            stack = guard.pop_all()
+            return Stream(_relayed(call, stack), call.status, content_type, headers)
+        return Reply(call.status, b"".join(call.rest()), content_type, headers)
+
+
+def _relayed(call: Call, stack: contextlib.ExitStack) -> Iterator[tuple[bytes, int]]:
+    with stack:
+        for data in call.rest():
+            yield (data, data.count(b"\n\n")) if data else (HEARTBEAT_COMMENT, 0)
+
+
+@ROUTER.on("POST", "/v1/chat/completions")
+def chat_completions(app: App, request: Request) -> Reply | Stream:
+    """OpenAI's chat completions, streamed or whole"""
+    chat = parse_chat(request.json(), app.settings.history_disabled)
+    login_free = request.guest and request.guest.row.kind == LOGIN_FREE
+    if login_free or re.fullmatch(r"gpt-3\.5.*", chat.model):
+        chat = replace(chat, question=replace(chat.question, model="auto"))
+    answer = app.answers.ask(chat.question, request.guest, request.watch)
+    extras = not app.settings.history_disabled
+    if chat.stream:
+        return Stream(_chunks(answer, CompletionStream(chat, app.tokens, extras)))
+    completion = Completion(chat, app.tokens, extras)
+    with contextlib.closing(answer):
+        for events in answer:
+            completion.take(events)
+            if completion.over:
+                break
+    return json_reply(completion.whole())
+
+
+def _chunks(
+    answer: Generator[list[Event], None, None], completion: CompletionStream
+) -> Iterator[tuple[bytes, int]]:
+    """The pieces of a streamed completion: a batch of events is one piece, silence a comment line."""
+    with contextlib.closing(answer):
+        for events in answer:
+            if not events:
+                yield HEARTBEAT_COMMENT, 0
+                continue
+            piece = completion.feed(events)
+            if piece[0]:
+                yield piece
+            if completion.over:
+                return
+
+
+@ROUTER.on("POST", "/tokens/upload", access="admin")
+def tokens_upload(app: App, request: Request) -> Reply:
+    """chat2api's upload: form field `text`, one token a line; `{"status": "success", "tokens_count": N}`"""
+    text = _form(request).get("text")
+    if text is None:
+        raise invalid("text", "Send the tokens in the form field `text`, one a line.")
+    rows, faults = app.pool.add(text.splitlines())
+    if faults and not rows:
+        raise invalid("text", f"None of the lines is a token: {'; '.join(faults[:5])}.")
+    for fault in faults:
+        log(logging.WARNING, "line of an upload left out", fault=fault)
+    count = sum(account.row.state == "ready" for account in app.pool.accounts())
+    return json_reply({"status": "success", "tokens_count": count})
+
+
+def _form(request: Request) -> dict[str, str]:
+    """The fields of a form, in either encoding that browsers use."""
+    kind = request.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):
+        return dict(urllib.parse.parse_qsl(request.body.decode("utf-8", "replace"), keep_blank_values=True))
+    head = f"Content-Type: {kind}\r\n\r\n".encode("latin-1")
+    found = {}
+    for part in email.message_from_bytes(head + request.body).walk():
+        name, data = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+        if isinstance(name, str) and isinstance(data, bytes):
+            found[name] = data.decode("utf-8", "replace")
+    return found
+
+
+@ROUTER.on("GET", "/health", "/ping", access="public")
+def health(app: App, request: Request) -> Reply:
+    """liveness: `{"status": "ok"}` and how many accounts are in which state"""
+    return json_reply({"status": "ok", "version": __version__, "accounts": app.pool.states()})
+
+
+@ROUTER.on("GET", "/metrics", access="public")
+def metrics(app: App, request: Request) -> Reply:
+    """Prometheus text"""
+    return Reply(body=app.metrics.render().encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# ============================================================================================================
+# demo: the embedded upstream
+# ============================================================================================================
+
+DEMO_KEY = "demo"
+DEMO_ANSWER = (
+    "Hello from the demo upstream: no account and no network were used. You asked: “{question}”. This answer travelled "
+    "the whole way that a real one takes, from the requirements token and its proof of work to the stream you are "
+    "reading. Add an account with `chatproxy.py accounts add -` and start without `--demo` to talk to the real one."
+)
+
+
+def demo_token(name: str, lifetime: float = 86400.0) -> str:
+    """An unsigned access token in the shape of a real one."""
+    auth = {"chatgpt_account_id": f"workspace-{name}", "chatgpt_plan_type": "plus", "user_id": f"user-{name}"}
+    said = {
+        "exp": int(time.time() + lifetime),
+        "jti": secrets.token_hex(8),
+        "https://api.openai.com/profile": {"email": f"{name}@demo.example"},
+        "https://api.openai.com/auth": auth,
+    }
+    parts = [
+        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
+        for part in ({"alg": "none"}, said)
+    ]
+    return f"{parts[0]}.{parts[1]}.{'0' * 16}"
+
+
+class Demo:
+    """A stand-in for chatgpt.com, auth.openai.com and api.openai.com that speaks the real wire protocol.
+
+    It is as strict as the original: proofs are checked, a requirements token is good for one call, a rotated refresh
+    token is dead. The attributes are its knobs; a subclass can replace `respond` or `answer` for worse weather.
+    """
+
+    def __init__(self) -> None:
+        self.difficulty = "0fffff"
+        self.algorithm = "sha3"
+        self.encoding = "v1"  # or "cumulative"
+        self.newer = False  # only the newer generation of calls
+        self.pace = 0.02  # seconds between two words
+        self.expire_after = 540
+        self.arkose = False
+        self.rotate = True  # refresh tokens are replaced when used
+        self.dead: set[str] = set()  # tokens that are answered with 401
+        self.refresh_tokens: dict[str, str] = {}  # token → name of its account
+        self.session_tokens: dict[str, str] = {}
+        self.conversations: set[str] = set()
+        self.calls: list[str] = []  # "METHOD /path" of every request, in order
+        self._issued_lock = threading.Lock()
+        self._issued: dict[
+            str, tuple[float, str, str]
+        ] = {}  # requirements token → end of life, seed, difficulty
+        self.router = Router()
+        for method, path, function in (
+            ("GET", "/", Demo.start_page),
+            ("POST", "/{api}/sentinel/chat-requirements", Demo.chat_requirements),
+            ("POST", "/{api}/sentinel/chat-requirements/prepare", Demo.prepare_requirements),
+            ("POST", "/{api}/sentinel/chat-requirements/finalize", Demo.finalize_requirements),
+            ("POST", "/{api}/conversation", Demo.conversation),
+            ("POST", "/{api}/f/conversation/prepare", Demo.prepare_conversation),
+            ("POST", "/{api}/f/conversation", Demo.conversation),
+            ("POST", "/oauth/token", Demo.oauth_token),
+            ("GET", "/api/auth/session", Demo.auth_session),
+            ("POST", "/v1/chat/completions", Demo.openai_completion),
+        ):
+            self.router.on(method, path)(function)
+
+    def listen(self) -> tuple[Server, str]:
+        """Starts it on a free port of the loopback interface: the server, and its URL."""
+        settings = replace(settle(gather({}, {})), host="127.0.0.1", port=0, max_connections=10_000)
+        server = Server(("127.0.0.1", 0), self.respond, settings, Metrics(), quiet=True)
+        threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
+        return server, f"http://127.0.0.1:{server.server_port}"
+
+    def respond(self, request: Request) -> Reply | Stream:
+        """Answers any call; what the site does not have is its 404."""
+        self.calls.append(f"{request.method} {request.path}")
+        try:
+            endpoint = self.router.find(request)
+            if (
+                "/f/" in request.path or request.path.endswith(("prepare", "finalize"))
+            ) != self.newer and "api" in request.params:
+                raise ApiError("not_found", "")
+            if refused := self._refused(request):
+                return refused
+            return endpoint.function(self, request)
+        except ApiError as error:
+            return json_reply({"detail": error.message or "Not Found"}, error.status)
+
+    def _refused(self, request: Request) -> Reply | None:
+        """Who may call: an account's token on /backend-api, nobody's on /backend-anon."""
+        api, key = request.params.get("api"), Keys.given(request)
+        if api is None:
+            return None
+        if api not in ("backend-api", "backend-anon"):
+            return json_reply({"detail": "Not Found"}, 404)
+        if "oai-device-id" not in request.headers:
+            return json_reply({"detail": "Missing oai-device-id"}, 403)
+        if api == "backend-anon":
+            return json_reply({"detail": "Unauthorized"}, 401) if key else None
+        try:
+            expired = claims(key)["exp"] < time.time()
+        except (ValueError, KeyError):
+            expired = True
+        if expired or key in self.dead:
+            return json_reply(
+                {"detail": {"message": "Your authentication token has expired.", "code": "token_expired"}},
+                401,
+            )
+        return None
+
+    # -- one turn ------------------------------------------------------------------------------------------------------
+
+    def start_page(self, request: Request) -> Reply:
+        """The page whose scripts and build the fingerprint names."""
+        page = '<!DOCTYPE html><html data-build="prod-demo1"><head><script src="/_next/static/chunks/app.js"></script></head></html>'
+        return Reply(
+            body=page.encode(),
+            content_type="text/html; charset=utf-8",
+            headers={"Set-Cookie": "oai-sc=demo; Path=/; Secure"},
+        )
+
+    def _requirements(self, request: Request) -> dict[str, Any]:
+        """The answer to chat-requirements, for a client whose own proof is right."""
+        given = request.json().get("p")
+        if not isinstance(given, str) or not given.startswith("gAAAAAC") or not self._decoded(given[7:]):
+            raise ApiError("invalid_request_error", "p is not a requirements proof")
+        token, seed = secrets.token_urlsafe(24), str(random.random())
+        with self._issued_lock:
+            self._issued[token] = (time.monotonic() + self.expire_after, seed, self.difficulty)
+        return {
+            "persona": "chatgpt-noauth" if request.params["api"] == "backend-anon" else "chatgpt-paid",
+            "token": token,
+            "expire_after": self.expire_after,
+            "proofofwork": {"required": bool(self.difficulty), "seed": seed, "difficulty": self.difficulty},
+            "arkose": {"required": self.arkose, "dx": "demo-blob"},
+            "turnstile": {"required": False, "dx": ""},
+        }
+
+    def _decoded(self, answer: str) -> list[Any] | None:
+        """A proof's configuration; None when it is none."""
+        try:
+            value = json.loads(
+                base64.b64decode(answer.removesuffix(ALGORITHMS[self.algorithm][1]), validate=True)
+            )
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, list) and len(value) >= 15 and isinstance(value[3], int) else None
+
+    def chat_requirements(self, request: Request) -> Reply:
+        """Requirements, first generation."""
+        return json_reply(self._requirements(request))
+
+    def prepare_requirements(self, request: Request) -> Reply:
+        """Requirements, newer generation: the token comes after the proof."""
+        asked = self._requirements(request)
+        return json_reply(asked | {"prepare_token": asked.pop("token")})
+
+    def finalize_requirements(self, request: Request) -> Reply:
+        """Exchanges a prepare token and its proof for the token."""
+        body = request.json()
+        with self._issued_lock:
+            issued = self._issued.pop(str(body.get("prepare_token")), None)
+        if issued is None or not self._proved(issued, str(body.get("proofofwork"))):
+            return json_reply({"detail": "Proof of work failed"}, 403)
+        token = secrets.token_urlsafe(24)
+        with self._issued_lock:
+            self._issued[token] = (issued[0], "", "")
+        return json_reply({"persona": "chatgpt-paid", "token": token, "expire_after": self.expire_after})
+
+    def prepare_conversation(self, request: Request) -> Reply:
+        """A conduit for the conversation to come."""
+        if "messages" in request.json():
+            return json_reply({"detail": "messages are not expected"}, 422)
+        return json_reply({"status": "ok", "conduit_token": secrets.token_urlsafe(12)})
+
+    def _proved(self, issued: tuple[float, str, str], proof: str) -> bool:
+        """Whether a proof is right, or the giving up that browsers are allowed."""
+        end, seed, difficulty = issued
+        if time.monotonic() > end:
+            return False
+        if not difficulty:
+            return True
+        suffix = ALGORITHMS[self.algorithm][1]
+        if proof == GIVE_UP + base64.b64encode(f'"{seed}"'.encode()).decode() + suffix:
+            return True
+        answer = proof[7:].removesuffix(suffix)
+        if not proof.startswith("gAAAAAB") or not proof.endswith(suffix) or not self._decoded(answer):
+            return False
+        if self.algorithm == "sha3":
+            return hashlib.sha3_512((seed + answer).encode()).hexdigest()[: len(difficulty)] <= difficulty
+        return (
+            ALGORITHMS["fnv"][0](seed.encode()).first([answer.encode()], b"", bytes.fromhex(difficulty))
+            is not None
+        )
+
+    def conversation(self, request: Request) -> Reply | Stream:
+        """A turn, for a client that has met the requirements."""
+        body, headers = request.json(), request.headers
+        with self._issued_lock:
+            issued = self._issued.pop(headers.get("openai-sentinel-chat-requirements-token", ""), None)
+        if issued is None or not self._proved(issued, headers.get("openai-sentinel-proof-token", "")):
+            return json_reply({"detail": "Unusual activity has been detected from your device."}, 403)
+        if self.arkose and headers.get("openai-sentinel-arkose-token") != "arkose-for-demo-blob":
+            return json_reply({"detail": "Unusual activity has been detected from your device."}, 403)
+        if self.newer and "x-conduit-token" not in headers:
+            return json_reply({"detail": "x-conduit-token is missing"}, 422)
+        if (
+            body.get("action") not in ("next", "continue", "variant")
+            or not body.get("model")
+            or not body.get("parent_message_id")
+        ):
+            return json_reply({"detail": [{"loc": ["body"], "msg": "field required", "input": body}]}, 422)
+        known = body.get("conversation_id")
+        if known and known not in self.conversations:
+            return json_reply(
+                {"detail": {"code": "conversation_not_found", "message": "Conversation not found"}}, 404
+            )
+        return Stream(self.frames(self.answer(request, body)))
+
+    def frames(self, pieces: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+        for piece in pieces:
+            yield piece, 1
+
+    def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
+        """The answer's bytes, event by event."""
+        messages = body.get("messages") or []
+        asked = " ".join(str(part) for part in messages[-1]["content"]["parts"]) if messages else "go on"
+        return self.say(body, re.findall(r"\s*\S+", DEMO_ANSWER.format(question=asked[:200])))
+
+    def say(self, body: Mapping[str, Any], words: Iterable[str], details: str = "stop") -> Iterator[bytes]:
+        """The events of an answer of these words, in the stand-in's encoding; `details` is finish_details.type."""
+        conversation = str(body.get("conversation_id") or uuid.uuid4())
+        self.conversations.add(conversation)
+        user = dict((body.get("messages") or [{"id": str(uuid.uuid4()), "author": {"role": "user"}}])[-1])
+        metadata = {"model_slug": body["model"], "message_type": "next"}
+        message: dict[str, Any] = {
+            "id": str(uuid.uuid4()),
+            "author": {"role": "assistant", "name": None, "metadata": {}},
+            "create_time": time.time(),
+            "content": {"content_type": "text", "parts": [""]},
+            "status": "in_progress",
+            "end_turn": None,
+            "metadata": metadata,
+            "recipient": "all",
+            "channel": "final",
+        }
+        end = {"status": "finished_successfully", "end_turn": details != "max_tokens"}
+        end_metadata = {"finish_details": {"type": details}, "is_complete": True}
+        say = self._say_v1 if self.encoding == "v1" else self._say_cumulative
+        yield from say(conversation, user, message, words, end, end_metadata)
+        done = {"type": "message_stream_complete", "conversation_id": conversation}
+        yield _data(done) + b"data: [DONE]\n\n"
+
+    def _say_v1(
+        self, conversation: str, user: Any, message: Any, words: Iterable[str], end: Any, metadata: Any
+    ) -> Iterator[bytes]:
+        def delta(value: Any) -> bytes:
+            return b"event: delta\n" + _data(value)
+
+        yield b'event: delta_encoding\ndata: "v1"\n\n'
+        yield delta(
+            {
+                "p": "",
+                "o": "add",
+                "v": {"message": user, "conversation_id": conversation, "error": None},
+                "c": 0,
+            }
+        )
+        yield delta({"v": {"message": message, "conversation_id": conversation, "error": None}, "c": 1})
+        head: dict[str, Any] = {"p": "/message/content/parts/0", "o": "append"}
+        for word in words:
+            yield delta(head | {"v": word})
+            head = {}
+            time.sleep(self.pace)
+        changes = [{"p": f"/message/{name}", "o": "replace", "v": value} for name, value in end.items()]
+        changes.append({"p": "/message/metadata", "o": "append", "v": metadata})
+        yield delta({"p": "", "o": "patch", "v": changes})
+
+    def _say_cumulative(
+        self, conversation: str, user: Any, message: Any, words: Iterable[str], end: Any, metadata: Any
+    ) -> Iterator[bytes]:
+        yield _data({"message": user, "conversation_id": conversation, "error": None})
+        text = ""
+        for word in words:
+            text += word
+            message = message | {"content": {"content_type": "text", "parts": [text]}}
+            yield _data({"message": message, "conversation_id": conversation, "error": None})
+            time.sleep(self.pace)
+        message = message | end | {"metadata": message["metadata"] | metadata}
+        yield _data({"message": message, "conversation_id": conversation, "error": None})
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def oauth_token(self, request: Request) -> Reply:
+        """Exchanges a refresh token."""
+        given = str(request.json().get("refresh_token"))
+        with self._issued_lock:
+            name = self.refresh_tokens.get(given)
+            if name is None or given in self.dead:
+                return json_reply(
+                    {"error": "invalid_grant", "error_description": "Unknown or invalid refresh token."}, 403
+                )
+            answer = {"access_token": demo_token(name), "expires_in": 86400, "token_type": "Bearer"}
+            if self.rotate:
+                answer["refresh_token"] = f"rt_{secrets.token_urlsafe(40)}"
+                self.refresh_tokens[str(answer["refresh_token"])] = self.refresh_tokens.pop(given)
+        return json_reply(answer)
+
+    def auth_session(self, request: Request) -> Reply:
+        """Tells a session's access token; {} when the session is over."""
+        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
+        pieces = sorted(name for name in cookies if name.startswith(SESSION_COOKIE))
+        name = self.session_tokens.get("".join(cookies[piece] for piece in pieces))
+        if name is None:
+            return json_reply({})
+        return json_reply(
+            {"accessToken": demo_token(name), "expires": "2099-01-01T00:00:00.000Z", "user": {"name": name}}
+        )
+
+    def openai_completion(self, request: Request) -> Reply | Stream:
+        """api.openai.com in a nutshell, for `sk-` keys."""
+        chat = parse_chat(request.json(), True)
+        completion = CompletionStream(chat, Tokens(), False)
+        events: list[list[Event]] = [[Begin(chat.model, "", "")]]
+        events += [
+            [Text(word)] for word in re.findall(r"\s*\S+", "This is the demo's stand-in for api.openai.com.")
+        ]
+        events.append([Finish("stop")])
+        if chat.stream:
+            return Stream(completion.feed(batch) for batch in events)
+        for batch in events:
+            completion.take(batch)
+        return json_reply(completion.whole())
+
+
+def _data(value: Any) -> bytes:
+    """One server-sent event without a name."""
+    return b"data: " + _compact(value).encode("utf-8", "surrogatepass") + b"\n\n"
+
+
+# ============================================================================================================
+# cli: commands and the life of the process
+# ============================================================================================================
+
+
+def fail(message: str) -> NoReturn:
+    """Ends a command that was asked for something impossible: one line, exit status 2."""
+    click.echo(f"chatproxy: {message}", err=True)
+    raise SystemExit(2)
+
+
+def setting_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command a flag for each of the named settings (all when none is), collected as `flags`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        rows = [row for row in fields(Settings) if not names or row.name in names]
+
+        @functools.wraps(command)
+        def collected(**values: Any) -> None:
+            command(flags={row.name: values.pop(row.name) for row in rows}, **values)
+
+        for row in reversed(rows):
+            meta = row.metadata
+            boolean = meta["kind"] in (BOOLEAN, OFF)
+            shown = f"{meta['meaning']} [{row.name.upper()}" + (
+                f"={meta['default']}]" if meta["default"] else "]"
+            )
+            collected = click.option(
+                f"--{row.name.replace('_', '-')}",
+                row.name,
+                metavar="true|false" if boolean else "TEXT",
+                help=shown,
+                hidden=meta["hidden"],
+                is_flag=False,
+                flag_value="true" if boolean else None,
+            )(collected)
+        return collected
+
+    return decorate
+
+
+def settled(flags: Mapping[str, str | None]) -> Settings:
+    try:
+        return settle(gather(flags, os.environ))
+    except SettingError as error:
+        fail(str(error))
+
+
+def opened(settings: Settings) -> Store:
+    try:
+        return Store(settings.data_dir)
+    except StoreError as error:
+        fail(str(error))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="%(version)s")
+def cli() -> None:
+    """ChatGPT web accounts as an OpenAI-compatible API on your own server.
+
+    \b
+    chatproxy.py serve --demo      try it: no account, no network
+    chatproxy.py accounts add -    paste tokens, one a line
+    chatproxy.py serve             listen on http://127.0.0.1:5005/v1
+    """
+
+
+@cli.command()
+@click.option(
+    "--demo", is_flag=True, help="Answer from an embedded stand-in for the upstream; API key `demo`, or none."
+)
+@click.option(
+    "--open", "anyone", is_flag=True, help="Mean it: listen beyond this machine with neither key nor prefix."
+)
+@setting_flags()
+def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
+    """Run the server."""
+    settings = settled(flags)
+    if not anyone and not settings.authorization and not settings.api_prefix and not _loopback(settings.host):
+        fail(
+            f"HOST: {settings.host!r} cannot be used without a key; set AUTHORIZATION or API_PREFIX, or pass --open"
+        )
+    start_logging(settings)
+    os.umask(0o077)
+    given = gather(flags, os.environ)["data_dir"].source != "default"
+    cpu = keep_to_one_cpu()
+    solver = Solver(cpu)  # before the first thread
+    if cpu is not None:
+        os.sched_setaffinity(0, {cpu})
+    with contextlib.ExitStack() as stack:
+        stack.callback(solver.close)
+        if demo:
+            folder = (
+                settings.data_dir
+                if given
+                else stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-demo-"))
+            )
+            settings = replace(settings, data_dir=folder, proxy_url=())
+        code = Daemon(settings, solver, demo).run()
+    sys.stderr.flush()
+    os._exit(code)  # daemon threads may be in the middle of a call
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def keep_to_one_cpu() -> int | None:
+    """The processor for the server's threads, None when there is no choice.
+
+    They share one interpreter lock. On several processors they fight over it: the same work then takes two to three
+    times as long. The solver processes get the other processors.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    cpus = sorted(os.sched_getaffinity(0))
+    return random.choice(cpus) if len(cpus) > 1 else None
+
+
+class Daemon:
+    """The running server's life: from the first bound port to the last open stream."""
+
+    def __init__(self, settings: Settings, solver: Solver, demo: bool) -> None:
+        self.settings, self.solver, self.demo = settings, solver, demo
+        self.stop = threading.Event()
+
+    def run(self) -> int:
+        """Serves until a signal says otherwise; the exit status."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65536), hard)
+            )
+        threading.stack_size(512 * 1024)
+        settings = self.settings
+        if self.demo:
+            upstream = Demo()
+            _, url = upstream.listen()
+            settings = replace(settings, chatgpt_base_url=(url,), openai_auth_url=url, openai_api_url=url)
+        store = opened(settings)
+        app = App(
+            settings, store, self.solver, [DEMO_KEY] if self.demo and not settings.authorization else []
+        )
+        if self.demo and not app.pool.accounts():
+            app.pool.add([demo_token("demo")])
+        server = self._bind(app)
+        self.solver.start()
+        app.metrics.gauge("chatproxy_connections", lambda: {"": server.connections()})
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._signalled)
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        threading.Thread(target=app.upkeep, args=(self.stop,), name="upkeep", daemon=True).start()
+        gc.collect()
+        gc.freeze()
+        log(logging.INFO, self._ready(server, app))
+        self.stop.wait()
+        log(logging.INFO, "stopping", open=server.connections())
+        server.drain(settings.shutdown_grace)
+        app.pool.keep_cookies()
+        store.close()
+        return 0
+
+    def _bind(self, app: App) -> Server:
+        host, port = self.settings.host, self.settings.port
+        try:
+            return Server((host, port), app.respond, app.settings, app.metrics)
+        except ssl.SSLError:
+            self._fail("TLS_CERT: not a PEM certificate with the private key of TLS_KEY")
+        except OSError as error:
+            name = "PORT" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "HOST"
+            self._fail(f"{name}: cannot listen on {host}:{port}: {error.strerror or error}")
+
+    def _fail(self, message: str) -> NoReturn:
+        self.solver.close()
+        fail(message)
+
+    def _ready(self, server: Server, app: App) -> str:
+        """The one line of a start: where it listens, how many accounts, and what to do when there are none."""
+        scheme, host = "https" if server.tls else "http", self.settings.host
+        where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}{server.prefix and '/***'}/v1"
+        count = len(app.pool.accounts())
+        line = f"listening on {where}, {count} account{'' if count == 1 else 's'}"
+        if self.demo:
+            line += ", answers from the embedded demo upstream"
+        elif not count:
+            line += "; add one with `chatproxy.py accounts add -` (this server takes it in by itself)"
+        return line
+
+    def _signalled(self, number: int, frame: Any) -> None:
+        if self.stop.is_set():
+            os._exit(1)
+        self.stop.set()
+
+
+@cli.command()
+@setting_flags()
+def config(flags: Mapping[str, str | None]) -> None:
+    """Print the effective settings and where each came from, secrets masked."""
+    settings, origins = settled(flags), gather(flags, os.environ)
+    width = max(len(row.name) for row in fields(Settings))
+    for row in fields(Settings):
+        value = getattr(settings, row.name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+        shown = ",".join(masked(text) if row.metadata["secret"] else text for text in texts)
+        click.echo(f"{row.name.upper():{width}}  {shown or '-'}  ({origins[row.name].source})")
+
+
+@cli.group()
+def accounts() -> None:
+    """The pool: add, list and remove accounts. A running server takes changes in by itself."""
+
+
+@accounts.command("add")
+@click.argument("tokens", nargs=-1, required=True, metavar="TOKEN…|-")
+@setting_flags("data_dir", "impersonate", "proxy_url")
+def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...]) -> None:
+    """Add accounts by access, refresh or session TOKEN; `-` reads them from standard input, one a line.
+
+    A workspace id may follow a token after a comma. `login-free` adds an account without a token.
+    """
+    settings = settled(flags)
+    lines = [
+        line for token in tokens for line in (sys.stdin.read().splitlines() if token == "-" else [token])
+    ]
+    rows, faults = Pool(settings, opened(settings)).add(lines)
+    for row in rows:
+        click.echo(f"{row.id}  {row.kind}  {row.email or '-'}  {row.plan or '-'}")
+    for fault in faults:
+        click.echo(f"chatproxy: {fault}", err=True)
+    if faults or not rows:
+        fail(f"{len(rows)} accounts stored, {len(faults)} lines left out")
+
+
+@accounts.command("list")
+@setting_flags("data_dir")
+def accounts_list(flags: Mapping[str, str | None]) -> None:
+    """List the accounts: id, kind, e-mail, plan, state."""
+    settings = settled(flags)
+    pool, now = Pool(settings, opened(settings)), time.time()
+    for account in pool.accounts():
+        row = account.row
+        click.echo(
+            f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {_state(account, now)}"
+        )
+
+
+def _state(account: Account, now: float) -> str:
+    """An account's state for people: with the reason, or until when and for which models it waits."""
+    state = account.state(now)
+    if state == "waiting":
+        waits = {model: wait.until for model, wait in account.waits.items() if wait.until > now}
+        latest = time.strftime("%H:%M", time.localtime(max(waits.values())))
+        return f"waiting until {latest} ({', '.join(sorted(waits))})"
+    reason = account.row.reason or ("its access token has expired" if state == "expired" else "")
+    return f"{state}: {reason}" if reason else state
+
+
+@accounts.command("remove")
+@click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@setting_flags("data_dir")
+def accounts_remove(flags: Mapping[str, str | None], ids: tuple[str, ...]) -> None:
+    """Remove accounts by their ID from the list."""
+    _remove(opened(settled(flags)).remove_account, ids, "account")
+
+
+def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str) -> None:
+    missing = [id for id in ids if not remove(id)]
+    if missing:
+        fail(f"no such {what}: {', '.join(missing)}")
+
+
+@cli.group()
+def users() -> None:
+    """API users, each with a token of its own."""
+
+
+@users.command("add")
+@click.argument("name", default="")
+@setting_flags("data_dir")
+def users_add(flags: Mapping[str, str | None], name: str) -> None:
+    """Add an API user; its token is printed this once and kept only as a hash."""
+    token = f"cp-{secrets.token_urlsafe(32)}"
+    user = User(f"user-{secrets.token_hex(4)}", name, hashlib.sha256(token.encode()).hexdigest(), time.time())
+    opened(settled(flags)).put_user(user)
+    click.echo(f"{user.id}  {token}")
+
+
+@users.command("list")
+@setting_flags("data_dir")
+def users_list(flags: Mapping[str, str | None]) -> None:
+    """List the API users: id, name, since when."""
+    for user in opened(settled(flags)).users():
+        click.echo(
+            f"{user.id}  {user.name or '-':20}  {time.strftime('%Y-%m-%d', time.localtime(user.added))}"
+        )
+
+
+@users.command("remove")
+@click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@setting_flags("data_dir")
+def users_remove(flags: Mapping[str, str | None], ids: tuple[str, ...]) -> None:
+    """Remove API users by their ID from the list."""
+    _remove(opened(settled(flags)).remove_user, ids, "user")
+
+
+if __name__ == "__main__":
+    cli(prog_name="chatproxy.py")
