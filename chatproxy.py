@@ -60,13 +60,23 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
-from curl_cffi import Curl, CurlECode, CurlHttpVersion, CurlOpt, ffi, lib
+from curl_cffi import CurlHttpVersion, CurlOpt, ffi, lib
+from curl_cffi.curl import DEFAULT_CACERT
 from curl_cffi.requests import impersonate as browsers
 
 __version__ = "1.0.0"
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+
+def new_id() -> str:
+    """A random UUID (version 4), without a system call: an identifier, never a secret."""
+    return str(uuid.UUID(int=random.getrandbits(128), version=4))
+
+
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+decode = json.JSONDecoder().raw_decode
 
 # ============================================================================================================
 # settings: one row each; flags, environment, `config`, `--help` and the README's table all come from these rows
@@ -835,21 +845,29 @@ class Page(NamedTuple):
     read: float = 0.0
 
 
-def fingerprint(device: str, agent: str, language: str, page: Page, now: float) -> list[Any]:
-    """The configuration array of "Proof of work": what one device keeps for life is drawn from its id."""
-    dice = random.Random(device)
-    screen, cores = dice.choice(_SCREENS), dice.choice(_CORES)
-    navigator, document, window = dice.choice(_NAVIGATOR), dice.choice(_DOCUMENT), dice.choice(_WINDOW)
+@functools.lru_cache(10_000)
+def _device_facts(device: str) -> tuple[int, int, str, str, str]:
+    """What a device keeps for life, drawn from its id: screen, cores, navigator property, document and window key."""
+    choose = random.Random(device).choice
+    return choose(_SCREENS), choose(_CORES), choose(_NAVIGATOR), choose(_DOCUMENT), choose(_WINDOW)
+
+
+@functools.lru_cache(16)
+def _browser_date(now: int) -> str:
     zone = datetime.timezone(-datetime.timedelta(minutes=TIMEZONE_OFFSET_MIN))
-    date = datetime.datetime.fromtimestamp(now, zone).strftime(
-        "%a %b %d %Y %H:%M:%S GMT-0500 (Eastern Standard Time)"
-    )
-    since = min(max(now - page.read, 1.0), 3600.0) * 1000
+    local = datetime.datetime.fromtimestamp(now, zone)
+    return local.strftime("%a %b %d %Y %H:%M:%S GMT-0500 (Eastern Standard Time)")
+
+
+def fingerprint(device: str, agent: str, language: str, page: Page, now: float) -> list[Any]:
+    """The configuration array of "Proof of work"."""
+    screen, cores, navigator, document, window = _device_facts(device)
+    since = min(max(now - page.read, 1.0), 3600.0) * 1000  # performance.now(), in ms
     script = page.scripts[int(now) % len(page.scripts)] if page.scripts else None
     languages = language if "-" not in language else f"{language},{language.split('-')[0]}"
-    origin = round((now * 1000 - since), 1)
+    date, origin = _browser_date(int(now)), round(now * 1000 - since, 1)
     head = [screen, date, 4294705152, 0, agent, script, page.build, language, languages, 0]
-    return [*head, navigator, document, window, since, str(uuid.uuid4()), "", cores, origin]
+    return [*head, navigator, document, window, since, new_id(), "", cores, origin]
 
 
 class _Sha3:
@@ -939,9 +957,8 @@ class ProofGivenUp(Exception):
 def _split(configuration: list[Any]) -> tuple[bytes, bytes]:
     """The configuration's JSON without three digits inside index 13: what stands before them, filled up to a multiple
     of three bytes so that base64 of the parts is base64 of the whole, and what stands behind them."""
-    text = functools.partial(json.dumps, separators=(",", ":"), ensure_ascii=False)
-    head = f"{text(configuration[:13])[:-1]},{int(configuration[13])}.".encode()
-    rest = f"7,{text(configuration[14:])[1:]}".encode()
+    head = f"{compact(configuration[:13])[:-1]},{int(configuration[13])}.".encode()
+    rest = f"7,{compact(configuration[14:])[1:]}".encode()
     return head + b"104"[: 3 - len(head) % 3], rest
 
 
@@ -1091,6 +1108,8 @@ class Watch:
 
 def awaited(future: Future[T], watch: Watch, limit: float) -> Patient[T]:
     """The future's result; TimeoutError after `limit` seconds."""
+    if future.done():
+        return future.result()
     start = signed = time.monotonic()
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
@@ -1128,97 +1147,143 @@ class Answer(NamedTuple):
             return {}
 
 
+class _Sink:
+    """Where a callback of libcurl leaves bytes: `callback` is what curl_cffi's C glue writes to or calls."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.exception = callback, None
+
+
 class _Pile(list[bytes]):
-    """Where libcurl's callback leaves bytes: a list that can be written to, with no Python frame of our own."""
+    """A list that can be written to: a callback's bytes with no Python frame of our own."""
 
     write = list.append
 
 
-class _Easy(Curl):
-    """A curl handle without the WebSocket buffer of 128 KiB that each would have."""
+def _options(*names: str) -> tuple[int, ...]:
+    """libcurl's options as plain numbers: arithmetic with curl_cffi's enumeration costs more than the call."""
+    return tuple(int(CurlOpt[name]) for name in names)
 
-    _WS_RECV_BUFFER_SIZE = 1
+
+_URL, _POSTFIELDS, _POSTSIZE, _HTTPHEADER, _GET, _POST, _METHOD, _VERSION, _VERBOSE = _options(
+    "URL",
+    "POSTFIELDS",
+    "POSTFIELDSIZE_LARGE",
+    "HTTPHEADER",
+    "HTTPGET",
+    "POST",
+    "CUSTOMREQUEST",
+    "HTTP_VERSION",
+    "VERBOSE",
+)
+_HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
 
 
 class Handle:
     """One libcurl easy handle in a multi handle of its own, kept with its connections from call to call.
 
     The multi handle gives what curl_easy_perform does not: a wait that ends by itself, in the calling thread, so that
-    a silent upstream can be left and a silent stream given a heartbeat. Not for two threads at once.
+    a silent upstream can be left and a silent stream given a heartbeat. Both are used through curl_cffi's `lib`, since
+    its Curl class sets everything anew for each call: that is a third of a short call's time. Not for two threads at
+    once.
     """
 
     def __init__(self, route: Route) -> None:
-        self._easy, self._multi = _Easy(), lib.curl_multi_init()
-        self._pointer = self._easy._curl
+        self._easy, self._multi = lib.curl_easy_init(), lib.curl_multi_init()
         self._running, self._number = ffi.new("int *"), ffi.new("int *")
         self._body, self._head = _Pile(), _Pile()
-        self._method = "GET"
+        self._error = ffi.new("char[]", 256)
+        self._kept: list[Any] = []  # what libcurl points to
+        self._lines = ffi.NULL
+        self._url, self._posts, self._method, self._plain = "", False, "", False
+        self.silence = 0.0  # seconds without a byte that end the call
+        self._hears = False
         if route.browser:
-            self._easy.impersonate(route.browser)
-        if route.proxy:
-            self._easy.setopt(CurlOpt.PROXY, route.proxy)
-        for option, value in (
-            (CurlOpt.NOSIGNAL, 1),
-            (CurlOpt.CONNECTTIMEOUT_MS, int(CONNECT_TIMEOUT * 1000)),
-            (CurlOpt.TCP_NODELAY, 1),
-            (CurlOpt.TCP_KEEPALIVE, 1),
-            (CurlOpt.MAXAGE_CONN, 300),
-        ):
-            self._easy.setopt(option, value)
-        self._easy._ensure_cacert()
-        self._plain: bool | None = None
-        self._silence = 0.0  # seconds without a byte that end the call
-        self._verbose = False
+            lib.curl_easy_impersonate(self._easy, route.browser.encode(), 1)
+        for name, value in {
+            "ERRORBUFFER": self._error,
+            "CAINFO": DEFAULT_CACERT.encode(),
+            "PROXY_CAINFO": DEFAULT_CACERT.encode(),
+            "PROXY": route.proxy.encode(),
+            "NOSIGNAL": 1,
+            "CONNECTTIMEOUT_MS": int(CONNECT_TIMEOUT * 1000),
+            "TCP_NODELAY": 1,
+            "TCP_KEEPALIVE": 1,
+            "WRITEFUNCTION": lib.buffer_callback,
+            "WRITEDATA": self._sink(self._body),
+            "HEADERFUNCTION": lib.buffer_callback,
+            "HEADERDATA": self._sink(self._head),
+        }.items():
+            self._set(_options(name)[0], value)
         self.used = time.monotonic()
 
+    def _sink(self, callback: Any) -> Any:
+        self._kept.append(ffi.new_handle(_Sink(callback)))
+        return self._kept[-1]
+
+    def _set(self, option: int, value: Any) -> None:
+        """curl_easy_setopt; the glue wants numbers by pointer."""
+        if isinstance(value, int):
+            value = ffi.new("int64_t *" if option >= 30000 else "long *", value)
+        if code := lib._curl_easy_setopt(self._easy, option, value):
+            raise RuntimeError(f"libcurl refused option {option} ({code})")
+
     def close(self) -> None:
+        """Frees the handle and closes its connections."""
         if self._multi:
             lib.curl_multi_cleanup(self._multi)
-            self._easy.close()
-            self._multi = None
+            lib.curl_easy_cleanup(self._easy)
+            lib.curl_slist_free_all(self._lines)
+            self._multi = self._easy = None
 
-    def call(
-        self, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch, silence: float
-    ) -> Call:
-        """Prepares a call; its bytes come as the result is iterated over. `headers` are whole lines."""
-        easy = self._easy
-        easy.setopt(CurlOpt.URL, url)
-        if self._plain != (plain := url.startswith("http://")):
-            # An impersonated handle would ask a plain server for HTTP/2 by `Upgrade: h2c`, which many mishandle.
-            easy.setopt(CurlOpt.HTTP_VERSION, CurlHttpVersion.V1_1 if plain else CurlHttpVersion.V2TLS)
-            self._plain = plain
+    def prepare(
+        self, method: str, url: str, headers: list[bytes], body: bytes | None, silence: float
+    ) -> None:
+        """Sets what a call needs and the call before it did not have."""
+        if url != self._url:
+            self._url = url
+            self._set(_URL, url.encode())
+            if self._plain != (plain := url.startswith("http://")):
+                # An impersonated handle would ask a plain server for HTTP/2 by `Upgrade: h2c`, which many mishandle.
+                self._set(_VERSION, int(CurlHttpVersion.V1_1 if plain else CurlHttpVersion.V2TLS))
+                self._plain = plain
         if body is not None:
-            easy.setopt(CurlOpt.POSTFIELDSIZE_LARGE, len(body))
-            easy.setopt(CurlOpt.POSTFIELDS, body)
-            easy.setopt(CurlOpt.POST, 1)
-        else:
-            easy.setopt(CurlOpt.HTTPGET, 1)
-        if (method, self._method) != ("GET", "GET"):
-            easy.setopt(CurlOpt.CUSTOMREQUEST, method)
-            self._method = method
-        easy.setopt(CurlOpt.HTTPHEADER, headers)
-        self._silence = silence
+            self._sent = body
+            self._set(_POSTSIZE, len(body))
+            self._set(_POSTFIELDS, ffi.from_buffer(body))
+        if self._posts != (body is not None):
+            self._posts = body is not None
+            self._set(_POST if self._posts else _GET, 1)
+        usual = "POST" if self._posts else "GET"
+        if method != (self._method or usual):
+            self._method = "" if method == usual else method
+            self._set(_METHOD, self._method.encode() if self._method else ffi.NULL)
+        lines = ffi.NULL
+        for line in headers:
+            lines = lib.curl_slist_append(lines, line)
+        self._set(_HTTPHEADER, lines)
+        lib.curl_slist_free_all(self._lines)
+        self._lines = lines
+        self.silence = silence
         self._body.clear()
         self._head.clear()
-        easy.setopt(CurlOpt.WRITEDATA, self._body)
-        easy.setopt(CurlOpt.HEADERDATA, self._head)
-        return Call(self, watch)
 
     def learn_agent(self, found: Callable[[str], None]) -> None:
         """Lets the next call tell the user agent it sends, which only libcurl knows."""
 
         def hear(kind: int, data: bytes) -> None:
-            if kind == 2 and (match := re.search(rb"(?im)^user-agent: ([^\r\n]+)", data)):  # 2: headers sent
+            if kind == _HEADERS_SENT and (match := re.search(rb"(?im)^user-agent: ([^\r\n]+)", data)):
                 found(match[1].decode("latin-1"))
 
-        self._verbose = True
-        self._easy.setopt(CurlOpt.VERBOSE, 1)
-        self._easy.setopt(CurlOpt.DEBUGFUNCTION, hear)
+        self._hears = True
+        self._set(_options("DEBUGFUNCTION")[0], lib.debug_function)
+        self._set(_options("DEBUGDATA")[0], self._sink(hear))
+        self._set(_VERBOSE, 1)
 
-    def _transfer(self, watch: Watch) -> Iterator[bytes]:
+    def transfer(self, watch: Watch) -> Generator[bytes, None, None]:
         """Runs the prepared call: yields what has come together, b"" for a heartbeat's time of silence."""
         multi, running, body, number = self._multi, self._running, self._body, self._number
-        lib.curl_multi_add_handle(multi, self._pointer)
+        lib.curl_multi_add_handle(multi, self._easy)
         try:
             heard = signed = checked = time.monotonic()
             while True:
@@ -1230,57 +1295,63 @@ class Handle:
                     yield data
                 if not running[0]:
                     break
-                lib.curl_multi_poll(multi, ffi.NULL, 0, 1000 if self._silence >= 1 else 200, number)
+                lib.curl_multi_poll(multi, ffi.NULL, 0, 1000 if self.silence >= 1 else 200, number)
                 if number[0]:
                     continue
                 now = time.monotonic()
                 if now - checked >= 1.0:
                     checked = now
                     watch.check()
-                if now - heard > self._silence:
-                    text = f"The upstream was silent for {self._silence:g} seconds; try again."
+                if now - heard > self.silence:
+                    text = f"The upstream was silent for {self.silence:g} seconds; try again."
                     raise Refusal("silent", "upstream_timeout", text)
                 if now - signed >= watch.heartbeat:
                     signed = now
                     yield b""
             self._raise_for_result()
         finally:
-            lib.curl_multi_remove_handle(multi, self._pointer)
-            self._easy.clean_handles_and_buffers()
-            if self._verbose:  # libcurl must not call what was just freed
-                self._easy.setopt(CurlOpt.VERBOSE, 0)
-                self._verbose = False
+            lib.curl_multi_remove_handle(multi, self._easy)
             self.used = time.monotonic()
+            if self._hears:
+                self._hears = False
+                self._set(_VERBOSE, 0)
 
     def _raise_for_result(self) -> None:
         message = lib.curl_multi_info_read(self._multi, self._number)
         if message == ffi.NULL or not (code := message.data.result):
             return
-        error = self._easy._get_error(code, "perform")
-        text = re.sub(r"^Failed to perform, |\. See https://curl.*$", "", str(error), flags=re.S)
-        reason = "silent" if code == CurlECode.OPERATION_TIMEDOUT and self._head else "unreachable"
-        raise Refusal(reason, "upstream_error", f"The upstream could not be reached: {text}")
+        text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
+        if self._head:
+            raise Refusal("broken", "upstream_error", f"The upstream broke off its answer: {text}")
+        raise Refusal("unreachable", "upstream_error", f"The upstream could not be reached: {text}")
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
-        status, headers = 0, dict[str, str]()
-        for line in self._head:
-            if line.startswith(b"HTTP/"):
-                status, headers = int(line.split(None, 2)[1]), {}
-            elif b":" in line:
-                name, _, value = line.decode("latin-1").partition(":")
-                name, value = name.lower(), value.strip()
-                headers[name] = f"{headers[name]}\n{value}" if name in headers else value
-        return status, headers
+        text = b"".join(self._head).decode("latin-1").rstrip("\r\n").rpartition("\r\n\r\n")[2]
+        first, *lines = text.split("\r\n")
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip()
+            headers[name] = f"{headers[name]}\n{value}" if name in headers else value
+        return int(first.split(" ", 2)[1]) if first else 0, headers
 
 
 class Call:
-    """A call under way, iterated over once: `start` until the head is there, then `rest` for the body."""
+    """A call under way: `start` until the head is there, then once `rest` for the body."""
 
-    def __init__(self, handle: Handle, watch: Watch) -> None:
-        self._handle, self._bytes = handle, handle._transfer(watch)
+    def __init__(self, handle: Handle, watch: Watch, release: Callable[[], None]) -> None:
+        self.handle, self._bytes, self._release = handle, handle.transfer(watch), release
         self._first = b""
         self.status, self.headers = 0, dict[str, str]()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the call where it is; its connection goes too if the answer was not over."""
+        self._bytes.close()
+        self._release()
 
     def start(self) -> Patient[None]:
         """Waits for the first byte of the body (or its end): status and headers are known then."""
@@ -1289,7 +1360,7 @@ class Call:
                 break
             yield
         self._first = first or b""
-        self.status, self.headers = self._handle.head()
+        self.status, self.headers = self.handle.head()
 
     def rest(self) -> Iterator[bytes]:
         """The body's bytes as they come, b"" for a heartbeat's time of silence."""
@@ -1311,11 +1382,7 @@ class Call:
     def hurry(self) -> None:
         """Gives the call a fifth of a second to end, after the last byte that matters: a connection that was read to
         its end can be kept."""
-        self._handle._silence = LAST_SILENCE
-
-    def close(self) -> None:
-        """Ends the call where it is; its connection goes too if the answer was not over."""
-        self._bytes.close()  # type: ignore[attr-defined] # a generator, typed as what callers use of it
+        self.handle.silence = LAST_SILENCE
 
 
 class Handles:
@@ -1325,23 +1392,29 @@ class Handles:
         self._idle_lock = threading.Lock()
         self._idle: dict[tuple[str, Route], list[Handle]] = {}
 
-    @contextlib.contextmanager
-    def lend(self, owner: str, route: Route) -> Iterator[Handle]:
-        """A handle for one call at a time; the one used last, whose connection is most likely alive."""
+    def call(
+        self, owner: str, route: Route, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch,
+        silence: float,
+    ) -> Call:  # fmt: skip
+        """A call on a handle of the owner's: the one used last, whose connection is most likely alive.
+
+        `headers` are whole lines; `silence` is how many seconds without a byte end the call. To be used in a `with`
+        block, at whose end the call is ended where it is.
+        """
         with self._idle_lock:
             idle = self._idle.get((owner, route))
             handle = idle.pop() if idle else None
         handle = handle or Handle(route)
-        try:
-            yield handle
-        finally:
-            with self._idle_lock:
-                idle = self._idle.setdefault((owner, route), [])
-                kept = len(idle) < MOST_IDLE_HANDLES
-                if kept:
-                    idle.append(handle)
-            if not kept:
-                handle.close()
+        handle.prepare(method, url, headers, body, silence)
+        return Call(handle, watch, lambda: self._give_back(owner, route, handle))
+
+    def _give_back(self, owner: str, route: Route, handle: Handle) -> None:
+        with self._idle_lock:
+            idle = self._idle.setdefault((owner, route), [])
+            if len(idle) < MOST_IDLE_HANDLES:
+                idle.append(handle)
+                return
+        handle.close()
 
     def sweep(self, now: float) -> None:
         """Closes what has been idle for long."""
@@ -1557,7 +1630,7 @@ class Pool:
                 continue
             old = known.get(row.id)
             identity = old or AccountRow(
-                "", "", "", device=str(uuid.uuid4()), browser=self.settings.impersonate, added=time.time()
+                "", "", "", device=new_id(), browser=self.settings.impersonate, added=time.time()
             )
             rows[row.id] = replace(
                 row,
@@ -1806,7 +1879,7 @@ def conversation_body(question: Question, history_disabled: bool) -> dict[str, A
     now = time.time()
     messages = [
         {
-            "id": str(uuid.uuid4()),
+            "id": new_id(),
             "author": {"role": message.role},
             "content": {"content_type": "text", "parts": [message.text]},
             "metadata": {},
@@ -1818,7 +1891,7 @@ def conversation_body(question: Question, history_disabled: bool) -> dict[str, A
         "action": "continue" if question.continues else "next",
         "messages": messages,
         "model": question.model,
-        "parent_message_id": question.parent or str(uuid.uuid4()),
+        "parent_message_id": question.parent or new_id(),
         "conversation_mode": {"kind": "primary_assistant"},
         "history_and_training_disabled": history_disabled,
         "force_use_sse": True,
@@ -1827,7 +1900,7 @@ def conversation_body(question: Question, history_disabled: bool) -> dict[str, A
         "system_hints": [],
         "suggestions": [],
         "timezone_offset_min": TIMEZONE_OFFSET_MIN,
-        "websocket_request_id": str(uuid.uuid4()),
+        "websocket_request_id": new_id(),
     }
     if question.conversation:
         body["conversation_id"] = question.conversation
@@ -1914,17 +1987,12 @@ class ChatGPT:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _calling(
+    def _call(
         self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch
-    ) -> Iterator[tuple[Call, Handle]]:
-        """A call on a handle of the account's own, ended where it is when the block is left."""
-        with self.handles.lend(account.id, account.route) as handle:
-            call = handle.call(method, url, headers, body, watch, float(self.settings.upstream_timeout))
-            try:
-                yield call, handle
-            finally:
-                call.close()
+    ) -> Call:
+        """A call on a connection of the account's own."""
+        silence = float(self.settings.upstream_timeout)
+        return self.handles.call(account.id, account.route, method, url, headers, body, watch, silence)
 
     def _headers(self, account: Account, extra: Iterable[bytes] = ()) -> list[bytes]:
         """The header lines of every call of the site's own scripts."""
@@ -1965,10 +2033,10 @@ class ChatGPT:
         self, call: str, account: Account, path: str, body: Mapping[str, Any], watch: Watch
     ) -> Patient[dict[str, Any]]:
         """A call that answers with a JSON object; Refusal for anything but 2xx."""
-        data = json.dumps(body, separators=(",", ":")).encode()
+        data = compact(body).encode()
         url = self._base(account) + path
         try:
-            with self._calling(account, "POST", url, self._headers(account), data, watch) as (open_call, _):
+            with self._call(account, "POST", url, self._headers(account), data, watch) as open_call:
                 answer = yield from open_call.whole()
         except Refusal:
             self._heard(call, account, 0, {})
@@ -1991,9 +2059,9 @@ class ChatGPT:
         headers = [*_PAGE_HEADERS, *([f"Cookie: {cookies}".encode()] if cookies else [])]
         with (
             contextlib.suppress(Refusal),
-            self._calling(account, "GET", account.gateway + "/", headers, None, watch) as (call, handle),
+            self._call(account, "GET", account.gateway + "/", headers, None, watch) as call,
         ):
-            handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
+            call.handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
             answer = yield from call.whole()
             self._heard("page", account, answer.status, answer.headers)
             if answer.status == 200:
@@ -2079,14 +2147,12 @@ class ChatGPT:
             text = "The upstream wants an Arkose token; set ARKOSE_TOKEN_URL to a service that provides them."
             raise Refusal("rejected", "arkose_required", text)
         body = json.dumps({"blob": dx}).encode()
-        with self.handles.lend("arkose", Route("", "")) as handle:
-            headers = [b"Content-Type: application/json", b"Expect:"]
-            url, silence = self.settings.arkose_token_url, float(self.settings.upstream_timeout)
-            try:
-                answer = yield from handle.call("POST", url, headers, body, watch, silence).whole()
-                token = answer.json().get("token") if answer.status == 200 else None
-            except (Refusal, AttributeError):
-                token = None
+        headers, url = [b"Content-Type: application/json", b"Expect:"], self.settings.arkose_token_url
+        silence, token = float(self.settings.upstream_timeout), None
+        call = self.handles.call("arkose", Route("", ""), "POST", url, headers, body, watch, silence)
+        with call, contextlib.suppress(Refusal, AttributeError):
+            answer = yield from call.whole()
+            token = answer.json().get("token") if answer.status == 200 else None
         if not isinstance(token, str) or not token:
             raise Refusal("rejected", "arkose_required", "The service at ARKOSE_TOKEN_URL gave no token.")
         return token
@@ -2114,14 +2180,11 @@ class ChatGPT:
     def _converse(
         self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
     ) -> Iterator[bytes]:
-        data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        data = compact(body).encode("utf-8", "replace")
         headers = self._headers(account, [b"Accept: text/event-stream", *extra])
         headers.remove(b"Accept: */*")
         try:
-            with self._calling(account, "POST", self._base(account) + path, headers, data, watch) as (
-                call,
-                _,
-            ):
+            with self._call(account, "POST", self._base(account) + path, headers, data, watch) as call:
                 yield from beating(call.start(), b"")
                 self._heard("conversation", account, call.status, call.headers)
                 if call.status == 200 and "text/html" not in call.headers.get("content-type", ""):
@@ -2296,7 +2359,7 @@ class ChatGPT:
     def _exchange(
         self, call: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None
     ) -> Answer:
-        with self._calling(account, method, url, headers, body, self._quiet) as (open_call, _):
+        with self._call(account, method, url, headers, body, self._quiet) as open_call:
             answer = patiently(open_call.whole())
         self._heard(call, account, answer.status, answer.headers if url.startswith(account.gateway) else {})
         return answer
@@ -2390,10 +2453,30 @@ class _Growing:
         self.raw = message
         self.id = str(message.get("id") or "")
         self.sent = 0
-        self.tail: list[str] = []  # appended to part 0 since `raw` was last brought up to date
-        self.kind = self._kind()
+        self._tail: list[str] = []  # appended to part 0 since `raw` was last brought up to date
+        self.changed = True  # whether the text may have grown in another way
+        self.kind = self.kind_now()
 
-    def _kind(self) -> type[Text] | type[Reasoning] | None:
+    def appendable(self) -> bool:
+        """Whether text can be appended to part 0 without a look at the rest: no other part follows it."""
+        content = self.raw.get("content")
+        parts = content.get("parts") if isinstance(content, dict) else None
+        return self.kind is Text and isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], str)
+
+    def append(self, more: str) -> str:
+        """Appends to part 0, in constant time; what to pass on."""
+        self._tail.append(more)
+        self.sent += len(more)
+        return more
+
+    def settle(self) -> None:
+        """Brings `raw` up to date."""
+        if self._tail:
+            parts = self.raw["content"]["parts"]
+            parts[0] = "".join([parts[0], *self._tail])
+            self._tail.clear()
+
+    def kind_now(self) -> type[Text] | type[Reasoning] | None:
         """What becomes of its text. "Which messages are the answer"."""
         message = self.raw
         content = message.get("content")
@@ -2411,10 +2494,6 @@ class _Growing:
 
     def text(self) -> str:
         """The whole text so far."""
-        if self.tail:
-            parts = self.raw["content"]["parts"]
-            parts[0] = "".join([parts[0], *self.tail])
-            self.tail.clear()
         content = self.raw.get("content")
         if not isinstance(content, dict):
             return ""
@@ -2432,6 +2511,9 @@ class _Growing:
                 yield "\n".join(str(thought[key]) for key in ("summary", "content") if thought.get(key))
 
 
+_ANSWER_PATH = "/message/content/parts/0"
+
+
 class Decoder:
     """The upstream's answer, in either encoding, as typed events. "The answer: server-sent events, two encodings".
 
@@ -2446,7 +2528,7 @@ class Decoder:
         self._messages: dict[str, _Growing] = {}
         self._current: _Growing | None = None
         self._path, self._op = "", "add"
-        self._hot = False  # path and op are an append to part 0 of an answering message
+        self._hot = False  # the last event appended to part 0 of an answering message
         self._reason = ""
 
     def renew(self) -> None:
@@ -2463,16 +2545,12 @@ class Decoder:
                 self._done = self._done or text == "[DONE]"
                 continue
             try:
-                value = _decode(text)[0]
+                value = decode(text)[0]
             except ValueError:
                 continue
             # Once per token: {"v": "…"} goes on appending to the answer's first part.
             if self._hot and len(value) == 1 and type(more := value.get("v")) is str:
-                current = self._current
-                assert current is not None
-                current.tail.append(more)
-                current.sent += len(more)
-                append(Text(more))
+                append(Text(self._current.append(more)))  # type: ignore[union-attr] # hot: there is one
             else:
                 self._take(value, out)
         return out
@@ -2486,74 +2564,81 @@ class Decoder:
     def _take(self, value: dict[str, Any], out: list[Event]) -> None:
         """One event of any kind."""
         if "v" in value or "p" in value or "o" in value:
-            self._path, self._op = value.get("p", self._path), value.get("o", self._op)
-            self._apply(self._path, self._op, value.get("v"), out)
+            self._path, self._op, more = value.get("p", self._path), value.get("o", self._op), value.get("v")
+            appends = self._path == _ANSWER_PATH and self._op == "append"
             current = self._current
-            self._hot = (
-                self._path == "/message/content/parts/0"
-                and self._op == "append"
-                and current is not None
-                and current.kind is Text
-                and isinstance(_at(current.raw, ["content", "parts", 0]), str)
-            )
+            if appends and isinstance(more, str) and current is not None and current.appendable():
+                self._hot = True
+                out.append(Text(current.append(more)))
+                return
+            self._apply(self._path, self._op, more)
         elif value.get("error"):
             raise Refusal(
                 "broken", "upstream_error", "The upstream broke off its answer with an error; try again."
             )
         elif isinstance(value.get("message"), dict):
-            self._begin(value, out)
-        elif value.get("type") == "message_stream_complete":
+            self._begin(value)
+        else:
+            self._notice(value)
+            return
+        current = self._current
+        if current is None or current.kind is None:
+            self._hot = False
+            return
+        self._hot = False
+        self._grown(current, out)
+
+    def _notice(self, value: dict[str, Any]) -> None:
+        """An event beside the messages; unknown ones are passed over."""
+        if value.get("type") == "message_stream_complete":
             self.conversation = value.get("conversation_id") or self.conversation
         elif value.get("type") == "moderation" and (value.get("moderation_response") or {}).get("blocked"):
             self._reason = "content_filter"
 
-    def _begin(self, value: dict[str, Any], out: list[Event]) -> None:
+    def _begin(self, value: dict[str, Any]) -> None:
         """A message, new or (in the cumulative encoding) known and grown."""
+        if value.get("error"):
+            raise Refusal(
+                "broken", "upstream_error", "The upstream broke off its answer with an error; try again."
+            )
         self.conversation = value.get("conversation_id") or self.conversation
+        if not isinstance(value.get("message"), dict):
+            return
         message = _Growing(value["message"])
-        known = self._messages.get(message.id)
-        if known is not None and known.id:
-            message.sent = known.sent
-        self._messages[message.id] = self._current = message
-        self._grown(message, out)
+        if message.id in self._messages:
+            message.sent = self._messages[message.id].sent
+        if message.id:
+            self._messages[message.id] = message
+        self._current = message
 
-    def _apply(self, path: str, op: str, value: Any, out: list[Event]) -> None:
+    def _apply(self, path: str, op: str, value: Any) -> None:
         """One operation of the v1 encoding; paths that lead nowhere are passed over."""
+        current = self._current
         if op == "patch" and isinstance(value, list):
             for one in value:
                 if isinstance(one, dict):
-                    self._apply(path + str(one.get("p", "")), str(one.get("o", "append")), one.get("v"), out)
-            return
-        if path == "":
-            if op == "add" and isinstance(value, dict) and isinstance(value.get("message"), dict):
-                self._begin(value, out)
-            elif isinstance(value, dict) and value.get("error"):
-                raise Refusal(
-                    "broken", "upstream_error", "The upstream broke off its answer with an error; try again."
-                )
-            return
-        if path == "/conversation_id" and isinstance(value, str):
+                    self._apply(path + str(one.get("p", "")), str(one.get("o", "append")), one.get("v"))
+        elif path == "" and isinstance(value, dict):
+            self._begin(value)
+        elif path == "/conversation_id" and isinstance(value, str):
             self.conversation = value
-        current = self._current
-        if current is None or not path.startswith("/message/"):
-            return
-        if path == "/message/content/parts/0" and op == "append" and isinstance(value, str) and current.tail:
-            current.tail.append(value)
-        else:
-            current.text()  # brings `raw` up to date
+        elif current is not None and path.startswith("/message/"):
+            if path.startswith("/message/content"):
+                current.settle()
+                current.changed = True
             _patch(current.raw, [_step(step) for step in path.split("/")[2:]], op, value)
-        self._grown(current, out)
+            current.kind = current.kind_now()
 
     def _grown(self, message: _Growing, out: list[Event]) -> None:
-        """Passes on what a message has grown by, and notes whether it is the end."""
-        if message.kind is not None:
-            metadata = message.raw.get("metadata")
-            self.model = (
-                str(metadata.get("model_slug") or self.model) if isinstance(metadata, dict) else self.model
-            )
-            if not self._begun:
-                self._begun = True
-                out.append(Begin(self.model, self.conversation, message.id))
+        """Passes on what a message for the client has grown by, and notes whether it is the end."""
+        metadata = message.raw.get("metadata")
+        if isinstance(metadata, dict):
+            self.model = str(metadata.get("model_slug") or self.model)
+        if not self._begun:
+            self._begun = True
+            out.append(Begin(self.model, self.conversation, message.id))
+        if message.changed and message.kind is not None:
+            message.changed = False
             text = message.text()
             if len(text) > message.sent:
                 out.append(message.kind(text[message.sent :]))
@@ -2574,9 +2659,6 @@ class Decoder:
             message.raw.get("status") == "finished_successfully" and end_turn
         ):
             self._reason = "stop"
-
-
-_decode = json.JSONDecoder().raw_decode
 
 
 def _step(text: str) -> str | int:
@@ -2980,9 +3062,7 @@ class Tokens:
     def _load(self) -> None:
         """tiktoken may have to download its vocabulary: in the background, so that nobody waits long for it."""
         try:
-            import tiktoken
-
-            self._encode = tiktoken.get_encoding("o200k_base").encode
+            self._encode = importlib.import_module("tiktoken").get_encoding("o200k_base").encode
         except Exception as error:
             log(logging.INFO, "tiktoken has no vocabulary; tokens are estimated", reason=type(error).__name__)
 
@@ -3073,7 +3153,7 @@ class Completion:
     def __init__(self, request: ChatRequest, tokens: Tokens, extras: bool) -> None:
         """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept."""
         self.request, self._tokens, self._extras = request, tokens, extras
-        self.id, self.created = f"chatcmpl-{secrets.token_hex(14)}", int(time.time())
+        self.id, self.created = f"chatcmpl-{random.getrandbits(112):028x}", int(time.time())
         self.model = request.model
         trims = request.stops or request.limit is not None
         self._trimmer = Trimmer(request.stops, request.limit, tokens.count) if trims else None
@@ -3164,17 +3244,14 @@ class CompletionStream(Completion):
         pieces.append(self._chunk({}, self._reason))
         if self.request.include_usage:
             pieces.append(
-                f"data: {_compact(self._frame('chat.completion.chunk') | {'choices': [], 'usage': self.usage()})}\n\n"
+                f"data: {compact(self._frame('chat.completion.chunk') | {'choices': [], 'usage': self.usage()})}\n\n"
             )
         pieces.append("data: [DONE]\n\n")
 
     def _chunk(self, delta: dict[str, Any], reason: str | None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         usage = {"usage": None} if self.request.include_usage else {}
-        return f"data: {_compact(self._frame('chat.completion.chunk') | {'choices': [choice]} | usage)}\n\n"
-
-
-_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+        return f"data: {compact(self._frame('chat.completion.chunk') | {'choices': [choice]} | usage)}\n\n"
 
 
 # ============================================================================================================
@@ -3237,7 +3314,7 @@ class Stream:
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
-    return Reply(status, _compact(value).encode("utf-8", "replace"), headers=dict(headers or {}))
+    return Reply(status, compact(value).encode("utf-8", "replace"), headers=dict(headers or {}))
 
 
 def malformed(message: str) -> ApiError:
@@ -3291,9 +3368,13 @@ class Wire:
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self._sock, self._timeout = sock, timeout
         self._ahead = b""
+        self._limited = 0.0
 
     def _limit(self, seconds: float) -> None:
         """The kernel's own time-out: a timed Python socket would call poll() before each read and write."""
+        if seconds == self._limited:
+            return
+        self._limited = seconds
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
@@ -3610,7 +3691,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.version, self.method = "1.1", ""
         request = None
         self.start = time.monotonic()
-        self.request_id = f"req_{secrets.token_hex(8)}"
+        self.request_id = f"req_{random.getrandbits(64):016x}"
         try:
             head = self.wire.head()
             if head is None:
@@ -3718,7 +3799,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 send(b"0\r\n\r\n")
         except ApiError as error:
             status, keep = error.status, False
-            last = f"data: {_compact(error.body())}\n\n".encode()
+            last = f"data: {compact(error.body())}\n\n".encode()
             with contextlib.suppress(OSError):
                 send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
         except (OSError, ClientGone):
@@ -3980,11 +4061,10 @@ def relay(app: App, request: Request) -> Reply | Stream:
     body = request.body if request.body or request.method not in ("GET", "HEAD") else None
     stack = contextlib.ExitStack()
     with contextlib.ExitStack() as guard:
-        handle = guard.enter_context(app.handles.lend(owner, Route("", proxy)))
-        call = handle.call(
-            request.method, url, lines, body, request.watch, float(app.settings.upstream_timeout)
-        )
-        guard.callback(call.close)
+        silence = float(app.settings.upstream_timeout)
+        route = Route("", proxy)
+        call = app.handles.call(owner, route, request.method, url, lines, body, request.watch, silence)
+        guard.enter_context(call)
         patiently(call.start())
         headers = {
             name: value
@@ -4316,10 +4396,10 @@ class Demo:
         """The events of an answer of these words, in the stand-in's encoding; `details` is finish_details.type."""
         conversation = str(body.get("conversation_id") or uuid.uuid4())
         self.conversations.add(conversation)
-        user = dict((body.get("messages") or [{"id": str(uuid.uuid4()), "author": {"role": "user"}}])[-1])
+        user = dict((body.get("messages") or [{"id": new_id(), "author": {"role": "user"}}])[-1])
         metadata = {"model_slug": body["model"], "message_type": "next"}
         message: dict[str, Any] = {
-            "id": str(uuid.uuid4()),
+            "id": new_id(),
             "author": {"role": "assistant", "name": None, "metadata": {}},
             "create_time": time.time(),
             "content": {"content_type": "text", "parts": [""]},
@@ -4420,7 +4500,7 @@ class Demo:
 
 def _data(value: Any) -> bytes:
     """One server-sent event without a name."""
-    return b"data: " + _compact(value).encode("utf-8", "surrogatepass") + b"\n\n"
+    return b"data: " + compact(value).encode("utf-8", "surrogatepass") + b"\n\n"
 
 
 # ============================================================================================================
