@@ -1209,6 +1209,7 @@ class Handle:
             "CONNECTTIMEOUT_MS": int(CONNECT_TIMEOUT * 1000),
             "TCP_NODELAY": 1,
             "TCP_KEEPALIVE": 1,
+            "UPLOAD_BUFFERSIZE": 16384,  # the default of 64 KiB stays with every handle
             "WRITEFUNCTION": lib.buffer_callback,
             "WRITEDATA": self._sink(self._body),
             "HEADERFUNCTION": lib.buffer_callback,
@@ -2453,7 +2454,8 @@ class _Growing:
         self.raw = message
         self.id = str(message.get("id") or "")
         self.sent = 0
-        self._tail: list[str] = []  # appended to part 0 since `raw` was last brought up to date
+        self._blocks: list[str] = []  # appended to part 0 since `raw` was last brought up to date
+        self._tail: list[str] = []  # the same, behind them
         self.changed = True  # whether the text may have grown in another way
         self.kind = self.kind_now()
 
@@ -2465,16 +2467,21 @@ class _Growing:
 
     def append(self, more: str) -> str:
         """Appends to part 0, in constant time; what to pass on."""
-        self._tail.append(more)
+        tail = self._tail
+        tail.append(more)
+        if len(tail) >= 64:  # small strings are ten times their text
+            self._blocks.append("".join(tail))
+            tail.clear()
         self.sent += len(more)
         return more
 
     def settle(self) -> None:
         """Brings `raw` up to date."""
-        if self._tail:
+        if self._tail or self._blocks:
             parts = self.raw["content"]["parts"]
-            parts[0] = "".join([parts[0], *self._tail])
+            parts[0] = "".join([parts[0], *self._blocks, *self._tail])
             self._tail.clear()
+            self._blocks.clear()
 
     def kind_now(self) -> type[Text] | type[Reasoning] | None:
         """What becomes of its text. "Which messages are the answer"."""
@@ -3157,6 +3164,7 @@ class Completion:
         self.model = request.model
         trims = request.stops or request.limit is not None
         self._trimmer = Trimmer(request.stops, request.limit, tokens.count) if trims else None
+        self._keeps_text = not request.stream or request.include_usage  # else nobody asks for it
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._ids = {"conversation_id": "", "message_id": ""}
@@ -3170,9 +3178,11 @@ class Completion:
         for event in events:
             kind = type(event)
             if kind is Text:
-                self._text.append(event[0])
+                if self._keeps_text:
+                    self._text.append(event[0])
             elif kind is Reasoning:
-                self._reasoning.append(event[0])
+                if self._keeps_text:
+                    self._reasoning.append(event[0])
             elif isinstance(event, Begin):
                 self.model = event.model or self.model
                 self._ids = {"conversation_id": event.conversation, "message_id": event.message}
@@ -3385,7 +3395,7 @@ class Wire:
             if left > 0:
                 if left < self._timeout - 0.5:
                     self._limit(max(left, 0.01))
-                return self._sock.recv(65536)
+                return self._sock.recv(16384)
         except (BlockingIOError, TimeoutError, ssl.SSLWantReadError):
             pass
         except OSError:
