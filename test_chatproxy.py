@@ -1,0 +1,2102 @@
+"""What chatproxy does, each behaviour a sentence.
+
+Tests talk to a real listening server over a real socket; the upstream is the embedded demo, with worse weather added
+here. `python test_chatproxy.py bench` measures instead (`make bench`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import chatproxy as cp
+
+HERE = pathlib.Path(__file__).parent
+SCRIPT = HERE / "chatproxy.py"
+KEY = "key-of-the-pool"
+ADMIN = "key-of-the-admin"
+SOLVER = cp.Solver()  # forks, so before the first thread
+SOLVER.start()
+hypothesis_settings.register_profile(
+    "here", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+hypothesis_settings.load_profile("here")
+
+
+# --- the weather, the server under test, and what both are watched with --------------------------------------------
+
+Fault = Callable[[cp.Request], "cp.Reply | cp.Stream | None"]
+
+
+class Weather(cp.Demo):
+    """The demo upstream with faults: each waits for one call of its kind and answers it instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pace = 0.0
+        self.faults: dict[str, deque[Fault]] = defaultdict(deque)
+        self.seen: list[cp.Request] = []
+        self.left: list[float] = []  # when a client was noticed to be gone
+        self.words: list[str] = ["Hello", " wide", " world", "."]
+        self.details = "stop"
+
+    def add(self, call: str, *faults: Fault) -> None:
+        """Faults for the next calls whose path ends with `call`, in turn."""
+        self.faults[call].extend(faults)
+
+    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream:
+        self.seen.append(request)
+        for call, waiting in self.faults.items():
+            if request.path.endswith(call) and waiting and (answer := waiting.popleft()(request)) is not None:
+                self.calls.append(f"{request.method} {request.path}")
+                return answer
+        return super().respond(request)
+
+    def answer(self, request: cp.Request, body: Any) -> Iterator[bytes]:
+        return self.say(body, self.words, self.details)
+
+    def count(self, call: str) -> int:
+        return sum(path.endswith(call) for path in self.calls)
+
+    def last(self, call: str) -> cp.Request:
+        return next(request for request in reversed(self.seen) if request.path.endswith(call))
+
+    def silence(self, first: bytes = b"") -> Fault:
+        """Says no more than `first` until the client is gone, and notes when that was noticed."""
+
+        def wait(request: cp.Request) -> Iterator[tuple[bytes, int]]:
+            if first:
+                yield first, 1
+            try:
+                for _ in range(2000):
+                    time.sleep(0.02)
+                    request.watch.check()
+            except cp.ClientGone:
+                self.left.append(time.monotonic())
+                raise
+            yield b"", 0
+
+        return lambda request: cp.Stream(wait(request))
+
+
+def status(code: int, body: Any = None, kind: str = "application/json", **headers: str) -> Fault:
+    data = body.encode() if isinstance(body, str) else json.dumps(body or {"detail": "no"}).encode()
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda request: cp.Reply(code, data, kind, named)
+
+
+def raw_stream(*pieces: bytes) -> Fault:
+    """Exactly these bytes as a whole stream."""
+    return lambda request: cp.Stream((piece, 1) for piece in pieces)
+
+
+def cut_stream(*pieces: bytes) -> Fault:
+    """These bytes, then the connection breaks."""
+
+    def give() -> Iterator[tuple[bytes, int]]:
+        for piece in pieces:
+            yield piece, 1
+        raise cp.ClientGone
+
+    return lambda request: cp.Stream(give())
+
+
+class Proxy:
+    """chatproxy in this process: the same App and Server that `serve` runs, on a free port."""
+
+    def __init__(self, folder: pathlib.Path, upstream: str, tokens: list[str], **settings: str) -> None:
+        flags = {
+            "chatgpt_base_url": upstream,
+            "openai_auth_url": upstream.split(",")[0],
+            "openai_api_url": upstream.split(",")[0],
+            "data_dir": str(folder),
+            "authorization": KEY,
+            "admin_key": ADMIN,
+            "port": "0",
+        } | settings
+        self.settings = cp.settle(cp.gather({name: value for name, value in flags.items() if value}, {}))
+        self.store = cp.Store(self.settings.data_dir)
+        self.app = cp.App(self.settings, self.store, SOLVER)
+        if tokens:
+            self.app.pool.add(tokens)
+        self.server = cp.Server(("127.0.0.1", 0), self.app.respond, self.settings, self.app.metrics)
+        self.address = ("127.0.0.1", self.server.server_port)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self._stop = threading.Event()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.app.upkeep, args=(self._stop,), daemon=True).start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self.server.drain(0)
+        self.app.upstream.background.shutdown(cancel_futures=True)
+        self.store.close()
+
+    def ask(self, text: str = "hi", key: str | None = KEY, **body: Any) -> httpx.Response:
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": text}]} | body
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+    def say(self, text: str = "hi", **body: Any) -> str:
+        answer = self.ask(text, **body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    def stream(self, **body: Any) -> tuple[list[dict[str, Any]], str]:
+        """The chunks of a streamed answer, and what came as raw text."""
+        answer = self.ask(stream=True, **body)
+        assert answer.status_code == 200, answer.text
+        lines = [line[6:] for line in answer.text.split("\n\n") if line.startswith("data: ")]
+        return [json.loads(line) for line in lines if line != "[DONE]"], answer.text
+
+    def states(self) -> dict[str, str]:
+        return {account.row.email: account.state(time.time()) for account in self.app.pool.accounts()}
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, **options)
+
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(c["delta"].get("content") or "" for chunk in chunks for c in chunk.get("choices", []))
+
+
+def error_of(answer: httpx.Response) -> tuple[int, str]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return answer.status_code, error["code"]
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def weather() -> Iterator[Weather]:
+    upstream = Weather()
+    server, upstream.url = upstream.listen()
+    yield upstream
+    server.drain(0)
+
+
+@pytest.fixture
+def start(tmp_path: pathlib.Path, weather: Weather) -> Iterator[Callable[..., Proxy]]:
+    """Starts servers against the weather: `start("alice", "bob", retry_times="0")`, accounts by name or token."""
+    running: list[Proxy] = []
+
+    def begin(*accounts: str, folder: str = "data", upstream: str = "", **settings: str) -> Proxy:
+        tokens = [
+            name if len(name) > 20 or name == cp.LOGIN_FREE else cp.demo_token(name) for name in accounts
+        ]
+        running.append(Proxy(tmp_path / folder, upstream or weather.url, tokens, **settings))
+        return running[-1]
+
+    yield begin
+    for proxy in running:
+        proxy.close()
+
+
+@pytest.fixture
+def proxy(start: Callable[..., Proxy]) -> Proxy:
+    return start("alice")
+
+
+def run(
+    *words: str, env: dict[str, str] | None = None, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A command of the program."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *words],
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | (env or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+class Served:
+    """`chatproxy.py serve` as a process."""
+
+    def __init__(self, *words: str, env: dict[str, str] | None = None) -> None:
+        self.start = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "serve", "--port", "0", *words],
+            env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | (env or {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr
+        self.lines: list[str] = []
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := re.search(r"listening on (https?://[^/]+)", line):
+                self.url = found[1]
+                break
+        self.ready = time.monotonic() - self.start
+        threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()), daemon=True).start()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+# --- settings, commands, start ---------------------------------------------------------------------------------------
+
+
+def test_a_flag_wins_over_a_variable_and_an_alias_counts() -> None:
+    env = {
+        "PORT": "7000",
+        "HOST": "::1",
+        "GO_CHATGPT_API_PROXY": "socks5h://127.0.0.1:9050",
+        "API_PREFIX": "",
+    }
+    origins = cp.gather({"port": "8000"}, env)
+    settings = cp.settle(origins)
+    assert (settings.port, settings.host, settings.proxy_url) == (8000, "::1", ("socks5h://127.0.0.1:9050",))
+    sources = [origins[name].source for name in ("port", "host", "proxy_url", "api_prefix")]
+    assert sources == ["flag", "env", "env GO_CHATGPT_API_PROXY", "default"]
+    assert settings.api_prefix is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "65536"),
+        ("PORT", "http"),
+        ("RETRY_TIMES", "-1"),
+        ("RANDOM_TOKEN", "perhaps"),
+        ("CHATGPT_BASE_URL", "chatgpt.com"),
+        ("CHATGPT_BASE_URL", ","),
+        ("PROXY_URL", "ftp://x"),
+        ("POW_DIFFICULTY", "xyz"),
+        ("LOG_FORMAT", "xml"),
+        ("IMPERSONATE", "lynx"),
+        ("TLS_CERT", "/nonexistent.pem"),
+        ("ENABLE_GATEWAY", "true"),
+        ("OPENAI_API_URL", "https://x:99999"),
+    ],
+)
+def test_an_unusable_value_stops_the_start_with_one_line(
+    name: str, value: str, tmp_path: pathlib.Path
+) -> None:
+    ended = run("serve", env={name: value, "DATA_DIR": str(tmp_path)})
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert name in ended.stderr and value in ended.stderr and "accepted: " in ended.stderr
+
+
+def test_an_unusable_secret_is_not_repeated(tmp_path: pathlib.Path) -> None:
+    ended = run("serve", env={"ADMIN_KEY": "my secret key"})
+    assert ended.returncode == 2 and "ADMIN_KEY" in ended.stderr and "secret" not in ended.stderr
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([f.name for f in cp.fields(cp.Settings)]), st.text(max_size=40), max_size=4
+    )
+)
+def test_any_text_is_a_setting_or_a_setting_error(flags: dict[str, str]) -> None:
+    try:
+        settings = cp.settle(cp.gather(flags, {}))
+    except cp.SettingError as error:
+        assert "accepted: " in str(error) and len(str(error).splitlines()) == 1
+    else:
+        assert isinstance(settings.port, int) and isinstance(settings.chatgpt_base_url, tuple)
+
+
+def test_config_tells_where_a_setting_came_from_and_masks_secrets() -> None:
+    ended = run(
+        "config", "--port", "6000", env={"AUTHORIZATION": "first-key,second-key", "LOG_LEVEL": "debug"}
+    )
+    assert re.search(r"(?m)^PORT +6000 +\(flag\)$", ended.stdout)
+    assert re.search(r"(?m)^LOG_LEVEL +debug +\(env\)$", ended.stdout)
+    assert re.search(r"(?m)^HOST +127\.0\.0\.1 +\(default\)$", ended.stdout)
+    assert re.search(r"(?m)^AUTHORIZATION +\*\*\*\w+,\*\*\*\w+ +\(env\)$", ended.stdout)
+    assert "first-key" not in ended.stdout
+
+
+def test_every_setting_has_a_flag_and_help_names_it() -> None:
+    words = run("serve", "--help").stdout
+    for row in cp.fields(cp.Settings):
+        assert row.metadata["hidden"] or f"--{row.name.replace('_', '-')} " in words
+
+
+def test_listening_for_everyone_without_a_key_is_refused_unless_meant(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path)}
+    ended = run("serve", "--host", "0.0.0.0", env=env)
+    assert ended.returncode == 2 and "--open" in ended.stderr and len(ended.stderr.splitlines()) == 1
+    for words in (["--open"], ["--authorization", "k"], ["--api-prefix", "p"]):
+        with Served("--host", "0.0.0.0", *words, env=env) as served:
+            assert served.url
+
+
+def test_a_taken_port_stops_the_start_with_one_line(tmp_path: pathlib.Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = run("serve", "--port", port, env={"DATA_DIR": str(tmp_path)})
+    assert ended.returncode == 2 and f"PORT: cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_used_stops_the_start_with_one_line() -> None:
+    ended = run("serve", "--data-dir", "/proc/nowhere")
+    assert ended.returncode == 2 and "DATA_DIR" in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_a_start_says_where_how_many_accounts_and_what_next(tmp_path: pathlib.Path) -> None:
+    with Served(env={"DATA_DIR": str(tmp_path)}) as served:
+        assert "0 accounts; add one with" in served.lines[-1]
+    assert run("accounts", "add", cp.demo_token("alice"), env={"DATA_DIR": str(tmp_path)}).returncode == 0
+    with Served(env={"DATA_DIR": str(tmp_path)}) as served:
+        assert served.lines[-1].rstrip().endswith(", 1 account")
+
+
+def test_the_demo_answers_without_account_and_network() -> None:
+    with Served("--demo") as served:
+        for headers in ({}, {"Authorization": "Bearer demo"}, {"Authorization": "Bearer sk-anything"}):
+            body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}]}
+            answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+            assert answer.status_code == 200 and "demo" in answer.json()["choices"][0]["message"]["content"]
+
+
+def test_the_script_carries_its_own_requirements() -> None:
+    head = SCRIPT.read_text().split('"""')[0]
+    assert "# /// script" in head and '"curl_cffi' in head and '"click' in head and ">=3.10" in head
+
+
+def test_accounts_are_added_listed_and_removed_without_a_token_in_sight(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path)}
+    token, refresh = cp.demo_token("alice"), "rt_" + "r" * 40
+    added = run(
+        "accounts", "add", "-", env=env, stdin=f"# mine\n{token}\n\n{refresh},ws-1 # team\nlogin-free\n"
+    )
+    assert added.returncode == 0, added.stderr
+    listed = run("accounts", "list", env=env).stdout
+    assert "alice@demo.example" in listed and "refresh" in listed and "login-free" in listed
+    assert token[:30] not in added.stdout + listed and refresh not in added.stdout + listed
+    first = next(line.split()[0] for line in listed.splitlines() if "alice" in line)
+    assert run("accounts", "remove", first, env=env).returncode == 0
+    assert "alice" not in run("accounts", "list", env=env).stdout
+    assert run("accounts", "remove", first, env=env).returncode == 2
+    wrong = run("accounts", "add", "not-a-token-at-all-really", env=env)
+    assert wrong.returncode == 2 and "not-a-token" not in wrong.stderr
+
+
+def test_the_readme_has_the_tables_that_the_code_makes() -> None:
+    readme = (HERE / "README.md").read_text()
+    for table in (cp.settings_table(), cp.errors_table(), cp.ROUTER.table()):
+        assert table in readme
+
+
+# --- http ------------------------------------------------------------------------------------------------------------
+
+
+def talk(address: tuple[str, int], data: bytes, seconds: float = 5.0) -> bytes:
+    """Sends bytes and reads until the server closes; what came when it does not."""
+    with socket.create_connection(address, timeout=seconds) as sock:
+        sock.sendall(data)
+        got = b""
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            while data := sock.recv(65536):
+                got += data
+        return got
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /health HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: +1\r\n\r\na",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 0x1\r\n\r\na",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1, 1\r\n\r\na",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: \xb2\r\n\r\na",
+        b"GET /health HTTP/1.1\r\nHost : x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\r\n b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\nX: a\r\n\r\n",
+        b"GET /health HTTP/1.1\nHost: x\n\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\rb\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.10\r\nHost: x\r\n\r\n",
+        b"GET /health http/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health\r\n\r\n",
+        b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /hea lth HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\n: y\r\n\r\n",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naX\r\n0\r\n\r\n",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n 1\r\na\r\n0\r\n\r\n",
+        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\na\r\n0\r\n\r\n",
+    ],
+)
+def test_what_two_parsers_might_read_differently_is_refused(proxy: Proxy, head: bytes) -> None:
+    got = talk(proxy.address, head + HEALTH)
+    assert got.startswith(b"HTTP/1.1 400 ") and got.count(b"HTTP/1.1") == 1
+    assert b"Connection: close" in got
+
+
+def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
+    post = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+    got = talk(proxy.address, HEALTH + post + HEALTH + b"GET /none HTTP/1.1\r\nHost: x\r\n\r\n" + LAST)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200", b"405", b"200", b"404", b"200"]
+
+
+def test_a_request_may_arrive_byte_by_byte(proxy: Proxy) -> None:
+    body = json.dumps(
+        {"model": "gpt-4o", "messages": [{"role": "user", "content": "hé"}]}, ensure_ascii=False
+    ).encode()
+    half = len(body) // 2
+    chunks = b"%x;ext=1\r\n%b\r\n%X\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (
+        half,
+        body[:half],
+        len(body) - half,
+        body[half:],
+    )
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(proxy.address, timeout=5) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in head.encode() + chunks + LAST:
+            sock.sendall(bytes([byte]))
+        got = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200", b"200"] and b"Hello wide world." in got
+
+
+def test_a_client_may_ask_before_it_sends(proxy: Proxy) -> None:
+    with socket.create_connection(proxy.address, timeout=5) as sock:
+        sock.sendall(b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"{}")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 405 ")
+    large = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n"
+    assert talk(proxy.address, large).startswith(b"HTTP/1.1 413 ")
+    other = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: wonders\r\n\r\n"
+    assert talk(proxy.address, other).startswith(b"HTTP/1.1 417 ")
+
+
+def test_methods_are_answered_as_http_wants_it(proxy: Proxy) -> None:
+    head = httpx.head(f"{proxy.url}/health")
+    assert head.status_code == 200 and int(head.headers["content-length"]) > 10 and head.content == b""
+    preflight = httpx.options(f"{proxy.url}/v1/chat/completions", headers={"Origin": "http://app.example"})
+    assert preflight.status_code == 204 and preflight.headers["access-control-allow-origin"] == "*"
+    assert "POST" in preflight.headers["access-control-allow-methods"]
+    wrong = httpx.get(f"{proxy.url}/v1/chat/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "OPTIONS, POST"
+    assert error_of(httpx.get(f"{proxy.url}/v1/nothing")) == (404, "not_found")
+
+
+def test_limits_have_their_own_answers(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", max_body_mb="1", read_timeout="1")
+    line = b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    many = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200 + b"\r\n"
+    wide = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 40000 + b"\r\n\r\n"
+    body = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1048577\r\n\r\n"
+    chunk = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFF\r\n"
+    slow = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc"
+    for data, code in (
+        (line, 414),
+        (many, 431),
+        (wide, 431),
+        (body, 413),
+        (chunk, 413),
+        (slow, 408),
+        (b"GET /", 408),
+    ):
+        assert talk(proxy.address, data).startswith(b"HTTP/1.1 %d " % code), code
+    assert talk(proxy.address, b"") == b""
+
+
+def test_a_dripping_client_is_cut_off(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", read_timeout="1")
+    began = time.monotonic()
+    with socket.create_connection(proxy.address, timeout=5) as sock:
+        with contextlib.suppress(OSError):
+            for byte in b"GET /health HTTP/1.1\r\nHost: xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx":
+                sock.sendall(bytes([byte]))
+                if select_readable(sock, 0.1):
+                    break
+        assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert time.monotonic() - began < 3
+
+
+def select_readable(sock: socket.socket, seconds: float) -> bool:
+    import select
+
+    return bool(select.select([sock], [], [], seconds)[0])
+
+
+def test_http_1_0_is_closed_unless_asked_otherwise(proxy: Proxy) -> None:
+    body = json.dumps({"model": "x", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    got = talk(proxy.address, (head + body).encode())
+    assert b"Transfer-Encoding" not in got and got.endswith(b"data: [DONE]\n\n")
+    kept = b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    assert talk(proxy.address, kept + b"GET /health HTTP/1.0\r\n\r\n").count(b"200 OK") == 2
+
+
+def test_connections_over_the_limit_are_told_to_come_back(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", max_connections="3")
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            sock = stack.enter_context(socket.create_connection(proxy.address))
+            sock.sendall(HEALTH)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+        got = talk(proxy.address, HEALTH)
+        assert got.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in got and b'"overloaded"' in got
+    wait_until(lambda: httpx.get(f"{proxy.url}/health").status_code == 200)
+
+
+def test_a_prefix_hides_everything_else(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", api_prefix="s3cret")
+    assert httpx.get(f"{proxy.url}/health").status_code == 404
+    assert httpx.get(f"{proxy.url}/s3crethealth").status_code == 404
+    assert httpx.get(f"{proxy.url}/s3cret/health").status_code == 200
+    client = openai.OpenAI(base_url=f"{proxy.url}/s3cret/v1", api_key=KEY)
+    answer = client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
+    assert answer.choices[0].message.content == "Hello wide world."
+
+
+def test_https_is_served_with_a_certificate(start: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
+    import ssl
+
+    import trustme
+
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    proxy = start("alice", tls_cert=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    url = proxy.url.replace("http:", "https:")
+    with httpx.Client(verify=context, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        assert client.get(f"{url}/health").status_code == 200
+        body = {"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+        answer = client.post(f"{url}/v1/chat/completions", json=body)
+        assert answer.text.endswith("data: [DONE]\n\n")
+    assert talk(proxy.address, HEALTH) != b"HTTP/1.1 200 OK"
+
+
+@given(st.binary(max_size=300))
+@example(b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n")
+def test_any_bytes_are_a_head_or_an_api_error(data: bytes) -> None:
+    try:
+        method, target, version, headers = cp.parse_head(data)
+    except cp.ApiError as error:
+        assert error.status in (400, 414, 431)
+    else:
+        assert (
+            method
+            and target
+            and version.startswith("HTTP/1.")
+            and all(name == name.lower() for name in headers)
+        )
+
+
+PIECES = [
+    b"GET",
+    b"POST",
+    b" ",
+    b"/health",
+    b"HTTP/1.1",
+    b"\r\n",
+    b"\n",
+    b"\r\n\r\n",
+    b"Host: x",
+    b"Content-Length: ",
+    b"5",
+]
+PIECES += [b"Transfer-Encoding: chunked", b"0", b"\x00", b":", b"\xff", b"Expect: 100-continue", b"A" * 50]
+
+
+@hypothesis_settings(max_examples=150)
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=5), max_size=20))
+def test_random_bytes_never_fail_or_hang_the_server(fuzzed: Proxy, pieces: list[bytes]) -> None:
+    with socket.create_connection(fuzzed.address, timeout=5) as sock:
+        sock.sendall(b"".join(pieces))
+        sock.shutdown(socket.SHUT_WR)
+        got = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert not re.search(rb"HTTP/1\.1 5\d\d", got)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    proxy = Proxy(tmp_path_factory.mktemp("fuzzed"), "http://127.0.0.1:9", [], read_timeout="2")
+    yield proxy
+    proxy.close()
+
+
+def test_events_that_arrive_together_leave_in_one_write(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    weather.add(
+        "/conversation", raw_stream(b"".join(weather.say({"model": "gpt-4o"}, [f" w{i}" for i in range(50)])))
+    )
+    body = json.dumps({"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nConnection: close\r\n"
+    got = talk(proxy.address, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    sizes = re.findall(rb"\r\n([0-9a-f]+)\r\n(?=data: )", got)
+    assert got.count(b'"content":" w') == 50 and len(sizes) == 1
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_pool_answers_its_keys_in_either_form_and_nobody_else(proxy: Proxy) -> None:
+    assert proxy.ask().status_code == 200
+    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+    bare = httpx.post(f"{proxy.url}/v1/chat/completions", json=body, headers={"Authorization": KEY})
+    assert bare.status_code == 200
+    for key in (None, "wrong", KEY + "x", KEY[:-1], "eyJhbGciOiJub25lIn0.bm90anNvbg.x"):
+        assert error_of(proxy.ask(key=key)) == (401, "invalid_api_key")
+
+
+def test_a_caller_may_bring_a_token_and_is_answered_by_that_account(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    token = cp.demo_token("guest")
+    assert proxy.ask(key=f"{token},team-7").status_code == 200
+    call = weather.last("/conversation")
+    assert (
+        call.headers["authorization"] == f"Bearer {token}" and call.headers["chatgpt-account-id"] == "team-7"
+    )
+    assert "guest@demo.example" not in proxy.states()
+    weather.dead.add(token)
+    assert error_of(proxy.ask(key=f"{token},team-7")) == (401, "invalid_api_key")
+    refresh = "R" * 45
+    weather.refresh_tokens[refresh] = "roaming"
+    assert proxy.ask(key=refresh).status_code == 200
+    assert proxy.ask(key=refresh).status_code == 200
+    assert weather.count("/oauth/token") == 1
+    closed = start("alice", folder="closed", allow_direct_tokens="false")
+    assert error_of(closed.ask(key=cp.demo_token("guest"))) == (401, "invalid_api_key")
+
+
+def test_a_guests_rotated_refresh_token_outlives_the_process(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "G" * 45
+    weather.refresh_tokens[refresh] = "roaming"
+    assert start().ask(key=refresh).status_code == 200
+    again = start()
+    again.app.pool.guest(refresh).row = cp.replace(again.app.pool.guest(refresh).row, access_token="")
+    assert again.ask(key=refresh).status_code == 200
+    assert again.app.pool.accounts() == []
+
+
+def test_an_sk_key_goes_to_openai_unchanged(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    client = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="sk-mine", max_retries=0)
+    answer = client.chat.completions.create(
+        model="gpt-9", messages=[{"role": "user", "content": "hi"}], temperature=0.5
+    )
+    assert "stand-in for api.openai.com" in str(answer.choices[0].message.content)
+    call = weather.last("/v1/chat/completions")
+    assert call.headers["authorization"] == "Bearer sk-mine" and call.json()["temperature"] == 0.5
+    streamed = client.chat.completions.create(
+        model="gpt-9", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    assert "stand-in" in "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    weather.add("/embeddings", status(418, {"error": "teapot"}))
+    other = httpx.post(f"{proxy.url}/v1/embeddings", json={}, headers={"Authorization": "Bearer sk-mine"})
+    assert (other.status_code, other.json()) == (418, {"error": "teapot"})
+
+
+def test_without_any_key_set_nobody_needs_one_and_the_call_is_login_free(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", authorization="")
+    assert proxy.ask(key=None).status_code == 200
+    call = weather.last("/conversation")
+    assert call.path == "/backend-anon/conversation" and "authorization" not in call.headers
+    assert call.json()["model"] == "auto"
+
+
+def test_an_api_users_token_opens_the_pool_and_closes_the_door_behind(
+    start: Callable[..., Proxy], tmp_path: pathlib.Path
+) -> None:
+    proxy = start("alice", authorization="")
+    assert proxy.ask(key=None).status_code == 200
+    env = {"DATA_DIR": str(tmp_path / "data")}
+    user, token = run("users", "add", "bob", env=env).stdout.split()
+    wait_until(lambda: proxy.ask(key=token).status_code == 200, 3)
+    assert error_of(proxy.ask(key=None)) == (401, "invalid_api_key")
+    assert "bob" in run("users", "list", env=env).stdout
+    assert run("users", "remove", user, env=env).returncode == 0
+    wait_until(lambda: proxy.ask(key=token).status_code == 401, 3)
+
+
+def test_admin_routes_want_the_admin_key_or_this_machine(start: Callable[..., Proxy]) -> None:
+    upload = {"text": cp.demo_token("new")}
+    proxy = start()
+    for key in (None, "wrong", KEY):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        assert error_of(httpx.post(f"{proxy.url}/tokens/upload", data=upload, headers=headers)) == (
+            401,
+            "invalid_api_key",
+        )
+    first = start(folder="first", admin_key="")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert httpx.post(f"{first.url}/tokens/upload", data=upload, headers=headers).status_code == 200
+    none = start(folder="none", admin_key="", authorization="")
+    assert httpx.post(f"{none.url}/tokens/upload", data=upload).status_code == 200
+
+
+def test_tokens_are_uploaded_as_chat2api_does_it(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    text = f"# two\n{cp.demo_token('alice')}\n\n{cp.demo_token('bob')} # second\nnonsense\n"
+    answer = httpx.post(f"{proxy.url}/tokens/upload", data={"text": text}, headers=headers)
+    assert answer.json() == {"status": "success", "tokens_count": 2}
+    multipart = httpx.post(
+        f"{proxy.url}/tokens/upload", files={"text": (None, cp.demo_token("carol"))}, headers=headers
+    )
+    assert multipart.json() == {"status": "success", "tokens_count": 3}
+    for data in ({"text": "nonsense"}, {"other": "x"}):
+        assert httpx.post(f"{proxy.url}/tokens/upload", data=data, headers=headers).status_code == 400
+    assert proxy.ask().status_code == 200
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def test_the_store_is_private_and_refuses_a_newer_schema(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "a" / "b"
+    cp.Store(str(folder)).close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
+    with sqlite3.connect(folder / "chatproxy.db") as db:
+        db.execute("PRAGMA user_version=99")
+    with pytest.raises(cp.StoreError, match="newer"):
+        cp.Store(str(folder))
+
+
+def test_a_killed_process_loses_nothing_that_was_acknowledged(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path), "ADMIN_KEY": ADMIN, "LOG_LEVEL": "info"}
+    stored = 0
+    for round_ in range(4):
+        with Served(env=env) as served:
+            for number in range(5):
+                token = cp.demo_token(f"a{round_}-{number}")
+                headers = {"Authorization": f"Bearer {ADMIN}"}
+                answer = httpx.post(f"{served.url}/tokens/upload", data={"text": token}, headers=headers)
+                stored += 1
+                assert answer.json()["tokens_count"] == stored
+            served.process.kill()
+    assert len(run("accounts", "list", env=env).stdout.splitlines()) == stored
+
+
+def test_a_running_server_takes_in_what_another_process_adds(
+    start: Callable[..., Proxy], tmp_path: pathlib.Path
+) -> None:
+    proxy = start()
+    assert error_of(proxy.ask()) == (503, "no_account")
+    env = {"DATA_DIR": str(tmp_path / "data")}
+    began = time.monotonic()
+    assert run("accounts", "add", cp.demo_token("late"), env=env).returncode == 0
+    wait_until(lambda: proxy.ask().status_code == 200)
+    assert time.monotonic() - began < 4
+    listed = run("accounts", "list", env=env).stdout.split()
+    assert run("accounts", "remove", listed[0], env=env).returncode == 0
+    wait_until(lambda: proxy.ask().status_code == 503, 3)
+
+
+# --- the pool --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [401, 403, 429, 500, 502, 503])
+def test_another_account_answers_when_one_is_refused(
+    start: Callable[..., Proxy], weather: Weather, code: int
+) -> None:
+    proxy = start("alice", "bob", conversation_only="true")
+    weather.respond_plain = True
+    weather.add("/conversation", status(code, {"detail": "no"}), plain(weather))
+    assert proxy.ask().status_code == 200
+    first, second = [r.headers["authorization"] for r in weather.seen if r.path.endswith("/conversation")]
+    assert first != second
+
+
+def plain(weather: Weather) -> Fault:
+    """An answer without a look at requirements, for CONVERSATION_ONLY."""
+    return lambda request: cp.Stream(weather.frames(weather.answer(request, request.json())))
+
+
+@pytest.mark.parametrize(("code", "answer"), [(422, 400), (400, 400), (413, 413)])
+def test_a_request_the_upstream_rejects_is_not_tried_again(
+    start: Callable[..., Proxy], weather: Weather, code: int, answer: int
+) -> None:
+    proxy = start("alice", "bob")
+    weather.add(
+        "/conversation",
+        status(code, {"detail": [{"loc": ["body", "model"], "msg": "bad", "input": "private words"}]}),
+    )
+    refused = proxy.ask()
+    assert refused.status_code == answer and "private words" not in refused.text
+    assert weather.count("/conversation") == 1
+    assert set(proxy.states().values()) == {"ready"}
+
+
+def test_retries_end_after_retry_times(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("a", "b", "c", "d", "e", "f", retry_times="2")
+    weather.add("/conversation", *[status(503)] * 10)
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    assert weather.count("/conversation") == 3
+    none = start("a", "b", folder="none", retry_times="0")
+    assert error_of(none.ask()) == (502, "upstream_error")
+    assert weather.count("/conversation") == 4
+
+
+def test_an_unreachable_upstream_is_a_502(start: Callable[..., Proxy]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    proxy = start("alice", upstream=url, retry_times="1")
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    assert proxy.states() == {"alice@demo.example": "ready"}
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "low", "high"),
+    [
+        ({"detail": {"code": "usage_limit", "message": "wait", "clears_in": 700}}, {}, 690, 701),
+        ({"detail": "slow down"}, {"Retry_After": "90"}, 85, 91),
+        ({"detail": "slow down"}, {}, 50, 61),
+    ],
+)
+def test_an_account_told_to_wait_is_skipped_until_its_time(
+    start: Callable[..., Proxy], weather: Weather, body: Any, headers: dict[str, str], low: int, high: int
+) -> None:
+    proxy = start("alice")
+    weather.add("/conversation", status(429, body, **headers))
+    for _ in range(2):
+        refused = proxy.ask()
+        assert error_of(refused) == (429, "rate_limit_exceeded")
+        assert low <= int(refused.headers["retry-after"]) <= high
+    assert weather.count("/conversation") == 1
+    assert proxy.states() == {"alice@demo.example": "waiting"}
+    assert proxy.ask(model="gpt-4o-mini").status_code == 200
+    again = start()  # the same store, another process's memory
+    assert error_of(again.ask()) == (429, "rate_limit_exceeded")
+    assert start(enable_limit="false").ask().status_code == 200
+
+
+def test_a_wait_that_names_no_time_grows_and_is_forgotten_after_an_answer(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", enable_limit="false", retry_times="0")
+    account = proxy.app.pool.accounts()[0]
+    pauses = []
+    for _ in range(3):
+        weather.add("/conversation", status(429))
+        assert proxy.ask().status_code == 429
+        pauses.append(account.waits["gpt-4o"].until - time.time())
+    assert [round(pause / 60) for pause in pauses] == [1, 2, 4]
+    assert proxy.ask().status_code == 200
+    assert account.waits == {} and proxy.store.waits() == []
+
+
+def test_a_wait_ends_when_its_time_has_come(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    weather.add("/conversation", status(429, {"detail": {"clears_in": 1}}))
+    assert proxy.ask().status_code == 429
+    wait_until(lambda: proxy.ask().status_code == 200, 4)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        status(403, {"detail": "Unusual activity has been detected from your device."}),
+        status(403, "<html><title>Just a moment...</title></html>", "text/html"),
+        status(503, "<html><title>Just a moment...</title></html>", "text/html"),
+        status(200, "<html><div class=cf-spinner></div></html>", "text/html"),
+    ],
+)
+def test_a_block_is_reported_and_puts_no_account_aside(
+    start: Callable[..., Proxy], weather: Weather, fault: Fault
+) -> None:
+    proxy = start("alice")
+    weather.add("/conversation", fault)
+    assert error_of(proxy.ask()) == (403, "upstream_blocked")
+    assert proxy.states() == {"alice@demo.example": "ready"}
+    assert proxy.ask().status_code == 200
+
+
+def test_a_revoked_token_sets_its_account_aside_by_name(
+    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
+) -> None:
+    proxy = start("alice", "bob")
+    tokens = {a.row.email: a.row.access_token for a in proxy.app.pool.accounts()}
+    weather.dead.add(tokens["alice@demo.example"])
+    for _ in range(6):
+        assert proxy.ask().status_code == 200
+    assert proxy.states() == {"alice@demo.example": "expired", "bob@demo.example": "ready"}
+    listed = run("accounts", "list", env={"DATA_DIR": str(tmp_path / "data")}).stdout
+    assert re.search(r"alice@demo\.example.*expired: the upstream refused", listed)
+    weather.dead.add(tokens["bob@demo.example"])
+    assert error_of(proxy.ask()) == (503, "no_account")
+    assert "retry-after" in proxy.ask().headers
+    proxy.app.pool.add([cp.demo_token("alice")])
+    assert proxy.ask().status_code == 200
+
+
+def test_a_pool_full_of_expired_tokens_answers_at_once_from_the_living(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start(*[cp.demo_token(f"old{i}", -5) for i in range(100)], "alice", random_token="false")
+    assert proxy.ask().status_code == 200
+    assert weather.count("/conversation") == 1
+
+
+def test_accounts_answer_in_turn_or_at_random(start: Callable[..., Proxy], weather: Weather) -> None:
+    def order(proxy: Proxy) -> list[str]:
+        weather.seen.clear()
+        for _ in range(12):
+            assert proxy.ask().status_code == 200
+        return [r.headers["chatgpt-account-id"] for r in weather.seen if r.path.endswith("/conversation")]
+
+    turn = order(start("a", "b", "c", random_token="false"))
+    assert turn == turn[:3] * 4 and len(set(turn)) == 3
+    random.seed(7)
+    drawn = order(start("a", "b", "c", folder="random"))
+    assert len(set(drawn)) == 3 and drawn != turn
+
+
+def test_200_requests_on_an_expired_token_make_one_exchange(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "x" * 50
+    weather.refresh_tokens[refresh] = "alice"
+    weather.add("/oauth/token", lambda request: time.sleep(0.3))
+    proxy = start(refresh)
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        codes = list(pool.map(lambda _: proxy.ask().status_code, range(200)))
+    assert codes == [200] * 200
+    assert weather.count("/oauth/token") == 1
+    kept = proxy.store.accounts()[0]
+    assert (
+        kept.secret in weather.refresh_tokens
+        and kept.secret != refresh
+        and kept.email == "alice@demo.example"
+    )
+
+
+def test_a_refused_token_is_renewed_and_the_request_answered(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.refresh_tokens["rt_" + "y" * 50] = "alice"
+    weather.session_tokens["eyJ" + "s" * 4000 + "....."[:4]] = "bob"
+    for number, token in enumerate([*weather.refresh_tokens, *weather.session_tokens]):
+        proxy = start(token, folder=f"data{number}", retry_times="0")
+        assert proxy.ask().status_code == 200
+        weather.dead.add(proxy.app.pool.accounts()[0].row.access_token)
+        assert proxy.ask().status_code == 200
+        assert set(proxy.states().values()) == {"ready"}
+
+
+def test_a_dead_refresh_token_sets_its_account_aside_as_dead(
+    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
+) -> None:
+    proxy = start("rt_" + "z" * 50)
+    assert error_of(proxy.ask()) == (503, "no_account")
+    assert "dead: invalid_grant" in run("accounts", "list", env={"DATA_DIR": str(tmp_path / "data")}).stdout
+    calls = weather.count("/oauth/token")
+    assert error_of(proxy.ask()) == (503, "no_account") and weather.count("/oauth/token") == calls
+
+
+def test_a_failing_token_endpoint_kills_no_account(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.refresh_tokens["rt_" + "w" * 50] = "alice"
+    weather.add("/oauth/token", status(500))
+    proxy = start("rt_" + "w" * 50, retry_times="0")
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    wait_until(lambda: proxy.ask().status_code == 200, 5)
+
+
+def test_a_conversation_goes_on_with_the_account_that_holds_it(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("a", "b", "c", "d", history_disabled="false")
+    first = proxy.ask().json()
+    owner = weather.last("/conversation").headers["authorization"]
+    assert weather.last("/conversation").json()["history_and_training_disabled"] is False
+    again = start(history_disabled="false")
+    for _ in range(5):
+        answer = again.ask(
+            conversation_id=first["conversation_id"], parent_message_id=first["message_id"]
+        ).json()
+        call = weather.last("/conversation")
+        assert (
+            answer["conversation_id"] == first["conversation_id"] and call.headers["authorization"] == owner
+        )
+        assert call.json()["parent_message_id"] == first["message_id"]
+    assert error_of(again.ask(conversation_id="not-there")) == (404, "not_found")
+    assert error_of(start(folder="temporary").ask(conversation_id="x")) == (400, "invalid_request_error")
+    chunks, _ = again.stream()
+    assert chunks[1]["conversation_id"] and chunks[-1]["message_id"]
+
+
+def test_temporary_chats_tell_no_ids(proxy: Proxy, weather: Weather) -> None:
+    assert "conversation_id" not in proxy.ask().json()
+    assert weather.last("/conversation").json()["history_and_training_disabled"] is True
+
+
+def test_an_account_keeps_its_identity_for_life(start: Callable[..., Proxy], weather: Weather) -> None:
+    start("alice", "bob").ask()
+    proxy = start()
+    for _ in range(8):
+        proxy.ask()
+    seen: dict[str, set[str]] = defaultdict(set)
+    for request in weather.seen:
+        if "authorization" in request.headers:
+            seen[request.headers["chatgpt-account-id"]].add(request.headers["oai-device-id"])
+            assert "oai-sc=demo" in request.headers.get("cookie", "oai-sc=demo")
+    assert len(seen) == 2 and all(len(devices) == 1 for devices in seen.values())
+    assert len(set.union(*seen.values())) == 2
+
+
+def test_an_account_keeps_its_proxy_and_accounts_share_them_out(start: Callable[..., Proxy]) -> None:
+    proxies = "http://127.0.0.1:1,http://127.0.0.1:2"
+    first = {a.id: a.route.proxy for a in start("a", "b", "c", "d", proxy_url=proxies).app.pool.accounts()}
+    assert sorted(first.values()) == sorted(proxies.split(",") * 2)
+    second = start(proxy_url=",".join(reversed(proxies.split(",")))).app.pool.accounts()
+    assert {a.id: a.route.proxy for a in second} == first
+
+
+# --- the proof of work and the requirements --------------------------------------------------------------------------
+
+
+def right(algorithm: str, seed: str, difficulty: str, answer: str) -> bool:
+    """The check as the wire protocol words it, without our code."""
+    if algorithm == "sha3":
+        return hashlib.sha3_512((seed + answer).encode()).hexdigest()[: len(difficulty)] <= difficulty
+    state = 2166136261
+    for byte in (seed + answer).encode():
+        state = ((state ^ byte) * 16777619) % 2**32
+    state = ((state ^ (state >> 16)) * 2246822507) % 2**32
+    state = ((state ^ (state >> 13)) * 3266489909) % 2**32
+    return f"{state ^ (state >> 16):08x}"[: len(difficulty)] <= difficulty
+
+
+@hypothesis_settings(max_examples=40)
+@given(
+    st.sampled_from(["sha3", "fnv"]),
+    st.text("0123456789.abcdef", max_size=20),
+    st.sampled_from(["0fffff", "00f", "0", "01", "003fff", "1ab"]),
+    st.floats(1e9, 2e9),
+)
+def test_a_proof_is_right_and_still_a_configuration(
+    algorithm: str, seed: str, difficulty: str, now: float
+) -> None:
+    page = cp.Page(("https://chatgpt.com/a.js",), "prod-ü", now - 60)
+    configuration = cp.fingerprint("device", "Agent/1 “x”", "en-US", page, now)
+    token = cp.proof_token(seed, difficulty, configuration, algorithm)
+    suffix = "~S" if algorithm == "fnv" else ""
+    assert token.startswith("gAAAAAB") and token.endswith(suffix)
+    answer = token[7:].removesuffix(suffix)
+    assert right(algorithm, seed, difficulty, answer)
+    sent = json.loads(base64.b64decode(answer, validate=True))
+    assert len(sent) == 18 and sent[9] == sent[3] // 2 and sent[7:9] == ["en-US", "en-US,en"]
+    assert re.fullmatch(r"\w{3} \w{3} \d\d \d{4} \d\d:\d\d:\d\d GMT-0500 \(Eastern Standard Time\)", sent[1])
+
+
+def test_a_proof_that_cannot_be_found_is_given_up_as_browsers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cp, "MOST_ATTEMPTS", 2000)
+    given_up = cp.proof_token("0.5", "0" * 32, cp.fingerprint("d", "a", "en", cp.Page(), 2e9), "sha3")
+    assert given_up == "gAAAAABwQ8Lk5FbGpA2NcR9dShT6gYjU7VxZ4D" + base64.b64encode(b'"0.5"').decode()
+
+
+def test_harder_means_a_smaller_string() -> None:
+    assert cp.harder("000032", "00003a") and cp.harder("00000f", "00003a") and cp.harder("0000", "00003")
+    assert (
+        not cp.harder("00003a", "00003a")
+        and not cp.harder("0fffff", "00003a")
+        and not cp.harder("00003", "00003a")
+    )
+
+
+def test_a_hard_proof_is_solved_beside_the_streams(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.difficulty = "0000ff"
+    assert cp.expected_attempts(weather.difficulty) > cp.EASY_ATTEMPTS
+    assert start("alice").say() == "Hello wide world."
+
+
+def test_a_proof_harder_than_allowed_is_refused(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.difficulty = "000032"
+    assert error_of(start("alice", "bob").ask()) == (403, "proof_of_work_too_hard")
+    assert weather.count("/conversation") == 0
+
+
+def test_both_generations_and_both_proofs_are_spoken(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.newer, weather.algorithm = True, "fnv"
+    proxy = start("alice", pow_algorithm="fnv")
+    assert proxy.say() == "Hello wide world."
+    assert proxy.say() == "Hello wide world."
+    assert weather.count("/backend-api/f/conversation") == 2
+    assert weather.count("/backend-api/conversation") == 1  # tried once, then remembered
+    assert "messages" not in weather.last("/f/conversation/prepare").json()
+
+
+def test_an_arkose_token_comes_from_the_service_or_is_missed(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.arkose = True
+    assert error_of(start("alice", "bob").ask()) == (403, "arkose_required")
+    service = cp.Server(
+        ("127.0.0.1", 0),
+        lambda request: cp.json_reply({"token": f"arkose-for-{request.json()['blob']}"}),
+        cp.settle(cp.gather({}, {})),
+        cp.Metrics(),
+    )
+    threading.Thread(target=service.serve_forever, args=(0.02,), daemon=True).start()
+    proxy = start("alice", folder="served", arkose_token_url=f"http://127.0.0.1:{service.server_port}/token")
+    assert proxy.say() == "Hello wide world."
+    service.drain(0)
+
+
+def test_a_turn_costs_one_round_trip_once_an_account_has_answered(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    for turn in range(1, 5):
+        assert proxy.say() == "Hello wide world."
+        wait_until(lambda turn=turn: weather.count("/chat-requirements") == turn + 1)
+        before = len(weather.calls)
+        assert proxy.say() == "Hello wide world."
+        assert weather.calls[before].endswith("/conversation")
+        wait_until(lambda turn=turn: weather.count("/chat-requirements") == turn + 2)
+        break
+
+
+def test_a_spare_that_has_expired_is_not_used(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.expire_after = 1
+    proxy = start("alice")
+    for _ in range(3):
+        assert proxy.say() == "Hello wide world."
+        time.sleep(1.1)  # the tokens' own life
+
+
+def test_an_idle_accounts_spare_is_dropped_and_not_renewed(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.expire_after = 1
+    proxy = start("alice")
+    assert proxy.say()
+    account = proxy.app.pool.accounts()[0]
+    wait_until(lambda: account.spare is not None and account.spare.done())
+    asked = weather.count("/chat-requirements")
+    account.used = time.time() - cp.SPARE_IDLE - 1
+    proxy.app.upstream.sweep_spares()
+    assert account.spare is None and weather.count("/chat-requirements") == asked
+
+
+def test_a_gateway_can_do_the_requirements(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", conversation_only="true", auth_key="for-the-gateway")
+    weather.add("/conversation", plain(weather))
+    assert proxy.say() == "Hello wide world."
+    assert weather.calls == ["POST /backend-api/conversation"]
+    assert weather.seen[-1].headers["authkey"] == "for-the-gateway"
+
+
+def test_the_fingerprint_names_the_agent_that_is_sent(start: Callable[..., Proxy], weather: Weather) -> None:
+    start("alice").ask()
+    call = weather.last("/chat-requirements")
+    sent = json.loads(base64.b64decode(call.json()["p"][7:]))
+    assert sent[4] == call.headers["user-agent"] and "Chrome" in sent[4]
+    assert sent[5] == "/_next/static/chunks/app.js" and sent[6] == "prod-demo1"
+    assert "upgrade" not in call.headers
+
+
+# --- the transport ---------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_upstream_is_a_504(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", upstream_timeout="1")
+    weather.add("/conversation", weather.silence())
+    began = time.monotonic()
+    assert error_of(proxy.ask()) == (504, "upstream_timeout")
+    assert time.monotonic() - began < 4 and weather.count("/conversation") == 1
+    weather.add("/chat-requirements", weather.silence())
+    assert start("alice", folder="other", upstream_timeout="1").ask().status_code == 504
+
+
+@pytest.mark.parametrize("call", ["/conversation", "/chat-requirements"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_ends_the_silent_upstream_call(
+    start: Callable[..., Proxy], weather: Weather, call: str, stream: bool
+) -> None:
+    proxy = start("alice")
+    weather.add(call, weather.silence())
+    body = json.dumps({"model": "gpt-4o", "stream": stream, "messages": [{"role": "user", "content": "hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(proxy.address) as sock:
+        sock.sendall((head + body).encode())
+        wait_until(lambda: weather.count(call))
+        left = time.monotonic()
+    wait_until(lambda: weather.left)
+    assert weather.left[0] - left < 2
+
+
+def test_a_waiting_client_gets_heartbeats_before_the_first_word_too(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", heartbeat="1", upstream_timeout="4")
+    weather.add("/conversation", weather.silence())
+    chunks, text = proxy.stream()
+    assert text.startswith(": \n\n: \n\n") and chunks[-1]["error"]["code"] == "upstream_timeout"
+    assert not text.endswith("data: [DONE]\n\n")
+    words = b"".join(weather.say({"model": "gpt-4o"}, ["one"])).partition(
+        b'event: delta\ndata: {"p":"","o":"patch"'
+    )[0]
+    weather.add("/conversation", weather.silence(words))
+    chunks, text = proxy.stream()
+    assert text_of(chunks) == "one" and ": \n\n" in text
+
+
+def test_an_answer_cut_in_the_middle_ends_in_an_error_event(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob")
+    half = list(weather.say({"model": "gpt-4o"}, [" a", " b", " c"]))[:5]
+    weather.add("/conversation", cut_stream(*half), raw_stream(*half))
+    for _ in range(2):  # a broken connection, and an orderly end in the middle
+        chunks, text = proxy.stream()
+        assert text_of(chunks) == " a b" and chunks[-1]["error"]["code"] == "upstream_error"
+        assert "[DONE]" not in text
+    assert weather.count("/conversation") == 2
+    weather.add("/conversation", cut_stream(*half))
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+
+
+def test_an_error_that_the_upstream_streams_is_told(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    weather.add("/conversation", raw_stream(b'data: {"message": null, "error": "secret words"}\n\n'))
+    refused = proxy.ask()
+    assert error_of(refused) == (502, "upstream_error") and "secret words" not in refused.text
+
+
+def test_connections_upstream_are_kept(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    before = weather_connections(weather)
+    for _ in range(10):
+        proxy.ask()
+    assert weather_connections(weather) - before <= 3
+
+
+def weather_connections(weather: Weather) -> int:
+    """How many connections have been made to the upstream so far, by the ports they came from."""
+    return len({id(request.watch) for request in weather.seen})
+
+
+def test_a_plain_proxy_is_used(start: Callable[..., Proxy], weather: Weather) -> None:
+    through: list[bytes] = []
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            client, _ = listener.accept()
+            through.append(client.recv(65536))
+            client.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            client.close()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    proxy = start("alice", proxy_url=f"http://127.0.0.1:{listener.getsockname()[1]}", retry_times="0")
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    assert through[0].startswith(f"GET {weather.url}/ HTTP/1.1".encode())
+
+
+# --- the stream ------------------------------------------------------------------------------------------------------
+
+
+def decoded(data: bytes, cuts: list[int]) -> list[cp.Event]:
+    """The events of some bytes cut at these places, pieces of text joined."""
+    decoder, out, start = cp.Decoder(), list[cp.Event](), 0
+    for cut in [*sorted(cut % (len(data) + 1) for cut in cuts), len(data)]:
+        out += decoder.feed(data[start:cut])
+        start = cut
+    finish = decoder.finish()
+    joined: list[cp.Event] = []
+    for event in [*out, *([finish] if finish else [])]:
+        if joined and isinstance(event, (cp.Text, cp.Reasoning)) and type(joined[-1]) is type(event):
+            joined[-1] = type(event)(joined[-1].text + event.text)  # type: ignore[union-attr]
+        else:
+            joined.append(event)
+    return joined
+
+
+def recorded(encoding: str, newline: bytes = b"\n") -> bytes:
+    weather = Weather()
+    weather.encoding = encoding
+    data = b"".join(
+        weather.say({"model": "gpt-4o"}, ["Grüße", " 世界", " 🌍", "\n\nend", " \\u2028 ", "\u2028."])
+    )
+    thoughts = {
+        "id": "t",
+        "author": {"role": "assistant"},
+        "content": {"content_type": "thoughts", "thoughts": [{"summary": "Hm", "content": "think"}]},
+    }
+    head, _, tail = data.partition(b'"role":"assistant"')
+    at = head.rfind(b"event: delta\n") if encoding == "v1" else head.rfind(b"data: ")
+    thought = cp._data(
+        {"v": {"message": thoughts}, "p": "", "o": "add"} if encoding == "v1" else {"message": thoughts}
+    )
+    data = head[:at] + thought + b": a comment\n\n" + head[at:] + b'"role":"assistant"' + tail
+    return data.replace(b"\n", newline)
+
+
+@pytest.mark.parametrize("encoding", ["v1", "cumulative"])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+@hypothesis_settings(max_examples=60)
+@given(cuts=st.lists(st.integers(0, 10**6), max_size=60))
+def test_any_split_of_the_bytes_gives_the_same_events(encoding: str, newline: bytes, cuts: list[int]) -> None:
+    data = recorded(encoding, newline)
+    events = decoded(data, cuts)
+    assert [type(event) for event in events] == [cp.Begin, cp.Reasoning, cp.Text, cp.Finish]
+    assert events[1] == cp.Reasoning("Hm\nthink")
+    assert events[2] == cp.Text("Grüße 世界 🌍\n\nend \\u2028 \u2028.") and events[3].reason == "stop"  # type: ignore[union-attr]
+
+
+def test_every_single_cut_gives_the_same_events() -> None:
+    data = recorded("v1", b"\r\n")
+    whole = decoded(data, [])
+    assert all(decoded(data, [cut]) == whole for cut in range(len(data)))
+    assert decoded(data, list(range(len(data)))) == whole
+
+
+@given(
+    st.binary(max_size=200),
+    st.lists(
+        st.sampled_from([b'data: {"v": ', b'"x"', b"}", b"\n\n", b'{"p": "", "o": "patch", "v": [{}]']),
+        max_size=20,
+    ),
+)
+def test_no_bytes_break_the_decoder(noise: bytes, pieces: list[bytes]) -> None:
+    decoder = cp.Decoder()
+    with contextlib.suppress(cp.Refusal):
+        decoder.feed(noise)
+        decoder.feed(b"".join(pieces) + noise)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),
+    lambda j: (
+        st.lists(j, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "p",
+                    "o",
+                    "v",
+                    "message",
+                    "content",
+                    "parts",
+                    "author",
+                    "role",
+                    "metadata",
+                    "type",
+                    "error",
+                    "id",
+                    "thoughts",
+                ]
+            ),
+            j,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@hypothesis_settings(max_examples=300)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "p": st.sampled_from(
+                    [
+                        "",
+                        "/message",
+                        "/message/content/parts/0",
+                        "/message/content/thoughts/0/content",
+                        "/message/metadata",
+                        "/message/content",
+                    ]
+                ),
+                "o": st.sampled_from(["add", "append", "replace", "remove", "truncate", "patch"]),
+                "v": JSON,
+            },
+        )
+        | JSON,
+        max_size=8,
+    )
+)
+def test_no_event_of_any_shape_breaks_the_decoder(values: list[Any]) -> None:
+    decoder = cp.Decoder()
+    opening = {
+        "v": {
+            "message": {
+                "id": "m",
+                "author": {"role": "assistant"},
+                "content": {"content_type": "text", "parts": [""]},
+            }
+        }
+    }
+    for value in [opening, *values]:
+        with contextlib.suppress(cp.Refusal):
+            decoder.feed(cp._data({"p": "", "o": "add"} | value if value is opening else value))
+
+
+def test_only_what_is_meant_for_the_reader_is_the_answer() -> None:
+    def message(text: str, **changes: Any) -> bytes:
+        value = {
+            "id": text,
+            "author": {"role": "assistant"},
+            "content": {"content_type": "text", "parts": [text]},
+        } | changes
+        return cp._data({"p": "", "o": "add", "v": {"message": value, "conversation_id": "c"}})
+
+    data = message("user", author={"role": "user"})
+    data += message("hidden", metadata={"is_visually_hidden_from_conversation": True})
+    data += message("code", recipient="python", content={"content_type": "code", "text": "1"})
+    data += message("aside", channel="commentary")
+    data += message("tool", author={"role": "tool"})
+    data += message("Yes", channel="final", recipient="all", status="finished_successfully", end_turn=True)
+    data += b'data: {"type": "brand_new_thing"}\n\ndata: 12\n\ndata: [DONE]\n\n'
+    events = decoded(data, [])
+    assert [event.text for event in events if isinstance(event, cp.Text)] == ["Yes"]
+
+
+def test_v1_operations_carry_over_and_patch() -> None:
+    lines = [
+        {
+            "p": "",
+            "o": "add",
+            "v": {
+                "message": {
+                    "id": "m",
+                    "author": {"role": "assistant"},
+                    "content": {"content_type": "text", "parts": [""]},
+                }
+            },
+        },
+        {"p": "/message/content/parts/0", "o": "append", "v": "A"},
+        {"v": "B"},
+        {
+            "p": "",
+            "o": "patch",
+            "v": [
+                {"p": "/message/content/parts/0", "o": "append", "v": "C"},
+                {"p": "/message/metadata", "o": "add", "v": {}},
+            ],
+        },
+        {"v": [{"p": "/message/content/parts/0", "o": "append", "v": "D"}]},
+        {"p": "/message/content/parts/0", "o": "replace", "v": "ABCDE"},
+        {"o": "append", "v": "F"},
+        {"v": "G"},
+        {"p": "/message/nowhere/9/x", "o": "remove"},
+        {"p": "/message/content/parts/0", "o": "append", "v": "H"},
+    ]
+    decoder = cp.Decoder()
+    events = [event for line in lines for event in decoder.feed(cp._data(line))]
+    assert "".join(event.text for event in events if isinstance(event, cp.Text)) == "ABCDEFGH"
+
+
+@pytest.mark.parametrize("encoding", ["v1", "cumulative"])
+def test_both_encodings_give_the_same_answer(
+    start: Callable[..., Proxy], weather: Weather, encoding: str
+) -> None:
+    weather.encoding = encoding
+    proxy = start("alice")
+    chunks, text = proxy.stream()
+    assert text_of(chunks) == proxy.say() == "Hello wide world."
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+    assert text.endswith("data: [DONE]\n\n") and {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
+
+
+@given(
+    st.text("abc", max_size=60),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.lists(st.integers(0, 60), max_size=12),
+)
+def test_a_stop_sequence_never_leaks_however_the_text_is_cut(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    places = [text.find(stop) for stop in stops if stop in text]
+    trimmer, out, start = cp.Trimmer(stops, None, len), list[cp.Event](), 0
+    for cut in [*sorted(min(cut, len(text)) for cut in cuts), len(text)]:
+        out += trimmer.feed([cp.Text(text[start:cut])] if text[start:cut] else [])
+        start = cut
+    out += trimmer.feed([cp.Finish("length")])
+    assert (
+        "".join(event.text for event in out if isinstance(event, cp.Text))
+        == text[: min(places, default=len(text))]
+    )
+    assert out[-1].reason == ("stop" if places else "length")  # type: ignore[union-attr]
+
+
+@given(st.text(max_size=80), st.integers(1, 40), st.lists(st.integers(0, 80), max_size=12))
+def test_no_answer_is_longer_than_its_limit(text: str, limit: int, cuts: list[int]) -> None:
+    trimmer, out, start = cp.Trimmer([], limit, len), list[cp.Event](), 0
+    for cut in [*sorted(min(cut, len(text)) for cut in cuts), len(text)]:
+        out += trimmer.feed([cp.Text(text[start:cut])] if text[start:cut] else [])
+        start = cut
+    out += trimmer.feed([cp.Finish("stop")])
+    assert "".join(event.text for event in out if isinstance(event, cp.Text)) == text[:limit]
+    assert out[-1].reason == ("length" if len(text) > limit else "stop")  # type: ignore[union-attr]
+
+
+def test_stop_and_max_tokens_are_enforced_here(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    weather.words = ["One", " two ST", "O", "P three", " four"]
+    answer = proxy.ask(stop=["STOP", "never"]).json()["choices"][0]
+    assert (answer["message"]["content"], answer["finish_reason"]) == ("One two ", "stop")
+    chunks, text = proxy.stream(stop="STOP")
+    assert text_of(chunks) == "One two " and "ST" not in re.sub(r'"id":"[^"]*"', "", text)
+    weather.words = [" one", " two", " three", " four", " five"]
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = proxy.ask(**{name: 3}).json()
+        assert answer["choices"][0]["message"]["content"] == " one two three"
+        assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 3
+
+
+def test_an_answer_cut_by_length_is_continued(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+
+    def cut(request: cp.Request) -> cp.Stream:
+        return cp.Stream(weather.frames(weather.say(request.json(), [" part"], "max_tokens")))
+
+    weather.add("/conversation", cut, cut)
+    chunks, _ = proxy.stream()
+    assert (
+        text_of(chunks) == " part partHello wide world."
+        and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    )
+    call = weather.last("/conversation").json()
+    assert (
+        call["action"] == "continue"
+        and "messages" not in call
+        and call["conversation_id"] in weather.conversations
+    )
+    weather.add("/conversation", *[cut] * 9)
+    answer = proxy.ask().json()["choices"][0]
+    assert answer["message"]["content"] == " part" * 4 and answer["finish_reason"] == "length"
+
+
+def test_moderation_ends_an_answer_as_content_filter(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    pieces = list(weather.say({"model": "gpt-4o"}, [" a", " b"]))
+    blocked = cp._data({"type": "moderation", "moderation_response": {"blocked": True}})
+    weather.add("/conversation", raw_stream(*pieces[:4], blocked, *pieces[4:]))
+    assert proxy.ask().json()["choices"][0]["finish_reason"] == "content_filter"
+
+
+def test_usage_is_told_when_asked_for(proxy: Proxy) -> None:
+    usage = proxy.ask("hello there").json()["usage"]
+    assert usage["prompt_tokens"] > 2 and usage["completion_tokens"] == 4
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    chunks, _ = proxy.stream(stream_options={"include_usage": True})
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 4
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert all("usage" not in chunk for chunk in proxy.stream()[0])
+
+
+# Name, tokens in o200k_base (counted with its own ranks), text.
+SAMPLES: list[tuple[str, int, str]] = [
+    (
+        "english_chat",
+        94,
+        "Could you help me plan a surprise party for my sister? She turns thirty next month and has always sa"
+        "id she hates surprises, but I think she would secretly enjoy it. There will be about twenty guests, "
+        "most of them coming by train, so the place should be close to a station. We have a small garden, but"
+        " the weather in April is hard to trust. I'd like to cook most of the food the day before, and two of"
+        " her friends are vegetarian.",
+    ),
+    (
+        "english_essay",
+        99,
+        "Glaciers shape the land more slowly than rivers, yet with far greater force. As the ice moves downhi"
+        "ll it plucks boulders from the valley floor and grinds them against the rock, leaving long parallel "
+        "scratches that geologists can still read thousands of years later. When the climate warms and the ic"
+        "e retreats, it drops everything it has carried: ridges of gravel, fields of clay, and single stones "
+        "the size of a house, resting far from the mountains where they were born.",
+    ),
+    (
+        "chinese_chat",
+        127,
+        "我打算下个月带父母去云南旅游,大概玩六天左右。他们年纪比较大,不太适合爬山,也不想每天换酒店。请帮我安排一个轻"
+        "松一点的行程,最好包括昆明、大理和丽江三个地方,每天只去一两个景点。另外,听说那边早晚温差很大,需要带什么样的"
+        "衣服?吃饭方面我爸爸血压高,口味要清淡一些,有没有合适的餐馆可以推荐?预算每个人不超过五千块钱。",
+    ),
+    (
+        "chinese_story",
+        164,
+        "天还没亮,渔村里就有了动静。阿海提着马灯,踩着湿滑的木板走到船边,解开缆绳,回头看了一眼岸上的小屋。窗户里亮着"
+        "一点微光,那是母亲在为他煮早饭。海面很平静,像一块深蓝色的绸缎,远处的岛屿只剩下模糊的轮廓。他想起祖父常说的话"
+        ":出海的人,心里要装着回家的路。船桨轻轻划开水面,几只海鸟被惊醒,扑棱着翅膀飞向渐渐发白的天边。",
+    ),
+    (
+        "chinese_technical",
+        119,
+        "缓存可以显著减少重复计算,但是也会带来数据不一致的问题。常见的做法是给每一条缓存设置过期时间,并在数据更新之后"
+        "主动删除对应的内容。如果大量缓存在同一时刻失效,请求就会全部落到数据库上,造成瞬间的压力过大,因此建议在过期时"
+        "间上增加一个随机值。对于访问特别频繁的数据,可以使用互斥锁,保证同一时间只有一个线程负责重新加载,其他线程等待"
+        "结果或者返回旧的内容。",
+    ),
+    (
+        "python",
+        162,
+        "from collections.abc import Iterator\nfrom pathlib import Path\n\n\ndef read_blocks(path: Path, size: in"
+        't = 4096) -> Iterator[bytes]:\n    """Yield the file\'s content in blocks of at most `size` bytes."""\n'
+        '    with path.open("rb") as stream:\n        while block := stream.read(size):\n            yield bloc'
+        "k\n\n\nclass Checksum:\n    def __init__(self, modulus: int = 65521) -> None:\n        self.modulus = mod"
+        "ulus\n        self.low, self.high = 1, 0\n\n    def update(self, data: bytes) -> None:\n        for valu"
+        "e in data:\n            self.low = (self.low + value) % self.modulus\n            self.high = (self.hi"
+        "gh + self.low) % self.modulus\n",
+    ),
+    (
+        "javascript",
+        148,
+        "export async function loadOrders(userId, { limit = 20, signal } = {}) {\n  const url = new URL(`/api/"
+        'users/${userId}/orders`, window.location.origin);\n  url.searchParams.set("limit", String(limit));\n\n '
+        ' const response = await fetch(url, { signal, headers: { Accept: "application/json" } });\n  if (!resp'
+        "onse.ok) {\n    throw new Error(`Request failed: ${response.status}`);\n  }\n  const { items = [] } = a"
+        'wait response.json();\n  return items\n    .filter((item) => item.status !== "cancelled")\n    .map(({ '
+        "id, total, createdAt }) => ({ id, total, date: new Date(createdAt) }));\n}\n",
+    ),
+    (
+        "go",
+        116,
+        'package queue\n\nimport (\n\t"context"\n\t"errors"\n\t"sync"\n)\n\nvar ErrClosed = errors.New("queue: closed")\n'
+        "\ntype Queue[T any] struct {\n\tmu     sync.Mutex\n\titems  []T\n\tclosed bool\n}\n\nfunc (q *Queue[T]) Push(c"
+        "tx context.Context, item T) error {\n\tq.mu.Lock()\n\tdefer q.mu.Unlock()\n\tif q.closed {\n\t\treturn ErrClo"
+        "sed\n\t}\n\tif err := ctx.Err(); err != nil {\n\t\treturn err\n\t}\n\tq.items = append(q.items, item)\n\treturn n"
+        "il\n}\n",
+    ),
+    (
+        "json_compact",
+        101,
+        '{"id":"msg_7f3a91","model":"demo-large","created":1718035200,"usage":{"input_tokens":412,"output_tok'
+        'ens":96,"cached":false},"content":[{"type":"text","text":"The parcel left the warehouse this morning'
+        '."},{"type":"tool_use","name":"track_parcel","input":{"number":"QX-20931","country":"NL","notify":["'
+        'email","sms"]}}],"stop_reason":null,"temperature":0.7}',
+    ),
+    (
+        "json_pretty",
+        170,
+        '{\n  "id": "msg_7f3a91",\n  "model": "demo-large",\n  "created": 1718035200,\n  "usage": {\n    "input_to'
+        'kens": 412,\n    "output_tokens": 96,\n    "cached": false\n  },\n  "content": [\n    {\n      "type": "te'
+        'xt",\n      "text": "The parcel left the warehouse this morning."\n    },\n    {\n      "type": "tool_us'
+        'e",\n      "name": "track_parcel",\n      "input": {\n        "number": "QX-20931",\n        "country": '
+        '"NL",\n        "notify": [\n          "email",\n          "sms"\n        ]\n      }\n    }\n  ],\n  "stop_re'
+        'ason": null,\n  "temperature": 0.7\n}',
+    ),
+    (
+        "json_chinese",
+        105,
+        '{"messages": [{"role": "system", "content": "你是一个简洁的助手。'
+        '"}, {"role": "user", "content": "请把下面的句子翻译成英文:今天的会议改到下午'
+        '三点。"}, {"role": "assistant", "content": "Today\'s meetin'
+        'g has been moved to three in the afternoon."}, {"role":'
+        ' "user", "content": "如果要更正式一点呢?"}], "stream": true, "ma'
+        'x_tokens": 256}',
+    ),
+    (
+        "markdown",
+        141,
+        "# Release checklist\n\n1. Run the full test suite: `make test`\n2. Update **CHANGELOG.md** and the vers"
+        "ion in `pyproject.toml`\n3. Build the package and try it in a clean environment\n\n| Step    | Owner | "
+        "Time   | Done |\n|---------|-------|-------:|:----:|\n| Tests   | Anna  | 20 min | yes  |\n| Docs    | "
+        "Bilal | 45 min | no   |\n| Upload  | Chen  |  5 min | no   |\n\n> Never publish on a Friday. See the [g"
+        "uide](https://docs.example.org/release#rollback) for how to roll back.\n",
+    ),
+    (
+        "mixed",
+        105,
+        "这个报错是因为 `asyncio.run()` 不能在已经运行的事件循环里调用。你可以改成下面这样:\n\n```"
+        "python\nasync def main() -> None:\n    results = await as"
+        "yncio.gather(*(fetch(url) for url in urls))\n    print(l"
+        "en(results))\n```\n\n在 Jupyter 里直接写 `await main()` 就可以了 👍。"
+        "如果是普通脚本,再用 `asyncio.run(main())`,并确认 Python 版本不低于 3.9。\n",
+    ),
+    (
+        "russian",
+        99,
+        "Подскажите, пожалуйста, как лучше ухаживать за комнатны"
+        "ми растениями зимой? В квартире очень сухой воздух из-з"
+        "а батарей, и у фикуса начали желтеть листья. Я поливаю "
+        "его раз в неделю, но, кажется, этого слишком много. Сто"
+        "ит ли поставить увлажнитель или достаточно опрыскивать "
+        "листья водой по утрам? И ещё вопрос: можно ли пересажив"
+        "ать цветы в январе, или лучше дождаться весны?",
+    ),
+    (
+        "japanese",
+        142,
+        "来週の土曜日に友達が家に遊びに来るので、簡単に作れる料理を教えてください。人数は四人で、そのうち一人は卵アレル"
+        "ギーがあります。できれば前の日に準備しておいて、当日は温めるだけにしたいです。デザートには季節の果物を使ったも"
+        "のがいいと思っていますが、オーブンは持っていません。飲み物はお酒以外でおすすめがあれば、それも一緒に教えてもら"
+        "えると助かります。買い物は近所のスーパーで済ませる予定です。",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "tokens", "text"), SAMPLES, ids=[sample[0] for sample in SAMPLES])
+def test_the_estimate_is_within_15_percent_of_o200k_base(name: str, tokens: int, text: str) -> None:
+    assert abs(cp.estimate_tokens(text) - tokens) <= 0.15 * tokens
+
+
+def test_tiktoken_counts_when_it_is_there(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tiktoken.py").write_text(
+        "class E:\n def encode(self, text, disallowed_special):\n  return list(text)\ndef get_encoding(name):\n return E()\n"
+    )
+    with Served("--demo", env={"PYTHONPATH": str(tmp_path)}) as served:
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "four"}]}
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30).json()
+        assert answer["usage"]["completion_tokens"] == len(answer["choices"][0]["message"]["content"])
+
+
+def test_what_the_upstream_cannot_honour_is_accepted_and_ignored(proxy: Proxy) -> None:
+    answer = proxy.ask(
+        temperature=0.1, top_p=1, seed=7, presence_penalty=0.5, frequency_penalty=1, logit_bias={"5": 1},
+        logprobs=False, user="u", n=1, store=True, metadata={"a": "b"}, service_tier="auto", tools=[],
+    )  # fmt: skip
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"model": None}, "model"),
+        ({"model": 5}, "model"),
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"stream": "yes"}, "stream"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"stop": [1]}, "stop"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+    ],
+)
+def test_a_wrong_field_is_named(proxy: Proxy, weather: Weather, body: dict[str, Any], param: str) -> None:
+    refused = proxy.ask(**body)
+    assert error_of(refused) == (400, "invalid_request_error") and refused.json()["error"]["param"] == param
+    assert weather.calls == []
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100000, b'{"a":' * 100000, b"1" * 5000]
+)
+def test_a_body_that_is_no_json_object_is_a_400(proxy: Proxy, body: bytes) -> None:
+    answer = httpx.post(f"{proxy.url}/v1/chat/completions", content=body, headers={"Authorization": KEY})
+    assert error_of(answer) == (400, "invalid_request_error")
+
+
+def test_content_parts_and_every_role_reach_the_upstream(proxy: Proxy, weather: Weather) -> None:
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "\ud800 lone"},
+    ]
+    body = json.dumps({"model": "gpt-4o", "messages": messages})
+    answer = httpx.post(f"{proxy.url}/v1/chat/completions", content=body, headers={"Authorization": KEY})
+    assert answer.status_code == 200
+    sent = weather.last("/conversation").json()["messages"]
+    assert [message["author"]["role"] for message in sent] == ["system", "user", "assistant", "user"]
+    assert sent[1]["content"] == {"content_type": "text", "parts": ["a\nb"]}
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_openai_client_is_served(proxy: Proxy) -> None:
+    client = proxy.client()
+    answer = client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
+    assert (
+        answer.choices[0].message.content == "Hello wide world."
+        and answer.usage
+        and answer.usage.total_tokens
+    )
+    with client.chat.completions.stream(
+        model="gpt-4o", messages=[{"role": "user", "content": "hi"}]
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.content == "Hello wide world."
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "hi"}], n=3)
+    assert refused.value.param == "n" and refused.value.request_id
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").chat.completions.create(
+            model="x", messages=[{"role": "user", "content": "x"}]
+        )
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="x", input="x")
+
+
+def test_the_async_openai_client_is_served(proxy: Proxy) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key=KEY, max_retries=0) as client:
+            whole = await client.chat.completions.create(
+                model="gpt-4o", messages=[{"role": "user", "content": "hi"}]
+            )
+            text = ""
+            stream = await client.chat.completions.create(
+                model="gpt-4o", messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            async for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+            return [str(whole.choices[0].message.content), text]
+
+    assert asyncio.run(ask()) == ["Hello wide world."] * 2
+
+
+def test_an_error_in_the_middle_of_a_stream_reaches_the_openai_client(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    half = list(weather.say({"model": "gpt-4o"}, [" a", " b", " c"]))[:5]
+    weather.add("/conversation", cut_stream(*half))
+    stream = proxy.client().chat.completions.create(
+        model="gpt-4o", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    with pytest.raises(openai.APIError, match="broke off"):
+        for _ in stream:
+            pass
+
+
+def test_a_client_that_leaves_a_stream_does_not_disturb_the_next(proxy: Proxy, weather: Weather) -> None:
+    weather.words, weather.pace = [" word"] * 500, 0.01
+    stream = proxy.client().chat.completions.create(
+        model="gpt-4o", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    weather.words = ["Next"]
+    assert proxy.say() == "Next"
+
+
+def test_300_streams_at_once(proxy: Proxy, weather: Weather) -> None:
+    weather.words, weather.pace = [f" w{i}" for i in range(20)], 0.05
+    body = json.dumps({"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nConnection: close\r\n"
+    wire = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    async def one() -> bytes:
+        reader, writer = await asyncio.open_connection(*proxy.address)
+        writer.write(wire)
+        got = await reader.read(-1)
+        writer.close()
+        return got
+
+    async def everyone() -> list[bytes]:
+        return await asyncio.gather(*[one() for _ in range(300)])
+
+    for got in asyncio.run(everyone()):
+        assert got.count(b'"content":" w') == 20 and b"[DONE]" in got
+    wait_until(lambda: "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text)
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def test_health_and_metrics_tell_the_state(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", cp.demo_token("old", -5))
+    proxy.stream()
+    weather.add("/conversation", status(503))
+    proxy.ask()
+    for path in ("/health", "/ping"):
+        assert httpx.get(proxy.url + path).json()["status"] == "ok"
+    text = httpx.get(f"{proxy.url}/metrics").text
+    for line in (
+        'chatproxy_requests_total{route="/v1/chat/completions",status="200"} 2',
+        'chatproxy_upstream_responses_total{call="conversation",status="503"} 1',
+        'chatproxy_accounts{state="ready"} 1',
+        'chatproxy_accounts{state="expired"} 1',
+        'chatproxy_retries_total{reason="broken"} 1',
+        "chatproxy_streams_open 0",
+        "chatproxy_events_total 7",
+        'chatproxy_first_byte_seconds_count{route="/v1/chat/completions"} 2',
+    ):
+        assert line in text, line
+    assert "chatproxy_proof_seconds_count" in text
+    for line in text.splitlines():
+        assert re.fullmatch(r'(# (HELP|TYPE) .*|[a-z_]+(\{([a-z]+="[^"]*",?)+\})? [0-9.e+-]+(nf)?)', line), (
+            line
+        )
+
+
+def test_a_request_id_is_returned_and_logged_as_json(tmp_path: pathlib.Path) -> None:
+    with Served("--demo", "--log-format", "json") as served:
+        answer = httpx.get(f"{served.url}/health")
+        wait_until(lambda: answer.headers["x-request-id"] in "".join(served.lines))
+        line = json.loads(next(line for line in served.lines if answer.headers["x-request-id"] in line))
+        assert line["message"] == "request" and line["route"] == "/health" and line["status"] == 200
+
+
+def stream_from(url: str) -> tuple[httpx.Client, Iterator[str]]:
+    client = httpx.Client(timeout=30)
+    body = {"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "hi " * 50}]}
+    request = client.build_request("POST", f"{url}/v1/chat/completions", json=body)
+    return client, client.send(request, stream=True).iter_text()
+
+
+def test_sigterm_lets_streams_finish_and_then_ends() -> None:
+    with Served("--demo") as served:
+        _, text = stream_from(served.url)
+        first = next(text)
+        idle = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
+        idle.sendall(HEALTH)
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200")
+        served.process.send_signal(signal.SIGTERM)
+        assert idle.recv(100) == b""  # an idle connection is not waited for
+        assert (first + "".join(text)).endswith("data: [DONE]\n\n")
+        assert served.process.wait(10) == 0
+
+
+def test_streams_longer_than_the_grace_end_with_an_error_event() -> None:
+    with Served("--demo", "--shutdown-grace", "0") as served:
+        _, text = stream_from(served.url)
+        next(text)
+        served.process.send_signal(signal.SIGTERM)
+        rest = "".join(text)
+        assert '"code":"overloaded"' in rest and "[DONE]" not in rest
+        assert served.process.wait(10) == 0
+
+
+def test_a_second_sigterm_ends_at_once() -> None:
+    with Served("--demo") as served:
+        _, text = stream_from(served.url)
+        next(text)
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: any("stopping" in line for line in served.lines))
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(3) == 1
+
+
+def test_no_secret_reaches_log_errors_or_metrics(tmp_path: pathlib.Path, weather: Weather) -> None:
+    refresh, session, alice = "rt_" + "S3cret" * 8, "eyJ" + "S3ssion" * 9 + "....", cp.demo_token("alice")
+    weather.refresh_tokens[refresh] = "bob"
+    env = {
+        "DATA_DIR": str(tmp_path), "AUTHORIZATION": KEY, "ADMIN_KEY": ADMIN, "LOG_LEVEL": "debug", "RETRY_TIMES": "5",
+        "CHATGPT_BASE_URL": weather.url, "OPENAI_AUTH_URL": weather.url, "OPENAI_API_URL": weather.url,
+        "API_PREFIX": "hidden-prefix", "AUTH_KEY": "gateway-key", "PROXY_URL": "",
+    }  # fmt: skip
+    said = ""
+    with Served(env=env) as served:
+        url = f"{served.url}/hidden-prefix"
+        upload = {"text": f"{alice}\n{refresh}\n{session}\nbad-line-with-a-s3cret-token"}
+        said += httpx.post(f"{url}/tokens/upload", data=upload, headers={"Authorization": ADMIN}).text
+        weather.add("/conversation", *[status(code, {"detail": "x"}) for code in (401, 403, 429, 500, 422)])
+        keys = [KEY, KEY, KEY, "wrong-key-of-mine", cp.demo_token("guest"), "sk-private-thing", "R" * 45]
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "PRIVATE-WORDS"}]}
+        for key in keys:
+            said += httpx.post(
+                f"{url}/v1/chat/completions", json=body, headers={"Authorization": key}, timeout=30
+            ).text
+        said += httpx.get(f"{url}/tokens/add/{alice}").text + httpx.get(f"{served.url}/x?key={KEY}").text
+        said += (
+            httpx.get(f"{url}/metrics").text + pathlib.Path(f"/proc/{served.process.pid}/cmdline").read_text()
+        )
+        with sqlite3.connect(tmp_path / "chatproxy.db") as db:
+            tokens = [
+                text
+                for row in db.execute("SELECT secret, access_token FROM accounts")
+                for text in row
+                if text
+            ]
+        log = "".join(served.lines)
+    secrets = [
+        *tokens,
+        *keys,
+        ADMIN,
+        refresh,
+        session,
+        alice,
+        "hidden-prefix",
+        "gateway-key",
+        "s3cret-token",
+        "PRIVATE-WORDS",
+    ]
+    assert len(tokens) > 4 and log.count("request ") > 8
+    for secret in secrets:
+        assert secret not in log
+        assert secret == "PRIVATE-WORDS" or secret not in said
+        if len(secret) > 100:
+            assert secret[40:80] not in log + said
+
+
+def test_the_program_starts_in_half_a_second(tmp_path: pathlib.Path) -> None:
+    times = []
+    for _ in range(3):
+        with Served(env={"DATA_DIR": str(tmp_path)}) as served:
+            times.append(served.ready)
+    assert min(times) < 0.5
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    for name, thing in vars(cp).items():
+        if (
+            not name.startswith("_")
+            and getattr(thing, "__module__", "") == "chatproxy"
+            and inspect.isclass(thing)
+        ):
+            assert thing.__doc__ and not thing.__doc__.startswith(f"{name}("), name
+
+
+def test_the_five_files_are_all_there_is() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    tops = {line.split("/")[0] for line in listed.stdout.split() if not line.startswith(".")}
+    assert tops <= {"chatproxy.py", "test_chatproxy.py", "README.md", "LICENSE", "Makefile"}
