@@ -1293,6 +1293,9 @@ class Handle:
                     data = body[0] if len(body) == 1 else b"".join(body)
                     body.clear()
                     heard = signed = time.monotonic()
+                    if heard - checked >= 1.0:
+                        checked = heard
+                        watch.check()
                     yield data
                 if not running[0]:
                     break
@@ -2524,13 +2527,13 @@ _ANSWER_PATH = "/message/content/parts/0"
 class Decoder:
     """The upstream's answer, in either encoding, as typed events. "The answer: server-sent events, two encodings".
 
-    `feed` takes bytes however they are cut; `finish` tells afterwards how the answer ended. One decoder lives through
-    a continued answer, so that nothing of it is passed on twice.
+    `feed` takes bytes however they are cut; `finish` tells afterwards how the answer ended, `done` already when the
+    last event was there. One decoder lives through a continued answer, so that nothing of it is passed on twice.
     """
 
     def __init__(self) -> None:
         self.conversation = self.message = self.model = ""
-        self._begun = self._done = False
+        self._begun = self.done = False
         self._events = EventStream()
         self._messages: dict[str, _Growing] = {}
         self._current: _Growing | None = None
@@ -2541,7 +2544,7 @@ class Decoder:
     def renew(self) -> None:
         """Gets ready for the bytes of the call that goes on with this answer."""
         self._events, self._current, self._hot = EventStream(), None, False
-        self._path, self._op, self._reason, self._done = "", "add", "", False
+        self._path, self._op, self._reason, self.done = "", "add", "", False
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that have become whole; Refusal when the upstream says that it failed."""
@@ -2549,7 +2552,7 @@ class Decoder:
         append = out.append
         for text in self._events.feed(data):
             if text[:1] != "{":
-                self._done = self._done or text == "[DONE]"
+                self.done = self.done or text == "[DONE]"
                 continue
             try:
                 value = decode(text)[0]
@@ -2564,14 +2567,15 @@ class Decoder:
 
     def finish(self) -> Finish | None:
         """How the answer ended, None when it did not: it was cut off."""
-        if not self._reason and not self._done:
+        if not self._reason and not self.done:
             return None
         return Finish(self._reason or "stop", self.conversation, self.message)
 
     def _take(self, value: dict[str, Any], out: list[Event]) -> None:
         """One event of any kind."""
         if "v" in value or "p" in value or "o" in value:
-            self._path, self._op, more = value.get("p", self._path), value.get("o", self._op), value.get("v")
+            self._path, self._op = str(value.get("p", self._path)), str(value.get("o", self._op))
+            more = value.get("v")
             appends = self._path == _ANSWER_PATH and self._op == "append"
             current = self._current
             if appends and isinstance(more, str) and current is not None and current.appendable():
@@ -2808,19 +2812,26 @@ class Answers:
         """The whole answer of one account, continued as often as AUTO_CONTINUE says."""
         question, decoder, continuations = attempt.question, Decoder(), 0
         while True:
-            yield from self._turn(account, question, attempt, decoder, watch)
-            finish = decoder.finish()
-            if finish is None:
+            finish = None
+            for events in self._turn(account, question, attempt, decoder, watch):
+                if finish is None and decoder.done and (end := decoder.finish()) and end.reason != "length":
+                    finish = end  # leaves with what came together with it
+                    self._answered(account, attempt, finish)
+                    events = [*events, finish]
+                yield events
+            if finish is not None:
+                return
+            if (finish := decoder.finish()) is None:
                 raise Refusal("broken", "upstream_error", "The upstream broke off its answer; try again.")
             continuations += 1
             cut = finish.reason == "length" and finish.conversation and finish.message
             if not cut or continuations > self.settings.auto_continue:
-                break
+                self._answered(account, attempt, finish)
+                yield [finish]
+                return
             here = {"conversation": finish.conversation, "parent": finish.message}
             question = replace(question, messages=(), continues=True, **here)
             decoder.renew()
-        self._answered(account, attempt, finish)
-        yield [finish]
 
     def _answered(self, account: Account, attempt: Attempt, finish: Finish) -> None:
         first = not account.answered
@@ -3155,7 +3166,10 @@ class Trimmer:
 
 
 class Completion:
-    """One answer on its way into OpenAI's shape: takes events, knows what of them the client is given."""
+    """One answer on its way into OpenAI's shape: takes events, knows what of them the client is given.
+
+    `cut` is set when the client is given no more although the upstream goes on: the answer can be left.
+    """
 
     def __init__(self, request: ChatRequest, tokens: Tokens, extras: bool) -> None:
         """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept."""
@@ -3169,12 +3183,14 @@ class Completion:
         self._reasoning: list[str] = []
         self._ids = {"conversation_id": "", "message_id": ""}
         self._reason = "stop"
-        self.over = False
+        self.cut = False
 
     def take(self, events: list[Event]) -> list[Event]:
         """Notes a batch of events; those that the client may see."""
         if self._trimmer:
+            ended = bool(events) and type(events[-1]) is Finish
             events = self._trimmer.feed(events)
+            self.cut = self._trimmer.over and not ended
         for event in events:
             kind = type(event)
             if kind is Text:
@@ -3187,7 +3203,7 @@ class Completion:
                 self.model = event.model or self.model
                 self._ids = {"conversation_id": event.conversation, "message_id": event.message}
             elif isinstance(event, Finish):
-                self._reason, self.over = event.reason, True
+                self._reason = event.reason
                 if event.conversation:
                     self._ids = {"conversation_id": event.conversation, "message_id": event.message}
         return events
@@ -3777,8 +3793,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.sock.sendall(head if self.method == "HEAD" else head + reply.body)
         except OSError:
             keep = False
+        if request:
+            self._first_byte(request)
         self._log(request, reply.status, 0)
         return keep
+
+    def _first_byte(self, request: Request) -> None:
+        labels = f'route="{request.route}"'
+        self.server.metrics.observe("chatproxy_first_byte_seconds", time.monotonic() - self.start, labels)
 
     def _stream(self, stream: Stream, request: Request, keep: bool) -> bool:
         """Sends a stream's pieces as they come, each in one write."""
@@ -3795,9 +3817,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         chunked, send = self.version == "1.1", self.sock.sendall
         connection = "" if keep else "close"
         head = head_bytes(stream, self.version, connection, f"x-request-id: {self.request_id}\r\n{_CORS}")
-        metrics.observe(
-            "chatproxy_first_byte_seconds", time.monotonic() - self.start, f'route="{request.route}"'
-        )
+        self._first_byte(request)
         try:
             framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
             send(head + framed)
@@ -4109,7 +4129,7 @@ def chat_completions(app: App, request: Request) -> Reply | Stream:
     with contextlib.closing(answer):
         for events in answer:
             completion.take(events)
-            if completion.over:
+            if completion.cut:
                 break
     return json_reply(completion.whole())
 
@@ -4126,7 +4146,7 @@ def _chunks(
             piece = completion.feed(events)
             if piece[0]:
                 yield piece
-            if completion.over:
+            if completion.cut:
                 return
 
 

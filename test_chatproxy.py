@@ -315,7 +315,8 @@ def test_an_unusable_value_stops_the_start_with_one_line(
     ended = run("serve", env={name: value, "DATA_DIR": str(tmp_path)})
     assert ended.returncode == 2
     assert len(ended.stderr.splitlines()) == 1
-    assert name in ended.stderr and value in ended.stderr and "accepted: " in ended.stderr
+    assert name in ended.stderr and "accepted: " in ended.stderr
+    assert value in ended.stderr or name == "PROXY_URL"  # which may hold a password
 
 
 def test_an_unusable_secret_is_not_repeated(tmp_path: pathlib.Path) -> None:
@@ -1148,7 +1149,7 @@ def test_a_proof_that_cannot_be_found_is_given_up_as_browsers_do(monkeypatch: py
 
 
 def test_harder_means_a_smaller_string() -> None:
-    assert cp.harder("000032", "00003a") and cp.harder("00000f", "00003a") and cp.harder("0000", "00003")
+    assert cp.harder("000032", "00003a") and cp.harder("00000f", "00003a") and cp.harder("0000", "0001")
     assert (
         not cp.harder("00003a", "00003a")
         and not cp.harder("0fffff", "00003a")
@@ -1199,14 +1200,13 @@ def test_a_turn_costs_one_round_trip_once_an_account_has_answered(
     start: Callable[..., Proxy], weather: Weather
 ) -> None:
     proxy = start("alice")
-    for turn in range(1, 5):
+    for _ in range(3):
         assert proxy.say() == "Hello wide world."
-        wait_until(lambda turn=turn: weather.count("/chat-requirements") == turn + 1)
-        before = len(weather.calls)
+        account = proxy.app.pool.accounts()[0]
+        wait_until(lambda account=account: account.spare and account.spare.done())
+        weather.add("/chat-requirements", weather.silence())  # what is got ahead meanwhile is not waited for
         assert proxy.say() == "Hello wide world."
-        assert weather.calls[before].endswith("/conversation")
-        wait_until(lambda turn=turn: weather.count("/chat-requirements") == turn + 2)
-        break
+        proxy.app.upstream.pool.take_spare(account)
 
 
 def test_a_spare_that_has_expired_is_not_used(start: Callable[..., Proxy], weather: Weather) -> None:
