@@ -6,28 +6,39 @@ here. `python test_chatproxy.py bench` measures instead (`make bench`).
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import hashlib
+import heapq
+import http.client
 import inspect
 import json
+import multiprocessing
 import os
 import pathlib
 import random
 import re
+import resource
+import select
+import shutil
 import signal
 import socket
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from statistics import median
+from typing import IO, Any
 
 import httpx
 import openai
@@ -60,6 +71,7 @@ class Weather(cp.Demo):
 
     def __init__(self) -> None:
         super().__init__()
+        self.url = ""
         self.pace = 0.0
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)
         self.seen: list[cp.Request] = []
@@ -563,8 +575,6 @@ def test_a_dripping_client_is_cut_off(start: Callable[..., Proxy]) -> None:
 
 
 def select_readable(sock: socket.socket, seconds: float) -> bool:
-    import select
-
     return bool(select.select([sock], [], [], seconds)[0])
 
 
@@ -854,7 +864,6 @@ def test_another_account_answers_when_one_is_refused(
     start: Callable[..., Proxy], weather: Weather, code: int
 ) -> None:
     proxy = start("alice", "bob", conversation_only="true")
-    weather.respond_plain = True
     weather.add("/conversation", status(code, {"detail": "no"}), plain(weather))
     assert proxy.ask().status_code == 200
     first, second = [r.headers["authorization"] for r in weather.seen if r.path.endswith("/conversation")]
@@ -1196,6 +1205,10 @@ def test_an_arkose_token_comes_from_the_service_or_is_missed(
     service.drain(0)
 
 
+def spare_ready(account: cp.Account) -> bool:
+    return account.spare is not None and account.spare.done()
+
+
 def test_a_turn_costs_one_round_trip_once_an_account_has_answered(
     start: Callable[..., Proxy], weather: Weather
 ) -> None:
@@ -1203,7 +1216,7 @@ def test_a_turn_costs_one_round_trip_once_an_account_has_answered(
     for _ in range(3):
         assert proxy.say() == "Hello wide world."
         account = proxy.app.pool.accounts()[0]
-        wait_until(lambda account=account: account.spare and account.spare.done())
+        wait_until(functools.partial(spare_ready, account))
         weather.add("/chat-requirements", weather.silence())  # what is got ahead meanwhile is not waited for
         assert proxy.say() == "Hello wide world."
         proxy.app.upstream.pool.take_spare(account)
@@ -1224,7 +1237,7 @@ def test_an_idle_accounts_spare_is_dropped_and_not_renewed(
     proxy = start("alice")
     assert proxy.say()
     account = proxy.app.pool.accounts()[0]
-    wait_until(lambda: account.spare is not None and account.spare.done())
+    wait_until(lambda: spare_ready(account))
     asked = weather.count("/chat-requirements")
     account.used = time.time() - cp.SPARE_IDLE - 1
     proxy.app.upstream.sweep_spares()
@@ -1281,10 +1294,10 @@ def test_a_client_that_hangs_up_ends_the_silent_upstream_call(
 def test_a_waiting_client_gets_heartbeats_before_the_first_word_too(
     start: Callable[..., Proxy], weather: Weather
 ) -> None:
-    proxy = start("alice", heartbeat="1", upstream_timeout="4")
+    proxy = start("alice", heartbeat="1", upstream_timeout="2")
     weather.add("/conversation", weather.silence())
     chunks, text = proxy.stream()
-    assert text.startswith(": \n\n: \n\n") and chunks[-1]["error"]["code"] == "upstream_timeout"
+    assert text.startswith(": \n\n") and chunks[-1]["error"]["code"] == "upstream_timeout"
     assert not text.endswith("data: [DONE]\n\n")
     words = b"".join(weather.say({"model": "gpt-4o"}, ["one"])).partition(
         b'event: delta\ndata: {"p":"","o":"patch"'
@@ -1359,7 +1372,7 @@ def decoded(data: bytes, cuts: list[int]) -> list[cp.Event]:
     joined: list[cp.Event] = []
     for event in [*out, *([finish] if finish else [])]:
         if joined and isinstance(event, (cp.Text, cp.Reasoning)) and type(joined[-1]) is type(event):
-            joined[-1] = type(event)(joined[-1].text + event.text)  # type: ignore[union-attr]
+            joined[-1] = type(event)(joined[-1].text + event.text)
         else:
             joined.append(event)
     return joined
@@ -1596,8 +1609,7 @@ def test_stop_and_max_tokens_are_enforced_here(start: Callable[..., Proxy], weat
     chunks, text = proxy.stream(stop="STOP")
     assert text_of(chunks) == "One two " and "ST" not in re.sub(r'"id":"[^"]*"', "", text)
     weather.words = [" one", " two", " three", " four", " five"]
-    for name in ("max_tokens", "max_completion_tokens"):
-        answer = proxy.ask(**{name: 3}).json()
+    for answer in (proxy.ask(max_tokens=3).json(), proxy.ask(max_completion_tokens=3).json()):
         assert answer["choices"][0]["message"]["content"] == " one two three"
         assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 3
 
@@ -2100,3 +2112,927 @@ def test_the_five_files_are_all_there_is() -> None:
         pytest.skip("not a checkout")
     tops = {line.split("/")[0] for line in listed.stdout.split() if not line.startswith(".")}
     assert tops <= {"chatproxy.py", "test_chatproxy.py", "README.md", "LICENSE", "Makefile"}
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+#
+# Three parties, each in a process of its own: a stand-in for the upstream (one asyncio.Protocol, its bytes made
+# beforehand), the daemon, and the load client (one epoll loop). nginx relaying the same stream is the yardstick where
+# it is installed. CPU time is the kernel's own count for the daemon and its children. Linux only.
+
+BENCH_KEY = "bench-key"
+MARK = b"lorem"  # every word of an answer begins with it, so a word is found without parsing
+CONVERSATION = "/backend-api/conversation"
+TICKS = os.sysconf("SC_CLK_TCK")
+LOCAL = "127.0.0.1"
+
+
+# --- the stand-in for the upstream ------------------------------------------------------------------------
+
+
+def frame(data: bytes) -> bytes:
+    """One HTTP chunk."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def reply(status: str, kind: str, body: bytes) -> bytes:
+    """A whole HTTP answer of known length."""
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def delta(value: dict[str, Any]) -> bytes:
+    """One event of the v1 encoding."""
+    return b"event: delta\ndata: %b\n\n" % json.dumps(value, separators=(",", ":")).encode()
+
+
+class Script:
+    """One answer, its bytes made once for all streams: `words=N pace=SECONDS first=SECONDS flush=1`.
+
+    Every event is an HTTP chunk. They leave in one write; with `flush` each in a write of its own, one a turn
+    of the loop; with a pace each word `pace` seconds after the other. `first` delays the first word.
+    """
+
+    def __init__(self, text: str) -> None:
+        given = dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
+        self.pace, self.first = float(given.get("pace", 0)), float(given.get("first", 0))
+        kind = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+        self.head = kind + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(self.opening(text))
+        self.steps = [frame(delta({"v": f" lorem{n % 97}"})) for n in range(int(given.get("words", 1)))]
+        self.steps[0] = frame(delta({"p": "/message/content/parts/0", "o": "append", "v": "lorem"}))
+        ending = b"".join(self.ending()) + b"0\r\n\r\n"
+        if self.pace or self.first or "flush" in given:
+            self.steps[-1] += ending
+        else:
+            self.head += b"".join(self.steps) + ending
+            self.steps = []
+
+    def opening(self, text: str) -> list[bytes]:
+        """What comes before the first word: the encoding, the user's message, the start of the answer."""
+        events = [b'event: delta_encoding\ndata: "v1"\n\n']
+        for role, said, status in (("user", text, "finished_successfully"), ("assistant", "", "in_progress")):
+            message: dict[str, Any] = {"id": f"00000000-0000-4000-8000-{len(role):012}"}
+            message |= {"author": {"role": role}, "create_time": 1.8e9, "status": status, "end_turn": None}
+            message["content"] = {"content_type": "text", "parts": [said]}
+            message |= {"recipient": "all", "channel": None, "metadata": {"model_slug": "gpt-4o"}}
+            value = {"message": message, "conversation_id": "00000000-0000-4000-8000-000000000001"}
+            events.append(delta({"p": "", "o": "add", "v": value | {"error": None}}))
+        return [frame(event) for event in events]
+
+    def ending(self) -> list[bytes]:
+        """The finishing patch and what follows it."""
+        done: list[dict[str, Any]] = [{"p": "/message/status", "o": "replace", "v": "finished_successfully"}]
+        done.append({"p": "/message/end_turn", "o": "replace", "v": True})
+        done.append({"p": "/message/metadata", "o": "append", "v": {"finish_details": {"type": "stop"}}})
+        complete = b'data: {"type":"message_stream_complete"}\n\n'
+        return [frame(delta({"p": "", "o": "patch", "v": done})), frame(complete), frame(b"data: [DONE]\n\n")]
+
+
+class Ticker:
+    """Drives all streams of one pace with one timer; slots 5 ms apart keep them from bursting together."""
+
+    def __init__(self, pace: float) -> None:
+        self.slots: list[list[Iterator[bool]]] = [[] for _ in range(max(1, round(pace / 0.005)))]
+        self.step = pace / len(self.slots)
+        self.turn = self.joined = self.streams = 0
+        self.due = 0.0
+
+    def join(self, stream: Iterator[bool]) -> None:
+        """Adds a stream; starts the timer when it is the first."""
+        self.slots[self.joined % len(self.slots)].append(stream)
+        self.joined += 1
+        self.streams += 1
+        if self.streams == 1:
+            self.due = time.monotonic() + self.step
+            asyncio.get_running_loop().call_at(self.due, self.tick)
+
+    def tick(self) -> None:
+        """One event for every stream of the slot whose turn it is."""
+        slot = self.slots[self.turn]
+        kept = [stream for stream in slot if next(stream, False)]
+        self.streams -= len(slot) - len(kept)
+        self.slots[self.turn] = kept
+        self.turn = (self.turn + 1) % len(self.slots)
+        self.due += self.step
+        if self.streams:
+            asyncio.get_running_loop().call_at(self.due, self.tick)
+
+
+class Standin:
+    """What the stand-in's connections share: scripts, tickers, and what `/control?name=value` changes."""
+
+    def __init__(self, latency: float = 0.0) -> None:
+        self.state: dict[str, Any] = {"difficulty": "0fffff", "latency": latency}
+        self.counts = {"page": 0, "requirements": 0, "hard": 0, "conversation": 0, "unknown": 0}
+        self.scripts: dict[bytes, Script] = {}
+        self.tickers: dict[float, Ticker] = {}
+        page = b'<html data-build="prod-bench"><script src="https://chatgpt.com/a.js"></script></html>'
+        self.page = reply("200 OK", "text/html", page)
+        self.missing = reply("404 Not Found", "application/json", b'{"detail":"Not Found"}')
+        self.control("")
+
+    def control(self, query: str) -> bytes:
+        """Changes difficulty or latency for the calls that follow; answers the counts."""
+        for name, _, value in (pair.partition("=") for pair in query.split("&")):
+            self.state[name] = value
+        self.latency = float(self.state["latency"])
+        self.hard = self.state["difficulty"] < "0f"
+        work = {"required": True, "seed": "0.42424242", "difficulty": self.state["difficulty"]}
+        off = {"required": False, "dx": None}
+        body = {"persona": "chatgpt-paid", "token": "gAAAAAB" + "t" * 600, "expire_after": 540}
+        body.update(proofofwork=work, arkose=off, turnstile=off)
+        self.requirements = reply("200 OK", "application/json", json.dumps(body).encode())
+        return reply("200 OK", "application/json", json.dumps(self.counts).encode())
+
+    def script(self, body: bytes) -> Script:
+        """The script that the last user message of a conversation body asks for."""
+        at = body.rfind(b"words=")
+        text = body[at : body.find(b'"', at)] if at >= 0 else b"words=1"
+        if text not in self.scripts:
+            self.scripts[text] = Script(text.decode())
+        return self.scripts[text]
+
+    def stream(self, transport: asyncio.Transport, script: Script) -> None:
+        """Sends an answer, now or step by step."""
+        loop = asyncio.get_running_loop()
+
+        def stepping() -> Iterator[bool]:
+            for step in script.steps:
+                if not transport.is_closing():
+                    transport.write(step)
+                    yield True
+
+        def flush() -> None:
+            if next(steps, False):
+                loop.call_soon(flush)
+
+        transport.write(script.head)
+        steps = stepping()
+        if script.pace:
+            ticker = self.tickers.setdefault(script.pace, Ticker(script.pace))
+            loop.call_later(script.first, ticker.join, steps)
+        elif script.steps:
+            loop.call_later(script.first, flush)
+
+
+class StandinConnection(asyncio.Protocol):
+    """One keep-alive connection to the stand-in; reads no more of a request than it needs."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, upstream: Standin) -> None:
+        self.upstream = upstream
+        self.buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            head = self.buffer[:end].lower()
+            at = head.find(b"content-length:")
+            size = int(head[at + 15 :].split(b"\r", 1)[0]) if at >= 0 else 0
+            if len(self.buffer) < end + 4 + size:
+                return
+            body, self.buffer = self.buffer[end + 4 : end + 4 + size], self.buffer[end + 4 + size :]
+            method, path = head.split(b" ", 2)[:2]
+            if self.upstream.latency:
+                loop = asyncio.get_running_loop()
+                loop.call_later(self.upstream.latency, self.answer, method, path, body)
+            else:
+                self.answer(method, path, body)
+
+    def answer(self, method: bytes, path: bytes, body: bytes) -> None:
+        """One call of the upstream's API."""
+        up, post = self.upstream, method == b"post"
+        if post and path.endswith(b"/conversation"):
+            up.counts["conversation"] += 1
+            up.stream(self.transport, up.script(body))
+        elif post and path.endswith(b"/sentinel/chat-requirements"):
+            up.counts["hard" if up.hard else "requirements"] += 1
+            self.transport.write(up.requirements)
+        elif path == b"/":
+            up.counts["page"] += 1
+            self.transport.write(up.page)
+        elif path.startswith(b"/control"):
+            self.transport.write(up.control(path.decode().partition("?")[2]))
+        else:
+            up.counts["unknown"] += 1
+            self.transport.write(up.missing)
+
+
+def run_standin(port: int, latency: float = 0.0) -> None:
+    """Serves the stand-in until it is ended or its parent is gone."""
+
+    async def serve() -> None:
+        loop, parent, upstream = asyncio.get_running_loop(), os.getppid(), Standin(latency)
+        await loop.create_server(lambda: StandinConnection(upstream), LOCAL, port, backlog=4096)
+        while os.getppid() == parent:
+            await asyncio.sleep(0.5)
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    asyncio.run(serve())
+
+
+# --- the load client --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """`connections` keep-alive connections, each sending the same request `requests` times in turn."""
+
+    port: int
+    path: str
+    body: str
+    words: int
+    stream: bool = True
+    connections: int = 1
+    requests: int = 1
+    pause: float = 0.0  # seconds between an answer and the next request of its connection
+    ramp: float = 0.0  # seconds over which the connections begin
+    limit: float = 60.0  # seconds for everything
+
+    def wire(self) -> bytes:
+        """The request's bytes."""
+        head = f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {BENCH_KEY}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(self.body)}\r\n\r\n"
+        return (head + self.body).encode()
+
+
+class Lane:
+    """One connection of the client and the answer that it is reading; times are seconds of perf_counter."""
+
+    def __init__(self, requests: int) -> None:
+        self.sock: socket.socket | None = None
+        self.left = requests
+        self.state = "idle"  # or connecting, reading
+        self.reset(0.0)
+
+    def reset(self, now: float) -> None:
+        """Ready for an answer to a request sent now."""
+        self.parts: list[bytes] = []
+        self.size, self.need = 0, -1  # bytes so far; bytes of the whole answer, 0: chunked, -1: head not read
+        self.tail = b""
+        self.sent, self.byte, self.token, self.last, self.gap = now, 0.0, 0.0, 0.0, 0.0
+
+    def take(self, data: bytes, now: float) -> bool:
+        """Reads on; true when the answer is whole. Runs once per event."""
+        self.parts.append(data)
+        self.size += len(data)
+        if self.token:
+            if now - self.last > self.gap:
+                self.gap = now - self.last
+        elif MARK in data:
+            self.token = now
+        self.last = now
+        if self.need < 0:
+            self.byte = self.byte or now
+            head, end, _ = b"".join(self.parts).partition(b"\r\n\r\n")
+            if not end:
+                return False
+            length = head.lower().partition(b"content-length:")[2].split(b"\r", 1)[0]
+            self.need = len(head) + 4 + int(length) if length else 0
+        self.tail = data[-7:] if len(data) > 6 else (self.tail + data)[-7:]
+        return self.size >= self.need if self.need else self.tail == b"\r\n0\r\n\r\n"
+
+
+def dechunked(data: bytes) -> bytes:
+    """An HTTP answer's body without its chunk framing."""
+    parts, rest = [], data.partition(b"\r\n\r\n")[2]
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        parts.append(rest[: int(size, 16)])
+        rest = rest[int(size, 16) + 2 :]
+    return b"".join(parts)
+
+
+class LoadClient:
+    """Runs a load in one epoll loop."""
+
+    def __init__(self, load: Load) -> None:
+        self.load, self.wire = load, load.wire()
+        self.epoll = select.epoll()
+        self.lanes: dict[int, Lane] = {}
+        self.due: list[tuple[float, int, Lane]] = []
+        self.failures: list[str] = []
+        self.done = self.events = 0
+        self.times: dict[str, list[float]] = {"byte": [], "token": [], "latency": [], "gap": [0.0]}
+
+    def run(self) -> dict[str, Any]:
+        """Counts, and times in seconds."""
+        load, start = self.load, time.perf_counter()
+        for number in range(load.connections):
+            begin = start + load.ramp * number / load.connections
+            heapq.heappush(self.due, (begin, number, Lane(load.requests)))
+        total = load.connections * load.requests
+        now = start
+        while self.done + len(self.failures) < total and now < start + load.limit:
+            wait = min(0.2, max(0.0, self.due[0][0] - now)) if self.due else 0.2
+            ready = self.epoll.poll(wait)
+            now = time.perf_counter()
+            for fd, _ in ready:
+                self.ready(fd, self.lanes[fd], now)
+            while self.due and self.due[0][0] <= now:
+                self.begin(heapq.heappop(self.due)[2])
+        missing = total - self.done - len(self.failures)
+        self.failures += ["unfinished at the time limit"] * missing
+        return self.report(now - start)
+
+    def report(self, wall: float) -> dict[str, Any]:
+        """What a load found, as JSON values."""
+        times = {name: sorted(values) or [0.0] for name, values in self.times.items()}
+        found: dict[str, Any] = {"requests": self.done, "events": self.events, "wall": wall}
+        found |= {"failures": len(self.failures), "failure": (self.failures or [""])[0]}
+        for name in ("byte", "token", "latency"):
+            found[name] = median(times[name])
+        found["byte_p99"] = times["byte"][int(len(times["byte"]) * 0.99)]
+        return found | {"gap": times["gap"][-1], "client_cpu": time.process_time()}
+
+    def begin(self, lane: Lane) -> None:
+        """Sends the lane's next request, on a new connection when it has none."""
+        lane.reset(time.perf_counter())
+        lane.state = "reading" if lane.sock else "connecting"
+        if lane.sock:
+            with contextlib.suppress(OSError):  # reading will tell
+                lane.sock.sendall(self.wire)  # small beside a socket's buffer: never blocks
+            return
+        lane.sock = socket.socket()
+        lane.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        lane.sock.setblocking(False)
+        lane.sock.connect_ex((LOCAL, self.load.port))
+        self.lanes[lane.sock.fileno()] = lane
+        self.epoll.register(lane.sock.fileno(), select.EPOLLOUT)
+
+    def ready(self, fd: int, lane: Lane, now: float) -> None:
+        """A socket is connected, or has bytes, or is gone."""
+        assert lane.sock
+        try:
+            if lane.state == "connecting":
+                lane.sock.sendall(self.wire)
+                lane.state = "reading"
+                self.epoll.modify(fd, select.EPOLLIN)
+                return
+            data = lane.sock.recv(262144)
+        except OSError as error:
+            self.finish(lane, now, str(error))
+            return
+        if lane.state == "idle":  # closed between two requests, as a server may
+            self.close(lane)
+        elif not data:
+            self.finish(lane, now, f"the connection was closed after {b''.join(lane.parts)[-200:]!r}")
+        elif lane.take(data, now):
+            self.finish(lane, now, "")
+
+    def close(self, lane: Lane) -> None:
+        """Drops the lane's connection; its next request opens another."""
+        if lane.sock:
+            del self.lanes[lane.sock.fileno()]
+            lane.sock.close()
+            lane.sock = None
+
+    def finish(self, lane: Lane, now: float, failure: str) -> None:
+        """Checks a whole answer, or notes why there is none, and plans the lane's next request."""
+        body, load = b"".join(lane.parts), self.load
+        words = body.count(MARK)
+        if words < load.words and not failure and not lane.need:
+            words = dechunked(body).count(MARK)  # a relay may end a chunk anywhere
+        if not failure and not body.startswith(b"HTTP/1.1 200 "):
+            failure = body[:500].decode("latin-1")
+        if not failure and (words < load.words or (load.stream and b"data: [DONE]" not in body)):
+            failure = f"{words} words of {load.words}, ends {body[-80:]!r}"
+        if failure:
+            self.failures.append(failure)
+        else:
+            self.done += 1
+            self.events += body.count(b"data: ") if load.stream else 0
+            for name, value in (("byte", lane.byte), ("token", lane.token), ("latency", now)):
+                self.times[name].append((value or now) - lane.sent)
+            self.times["gap"].append(lane.gap)
+        if failure or b"\r\nconnection: close" in body[:1000].lower():
+            self.close(lane)
+        lane.state = "idle"
+        lane.left -= 1
+        lane.parts = []
+        if lane.left:
+            heapq.heappush(self.due, (now + load.pause, id(lane), lane))
+
+
+# --- the processes of a run -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A process that listens."""
+
+    pid: int
+    port: int
+
+    def cpu(self) -> float:
+        """Seconds of CPU time of the process and its children, the ended ones included."""
+        stats: dict[int, list[str]] = {}
+        for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                stats[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
+        family, total = [self.pid], 0.0
+        for parent in family:  # grows while it is walked
+            family += [pid for pid, fields in stats.items() if int(fields[1]) == parent]
+            with contextlib.suppress(OSError, KeyError):
+                total += sum(map(int, stats[parent][13:15])) / TICKS  # children that have ended
+                total += time.clock_gettime(~parent << 3 | 2)  # clock_getcpuclockid(3): utime + stime in ns
+        return total
+
+    def memory(self) -> float:
+        """Peak resident memory of the process in MB."""
+        status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """One GET request."""
+        connection = http.client.HTTPConnection(LOCAL, self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers={"Authorization": f"Bearer {BENCH_KEY}"})
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    def wait(self, path: str, log: pathlib.Path | None = None) -> None:
+        """Returns when the server answers with less than 500; SystemExit after 10 s."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.get(path)[0] < 500:
+                    return
+            time.sleep(0.005)
+        raise SystemExit(f"bench: nothing answers on port {self.port}\n{log.read_text() if log else ''}")
+
+
+def free_port() -> int:
+    """A port below the range from which the kernel serves the load client's own."""
+    for port in range(18000 + os.getpid() % 900, 19000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((LOCAL, port))
+            return port
+    raise SystemExit("bench: no free port between 18000 and 19000")
+
+
+def fork(target: Callable[..., object], *args: object) -> Any:
+    """A process of our own, ended with us. A fork, since a new interpreter would import all of this again."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+@contextlib.contextmanager
+def standin(latency: float = 0.0) -> Iterator[Process]:
+    """The stand-in, listening."""
+    port = free_port()
+    process = fork(run_standin, port, latency)
+    try:
+        server = Process(process.pid, port)
+        server.wait("/control")
+        yield server
+    finally:
+        process.kill()
+        process.join()
+
+
+def started(command: list[str], log: IO[bytes], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """A foreign process, the head of a group of its own, so that all of it can be ended."""
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(command, env=env, stdin=nothing, stdout=log, stderr=log, start_new_session=True)
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[int]:
+    """A foreign process that is ended on the way out, its children too."""
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(3)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def jwt(number: int) -> str:
+    """An unsigned access token of a made-up account."""
+    ids = {"chatgpt_account_id": f"account-{number}", "user_id": f"user-{number}"}
+    claims = {
+        "https://api.openai.com/profile": {"email": f"bench{number}@example.com"},
+        "https://api.openai.com/auth": ids | {"chatgpt_plan_type": "plus"},
+    }
+    parts = ({"alg": "none", "typ": "JWT"}, claims | {"exp": int(time.time()) + 86400})
+    coded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
+    return ".".join([*coded, "c2lnbmF0dXJl"])
+
+
+class Measured:
+    """The daemon under test: an environment made from scratch, and a pool in a directory of its own."""
+
+    def __init__(self, script: pathlib.Path, directory: str, upstream: Process, accounts: int) -> None:
+        self.command = [sys.executable, str(script)]
+        self.log, self.port = pathlib.Path(directory, "proxy.log"), free_port()
+        kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self.environment = kept | {
+            "HOST": LOCAL,
+            "PORT": str(self.port),
+            "CHATGPT_BASE_URL": f"http://127.0.0.1:{upstream.port}",
+            "AUTHORIZATION": BENCH_KEY,
+            "DATA_DIR": str(pathlib.Path(directory, "data")),
+            "LOG_LEVEL": "warning",
+            "MAX_CONNECTIONS": "4096",
+        }
+        tokens = "\n".join(jwt(number) for number in range(accounts)) + "\n"
+        add = [*self.command, "accounts", "add", "-"]
+        feed, env = tokens.encode(), self.environment
+        done = subprocess.run(add, input=feed, env=env, capture_output=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"bench: accounts add failed: {done.stderr.decode()}")
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """The process, not yet listening."""
+        with self.log.open("wb") as log:
+            return started([*self.command, "serve"], log, self.environment)
+
+
+NGINX = """daemon off; worker_processes 1; worker_rlimit_nofile 16384; pid {directory}/nginx.pid;
+error_log {directory}/nginx.log crit;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off; keepalive_requests 1000000; keepalive_timeout 300; tcp_nodelay on;
+    client_body_temp_path {directory}/b; proxy_temp_path {directory}/p;
+    fastcgi_temp_path {directory}/f; uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
+    upstream standin {{ server 127.0.0.1:{upstream}; keepalive 2048; keepalive_requests 1000000; }}
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        location / {{
+            proxy_pass http://standin; proxy_http_version 1.1; proxy_set_header Connection "";
+            proxy_buffering off; proxy_read_timeout 300;
+        }}
+    }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def nginx(directory: str, upstream: Process) -> Iterator[Process | None]:
+    """nginx relaying to the stand-in; None where it is not installed."""
+    program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+    if not program:
+        yield None
+        return
+    port, conf = free_port(), pathlib.Path(directory, "nginx.conf")
+    conf.write_text(NGINX.format(directory=directory, upstream=upstream.port, port=port))
+    log = pathlib.Path(directory, "nginx.log")
+    command = [program, "-p", directory, "-e", str(log), "-c", str(conf)]
+    with log.open("ab") as out, ended(started(command, out)) as pid:
+        server = Process(pid, port)
+        server.wait("/control", log)
+        yield server
+
+
+@dataclasses.dataclass(frozen=True)
+class Rig:
+    """The servers of one case, and the loads that they are measured with."""
+
+    upstream: Process
+    proxy: Process
+    nginx: Process | None
+
+    def load(self, server: Process, words: int, how: str = "", stream: bool = True, **more: Any) -> Load:
+        """Asks for so many words: the proxy in OpenAI's terms, anyone else in the upstream's own."""
+        text = f"words={words} {how}".strip()
+        if server is self.proxy:
+            messages = [{"role": "user", "content": text}]
+            body = json.dumps({"model": "gpt-4o", "stream": stream, "messages": messages})
+            return Load(server.port, "/v1/chat/completions", body, words, stream, **more)
+        content = {"content_type": "text", "parts": [text]}
+        message = {"id": "1", "author": {"role": "user"}, "content": content, "metadata": {}}
+        turn = {"action": "next", "messages": [message], "model": "gpt-4o", "supported_encodings": ["v1"]}
+        return Load(server.port, CONVERSATION, json.dumps(turn), words, **more)
+
+    def run(self, server: Process, load: Load) -> dict[str, Any]:
+        """Runs a load; its report, with `cpu` of the server and `upstream_cpu` in seconds."""
+        watched = {"cpu": server, "upstream_cpu": self.upstream}
+        before = {name: one.cpu() for name, one in watched.items()}
+        found = dict(start_client(load)())
+        found |= {name: one.cpu() - before[name] for name, one in watched.items()}
+        if found["failures"]:
+            print(f"bench: {found['failures']} failed, the first: {found['failure']}", file=sys.stderr)
+        return found
+
+
+def run_client(load: Load, pipe: Any) -> None:
+    """The client's process."""
+    pipe.send(LoadClient(load).run())
+
+
+def start_client(load: Load) -> Callable[[], dict[str, Any]]:
+    """Starts a client in its own process; call what is returned to wait for its report."""
+    ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+    process = fork(run_client, load, theirs)
+    theirs.close()
+
+    def wait() -> dict[str, Any]:
+        found: dict[str, Any] = ours.recv()
+        process.join()
+        return found
+
+    return wait
+
+
+# --- the cases --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    case: str
+    measured: str
+    target: str
+    met: bool
+    nginx: str = ""
+    ratio: str = ""
+
+
+CONFIGURATION = """[3016, "Fri Nov 20 2026 12:00:00 GMT-0500 (Eastern Standard Time)", 4294705152, 0,
+"Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/136.0.0.0",
+"https://chatgpt.com/_next/static/chunks/app/layout.js?dpl=453ebaec0d44c2decab71692e1bfe39be35a24b3",
+"prod-453ebaec0d44c2decab71692e1bfe39be35a24b3", "en-US", "en-US,en", 0, "vendor\u2212Google", "location",
+"alert", 1234.5, "ad9a3b0c-3c0b-4fb5-9d5c-5fd0f3a1ddee", "", 16, 1763640000000]"""
+
+
+def proof_rates() -> tuple[float, float]:
+    """Attempts a second of the plain loop and of ours, on the same configuration, on one core."""
+    config: list[Any] = json.loads(CONFIGURATION)
+    seed, attempts = "0.123456789", 200_000
+
+    def packed(part: list[Any]) -> bytes:
+        return json.dumps(part, separators=(",", ":"), ensure_ascii=False).encode()[1:-1]
+
+    def plain() -> bytes:
+        encode, sha3, salt, best = base64.b64encode, hashlib.sha3_512, seed.encode(), b"\xff"
+        head, middle = b"[" + packed(config[:3]) + b",", b"," + packed(config[4:9]) + b","
+        tail = b"," + packed(config[10:]) + b"]"
+        for n in range(attempts):
+            answer = encode(head + str(n).encode() + middle + str(n >> 1).encode() + tail)
+            best = min(best, sha3(salt + answer).digest()[:3])
+        return best
+
+    def rate(work: Callable[[], object], attempts: int) -> float:
+        start = time.perf_counter()
+        with contextlib.suppress(cp.ProofGivenUp):
+            work()
+        return attempts / (time.perf_counter() - start)
+
+    def ours() -> object:
+        return cp.solve(seed, "0" * 32, list(config), "sha3")  # gives up after MOST_ATTEMPTS
+
+    return rate(plain, attempts), rate(ours, cp.MOST_ATTEMPTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What every case needs: the daemon, how often and how long to measure, and what is told at the end."""
+
+    script: pathlib.Path
+    runs: int
+    scale: float
+    notes: list[str]
+    failures: list[str]
+
+    @contextlib.contextmanager
+    def rig(self, accounts: int = 1, latency: float = 0.0) -> Iterator[Rig]:
+        """Fresh servers, so that a case's memory is its own."""
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-bench-"))
+            upstream = stack.enter_context(standin(latency))
+            proxy = Measured(self.script, directory, upstream, accounts)
+            server = Process(stack.enter_context(ended(proxy.start())), proxy.port)
+            server.wait("/health", proxy.log)
+            yield Rig(upstream, server, stack.enter_context(nginx(directory, upstream)))
+
+    def many(self, count: int) -> int:
+        """A number of requests, fewer when quick."""
+        return max(2, round(count * self.scale))
+
+    def measure(self, rig: Rig, server: Process, warm: int, **load: Any) -> dict[str, Any]:
+        """Medians over the runs, after a warm-up of so many requests a connection; failures are added up."""
+        quick = load | {"requests": warm, "words": min(load["words"], 10), "how": "", "pause": 0}
+        if warm:
+            rig.run(server, rig.load(server, **quick))
+        found = [rig.run(server, rig.load(server, **load)) for _ in range(self.runs)]
+        self.failures.extend(one["failure"] for one in found if one["failure"])
+        result = {name: median(one[name] for one in found) for name in found[0] if name != "failure"}
+        return result | {"failures": sum(one["failures"] for one in found), "memory": server.memory()}
+
+    def shares(self, rig: Rig, name: str, found: dict[str, Any], **load: Any) -> None:
+        """Notes how busy stand-in and client were, and what they do without a proxy between them."""
+        note = [f"{name}: {found['requests'] / found['wall']:.0f} answers/s"]
+        for who, cpu in (("proxy", "cpu"), ("stand-in", "upstream_cpu"), ("client", "client_cpu")):
+            each = found[cpu] / max(1, found["requests"]) * 1e3
+            note.append(f"{who} {found[cpu] / found['wall']:.0%} of a core, {each:.2f} ms an answer")
+        if load:
+            bare = rig.run(rig.upstream, rig.load(rig.upstream, **load))
+            note.append(f"without a proxy {bare['requests'] / bare['wall']:.0f} answers/s")
+        self.notes.append("; ".join(note))
+
+    def relayed(self, rig: Rig, per: float, warm: int, **load: Any) -> float:
+        """nginx's CPU time on the same load, a unit of which is `per` seconds; 0 where there is no nginx."""
+        return float(self.measure(rig, rig.nginx, warm, **load)["cpu"] / per) if rig.nginx else 0.0
+
+
+def case_short(bench: Bench) -> list[Row]:
+    """CPU time of a short request that is not streamed."""
+    with bench.rig() as rig:
+        load = {"words": 1, "connections": 16, "requests": bench.many(100)}
+        found = bench.measure(rig, rig.proxy, 20, stream=False, **load)
+        bench.shares(rig, "short request", found, **load)
+    cost = found["cpu"] / (16 * load["requests"]) * 1e3
+    return [Row("short request, 16 connections", f"{cost:.2f} ms", "0.6 ms CPU", cost <= 0.6)]
+
+
+def case_stream(bench: Bench) -> list[Row]:
+    """CPU time of a stream as fast as it comes, each event in its own write or all in one."""
+    rows = []
+    with bench.rig() as rig:
+        for how, name in (("flush=1", "stream of 100 words, 16 connections"), ("", "… all in one write")):
+            requests = bench.many(50)
+            load = {"words": 100, "how": how, "connections": 16, "requests": requests}
+            found = bench.measure(rig, rig.proxy, 10, **load)
+            cost = found["cpu"] / (16 * requests / 1e3)
+            relay = bench.relayed(rig, 16 * requests / 1e3, 10, **load)
+            bench.shares(rig, name, found, **load)
+            ratio = cost / relay if relay else 0.0
+            fine = cost <= 1.6 and (ratio <= 3 or not how)
+            target = "1.6 ms CPU, 3x nginx" if how else "1.6 ms CPU"
+            rows.append(Row(name, f"{cost:.2f} ms", target, fine, f"{relay:.2f} ms", f"{ratio:.1f}x"))
+    return rows
+
+
+def case_paced(bench: Bench) -> list[Row]:
+    """CPU time of an event of many paced streams, the streams' beginning included, and memory."""
+    with bench.rig(accounts=8) as rig:
+        words = bench.many(120)
+        load = {"words": words, "how": "pace=0.05", "connections": 400, "ramp": 1.0}
+        found = bench.measure(rig, rig.proxy, 1, **load)
+        cost, relay = found["cpu"] / (400 * words / 1e6), bench.relayed(rig, 400 * words / 1e6, 1, **load)
+        bench.shares(rig, "400 streams", found)
+    ratio, memory = cost / relay if relay else 0.0, found["memory"]
+    name, target = "400 streams, an event every 50 ms", "80 µs an event, 3x nginx"
+    fine = cost <= 80 and ratio <= 3
+    row = Row(name, f"{cost:.0f} µs an event", target, fine, f"{relay:.0f} µs", f"{ratio:.1f}x")
+    return [row, Row("… memory", f"{memory:.0f} MB", "80 MB", memory <= 80)]
+
+
+def case_thousand(bench: Bench) -> list[Row]:
+    """1,000 streams at a time: failures and memory."""
+    with bench.rig(accounts=8) as rig:
+        load = {"words": bench.many(60), "how": "pace=0.1", "connections": 1000, "ramp": 1.0}
+        found = bench.measure(rig, rig.proxy, 0, **load)
+        bench.shares(rig, "1,000 streams", found)
+    failures, memory = found["failures"], found["memory"]
+    measured = f"{failures:.0f} of {1000 * bench.runs} failed; {memory:.0f} MB"
+    fine = not failures and memory <= 150
+    return [Row("1,000 streams, an event every 100 ms", measured, "none fails; 150 MB", fine)]
+
+
+def case_long(bench: Bench) -> list[Row]:
+    """CPU time of a word of a long answer, and of a shorter one."""
+    costs = []
+    with bench.rig() as rig:
+        for words, requests in ((1000, 60), (16000, 6)):
+            load = {"words": words, "requests": bench.many(requests)}
+            found = bench.measure(rig, rig.proxy, 3, **load)
+            costs.append(found["cpu"] / load["requests"] / words * 1e6)
+    short, long = costs
+    return [
+        Row("one answer of 16,000 words", f"{long:.1f} µs a word", "10 µs a word", long <= 10),
+        Row("… of 1,000 words", f"{short:.1f} µs a word", "the same", long <= 1.2 * short),
+    ]
+
+
+def case_first(bench: Bench) -> list[Row]:
+    """Time to first token of one request after the other, next to the upstream's own."""
+    load = {"words": 10, "requests": bench.many(100), "pause": 0.02}
+    with bench.rig() as rig:
+        found = [bench.measure(rig, server, 20, **load) for server in (rig.proxy, rig.upstream)]
+    over = (found[0]["token"] - found[1]["token"]) * 1e3
+    note = f"{found[0]['token'] * 1e3:.2f} ms, upstream's own {found[1]['token'] * 1e3:.2f} ms"
+    bench.notes.append(f"first token: {note}; p99 {found[0]['byte_p99'] * 1e3:.1f} ms")
+    load = {"words": 10, "requests": bench.many(16), "pause": 0.15}
+    with bench.rig(latency=0.1) as rig:
+        far = bench.measure(rig, rig.proxy, 2, **load)["token"] * 1e3
+    row = Row("time to first token, warm", f"{over:.2f} ms over the upstream's", "1.5 ms over", over <= 1.5)
+    return [row, Row("… with 100 ms to the upstream", f"{far:.1f} ms", "110 ms in all", far <= 110)]
+
+
+def case_proof(bench: Bench) -> list[Row]:
+    """Proof attempts a second on one core."""
+    rates = [proof_rates() for _ in range(bench.runs)]
+    plain, ours = (median(rate[n] for rate in rates) for n in (0, 1))
+    bench.notes.append(f"proof: the plain loop {plain:,.0f} attempts/s")
+    ratio = ours / plain
+    return [Row("proof attempts", f"{ours:,.0f}/s, {ratio:.2f}x", "1.3x the plain loop", ratio >= 1.3)]
+
+
+def case_gap(bench: Bench) -> list[Row]:
+    """The largest gap of paced streams while others need hard proofs, less that while they need easy ones."""
+    gaps: dict[str, float] = {}
+    words, solved = bench.many(300), 0
+    with bench.rig(accounts=2) as rig:
+        paced = rig.load(rig.proxy, words, "pace=0.02", connections=8)
+        asking = rig.load(rig.proxy, 1, stream=False, requests=100, pause=0.15, limit=words * 0.02)
+        rig.run(rig.proxy, rig.load(rig.proxy, 10, requests=20))
+        for difficulty in ("0fffff", "00003a"):
+            rig.upstream.get(f"/control?difficulty={difficulty}")
+            found = []
+            for _ in range(bench.runs):
+                streams, asked = start_client(paced), start_client(asking)
+                found.append(streams()["gap"] * 1e3)
+                solved = asked()["requests"]
+            gaps[difficulty] = median(found)
+        hard = json.loads(rig.upstream.get("/control")[1])["hard"]
+    easy, worst = gaps["0fffff"], gaps["00003a"]
+    note = f"gap: largest {worst:.1f} ms, without hard proofs {easy:.1f} ms; {hard} hard proofs asked for"
+    bench.notes.append(f"{note}, {solved} answers in the last run")
+    fine = worst - easy <= 20 and hard > 0 and solved > 2
+    return [Row("while a hard proof is solved", f"gap grows by {worst - easy:.1f} ms", "20 ms", fine)]
+
+
+def case_start(bench: Bench) -> list[Row]:
+    """Seconds from the process' start to its first answer."""
+    times = []
+    for _ in range(bench.runs):
+        with tempfile.TemporaryDirectory() as directory, standin() as upstream:
+            proxy = Measured(bench.script, directory, upstream, 1)
+            start = time.perf_counter()
+            with ended(proxy.start()) as pid:
+                server = Process(pid, proxy.port)
+                server.wait("/health", proxy.log)
+                rig = Rig(upstream, server, None)
+                found = LoadClient(rig.load(server, 1, stream=False)).run()
+                times.append(time.perf_counter() - start)
+                if found["failures"]:
+                    raise SystemExit(f"bench: {found['failure']}")
+    took = median(times)
+    return [Row("start to first answer", f"{took:.2f} s", "0.6 s", took <= 0.6)]
+
+
+CASES: dict[str, Callable[[Bench], list[Row]]] = {
+    "short": case_short,
+    "stream": case_stream,
+    "paced": case_paced,
+    "thousand": case_thousand,
+    "long": case_long,
+    "first": case_first,
+    "proof": case_proof,
+    "gap": case_gap,
+    "start": case_start,
+}
+
+
+def run_cases(chosen: argparse.Namespace) -> None:
+    """Runs what was asked for and prints the table; a measured value in bold missed its target."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    bench = Bench(chosen.proxy, 1 if chosen.quick else 3, 0.3 if chosen.quick else 1.0, [], [])
+    print("| case | measured | target | nginx | ratio |\n| --- | --- | --- | --- | --- |", flush=True)
+    for name in chosen.case or CASES:
+        seen = len(bench.failures)
+        rows = CASES[name](bench)
+        failed = len(bench.failures) > seen
+        for row in rows:
+            measured = row.measured if row.met and not failed else f"**{row.measured}**"
+            print(f"| {row.case} | {measured} | {row.target} | {row.nginx} | {row.ratio} |", flush=True)
+    print("\n" + "\n".join(f"- {note}" for note in bench.notes))
+
+
+def bench(argv: list[str]) -> None:
+    """The benchmark's command line. `standin PORT [LATENCY]` and `client JSON` run one party by hand."""
+    if argv[:1] == ["standin"]:
+        run_standin(int(argv[1]), *map(float, argv[2:]))
+    elif argv[:1] == ["client"]:
+        print(json.dumps(LoadClient(Load(**json.loads(argv[1]))).run()))
+    else:
+        run_cases(options(argv))
+
+
+def options(argv: list[str]) -> argparse.Namespace:
+    """The flags of a run."""
+    parser = argparse.ArgumentParser(prog="bench", description="Measures chatproxy.")
+    parser.add_argument(
+        "--proxy", type=pathlib.Path, default=pathlib.Path(__file__).with_name("chatproxy.py")
+    )
+    parser.add_argument("--quick", action="store_true", help="one short run of each case")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one (may be repeated)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    bench(sys.argv[2:] if sys.argv[1:2] == ["bench"] else ["--help"])
