@@ -17,7 +17,6 @@ and become typed events in `events`; `openai` gives them the client's shape agai
 from __future__ import annotations
 
 import base64
-import binascii
 import bisect
 import contextlib
 import datetime
@@ -30,6 +29,7 @@ import hmac
 import http
 import http.server
 import importlib.util
+import io
 import ipaddress
 import json
 import logging
@@ -67,7 +67,6 @@ from curl_cffi.requests import impersonate as browsers
 __version__ = "1.0.0"
 
 T = TypeVar("T")
-S = TypeVar("S")
 
 
 def new_id() -> str:
@@ -345,7 +344,7 @@ def settle(origins: Mapping[str, Origin]) -> Settings:
             continue
         try:
             values[row.name] = kind.parse(text)
-        except (ValueError, KeyError, OSError):
+        except (ValueError, KeyError, OSError, RuntimeError):
             shown = masked(text) if row.metadata["secret"] else repr(text)
             raise SettingError(
                 f"{row.name.upper()}: {shown} cannot be used; accepted: {kind.accepts}"
@@ -362,7 +361,7 @@ def settle(origins: Mapping[str, Origin]) -> Settings:
 
 def masked(secret: str) -> str:
     """A secret's stand-in for people's eyes: nothing of it but a hash that tells two apart."""
-    return f"***{hashlib.sha256(secret.encode()).hexdigest()[:6]}"
+    return f"***{hashlib.sha256(secret.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
 
 
 def settings_table() -> str:
@@ -455,18 +454,25 @@ class ApiError(Exception):
 class Refusal(ApiError):
     """The upstream refused or failed a call before answering.
 
-    `reason` is what the pool needs to know: "expired" (401), "blocked" (403 and human-verification pages), "limited"
-    (429), "broken" (5xx), "unreachable" (no connection), "silent" (no answer in time), "missing" (404 or 405 of a call)
-    or "rejected" (this request, whoever asks). `wait` is the pause a 429 asked for, in seconds.
+    `reason`, a key of REASONS, is what the pool needs to know; "rejected" is about this request, whoever asks, and
+    "dead" about a sign-in. `wait` is the pause a 429 asked for, in seconds.
     """
 
-    def __init__(self, reason: str, code: str, message: str, wait: float | None = None):
-        super().__init__(code, message)
+    REASONS = {
+        "expired": "invalid_api_key",  # 401
+        "blocked": "upstream_blocked",  # 403 and human-verification pages
+        "limited": "rate_limit_exceeded",  # 429
+        "broken": "upstream_error",  # 5xx, a cut answer
+        "unreachable": "upstream_error",  # no connection
+        "silent": "upstream_timeout",
+        "missing": "upstream_error",  # 404 or 405 of a call
+        "rejected": "invalid_request_error",
+        "dead": "invalid_api_key",
+    }
+
+    def __init__(self, reason: str, message: str, code: str = "", wait: float | None = None):
+        super().__init__(code or self.REASONS[reason], message)
         self.reason, self.wait = reason, wait
-
-
-class ClientGone(Exception):
-    """The client hung up: nobody is left to be told anything."""
 
 
 def errors_table() -> str:
@@ -507,10 +513,14 @@ class TextFormatter(logging.Formatter):
         )
 
     def format(self, record: logging.LogRecord) -> str:
-        facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
-        return super().format(record) + facts
+        facts = {name: str(value) for name, value in getattr(record, "facts", {}).items()}
+        plain = {
+            name: value if _PLAIN.fullmatch(value) else json.dumps(value) for name, value in facts.items()
+        }
+        return super().format(record) + "".join(f" {name}={value}" for name, value in plain.items())
 
 
+_PLAIN = re.compile(r"[^\s\x00-\x20\x7f\"]+")  # what cannot be taken for a line or a fact of its own
 LOG = logging.getLogger("chatproxy")
 
 
@@ -604,6 +614,60 @@ class Metrics:
         braces = f"{{{labels}}}" if labels else ""
         yield f"{name}_sum{braces} {row[-1]:g}"
         yield f"{name}_count{braces} {total:g}"
+
+
+# ============================================================================================================
+# patience: operations that take long, and who waits for them
+# ============================================================================================================
+
+# What a slow operation is here: a generator that yields None for every HEARTBEAT seconds it has waited, so that whoever
+# drives it can give a client a sign of life, and that returns its result.
+Patient = Generator[None, None, T]
+# The same for bytes that come one after the other.
+Pieces = Generator[bytes | None, None, None]
+
+
+def patiently(operation: Patient[T]) -> T:
+    """Runs a slow operation for which nobody needs a sign of life."""
+    while True:
+        try:
+            next(operation)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+class Watch:
+    """Who waits for an operation: how often they want a sign of life, and whether they are still there."""
+
+    def __init__(self, heartbeat: float) -> None:
+        self.heartbeat = heartbeat
+
+    def check(self) -> None:
+        """Raises when the operation is to end: ClientGone, or ApiError as the process stops. Called once a second."""
+
+
+def awaited(future: Future[T], watch: Watch, limit: float) -> Patient[T]:
+    """The future's result; TimeoutError after `limit` seconds."""
+    if future.done():
+        return future.result()
+    start = signed = time.monotonic()
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+    while True:
+        if done.wait(min(1.0, watch.heartbeat, limit)):
+            return future.result()
+        now = time.monotonic()
+        if now - start >= limit:
+            raise TimeoutError
+        watch.check()
+        if now - signed >= watch.heartbeat:
+            signed = now
+            yield
+
+
+class ClientGone(Exception):
+    """The client hung up: nobody is left to be told anything."""
 
 
 # ============================================================================================================
@@ -729,25 +793,38 @@ class Store:
         before, self._version = self._version, self._data_version()
         return before != self._version
 
-    def accounts(self) -> list[AccountRow]:
-        return [
-            AccountRow(*row)
-            for row in self._rows(f"SELECT {', '.join(_ACCOUNT_COLUMNS)} FROM accounts ORDER BY added, id")
-        ]
+    def accounts(self, where: str = "1", *values: Any) -> list[AccountRow]:
+        """The accounts in the order in which they were added."""
+        columns = ", ".join(_ACCOUNT_COLUMNS)
+        query = f"SELECT {columns} FROM accounts WHERE {where} ORDER BY added, id"
+        return [AccountRow(*row) for row in self._rows(query, *values)]
 
-    def put_accounts(self, rows: Iterable[AccountRow]) -> None:
-        """Adds accounts, or replaces all of those whose id is known; in one transaction."""
-        marks = ", ".join("?" * len(_ACCOUNT_COLUMNS))
+    def account(self, id: str) -> AccountRow | None:
+        return next(iter(self.accounts("id=?", id)), None)
+
+    def merge_accounts(
+        self, merge: Callable[[Mapping[str, AccountRow]], list[AccountRow]]
+    ) -> list[AccountRow]:
+        """Stores the accounts that `merge` makes of those that are known by id, in one transaction; returns them."""
+        names, marks = ", ".join(_ACCOUNT_COLUMNS), ", ".join("?" * len(_ACCOUNT_COLUMNS))
         updates = ", ".join(f"{name}=excluded.{name}" for name in _ACCOUNT_COLUMNS[1:])
-        query = f"INSERT INTO accounts ({', '.join(_ACCOUNT_COLUMNS)}) VALUES ({marks}) ON CONFLICT(id) DO UPDATE SET {updates}"
+        query = f"INSERT INTO accounts ({names}) VALUES ({marks}) ON CONFLICT(id) DO UPDATE SET {updates}"
         with self.writing() as db:
+            rows = merge({row.id: row for row in self.accounts()})
             db.executemany(query, [tuple(getattr(row, name) for name in _ACCOUNT_COLUMNS) for row in rows])
+        return rows
 
     def update_account(self, id: str, **columns: Any) -> None:
         """Changes some columns of one account, so that two processes never undo each other's others."""
         assignments = ", ".join(f"{name}=?" for name in columns)
         with self.writing() as db:
             db.execute(f"UPDATE accounts SET {assignments} WHERE id=?", (*columns.values(), id))
+
+    def update_accounts(self, column: str, values: Mapping[str, str]) -> None:
+        """Changes one column of many accounts, by id, in one transaction."""
+        with self.writing() as db:
+            pairs = [(value, id) for id, value in values.items()]
+            db.executemany(f"UPDATE accounts SET {column}=? WHERE id=?", pairs)
 
     def remove_account(self, id: str) -> bool:
         with self.writing() as db:
@@ -812,6 +889,7 @@ MOST_ATTEMPTS = 500_000
 # A proof that takes fewer attempts than this on average (about 2 ms) is solved where it is needed.
 EASY_ATTEMPTS = 2_000
 REQUIREMENTS_DIFFICULTY = "0fffff"
+SOLVER_PATIENCE = 60.0  # seconds before a proof is solved without the solver processes
 _SCREENS = (3000, 3016, 2624, 2520, 4000, 3120)
 _CORES = (4, 8, 10, 12, 16)
 _NAVIGATOR = (
@@ -1004,25 +1082,24 @@ class Solver:
         """Begins to hear answers; called once, when threads may start."""
         threading.Thread(target=self._listen, name="solver", daemon=True).start()
 
-    def submit(self, seed: str, difficulty: str, configuration: list[Any], algorithm: str) -> Future[str]:
-        """The proof token to be; solved at once when it is easy."""
+    def solved(self, job: tuple[str, str, list[Any], str], watch: Watch) -> Patient[str]:
+        """The proof token for (seed, difficulty, configuration, algorithm); easy ones are solved at once."""
+        if expected_attempts(job[1]) <= EASY_ATTEMPTS:
+            return proof_token(*job)
         future: Future[str] = Future()
-        job = (seed, difficulty, configuration, algorithm)
-        if expected_attempts(difficulty) <= EASY_ATTEMPTS:
-            future.set_result(proof_token(*job))
-            return future
         with self._waiting_lock:
             self._numbers += 1
             number = self._numbers
             self._waiting[number] = future
         try:
-            self._socket.send(json.dumps([number, job]).encode())
-        except OSError:
-            log(logging.ERROR, "the solver processes are gone; solving in place")
+            self._socket.send(compact([number, job]).encode())
+            return (yield from awaited(future, watch, SOLVER_PATIENCE))
+        except (OSError, TimeoutError):
+            log(logging.ERROR, "the solver processes are gone or stuck; solving in place")
+            return proof_token(*job)
+        finally:
             with self._waiting_lock:
                 self._waiting.pop(number, None)
-            future.set_result(proof_token(*job))
-        return future
 
     def close(self) -> None:
         """Ends the processes."""
@@ -1066,63 +1143,9 @@ class Solver:
 # ============================================================================================================
 
 CONNECT_TIMEOUT = 10.0  # seconds
-LAST_SILENCE = 0.2  # seconds an upstream may take to end an answer after its last byte
+LAST_SILENCE_MS = 50  # what an upstream may take to end an answer after its last event
 IDLE_HANDLE_LIFE = 60.0  # seconds an unused connection is kept
 MOST_IDLE_HANDLES = 64  # kept for one account
-
-# What a slow operation is here: a generator that yields None for every HEARTBEAT seconds it has waited, so that whoever
-# drives it can give a client a sign of life, and that returns its result.
-Patient = Generator[None, None, T]
-
-
-def patiently(operation: Patient[T]) -> T:
-    """Runs a slow operation for which nobody needs a sign of life."""
-    while True:
-        try:
-            next(operation)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-
-
-def beating(operation: Patient[T], beat: S) -> Generator[S, None, T]:
-    """The same operation with another sign of life than None, for generators that yield more than those."""
-    while True:
-        try:
-            next(operation)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        yield beat
-
-
-class Watch:
-    """Who waits for an operation: how often they want a sign of life, and whether they are still there."""
-
-    def __init__(self, heartbeat: float) -> None:
-        self.heartbeat = heartbeat
-
-    def check(self) -> None:
-        """Raises when the operation is to end: ClientGone, or ApiError as the process stops. Called once a second."""
-
-
-def awaited(future: Future[T], watch: Watch, limit: float) -> Patient[T]:
-    """The future's result; TimeoutError after `limit` seconds."""
-    if future.done():
-        return future.result()
-    start = signed = time.monotonic()
-    done = threading.Event()
-    future.add_done_callback(lambda _: done.set())
-    while True:
-        if done.wait(min(1.0, watch.heartbeat, limit)):
-            return future.result()
-        now = time.monotonic()
-        if now - start >= limit:
-            raise TimeoutError
-        watch.check()
-        if now - signed >= watch.heartbeat:
-            signed = now
-            yield
 
 
 class Route(NamedTuple):
@@ -1133,18 +1156,19 @@ class Route(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A whole answer: status, header lines by lower-case name (`set-cookie` joined by newlines), body."""
+    """A whole answer: status, header lines by lower-case name (those of `set-cookie` joined by line feeds), body."""
 
     status: int
     headers: dict[str, str]
     body: bytes
 
-    def json(self) -> Any:
-        """The body as JSON; {} when it is none."""
+    def object(self) -> dict[str, Any] | None:
+        """The body as a JSON object, None when it is none."""
         try:
-            return json.loads(self.body)
-        except ValueError:
-            return {}
+            value = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
 
 
 class _Sink:
@@ -1281,39 +1305,38 @@ class Handle:
         self._set(_options("DEBUGDATA")[0], self._sink(hear))
         self._set(_VERBOSE, 1)
 
-    def transfer(self, watch: Watch) -> Generator[bytes, None, None]:
-        """Runs the prepared call: yields what has come together, b"" for a heartbeat's time of silence."""
+    def transfer(self, watch: Watch) -> Pieces:
+        """Runs the prepared call: yields what has come together, None for a heartbeat's time of silence."""
         multi, running, body, number = self._multi, self._running, self._body, self._number
         lib.curl_multi_add_handle(multi, self._easy)
         try:
             heard = signed = checked = time.monotonic()
             while True:
                 lib.curl_multi_perform(multi, running)
-                if body:
-                    data = body[0] if len(body) == 1 else b"".join(body)
-                    body.clear()
-                    heard = signed = time.monotonic()
-                    if heard - checked >= 1.0:
-                        checked = heard
-                        watch.check()
-                    yield data
-                if not running[0]:
-                    break
-                lib.curl_multi_poll(multi, ffi.NULL, 0, 1000 if self.silence >= 1 else 200, number)
-                if number[0]:
-                    continue
                 now = time.monotonic()
                 if now - checked >= 1.0:
                     checked = now
                     watch.check()
-                if now - heard > self.silence:
-                    text = f"The upstream was silent for {self.silence:g} seconds; try again."
-                    raise Refusal("silent", "upstream_timeout", text)
-                if now - signed >= watch.heartbeat:
+                if body:
+                    data = body[0] if len(body) == 1 else b"".join(body)
+                    body.clear()
+                    heard = signed = now
+                    yield data
+                elif now - heard > self.silence and running[0]:
+                    raise Refusal(
+                        "silent", f"The upstream was silent for {self.silence:g} seconds; try again."
+                    )
+                elif now - signed >= watch.heartbeat:
                     signed = now
-                    yield b""
+                    yield None
+                if not running[0]:
+                    break
+                lib.curl_multi_poll(multi, ffi.NULL, 0, 1000, number)
             self._raise_for_result()
         finally:
+            if running[0]:  # left early: a connection whose answer's end is just coming can be kept
+                lib.curl_multi_poll(multi, ffi.NULL, 0, LAST_SILENCE_MS, number)
+                lib.curl_multi_perform(multi, running)
             lib.curl_multi_remove_handle(multi, self._easy)
             self.used = time.monotonic()
             if self._hears:
@@ -1326,8 +1349,8 @@ class Handle:
             return
         text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
         if self._head:
-            raise Refusal("broken", "upstream_error", f"The upstream broke off its answer: {text}")
-        raise Refusal("unreachable", "upstream_error", f"The upstream could not be reached: {text}")
+            raise Refusal("broken", f"The upstream broke off its answer: {text}")
+        raise Refusal("unreachable", f"The upstream could not be reached: {text}")
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
@@ -1337,7 +1360,8 @@ class Handle:
         for line in lines:
             name, _, value = line.partition(":")
             name, value = name.lower(), value.strip()
-            headers[name] = f"{headers[name]}\n{value}" if name in headers else value
+            between = "\n" if name == "set-cookie" else ", "
+            headers[name] = f"{headers[name]}{between}{value}" if name in headers else value
         return int(first.split(" ", 2)[1]) if first else 0, headers
 
 
@@ -1359,34 +1383,28 @@ class Call:
 
     def start(self) -> Patient[None]:
         """Waits for the first byte of the body (or its end): status and headers are known then."""
-        while not (first := next(self._bytes, None)):
-            if first is None:
-                break
+        while (first := next(self._bytes, b"")) is None:
             yield
-        self._first = first or b""
+        self._first = first
         self.status, self.headers = self.handle.head()
 
-    def rest(self) -> Iterator[bytes]:
-        """The body's bytes as they come, b"" for a heartbeat's time of silence."""
+    def rest(self) -> Pieces:
+        """The body's bytes as they come, None for a heartbeat's time of silence; after `start`."""
         if self._first:
             yield self._first
             yield from self._bytes
 
     def whole(self) -> Patient[Answer]:
         """The whole answer."""
-        yield from self.start()
+        if not self.status:
+            yield from self.start()
         parts = []
         for data in self.rest():
-            if data:
-                parts.append(data)
-            else:
+            if data is None:
                 yield
+            else:
+                parts.append(data)
         return Answer(self.status, self.headers, b"".join(parts))
-
-    def hurry(self) -> None:
-        """Gives the call a fifth of a second to end, after the last byte that matters: a connection that was read to
-        its end can be kept."""
-        self.handle.silence = LAST_SILENCE
 
 
 class Handles:
@@ -1441,6 +1459,7 @@ FIRST_WAIT, LONGEST_WAIT = (
     60.0,
     3600.0,
 )  # seconds; a 429 that names no time doubles its account's wait each time
+_WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
 
 
@@ -1456,20 +1475,19 @@ def claims(token: str) -> dict[str, Any]:
 
 
 def with_access_token(row: AccountRow, token: str) -> AccountRow:
-    """The account with a new access token and what the token says of its owner."""
-    said = claims(token)
-    profile, auth = (
-        said.get("https://api.openai.com/profile") or {},
-        said.get("https://api.openai.com/auth") or {},
-    )
-    return replace(
-        row,
-        access_token=token,
-        expires=float(said.get("exp") or 0),
-        email=str(profile.get("email") or row.email),
-        plan=str(auth.get("chatgpt_plan_type") or row.plan),
-        workspace=row.workspace or str(auth.get("chatgpt_account_id") or ""),
-    )
+    """The account with a new access token and what the token says of its owner; ValueError when it is none."""
+    try:
+        said = claims(token)
+        profile = said.get("https://api.openai.com/profile") or {}
+        auth = said.get("https://api.openai.com/auth") or {}
+        email, plan = str(profile.get("email") or row.email), str(auth.get("chatgpt_plan_type") or row.plan)
+        workspace, expires = str(auth.get("chatgpt_account_id") or ""), float(said.get("exp") or 0)
+    except (TypeError, AttributeError, OverflowError, RecursionError):
+        raise ValueError("not an access token") from None
+    if workspace and not _WORKSPACE.fullmatch(workspace):
+        raise ValueError("not an access token")
+    row = replace(row, access_token=token, expires=expires, workspace=row.workspace or workspace)
+    return replace(row, email=email[:254], plan=plan[:64])
 
 
 def recognise(line: str) -> AccountRow:
@@ -1479,7 +1497,7 @@ def recognise(line: str) -> AccountRow:
     (encrypted JWTs) and the word `login-free`, which stands for no token at all.
     """
     token, _, workspace = (part.strip() for part in line.strip().partition(","))
-    if workspace and not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", workspace):
+    if workspace and not _WORKSPACE.fullmatch(workspace):
         raise ValueError("what follows the comma is not a workspace id")
     if token == LOGIN_FREE:
         return AccountRow(id=f"free-{secrets.token_hex(5)}", kind=LOGIN_FREE, secret="")
@@ -1495,7 +1513,7 @@ def recognise(line: str) -> AccountRow:
         try:
             row = with_access_token(row, token)
             said = claims(token)
-        except (ValueError, TypeError, AttributeError, binascii.Error):
+        except ValueError:
             raise ValueError("neither an access, a refresh nor a session token") from None
         user = (said.get("https://api.openai.com/auth") or {}).get("user_id") or said.get("sub")
         owner = str(user) if user else token
@@ -1516,12 +1534,12 @@ class Account:
     def __init__(self, row: AccountRow, route: Route, gateway: str) -> None:
         self.row, self.route, self.gateway = row, route, gateway
         self.waits: dict[str, Wait] = {}
-        self.cookies: dict[str, str] = json.loads(row.cookies)
-        self.renewal: Future[str] | None = None  # the exchange under way, guarded by the pool's lock
+        self.cookies: dict[str, str] = json.loads(
+            row.cookies
+        )  # replaced, never changed: others may be reading it
+        self.renewal: Future[None] | None = None  # the exchange under way
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
-        self.spare: Future[Any] | None = (
-            None  # the requirements prepared for its next turn, guarded by the pool's lock
-        )
+        self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
         self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
         self.answered = False
         self.used = 0.0
@@ -1542,10 +1560,8 @@ class Account:
     def token_valid(self, now: float) -> bool:
         """Whether it can ask as it is; an access token without expiry counts until the upstream refuses it."""
         row = self.row
-        return (
-            row.kind == LOGIN_FREE
-            or bool(row.access_token)
-            and (not row.expires or row.expires - TOKEN_LEEWAY > now)
+        return row.kind == LOGIN_FREE or (
+            row.access_token != "" and (not row.expires or row.expires - TOKEN_LEEWAY > now)
         )
 
     def state(self, now: float) -> str:
@@ -1556,124 +1572,151 @@ class Account:
             return "expired"
         return "waiting" if any(wait.until > now for wait in self.waits.values()) else "ready"
 
+    def wait_for(self, model: str, now: float) -> float:
+        """Seconds of its cool-down for a model that are left; 0 for none."""
+        wait = self.waits.get(model)
+        return max(0.0, wait.until - now) if wait else 0.0
+
 
 class Pool:
     """The accounts, which of them answers next, and which is left alone for how long.
 
-    What it decides is in memory and written through to the store. Guests, whose token a caller brings, are kept beside
-    the pool and never chosen for others.
+    What it decides is written through to the store. Guests, whose token a caller brings, are kept beside the pool and
+    never chosen for others. Two locks: `_changes_lock` makes a change of store and memory one step, `_accounts_lock`
+    guards the memory alone, so that a lease never waits for the disk.
     """
 
     MOST_GUESTS = 10_000
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
-        self._accounts_lock = threading.RLock()
+        self._changes_lock = threading.RLock()
+        self._accounts_lock = threading.Lock()
         self._accounts: dict[str, Account] = {}
         self._turn_order: list[Account] = []  # those not set aside
         self._cursor = 0
         self._guests: OrderedDict[str, Account] = OrderedDict()
         self.reload()
 
-    # -- what there is -------------------------------------------------------------------------------------------------
+    # -- what there is ---------------------------------------------------------------------------------------
 
     def reload(self) -> None:
         """Takes in what the store holds: new accounts, removed ones, states and waits that another process wrote."""
-        rows = self.store.accounts()
-        waits: dict[str, dict[str, Wait]] = {}
-        for owner, model, until, strikes in self.store.waits():
-            waits.setdefault(owner, {})[model] = Wait(until, strikes)
-        with self._accounts_lock:
-            before, self._accounts = self._accounts, {}
+        with self._changes_lock:
+            waits: dict[str, dict[str, Wait]] = {}
+            for owner, model, until, strikes in self.store.waits():
+                waits.setdefault(owner, {})[model] = Wait(until, strikes)
+            rows = self.store.accounts()
             load = Counter(row.proxy for row in rows)
+            accounts = {}
             for row in rows:
-                if row.guest:
-                    if (guest := self._guests.get(row.id)) is not None:
-                        guest.row = row
-                    continue
-                account = before.get(row.id)
-                if account is None:
+                if account := self._guests.get(row.id) if row.guest else self._accounts.get(row.id):
+                    account.row = row
+                elif not row.guest:
                     account = self._enliven(row, load)
-                account.row = row
-                account.waits = waits.get(row.id, {})
-                self._accounts[row.id] = account
+                if account and not row.guest:
+                    account.waits = waits.get(row.id, {})
+                    accounts[row.id] = account
+            moved = {a.id: a.route.proxy for a in accounts.values() if a.route.proxy not in ("", a.row.proxy)}
+            if moved:
+                self.store.update_accounts("proxy", moved)
+            with self._accounts_lock:
+                self._accounts = accounts
             self._order()
 
     def _enliven(self, row: AccountRow, load: Counter[str]) -> Account:
         """Gives an account its part of the configuration: a proxy for life (the least used) and a gateway."""
         proxies, gateways = self.settings.proxy_url, self.settings.chatgpt_base_url
-        proxy = row.proxy if row.proxy in proxies else ""
-        if proxies and not proxy:
-            proxy = min(proxies, key=lambda one: load[one])
-            load[proxy] += 1
-            if not row.guest:
-                self.store.update_account(row.id, proxy=proxy)
-        browser = (
-            row.browser if row.browser in browsers.BrowserType.__members__ else self.settings.impersonate
+        proxy, lot = (
+            row.proxy if row.proxy in proxies else "",
+            int(hashlib.sha256(row.id.encode()).hexdigest(), 16),
         )
-        gateway = gateways[int(hashlib.sha256(row.id.encode()).hexdigest(), 16) % len(gateways)]
-        return Account(row, Route(browser, proxy), gateway)
+        if proxies and not proxy:
+            proxy = proxies[lot % len(proxies)] if row.guest else min(proxies, key=lambda one: load[one])
+            load[proxy] += 1
+        known = row.browser in browsers.BrowserType.__members__
+        return Account(
+            row,
+            Route(row.browser if known else self.settings.impersonate, proxy),
+            gateways[lot % len(gateways)],
+        )
 
     def _order(self) -> None:
-        self._turn_order = [account for account in self._accounts.values() if account.row.state == "ready"]
+        with self._accounts_lock:
+            self._turn_order = [
+                account for account in self._accounts.values() if account.row.state == "ready"
+            ]
 
     def add(self, lines: Iterable[str]) -> tuple[list[AccountRow], list[str]]:
         """Stores the tokens, one a line (`#` begins a comment): the accounts, and why which line was left out.
 
-        An account that is known gets its new token and is ready again; its identity stays.
+        An account that is known gets its new token and is ready again; its identity stays. One that renews itself and
+        is ready keeps its secret as well: the token that it was once added with may long be replaced.
         """
-        known = {row.id: row for row in self.store.accounts()}
-        rows, faults = {}, []
+        found, faults = {}, []
         for number, line in enumerate(lines, 1):
             if not (text := line.partition("#")[0].strip()):
                 continue
             try:
                 row = recognise(text)
+                found[row.id] = row
             except ValueError as error:
                 faults.append(f"line {number}: {error}")
-                continue
-            old = known.get(row.id)
-            identity = old or AccountRow(
-                "", "", "", device=new_id(), browser=self.settings.impersonate, added=time.time()
+        with self._changes_lock:
+            rows = self.store.merge_accounts(
+                lambda known: [self._merged(row, known) for row in found.values()]
             )
-            rows[row.id] = replace(
-                row,
-                **{
-                    name: getattr(identity, name)
-                    for name in ("device", "browser", "proxy", "cookies", "added")
-                },
-                email=row.email or identity.email,
-                plan=row.plan or identity.plan,
-            )
-        self.store.put_accounts(rows.values())
-        self.reload()
-        return list(rows.values()), faults
+            self.reload()
+        return rows, faults
+
+    def _merged(self, row: AccountRow, known: Mapping[str, AccountRow]) -> AccountRow:
+        old = known.get(row.id)
+        if old is None:
+            return replace(row, device=new_id(), browser=self.settings.impersonate, added=time.time())
+        if old.kind in (REFRESH, SESSION) and old.state == "ready":
+            return replace(old, guest=0)
+        email, plan = row.email or old.email, row.plan or old.plan
+        return replace(
+            row,
+            device=old.device,
+            browser=old.browser,
+            proxy=old.proxy,
+            cookies=old.cookies,
+            added=old.added,
+            email=email,
+            plan=plan,
+        )
 
     def guest(self, key: str) -> Account:
         """The account of a caller who brings a token (or none: `login-free`); ValueError when it is no token."""
         row = recognise(key)
         if row.kind == SESSION:
             raise ValueError("a session token is no API key")
-        if row.kind == LOGIN_FREE:
-            row = replace(row, id="free-caller")
+        device = str(uuid.uuid5(uuid.NAMESPACE_URL, row.id))
+        if (
+            row.kind == ACCESS
+        ):  # what a token says of its owner is not verified: only the same token is the same guest
+            row = replace(row, id=f"guest-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+        elif row.kind == LOGIN_FREE:
+            row, device = replace(row, id="free-caller"), new_id()
         with self._accounts_lock:
-            account = self._guests.get(row.id)
-            if account is None:
-                kept = next((one for one in self.store.accounts() if one.id == row.id and one.guest), None)
-                device = str(uuid.uuid5(uuid.NAMESPACE_URL, row.id))
-                row = kept or replace(
+            account = self._guests.get(row.id) or self._accounts.get(row.id)
+        if account is None:
+            with self._changes_lock:
+                kept = self.store.account(row.id)
+                fresh = replace(
                     row, guest=1, device=device, browser=self.settings.impersonate, added=time.time()
                 )
-                account = self._enliven(row, Counter())
-                if row.kind == REFRESH and not kept:
-                    self.store.put_accounts([row])
-                self._guests[row.id] = account
-                while len(self._guests) > self.MOST_GUESTS:
+                account = self._enliven(kept or fresh, Counter())
+                if row.kind == LOGIN_FREE and not kept:
+                    self.store.merge_accounts(lambda known: [known.get(row.id) or fresh])
+        with self._accounts_lock:
+            if account.row.guest:
+                account = self._guests.setdefault(row.id, account)
+                self._guests.move_to_end(row.id)
+                if len(self._guests) > self.MOST_GUESTS:
                     self._guests.popitem(last=False)
-            elif row.kind == ACCESS and row.secret != account.row.secret:
-                account.row = replace(row, guest=1, device=account.row.device, browser=account.row.browser)
-            self._guests.move_to_end(row.id)
-            return account
+        return account
 
     def accounts(self) -> list[Account]:
         with self._accounts_lock:
@@ -1689,7 +1732,7 @@ class Pool:
         now = time.time()
         return Counter(account.state(now) for account in self.accounts())
 
-    # -- who answers ---------------------------------------------------------------------------------------------------
+    # -- who answers -----------------------------------------------------------------------------------------
 
     def lease(self, model: str, tried: Iterable[Account] = (), holder: str | None = None) -> Account:
         """The account for the next attempt; ApiError rate_limit_exceeded or no_account when there is none.
@@ -1700,108 +1743,142 @@ class Pool:
         with self._accounts_lock:
             order = self._turn_order
             if holder is not None:
-                order = [account for account in order if account.id == holder]
-            if not order:
-                raise self._none(model, now)
-            first = random.randrange(len(order)) if self.settings.random_token else self._cursor % len(order)
+                order = [
+                    account
+                    for account in (self._accounts.get(holder),)
+                    if account and account.row.state == "ready"
+                ]
             usable = None
+            first = (
+                (random.randrange(len(order)) if self.settings.random_token else self._cursor) if order else 0
+            )
             for step in range(len(order)):
                 account = order[(first + step) % len(order)]
-                if not self._usable(account, model, now):
-                    continue
-                if account not in tried:
-                    self._cursor = first + step + 1
-                    account.used = now
-                    return account
-                usable = usable or account
+                if self._unusable(account, model, now) is None:
+                    if account not in tried:
+                        self._cursor = (first + step + 1) % len(order)
+                        account.used = now
+                        return account
+                    usable = usable or account
             if usable is None:
-                raise self._none(model, now)
+                raise self._none(order, model, now)
             return usable
 
-    def _usable(self, account: Account, model: str, now: float) -> bool:
-        if not account.renewable and not account.token_valid(now):
-            return False
-        wait = account.waits.get(model)
-        return not (self.settings.enable_limit and wait and wait.until > now)
-
-    def check_guest(self, account: Account, model: str) -> None:
-        """A guest's lease: the same rules for an account that cannot be replaced by another."""
+    def lease_guest(self, account: Account, model: str) -> Account:
+        """The same for an account that cannot be replaced by another."""
         now = time.time()
         account.used = now
-        if account.row.state != "ready" or not (account.renewable or account.token_valid(now)):
-            raise ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
-        if not self._usable(account, model, now):
-            raise self._limited(account.waits[model].until - now)
+        if error := self._unusable(account, model, now):
+            raise error
+        return account
 
-    def _none(self, model: str, now: float) -> ApiError:
-        """Why no account can answer; the lock is held."""
-        waits = [account.waits[model].until for account in self._turn_order if model in account.waits]
-        waits = [until for until in waits if until > now]
+    def _unusable(self, account: Account, model: str, now: float) -> ApiError | None:
+        """Why an account cannot be asked now, as its owner is told."""
+        if account.row.state != "ready" or not (account.renewable or account.token_valid(now)):
+            return ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
+        if self.settings.enable_limit and (wait := account.wait_for(model, now)):
+            return self._limited(wait)
+        return None
+
+    def _none(self, order: list[Account], model: str, now: float) -> ApiError:
+        """Why none of these accounts can answer; the lock is held."""
+        waits = [wait for account in order if (wait := account.wait_for(model, now))]
         if waits and self.settings.enable_limit:
-            return self._limited(min(waits) - now)
+            return self._limited(min(waits))
         found = "has no accounts" if not self._accounts else "has only expired or dead accounts"
         text = f"The pool {found}; add one with `chatproxy.py accounts add`, and see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "30"})
 
     @staticmethod
-    def _limited(seconds: float) -> ApiError:
-        seconds = max(1, math.ceil(seconds))
+    def _limited(wait: float) -> ApiError:
+        seconds = max(1, math.ceil(wait))
         text = (
             f"Every usable account is waiting out the upstream's rate limit; try again in {seconds} seconds."
         )
         return ApiError("rate_limit_exceeded", text, headers={"Retry-After": str(seconds)})
 
-    # -- what becomes of them ------------------------------------------------------------------------------------------
+    # -- what becomes of them --------------------------------------------------------------------------------
 
     def told_to_wait(self, account: Account, model: str, seconds: float | None) -> float:
-        """A 429: leaves the account alone for this model, for the given time or one that grows; the time taken."""
-        with self._accounts_lock:
-            strikes = account.waits[model].strikes + 1 if model in account.waits else 1
-            pause = seconds if seconds is not None else min(FIRST_WAIT * 2 ** (strikes - 1), LONGEST_WAIT)
-            account.waits[model] = Wait(time.time() + pause, strikes)
-        self.store.put_wait(account.id, model, time.time() + pause, strikes)
-        return pause
+        """A 429: leaves the account alone for this model, for the given time or one that grows; the seconds left.
+
+        Requests that were under way together are one strike, and a shorter wait does not replace a longer one.
+        """
+        with self._changes_lock:
+            now, old = time.time(), account.waits.get(model, Wait(0.0, 0))
+            strikes = old.strikes if old.until > now else old.strikes + 1
+            pause = min(FIRST_WAIT * 2 ** min(strikes - 1, 10), LONGEST_WAIT) if seconds is None else seconds
+            wait = Wait(max(now + pause, old.until), strikes)
+            account.waits = account.waits | {model: wait}
+            self.store.put_wait(account.id, model, wait.until, wait.strikes)
+        return wait.until - now
 
     def answered(self, account: Account, model: str) -> None:
-        """An answer came: the account's strikes for the model are forgotten."""
+        """An answer came: strikes for the model are forgotten, but not a wait that another request was told."""
         account.answered = True
         account.used = time.time()
-        if model in account.waits:
-            with self._accounts_lock:
-                account.waits.pop(model, None)
-            self.store.remove_wait(account.id, model)
+        if (wait := account.waits.get(model)) and wait.until <= account.used:
+            with self._changes_lock:
+                account.waits = {name: wait for name, wait in account.waits.items() if name != model}
+                self.store.remove_wait(account.id, model)
 
-    def set_aside(self, account: Account, state: str, reason: str) -> None:
-        """Takes an account out for good, as `expired` or `dead`, until it gets a new token."""
-        with self._accounts_lock:
-            account.row = replace(account.row, state=state, reason=reason)
+    def _change(self, account: Account, **columns: Any) -> None:
+        """Changes columns of an account, in the store and then in memory."""
+        with self._changes_lock:
+            self.store.update_account(account.id, **columns)
+            account.row = replace(account.row, **columns)
+
+    def set_aside(self, account: Account, state: str, reason: str, token: str) -> bool:
+        """Takes an account out for good, as `expired` or `dead`, until it gets a new token; False if it just got one.
+
+        `token` is what was refused: the access token, or the secret of an exchange. A guest is forgotten instead.
+        """
+        with self._changes_lock:
+            now = self.store.account(account.id) or account.row
+            if token not in (now.access_token, now.secret):
+                self.reload()
+                return False
+            if account.row.guest:
+                self.store.remove_account(account.id)
+            self._change(account, state=state, reason=reason)
             self._order()
-        self.store.update_account(account.id, state=state, reason=reason)
         log(logging.WARNING, f"account set aside as {state}", account=account.name, reason=reason)
+        return True
 
     def renewed(self, account: Account, token: str, secret: str | None) -> None:
-        """A new access token, and the secret to ask for the next one if that was rotated: stored, then used."""
-        row = replace(with_access_token(account.row, token), state="ready", reason="")
-        row = replace(row, secret=secret or row.secret)
-        columns = ("access_token", "expires", "email", "plan", "workspace", "secret", "state", "reason")
-        self.store.update_account(account.id, **{name: getattr(row, name) for name in columns})
-        with self._accounts_lock:
-            account.row = row
+        """A new access token, and the secret to ask for the next one if that was rotated: stored, then used.
+
+        ValueError when the token is none; the new secret is kept all the same.
+        """
+        with self._changes_lock:
+            if account.row.guest:
+                self.store.merge_accounts(lambda known: [known.get(account.id) or account.row])
+            if secret:
+                self._change(account, secret=secret)
+            row = replace(with_access_token(account.row, token), state="ready", reason="")
+            columns = ("access_token", "expires", "email", "plan", "workspace", "state", "reason")
+            self._change(account, **{name: getattr(row, name) for name in columns})
             self._order()
 
     def keep_cookies(self) -> None:
         """Stores the cookies that changed since the last time."""
-        for account in self.accounts():
-            text = json.dumps(account.cookies)
-            if text != account.row.cookies:
+        with self._changes_lock:
+            texts = {account: json.dumps(account.cookies) for account in self.accounts()}
+            changed = {account: text for account, text in texts.items() if text != account.row.cookies}
+            if changed:
+                self.store.update_accounts("cookies", {account.id: text for account, text in changed.items()})
+            for account, text in changed.items():
                 account.row = replace(account.row, cookies=text)
-                self.store.update_account(account.id, cookies=text)
 
-    # -- guarded one-at-a-time work -------------------------------------------------------------------------------------
+    # -- work that is done once for all who need it ------------------------------------------------------------
 
-    def renewal(self, account: Account, begin: Callable[[], Future[str]]) -> Future[str]:
-        """The exchange under way for an account, begun if there is none."""
+    def renewal(
+        self, account: Account, refused: str, begin: Callable[[], Future[None]]
+    ) -> Future[None] | None:
+        """The exchange under way for an account, begun if there is none; None when its token is good again."""
         with self._accounts_lock:
+            if account.token_valid(time.time()) and account.row.access_token != refused:
+                return None
             if account.renewal is None or account.renewal.done():
                 account.renewal = begin()
             return account.renewal
@@ -1824,6 +1901,8 @@ class Pool:
 # ============================================================================================================
 
 PAGE_LIFE = 900.0  # seconds between two readings of the start page
+PAGE_SILENCE = 5.0  # seconds that a turn waits for it
+SPARE_PATIENCE = 5.0  # seconds that a turn waits for what is being prepared for it
 SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
 REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
 REFRESH_REDIRECT = "com.openai.chat://auth0.openai.com/ios/com.openai.chat/callback"
@@ -1833,10 +1912,10 @@ SESSION_COOKIE = "__Secure-next-auth.session-token"
 UNKNOWN_AGENT = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/150.0.0.0 Safari/537.36"
 # What a page's script sends rather than a person opening the page; an empty value keeps libcurl from sending its own.
 _SCRIPT_HEADERS = (
-    b"Accept: */*", b"Content-Type: application/json", b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
+    b"Content-Type: application/json", b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
     b"Sec-Fetch-Dest: empty", b"Sec-Fetch-User:", b"Upgrade-Insecure-Requests:", b"Expect:",
 )  # fmt: skip
-_PAGE_HEADERS = (b"Expect:",)
+_JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
 _BLOCK_MARKS = re.compile(r"just a moment|cf-spinner|cf-chl|challenge-platform|unusual activity", re.I)
 
 
@@ -1914,51 +1993,37 @@ def conversation_body(question: Question, history_disabled: bool) -> dict[str, A
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
-    """ "Refusals" as an exception. Of the upstream's own words only `detail` is repeated, and never what it was sent."""
+    """An answer other than 2xx as "Refusals" has it. Of the upstream's own words only `detail` is repeated, and never
+    what it was sent."""
     text = body[:20_000].decode("utf-8", "replace")
     page = "text/html" in headers.get("content-type", "") or text.lstrip()[:1] == "<"
-    detail: Any = None
-    if not page:
-        with contextlib.suppress(ValueError, AttributeError):
-            detail = json.loads(body).get("detail")
+    detail = (Answer(status, {}, body).object() or {}).get("detail")
     code = str(detail.get("code") or "") if isinstance(detail, dict) else ""
     said = detail.get("message") if isinstance(detail, dict) else detail
     if isinstance(detail, list):  # a validator's list repeats the input: say only what and where
-        said = "; ".join(
-            f"{'.'.join(map(str, one.get('loc', ())))}: {one.get('msg')}"
-            for one in detail
-            if isinstance(one, dict)
-        )
+        faults = [one for one in detail if isinstance(one, dict)]
+        said = "; ".join(f"{'.'.join(map(str, one.get('loc', ())))}: {one.get('msg')}" for one in faults)
     said = f": {said[:300]}" if isinstance(said, str) and said else ""
     if status == 429:
         wait = detail.get("clears_in") if isinstance(detail, dict) else None
-        return Refusal(
-            "limited", "rate_limit_exceeded", "The upstream's rate limit is reached.", _seconds(wait, headers)
-        )
-    if status == 401:
-        return Refusal(
-            "expired",
-            "invalid_api_key",
-            "The upstream says that this account's token expired or was revoked.",
-        )
+        return Refusal("limited", "The upstream's rate limit is reached.", wait=_seconds(wait, headers))
+    if status == 401 and not page:
+        return Refusal("expired", "The upstream says that this account's token expired or was revoked.")
     if status == 403 or (page and _BLOCK_MARKS.search(text)):
         advice = "open chatgpt.com in a browser from this address, or set PROXY_URL to another one"
-        return Refusal(
-            "blocked", "upstream_blocked", f"The upstream refuses this server's address ({status}); {advice}."
-        )
-    if status >= 500 or page:
-        return Refusal("broken", "upstream_error", f"The upstream failed with status {status}; try again.")
+        return Refusal("blocked", f"The upstream refuses this server's address ({status}); {advice}.")
+    if status >= 500 or status < 400 or page:
+        return Refusal("broken", f"The upstream failed with status {status}; try again.")
     if status in (404, 405):
-        if "conversation" in code or "conversation_not_found" in text:
-            return Refusal("rejected", "not_found", "The upstream does not know this conversation.")
+        if "conversation" in code or "conversation" in said.lower():
+            return Refusal("rejected", "The upstream does not know this conversation.", "not_found")
         if "model" in code:
-            return Refusal("rejected", "model_not_found", f"The upstream does not offer this model{said}")
-        return Refusal("missing", "upstream_error", f"The upstream has no such call ({status}).")
+            return Refusal("rejected", f"The upstream does not offer this model{said}", "model_not_found")
+        return Refusal("missing", f"The upstream has no such call ({status}).")
     if status == 413:
-        return Refusal(
-            "rejected", "request_too_large", "The upstream says that the prompt is too long; shorten it."
-        )
-    return Refusal("rejected", "invalid_request_error", f"The upstream rejected the request ({status}){said}")
+        text = "The upstream says that the prompt is too long; shorten it."
+        return Refusal("rejected", text, "request_too_large")
+    return Refusal("rejected", f"The upstream rejected the request ({status}){said}")
 
 
 def _seconds(said: Any, headers: Mapping[str, str]) -> float | None:
@@ -1970,43 +2035,64 @@ def _seconds(said: Any, headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
+    return [("Cookie: " + "; ".join(f"{k}={v}" for k, v in cookies.items())).encode()] if cookies else []
+
+
 class ChatGPT:
     """The web API of chatgpt.com for any account: turns, what they need beforehand, and token renewal."""
 
-    def __init__(
-        self, settings: Settings, pool: Pool, handles: Handles, solver: Solver, metrics: Metrics
-    ) -> None:
-        self.settings, self.pool, self.handles, self.solver, self.metrics = (
-            settings,
-            pool,
-            handles,
-            solver,
-            metrics,
-        )
-        self.background = ThreadPoolExecutor(16, thread_name_prefix="background")
+    def __init__(self, settings: Settings, pool: Pool, handles: Handles, solver: Solver, metrics: Metrics):
+        self.settings, self.pool, self.handles = settings, pool, handles
+        self.solver, self.metrics = solver, metrics
+        self.silence = float(settings.upstream_timeout)
+        self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
+        self._renewals = ThreadPoolExecutor(8, thread_name_prefix="renewal")
         self._pages: dict[tuple[str, str], Page] = {}
         self._agents: dict[str, str] = {}
         self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
-        self._quiet = Watch(float("inf"))
+        self._nobody = Watch(math.inf)
 
-    # -- calls ---------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Begins no more background work."""
+        for executor in (self._ahead, self._renewals):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    # -- calls -----------------------------------------------------------------------------------------------
 
     def _call(
-        self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch
-    ) -> Call:
+        self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch,
+        silence: float | None = None,
+    ) -> Call:  # fmt: skip
         """A call on a connection of the account's own."""
-        silence = float(self.settings.upstream_timeout)
+        silence = silence or self.silence
         return self.handles.call(account.id, account.route, method, url, headers, body, watch, silence)
 
-    def _headers(self, account: Account, extra: Iterable[bytes] = ()) -> list[bytes]:
+    def _answer(
+        self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None,
+        watch: Watch, silence: float | None = None,
+    ) -> Patient[Answer]:  # fmt: skip
+        """The whole answer of a call; counted under `name`, its cookies kept if it is the site's."""
+        try:
+            with self._call(account, method, url, headers, body, watch, silence) as call:
+                answer = yield from call.whole()
+        except Refusal:
+            self._heard(name, account, 0, {})
+            raise
+        self._heard(name, account, answer.status, answer.headers if url.startswith(account.gateway) else {})
+        return answer
+
+    def _headers(self, account: Account, *extra: bytes, accept: bytes = b"Accept: */*") -> list[bytes]:
         """The header lines of every call of the site's own scripts."""
         row, gateway = account.row, account.gateway
         lines = [
+            accept,
             *_SCRIPT_HEADERS,
             f"Origin: {gateway}".encode(),
             f"Referer: {gateway}/".encode(),
             f"oai-device-id: {row.device}".encode(),
             f"oai-language: {self.settings.oai_language}".encode(),
+            *_cookie_line(account.cookies),
         ]
         if row.access_token and row.kind != LOGIN_FREE:
             lines.append(f"Authorization: Bearer {row.access_token}".encode())
@@ -2014,43 +2100,36 @@ class ChatGPT:
                 lines.append(f"chatgpt-account-id: {row.workspace}".encode())
         if self.settings.auth_key:
             lines.append(f"authkey: {self.settings.auth_key}".encode())
-        if account.cookies:
-            lines.append(("Cookie: " + "; ".join(f"{k}={v}" for k, v in account.cookies.items())).encode())
         return [*lines, *extra]
 
     def _base(self, account: Account) -> str:
         return account.gateway + ("/backend-anon" if account.row.kind == LOGIN_FREE else "/backend-api")
 
-    def _heard(self, call: str, account: Account, status: int, headers: Mapping[str, str]) -> None:
+    def _heard(self, name: str, account: Account, status: int, headers: Mapping[str, str]) -> None:
         """Counts an answer and keeps the cookies it sets."""
-        self.metrics.add("chatproxy_upstream_responses_total", labels=f'call="{call}",status="{status}"')
-        for line in headers.get("set-cookie", "").split("\n"):
-            name, equals, value = line.partition(";")[0].partition("=")
-            if not equals or not name.strip() or re.search(r"[\s\x00-\x1f]", name.strip() + value.strip()):
-                continue
-            if re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I) or not value.strip():
-                account.cookies.pop(name.strip(), None)
-            else:
-                account.cookies[name.strip()] = value.strip()
+        self.metrics.add("chatproxy_upstream_responses_total", labels=f'call="{name}",status="{status}"')
+        if "set-cookie" not in headers:
+            return
+        cookies = dict(account.cookies)
+        for line in headers["set-cookie"].split("\n"):
+            key, equals, value = (part.strip() for part in line.partition(";")[0].partition("="))
+            if equals and key and not re.search(r"[\s\x00-\x1f]", key + value):
+                ended = not value or re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I)
+                cookies[key] = "" if ended else value
+        account.cookies = {key: value for key, value in cookies.items() if value}
 
     def _post(
-        self, call: str, account: Account, path: str, body: Mapping[str, Any], watch: Watch
+        self, name: str, account: Account, path: str, body: Mapping[str, Any], watch: Watch
     ) -> Patient[dict[str, Any]]:
         """A call that answers with a JSON object; Refusal for anything but 2xx."""
-        data = compact(body).encode()
-        url = self._base(account) + path
-        try:
-            with self._call(account, "POST", url, self._headers(account), data, watch) as open_call:
-                answer = yield from open_call.whole()
-        except Refusal:
-            self._heard(call, account, 0, {})
-            raise
-        self._heard(call, account, answer.status, answer.headers)
-        if not 200 <= answer.status < 300 or not isinstance(answer.json(), dict):
+        url, data = self._base(account) + path, compact(body).encode()
+        answer = yield from self._answer(name, account, "POST", url, self._headers(account), data, watch)
+        value = answer.object()
+        if value is None or not 200 <= answer.status < 300:
             raise refusal(answer.status, answer.headers, answer.body)
-        return dict(answer.json())
+        return value
 
-    # -- one turn ------------------------------------------------------------------------------------------------------
+    # -- one turn --------------------------------------------------------------------------------------------
 
     def page(self, account: Account, watch: Watch) -> Patient[Page]:
         """The start page's facts for fingerprints, read at most every PAGE_LIFE seconds; a failure is harmless."""
@@ -2059,13 +2138,10 @@ class ChatGPT:
         if known and now - known.read < PAGE_LIFE:
             return known
         self._pages[key] = (known or Page())._replace(read=now)  # others go on with what is known meanwhile
-        cookies = "; ".join(f"{k}={v}" for k, v in account.cookies.items())
-        headers = [*_PAGE_HEADERS, *([f"Cookie: {cookies}".encode()] if cookies else [])]
-        with (
-            contextlib.suppress(Refusal),
-            self._call(account, "GET", account.gateway + "/", headers, None, watch) as call,
-        ):
-            call.handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
+        headers, url = [b"Expect:", *_cookie_line(account.cookies)], account.gateway + "/"
+        call = self._call(account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence))
+        call.handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
+        with call, contextlib.suppress(Refusal):
             answer = yield from call.whole()
             self._heard("page", account, answer.status, answer.headers)
             if answer.status == 200:
@@ -2084,87 +2160,75 @@ class ChatGPT:
         if self.settings.conversation_only:
             return Requirements()
         page = yield from self.page(account, watch)
-        algorithm = self.settings.pow_algorithm
         token, made = account.requirements_token
         if not token or made != page.read:
-            token = requirements_token(self._fingerprint(account, page), algorithm)
+            token = requirements_token(self._fingerprint(account, page), self.settings.pow_algorithm)
             account.requirements_token = (token, page.read)
-        path, newer = "/sentinel/chat-requirements", (account.gateway, "sentinel")
+        path, newer, asked = "/sentinel/chat-requirements", (account.gateway, "sentinel"), {"p": token}
         if newer not in self._newer:
             try:
-                answer = yield from self._post("requirements", account, path, {"p": token}, watch)
+                answer = yield from self._post("requirements", account, path, asked, watch)
                 return (yield from self._satisfied(account, page, answer, watch))
             except Refusal as refused:
                 if refused.reason != "missing":
                     raise
-                self._newer.add(newer)
-        answer = yield from self._post("requirements", account, f"{path}/prepare", {"p": token}, watch)
+        answer = yield from self._post("requirements", account, f"{path}/prepare", asked, watch)
+        self._newer.add(newer)
         ready = yield from self._satisfied(account, page, answer, watch)
         final = {"prepare_token": answer.get("prepare_token"), "proofofwork": ready.proof}
         answer = yield from self._post("requirements", account, f"{path}/finalize", final, watch)
-        expires = time.monotonic() + float(answer.get("expire_after") or 540)
-        return replace(ready, token=str(answer.get("token") or ""), expires=expires)
+        return replace(ready, token=str(answer.get("token") or ""), expires=_expiry(answer))
 
     def _satisfied(
         self, account: Account, page: Page, asked: Mapping[str, Any], watch: Watch
     ) -> Patient[Requirements]:
         """Solves what an answer to chat-requirements asks for. Turnstile is left to the upstream to decide."""
-        expires = time.monotonic() + float(asked.get("expire_after") or 540)
+        expires = _expiry(asked)
         if asked.get("force_login") and account.row.kind == LOGIN_FREE:
-            raise Refusal(
-                "blocked",
-                "upstream_blocked",
-                "The upstream wants a signed-in account here; add one to the pool.",
-            )
+            raise Refusal("blocked", "The upstream wants a signed-in account here; add one to the pool.")
         proof, arkose = asked.get("proofofwork") or {}, asked.get("arkose") or {}
         solution = token = ""
         if proof.get("required"):
-            solution = yield from self._proof(
-                account, page, str(proof.get("seed")), str(proof.get("difficulty")), watch
-            )
+            seed, difficulty = str(proof.get("seed")), str(proof.get("difficulty"))
+            solution = yield from self._proof(account, page, seed, difficulty, watch)
         if arkose.get("required"):
-            token = yield from self._arkose(account, str(arkose.get("dx") or ""), watch)
+            token = yield from self._arkose(str(arkose.get("dx") or ""), watch)
         return Requirements(str(asked.get("token") or ""), solution, token, expires)
 
     def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> Patient[str]:
         if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty):
             raise Refusal(
-                "rejected", "upstream_error", "The upstream asks a proof of work of an unknown kind."
+                "rejected", "The upstream asks a proof of work of an unknown kind.", "upstream_error"
             )
-        if harder(difficulty, self.settings.pow_difficulty):
-            limit = self.settings.pow_difficulty
-            text = f"The upstream asks a proof of difficulty {difficulty}; POW_DIFFICULTY={limit} allows no harder one."
-            raise Refusal("rejected", "proof_of_work_too_hard", text)
+        if harder(difficulty, limit := self.settings.pow_difficulty):
+            text = f"The upstream asks a proof of difficulty {difficulty}; POW_DIFFICULTY={limit} allows none harder."
+            raise Refusal("rejected", text, "proof_of_work_too_hard")
         start = time.monotonic()
-        job = self.solver.submit(
-            seed, difficulty.lower(), self._fingerprint(account, page), self.settings.pow_algorithm
-        )
-        try:
-            token = yield from awaited(job, watch, float(self.settings.upstream_timeout))
-        except TimeoutError:
-            raise ApiError("upstream_error", "The proof of work took too long; try again.") from None
+        configuration = self._fingerprint(account, page)
+        job = (seed, difficulty.lower(), configuration, self.settings.pow_algorithm)
+        token = yield from self.solver.solved(job, watch)
         self.metrics.observe("chatproxy_proof_seconds", time.monotonic() - start)
         return token
 
-    def _arkose(self, account: Account, dx: str, watch: Watch) -> Patient[str]:
-        if not self.settings.arkose_token_url:
+    def _arkose(self, dx: str, watch: Watch) -> Patient[str]:
+        if not (url := self.settings.arkose_token_url):
             text = "The upstream wants an Arkose token; set ARKOSE_TOKEN_URL to a service that provides them."
-            raise Refusal("rejected", "arkose_required", text)
-        body = json.dumps({"blob": dx}).encode()
-        headers, url = [b"Content-Type: application/json", b"Expect:"], self.settings.arkose_token_url
-        silence, token = float(self.settings.upstream_timeout), None
-        call = self.handles.call("arkose", Route("", ""), "POST", url, headers, body, watch, silence)
-        with call, contextlib.suppress(Refusal, AttributeError):
+            raise Refusal("rejected", text, "arkose_required")
+        body, token = compact({"blob": dx}).encode(), None
+        call = self.handles.call(
+            "arkose", Route("", ""), "POST", url, _JSON_HEADERS, body, watch, self.silence
+        )
+        with call, contextlib.suppress(Refusal):
             answer = yield from call.whole()
-            token = answer.json().get("token") if answer.status == 200 else None
+            token = (answer.object() or {}).get("token") if answer.status == 200 else None
         if not isinstance(token, str) or not token:
-            raise Refusal("rejected", "arkose_required", "The service at ARKOSE_TOKEN_URL gave no token.")
+            raise Refusal("rejected", "The service at ARKOSE_TOKEN_URL gave no token.", "arkose_required")
         return token
 
     def conversation(
         self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch
-    ) -> Iterator[bytes]:
-        """Steps 4 and 5 of "One turn": the answer's bytes as they come, b"" for a heartbeat's time of silence."""
+    ) -> Pieces:
+        """Steps 4 and 5 of "One turn": the answer's bytes as they come, None for a heartbeat's time of silence."""
         newer = (account.gateway, "conversation")
         if newer not in self._newer:
             try:
@@ -2173,81 +2237,61 @@ class ChatGPT:
             except Refusal as refused:
                 if refused.reason != "missing":
                     raise
-                self._newer.add(newer)
         bare = {name: value for name, value in body.items() if name != "messages"}
-        answer = yield from beating(
-            self._post("conduit", account, "/f/conversation/prepare", bare, watch), b""
-        )
+        answer = yield from self._post("conduit", account, "/f/conversation/prepare", bare, watch)
+        self._newer.add(newer)
         conduit = f"x-conduit-token: {answer.get('conduit_token') or ''}".encode()
-        yield from self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
+        try:
+            yield from self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
+        except Refusal as refused:
+            if refused.reason == "missing":
+                self._newer.discard(newer)
+            raise
 
     def _converse(
         self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
-    ) -> Iterator[bytes]:
-        data = compact(body).encode("utf-8", "replace")
-        headers = self._headers(account, [b"Accept: text/event-stream", *extra])
-        headers.remove(b"Accept: */*")
-        try:
-            with self._call(account, "POST", self._base(account) + path, headers, data, watch) as call:
-                yield from beating(call.start(), b"")
-                self._heard("conversation", account, call.status, call.headers)
-                if call.status == 200 and "text/html" not in call.headers.get("content-type", ""):
-                    yield from self._until_done(call)
-                    return
-                parts = []
-                for part in call.rest():
-                    parts.append(part)
-                    if not part:
-                        yield b""
-                raise refusal(call.status, call.headers, b"".join(parts))
-        except Refusal as refused:
-            if refused.reason in ("unreachable", "silent"):
+    ) -> Pieces:
+        url, data = self._base(account) + path, compact(body).encode("utf-8", "replace")
+        headers = self._headers(account, *extra, accept=b"Accept: text/event-stream")
+        with self._call(account, "POST", url, headers, data, watch) as call:
+            try:
+                yield from call.start()
+            except Refusal:
                 self._heard("conversation", account, 0, {})
-            raise
-
-    @staticmethod
-    def _until_done(call: Call) -> Iterator[bytes]:
-        """The body, whose end is not waited for long once the last event was there."""
-        done = False
-        try:
-            for part in call.rest():
-                if part.endswith(b"[DONE]\n\n"):
-                    done = True
-                    call.hurry()
-                yield part
-        except Refusal:
-            if not done:
                 raise
+            self._heard("conversation", account, call.status, call.headers)
+            if call.status == 200 and "text/html" not in call.headers.get("content-type", ""):
+                yield from call.rest()
+                return
+            answer = yield from call.whole()
+            raise refusal(answer.status, answer.headers, answer.body)
 
-    # -- prepared ahead ------------------------------------------------------------------------------------------------
+    # -- prepared ahead --------------------------------------------------------------------------------------
 
     def prepare(self, account: Account) -> None:
         """Begins to get an account's next requirements in the background, one spare an account."""
         if not self.settings.conversation_only:
-            self.pool.put_spare(account, lambda: self.background.submit(self._prepared, account))
+            self.pool.put_spare(account, lambda: self._ahead.submit(self._prepared, account))
 
     def _prepared(self, account: Account) -> Requirements | None:
         """The spare, or None when it could not be had: the next turn will find out why."""
         try:
-            return patiently(self.requirements(account, self._quiet))
+            return patiently(self.requirements(account, self._nobody))
         except ApiError as error:
             log(logging.DEBUG, "no requirements ahead", account=account.name, code=error.code)
-            return None
         except Exception:
             log(logging.ERROR, "background job failed", exc_info=True, account=account.name)
-            return None
+        return None
 
-    def ready_requirements(self, account: Account, watch: Watch) -> Patient[Requirements]:
-        """The account's spare, waited for if it is on its way, else requirements got now."""
-        spare = self.pool.take_spare(account)
-        if spare is not None and not spare.cancel():
+    def spare(self, account: Account, watch: Watch) -> Patient[Requirements | None]:
+        """The account's spare, for a moment waited for if it is on its way; None when there is none to be used."""
+        future = self.pool.take_spare(account)
+        if future is not None and not future.cancel():
             with contextlib.suppress(TimeoutError):
-                needs: Requirements | None = yield from awaited(
-                    spare, watch, float(self.settings.upstream_timeout)
-                )
+                needs: Requirements | None = yield from awaited(future, watch, SPARE_PATIENCE)
                 if needs is not None and needs.expires > time.monotonic() + 1:
                     return needs
-        return (yield from self.requirements(account, watch))
+        return None
 
     def sweep_spares(self) -> None:
         """Drops what has expired, and gets anew what an account in use will need."""
@@ -2259,114 +2303,91 @@ class ChatGPT:
             needs = spare.result()
             if needs is None or needs.expires <= now + 5:
                 self.pool.take_spare(account)
-                if (
-                    needs is not None
-                    and time.time() - account.used < SPARE_IDLE
-                    and account.row.state == "ready"
-                ):
+                in_use = time.time() - account.used < SPARE_IDLE and account.row.state == "ready"
+                if needs is not None and in_use:
                     self.prepare(account)
 
-    # -- tokens --------------------------------------------------------------------------------------------------------
+    # -- tokens ----------------------------------------------------------------------------------------------
 
     def token(self, account: Account, watch: Watch, refused: str = "") -> Patient[None]:
         """Sees to it that the account has a usable access token, other than one that was just `refused`.
 
         One exchange at a time an account, in the background: a client that hangs up never interrupts one.
         """
-        if account.token_valid(time.time()) and account.row.access_token != refused:
-            return
         if not account.renewable:
             return
-        renewal = self.pool.renewal(account, lambda: self.background.submit(self._renew, account))
-        try:
-            yield from awaited(renewal, watch, float(self.settings.upstream_timeout))
-        except TimeoutError:
-            raise Refusal(
-                "silent", "upstream_timeout", "The token endpoint did not answer in time."
-            ) from None
+        renewal = self.pool.renewal(account, refused, lambda: self._renewals.submit(self._renew, account))
+        if renewal is not None:
+            try:
+                yield from awaited(renewal, watch, self.silence)
+            except TimeoutError:
+                raise Refusal("silent", "The token endpoint did not answer in time; try again.") from None
 
-    def _renew(self, account: Account) -> str:
+    def _renew(self, account: Account) -> None:
         """Exchanges the account's secret for an access token. "Accounts: Refresh token, Session token"."""
         not_before, failures = account.retry_renewal
         if time.time() < not_before:
-            raise Refusal(
-                "unreachable",
-                "upstream_error",
-                "Renewing this account's token failed; it is tried again soon.",
-            )
+            raise Refusal("unreachable", "Renewing this account's token failed; it is tried again soon.")
+        secret = account.row.secret
         try:
-            if account.row.kind == SESSION:
-                token, secret = self._ask_session(account)
-            else:
-                token, secret = self._ask_refresh(account)
-            self.pool.renewed(account, token, secret)
-        except Refusal as refused:
-            if refused.reason == "dead":
-                self.pool.set_aside(account, "dead", refused.message)
-                raise Refusal(
-                    "expired", "invalid_api_key", "This account's sign-in is no longer valid."
-                ) from None
-            account.retry_renewal = (time.time() + min(2.0**failures, 600), failures + 1)
-            raise
+            ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
+            self.pool.renewed(account, *ask(account, secret))
+        except (Refusal, ValueError) as error:
+            reason = error.reason if isinstance(error, Refusal) else "broken"
+            if reason == "dead" and self.pool.set_aside(account, "dead", str(error), secret):
+                raise Refusal("expired", "This account's sign-in is no longer valid.") from None
+            account.retry_renewal = (time.time() + min(2.0 ** min(failures, 10), 600), failures + 1)
+            if reason in ("unreachable", "silent", "blocked"):
+                raise
+            raise Refusal("broken", "The token endpoint gave no usable answer; try again.") from None
         account.retry_renewal = (0.0, 0)
         log(logging.INFO, "token renewed", account=account.name)
-        return token
 
-    def _ask_refresh(self, account: Account) -> tuple[str, str | None]:
-        secret, url = account.row.secret, f"{self.settings.openai_auth_url}/oauth/token"
+    def _ask_refresh(self, account: Account, secret: str) -> tuple[str, str | None]:
+        url = f"{self.settings.openai_auth_url}/oauth/token"
         body = {"grant_type": "refresh_token", "refresh_token": secret}
         # A token does not tell which client it was given to, but those of 45 characters are the iOS generation's.
         ios = {"client_id": REFRESH_CLIENT, "redirect_uri": REFRESH_REDIRECT}
+        dead = ""
         for client in [{"client_id": BROWSER_CLIENT}, ios] if secret.startswith("rt_") else [ios]:
-            headers = [b"Content-Type: application/json", b"Expect:"]
-            answer = self._exchange(
-                "refresh", account, "POST", url, headers, json.dumps(body | client).encode()
+            data = compact(body | client).encode()
+            answer = patiently(
+                self._answer("refresh", account, "POST", url, _JSON_HEADERS, data, self._nobody)
             )
-            said = answer.json() if isinstance(answer.json(), dict) else {}
+            said = answer.object() or {}
+            if answer.status == 200 and said.get("access_token"):
+                return str(said["access_token"]), str(said.get("refresh_token") or "") or None
             error = said.get("error")
             error = error.get("code") if isinstance(error, dict) else error
-            if answer.status == 200 and said.get("access_token"):
-                return str(said["access_token"]), str(said["refresh_token"]) if said.get(
-                    "refresh_token"
-                ) else None
-            if error not in ("invalid_grant", "access_denied"):
-                raise Refusal(
-                    "broken", "upstream_error", f"The token endpoint answered with status {answer.status}."
-                )
-        raise Refusal("dead", "invalid_api_key", str(error))
+            if error in ("invalid_grant", "access_denied"):
+                dead = dead or str(error)
+            elif not dead or answer.status >= 500:
+                raise Refusal("broken", f"The token endpoint answered with status {answer.status}.")
+        raise Refusal("dead", dead)
 
-    def _ask_session(self, account: Account) -> tuple[str, str | None]:
-        size, token = 3900, account.row.secret  # what a browser's cookie holds; longer ones are split
-        pieces = [token[i : i + size] for i in range(0, len(token), size)]
-        names = (
-            [SESSION_COOKIE] if len(pieces) == 1 else [f"{SESSION_COOKIE}.{i}" for i in range(len(pieces))]
-        )
+    def _ask_session(self, account: Account, secret: str) -> tuple[str, str | None]:
+        size = 3900  # what a browser's cookie holds; longer ones are split
+        pieces = [secret[i : i + size] for i in range(0, len(secret), size)]
+        names = [f"{SESSION_COOKIE}.{i}" if len(pieces) > 1 else SESSION_COOKIE for i in range(len(pieces))]
         cookies = account.cookies | dict(zip(names, pieces, strict=True))
-        headers = [*_PAGE_HEADERS, ("Cookie: " + "; ".join(f"{k}={v}" for k, v in cookies.items())).encode()]
-        answer = self._exchange(
-            "session", account, "GET", f"{account.gateway}/api/auth/session", headers, None
-        )
-        said = answer.json() if isinstance(answer.json(), dict) else {}
-        if answer.status == 200 and not said:
-            raise Refusal("dead", "invalid_api_key", "the session is over")
-        if answer.status != 200 or not said.get("accessToken"):
-            raise refusal(answer.status if answer.status != 401 else 502, answer.headers, answer.body)
+        url, headers = f"{account.gateway}/api/auth/session", [b"Expect:", *_cookie_line(cookies)]
+        answer = patiently(self._answer("session", account, "GET", url, headers, None, self._nobody))
+        said = answer.object()
+        if answer.status == 200 and said == {}:
+            raise Refusal("dead", "the session is over")
+        if answer.status != 200 or not said or not said.get("accessToken"):
+            raise refusal(answer.status, answer.headers, answer.body)
         # A renewed cookie may come whole or in numbered pieces; it is kept as the secret, not in the jar.
-        found = {
-            name: account.cookies.pop(name)
-            for name in list(account.cookies)
-            if name.startswith(SESSION_COOKIE)
-        }
-        renewed = "".join(found[name] for name in sorted(found, key=lambda name: (len(name), name)))
-        return str(said["accessToken"]), renewed or None
+        renewed = {name: value for name, value in account.cookies.items() if name.startswith(SESSION_COOKIE)}
+        account.cookies = {name: value for name, value in account.cookies.items() if name not in renewed}
+        token = "".join(renewed[name] for name in sorted(renewed, key=lambda name: (len(name), name)))
+        return str(said["accessToken"]), token or None
 
-    def _exchange(
-        self, call: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None
-    ) -> Answer:
-        with self._call(account, method, url, headers, body, self._quiet) as open_call:
-            answer = patiently(open_call.whole())
-        self._heard(call, account, answer.status, answer.headers if url.startswith(account.gateway) else {})
-        return answer
+
+def _expiry(answer: Mapping[str, Any]) -> float:
+    """When requirements end, in monotonic seconds; ten minutes less a bit where the upstream does not say."""
+    after = answer.get("expire_after")
+    return time.monotonic() + (float(after) if isinstance(after, (int, float)) and after > 0 else 540.0)
 
 
 # ============================================================================================================
@@ -2437,10 +2458,10 @@ class EventStream:
         ]
 
     def _unix(self, data: bytes) -> bytes:
-        if self._cr and data[:1] == b"\n":
-            data = data[1:]
+        """The same with line feeds for all three line ends, one that is cut in two included."""
+        rest = data[1:] if self._cr and data[:1] == b"\n" else data
         self._cr = data[-1:] == b"\r" if data else self._cr
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     @staticmethod
     def _data(event: str) -> str | None:
@@ -2457,44 +2478,36 @@ class _Growing:
         self.raw = message
         self.id = str(message.get("id") or "")
         self.sent = 0
-        self._blocks: list[str] = []  # appended to part 0 since `raw` was last brought up to date
-        self._tail: list[str] = []  # the same, behind them
-        self.changed = True  # whether the text may have grown in another way
-        self.kind = self.kind_now()
+        self.changed = True  # whether its text may have grown otherwise than by `append`
+        self._tail = io.StringIO()  # appended to part 0 since `raw` was last brought up to date
+
+    def append(self, more: str) -> Text:
+        """Appends to part 0, in constant time; what to pass on."""
+        self._tail.write(more)
+        self.sent += len(more)
+        return Text(more)
 
     def appendable(self) -> bool:
         """Whether text can be appended to part 0 without a look at the rest: no other part follows it."""
-        content = self.raw.get("content")
-        parts = content.get("parts") if isinstance(content, dict) else None
-        return self.kind is Text and isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], str)
+        parts = _at(self.raw, ("content", "parts"))
+        return (
+            self.kind() is Text and isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], str)
+        )
 
-    def append(self, more: str) -> str:
-        """Appends to part 0, in constant time; what to pass on."""
-        tail = self._tail
-        tail.append(more)
-        if len(tail) >= 64:  # small strings are ten times their text
-            self._blocks.append("".join(tail))
-            tail.clear()
-        self.sent += len(more)
-        return more
+    def patch(self, steps: list[str | int], op: str, value: Any) -> None:
+        """Applies one operation of the v1 encoding."""
+        if steps[:1] == ["content"]:
+            self.changed = True
+            if tail := self._tail.getvalue():
+                self.raw["content"]["parts"][0] += tail
+                self._tail = io.StringIO()
+        _patch(self.raw, steps, op, value)
 
-    def settle(self) -> None:
-        """Brings `raw` up to date."""
-        if self._tail or self._blocks:
-            parts = self.raw["content"]["parts"]
-            parts[0] = "".join([parts[0], *self._blocks, *self._tail])
-            self._tail.clear()
-            self._blocks.clear()
-
-    def kind_now(self) -> type[Text] | type[Reasoning] | None:
+    def kind(self) -> type[Text] | type[Reasoning] | None:
         """What becomes of its text. "Which messages are the answer"."""
-        message = self.raw
-        content = message.get("content")
-        kind = content.get("content_type") if isinstance(content, dict) else None
-        author, metadata = message.get("author"), message.get("metadata")
-        if not isinstance(author, dict) or author.get("role") != "assistant":
-            return None
-        if isinstance(metadata, dict) and metadata.get("is_visually_hidden_from_conversation"):
+        message, kind = self.raw, _at(self.raw, ("content", "content_type"))
+        hidden = _at(message, ("metadata", "is_visually_hidden_from_conversation"))
+        if _at(message, ("author", "role")) != "assistant" or hidden:
             return None
         if kind in ("thoughts", "reasoning_recap"):
             return Reasoning
@@ -2502,23 +2515,33 @@ class _Growing:
             return None
         return Text if message.get("channel") in (None, "final") else None
 
-    def text(self) -> str:
-        """The whole text so far."""
-        content = self.raw.get("content")
-        if not isinstance(content, dict):
+    def grown(self) -> str:
+        """The text that has come otherwise than by `append`."""
+        if not self.changed:
             return ""
+        self.changed = False
+        text = self._text()[self.sent :]
+        self.sent += len(text)
+        return text
+
+    def _text(self) -> str:
+        """The whole text so far. A recap ("Thought for 5 seconds") is a caption, not a thought."""
+        content = self.raw["content"]
         if content.get("content_type") == "thoughts":
-            return "\n\n".join(self._thoughts(content.get("thoughts")))
-        if content.get("content_type") == "reasoning_recap":
-            return ""  # "Thought for 5 seconds": a caption, not a thought
+            thoughts = [one for one in content.get("thoughts") or () if isinstance(one, dict)]
+            return "\n\n".join(
+                "\n".join(str(one[k]) for k in ("summary", "content") if one.get(k)) for one in thoughts
+            )
         parts = content.get("parts")
         return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
 
-    @staticmethod
-    def _thoughts(thoughts: Any) -> Iterator[str]:
-        for thought in thoughts if isinstance(thoughts, list) else ():
-            if isinstance(thought, dict):
-                yield "\n".join(str(thought[key]) for key in ("summary", "content") if thought.get(key))
+    def ending(self) -> str:
+        """Why it ended, "" while it has not: length or stop."""
+        details, end_turn = _at(self.raw, ("metadata", "finish_details", "type")), self.raw.get("end_turn")
+        if details == "max_tokens":
+            return "length"
+        stopped = details in ("stop", "interrupted") and end_turn is not False
+        return "stop" if stopped or (end_turn and self.raw.get("status") == "finished_successfully") else ""
 
 
 _ANSWER_PATH = "/message/content/parts/0"
@@ -2533,18 +2556,17 @@ class Decoder:
 
     def __init__(self) -> None:
         self.conversation = self.message = self.model = ""
-        self._begun = self.done = False
-        self._events = EventStream()
+        self._begun = False
         self._messages: dict[str, _Growing] = {}
-        self._current: _Growing | None = None
-        self._path, self._op = "", "add"
-        self._hot = False  # the last event appended to part 0 of an answering message
-        self._reason = ""
+        self.renew()
 
     def renew(self) -> None:
         """Gets ready for the bytes of the call that goes on with this answer."""
-        self._events, self._current, self._hot = EventStream(), None, False
-        self._path, self._op, self._reason, self.done = "", "add", "", False
+        self._events = EventStream()
+        self._current: _Growing | None = None
+        self._path, self._op = "", "add"
+        self._hot = False  # the last event appended to part 0 of an answering message
+        self._reason, self.done = "", False
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that have become whole; Refusal when the upstream says that it failed."""
@@ -2556,11 +2578,11 @@ class Decoder:
                 continue
             try:
                 value = decode(text)[0]
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             # Once per token: {"v": "…"} goes on appending to the answer's first part.
             if self._hot and len(value) == 1 and type(more := value.get("v")) is str:
-                append(Text(self._current.append(more)))  # type: ignore[union-attr] # hot: there is one
+                append(self._current.append(more))  # type: ignore[union-attr] # hot: there is one
             else:
                 self._take(value, out)
         return out
@@ -2573,103 +2595,80 @@ class Decoder:
 
     def _take(self, value: dict[str, Any], out: list[Event]) -> None:
         """One event of any kind."""
+        self._hot = False
         if "v" in value or "p" in value or "o" in value:
             self._path, self._op = str(value.get("p", self._path)), str(value.get("o", self._op))
-            more = value.get("v")
-            appends = self._path == _ANSWER_PATH and self._op == "append"
-            current = self._current
-            if appends and isinstance(more, str) and current is not None and current.appendable():
-                self._hot = True
-                out.append(Text(current.append(more)))
-                return
-            self._apply(self._path, self._op, more)
-        elif value.get("error"):
-            raise Refusal(
-                "broken", "upstream_error", "The upstream broke off its answer with an error; try again."
-            )
-        elif isinstance(value.get("message"), dict):
+            self._apply(self._path, self._op, value.get("v"), out)
+            self._hot = self._path == _ANSWER_PATH and self._op == "append" and self._appendable() is not None
+        elif "message" in value or "error" in value:
             self._begin(value)
-        else:
-            self._notice(value)
+        elif value.get("type") == "message_stream_complete":
+            self.conversation = str(value.get("conversation_id") or self.conversation)
             return
-        current = self._current
-        if current is None or current.kind is None:
-            self._hot = False
-            return
-        self._hot = False
-        self._grown(current, out)
-
-    def _notice(self, value: dict[str, Any]) -> None:
-        """An event beside the messages; unknown ones are passed over."""
-        if value.get("type") == "message_stream_complete":
-            self.conversation = value.get("conversation_id") or self.conversation
-        elif value.get("type") == "moderation" and (value.get("moderation_response") or {}).get("blocked"):
+        elif value.get("type") == "moderation" and _at(value, ("moderation_response", "blocked")):
             self._reason = "content_filter"
+            return
+        if self._current is not None:
+            self._pass_on(self._current, out)
+
+    def _appendable(self) -> _Growing | None:
+        return self._current if self._current is not None and self._current.appendable() else None
 
     def _begin(self, value: dict[str, Any]) -> None:
         """A message, new or (in the cumulative encoding) known and grown."""
         if value.get("error"):
-            raise Refusal(
-                "broken", "upstream_error", "The upstream broke off its answer with an error; try again."
-            )
-        self.conversation = value.get("conversation_id") or self.conversation
+            raise Refusal("broken", "The upstream broke off its answer with an error; try again.")
+        self.conversation = str(value.get("conversation_id") or self.conversation)
         if not isinstance(value.get("message"), dict):
             return
         message = _Growing(value["message"])
-        if message.id in self._messages:
-            message.sent = self._messages[message.id].sent
+        known = self._messages.get(message.id)
+        if known is not None:
+            message.sent = known.sent
+        elif message.kind() is Text and self._reason != "content_filter":
+            self._reason = ""  # an earlier message's end was not the answer's
         if message.id:
             self._messages[message.id] = message
         self._current = message
 
-    def _apply(self, path: str, op: str, value: Any) -> None:
+    def _apply(self, path: str, op: str, value: Any, out: list[Event]) -> None:
         """One operation of the v1 encoding; paths that lead nowhere are passed over."""
         current = self._current
         if op == "patch" and isinstance(value, list):
             for one in value:
                 if isinstance(one, dict):
-                    self._apply(path + str(one.get("p", "")), str(one.get("o", "append")), one.get("v"))
+                    inner = str(one.get("p", ""))
+                    whole = inner if inner.startswith("/message") else path + inner
+                    self._apply(whole, str(one.get("o", "append")), one.get("v"), out)
         elif path == "" and isinstance(value, dict):
             self._begin(value)
         elif path == "/conversation_id" and isinstance(value, str):
             self.conversation = value
+        elif (
+            path == _ANSWER_PATH
+            and op == "append"
+            and isinstance(value, str)
+            and (answer := self._appendable())
+        ):
+            out.append(answer.append(value))
         elif current is not None and path.startswith("/message/"):
-            if path.startswith("/message/content"):
-                current.settle()
-                current.changed = True
-            _patch(current.raw, [_step(step) for step in path.split("/")[2:]], op, value)
-            current.kind = current.kind_now()
+            current.patch([_step(step) for step in path.split("/")[2:]], op, value)
 
-    def _grown(self, message: _Growing, out: list[Event]) -> None:
+    def _pass_on(self, message: _Growing, out: list[Event]) -> None:
         """Passes on what a message for the client has grown by, and notes whether it is the end."""
-        metadata = message.raw.get("metadata")
-        if isinstance(metadata, dict):
-            self.model = str(metadata.get("model_slug") or self.model)
+        kind = message.kind()
+        if kind is None:
+            return
+        self.model = str(_at(message.raw, ("metadata", "model_slug")) or self.model)
         if not self._begun:
             self._begun = True
-            out.append(Begin(self.model, self.conversation, message.id))
-        if message.changed and message.kind is not None:
-            message.changed = False
-            text = message.text()
-            if len(text) > message.sent:
-                out.append(message.kind(text[message.sent :]))
-                message.sent = len(text)
-        if message.kind is Text:
-            self._status(message)
-
-    def _status(self, message: _Growing) -> None:
-        self.message = message.id or self.message
-        metadata, end_turn = message.raw.get("metadata"), message.raw.get("end_turn")
-        details = metadata.get("finish_details") if isinstance(metadata, dict) else None
-        kind = details.get("type") if isinstance(details, dict) else None
-        if self._reason == "content_filter":
-            return
-        if kind == "max_tokens":
-            self._reason = "length"
-        elif (kind in ("stop", "interrupted") and end_turn is not False) or (
-            message.raw.get("status") == "finished_successfully" and end_turn
-        ):
-            self._reason = "stop"
+            out.insert(0, Begin(self.model, self.conversation, message.id))
+        if more := message.grown():
+            out.append(kind(more))
+        if kind is Text:
+            self.message = message.id or self.message
+            if self._reason != "content_filter":
+                self._reason = message.ending() or self._reason
 
 
 def _step(text: str) -> str | int:
@@ -2678,6 +2677,7 @@ def _step(text: str) -> str | int:
 
 
 def _at(value: Any, steps: Iterable[str | int]) -> Any:
+    """What some steps lead to, None when they lead nowhere."""
     for step in steps:
         try:
             value = value[step]
@@ -2727,14 +2727,18 @@ def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
 _NEXT_ACCOUNT = ("expired", "blocked", "limited", "broken", "unreachable")
 
 
+Batches = Generator[list[Event] | None, None, None]
+
+
 class Attempt:
-    """One answer's way through the accounts: those tried so far, and whether anything of it has come."""
+    """One question's way through the accounts: those tried, and what the client has of the answer."""
 
     def __init__(self, question: Question, guest: Account | None, holder: str | None) -> None:
         self.question, self.guest, self.holder = question, guest, holder
         self.tried: list[Account] = []
-        self.begun = False
-        self.account: Account | None = None
+        self.token = ""  # the access token of the call under way
+        self.begun = False  # whether the client has anything of the answer
+        self.kept = ""  # the conversation that is remembered for its account
 
 
 class Answers:
@@ -2743,27 +2747,22 @@ class Answers:
     def __init__(self, settings: Settings, pool: Pool, upstream: ChatGPT, metrics: Metrics) -> None:
         self.settings, self.pool, self.upstream, self.metrics = settings, pool, upstream, metrics
 
-    def ask(
-        self, question: Question, guest: Account | None, watch: Watch
-    ) -> Generator[list[Event], None, None]:
-        """The answer as batches of events that came together, [] for a heartbeat's time of silence; Finish is last.
+    def ask(self, question: Question, guest: Account | None, watch: Watch) -> Batches:
+        """The answer as batches of events that came together, None for a heartbeat's time of silence; Finish is last.
 
         ApiError when no account could answer; after the first event, when the answer broke off.
         """
-        known = question.conversation and not guest
-        attempt = Attempt(
-            question,
-            guest,
-            self.pool.store.conversation_account(question.conversation or "") if known else None,
-        )
+        known = question.conversation if guest is None else None
+        attempt = Attempt(question, guest, self.pool.store.conversation_account(known) if known else None)
         account = self._lease(attempt)
         while True:
             if account in attempt.tried:
-                yield from beating(self._pause(len(attempt.tried), watch), [])
+                yield from self._pause(len(attempt.tried), watch)
             try:
                 yield from self._answer(account, attempt, watch)
                 return
             except Refusal as refused:
+                self._learn(account, attempt, refused)
                 if attempt.begun:
                     raise
                 account = self._next(account, attempt, refused)
@@ -2771,19 +2770,24 @@ class Answers:
     def _lease(self, attempt: Attempt) -> Account:
         model = attempt.question.model
         if attempt.guest:
-            self.pool.check_guest(attempt.guest, model)
-            return attempt.guest
+            return self.pool.lease_guest(attempt.guest, model)
         return self.pool.lease(model, attempt.tried, attempt.holder)
 
-    def _next(self, account: Account, attempt: Attempt, refused: Refusal) -> Account:
-        """Draws the consequences of a refused attempt: the account for the next one, else what to tell the client."""
-        reason, model = refused.reason, attempt.question.model
-        if reason == "limited":
+    def _learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
+        """What a refusal means for its account."""
+        model = attempt.question.model
+        expired = refused.reason == "expired" and account.row.state == "ready"
+        if refused.reason == "limited" or (expired and account.renewable):
+            # A token that is refused although it was just renewed: the account is not dead, but left alone a while.
             pause = self.pool.told_to_wait(account, model, refused.wait)
             refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
             log(logging.INFO, "account told to wait", account=account.name, model=model, seconds=round(pause))
-        elif reason == "expired" and account.row.state == "ready":
-            self.pool.set_aside(account, "expired", "the upstream refused its token (401)")
+        elif expired:
+            self.pool.set_aside(account, "expired", "the upstream refused its token (401)", attempt.token)
+
+    def _next(self, account: Account, attempt: Attempt, refused: Refusal) -> Account:
+        """The account for the next attempt; when none is to be made, raises what the client is told."""
+        reason = refused.reason
         attempt.tried.append(account)
         if reason not in _NEXT_ACCOUNT or len(attempt.tried) > self.settings.retry_times:
             raise self._last(refused, attempt)
@@ -2804,72 +2808,108 @@ class Answers:
         return ApiError("no_account", text, headers={"Retry-After": "1"})
 
     def _pause(self, tries: int, watch: Watch) -> Patient[None]:
-        """Between two attempts on the same account: a quarter of a second, twice as long each time."""
+        """Between two attempts on the same account: a quarter of a second, twice as long each time, at most 4 s."""
         with contextlib.suppress(TimeoutError):
-            yield from awaited(Future[None](), watch, 0.25 * 2 ** (tries - 1))
+            yield from awaited(Future[None](), watch, min(0.25 * 2 ** (tries - 1), 4.0))
 
-    def _answer(self, account: Account, attempt: Attempt, watch: Watch) -> Iterator[list[Event]]:
+    def _answer(self, account: Account, attempt: Attempt, watch: Watch) -> Batches:
         """The whole answer of one account, continued as often as AUTO_CONTINUE says."""
-        question, decoder, continuations = attempt.question, Decoder(), 0
-        while True:
-            finish = None
-            for events in self._turn(account, question, attempt, decoder, watch):
-                if finish is None and decoder.done and (end := decoder.finish()) and end.reason != "length":
-                    finish = end  # leaves with what came together with it
-                    self._answered(account, attempt, finish)
-                    events = [*events, finish]
-                yield events
-            if finish is not None:
+        question, decoder = attempt.question, Decoder()
+        for continuation in range(self.settings.auto_continue + 1):
+            try:
+                rest = yield from self._turn(account, question, attempt, decoder, watch)
+            except Refusal as refused:
+                if not continuation or decoder.finish():
+                    raise
+                self._learn(account, attempt, refused)  # what there is of the answer stays good
+                yield [Finish("length", decoder.conversation, decoder.message)]
                 return
-            if (finish := decoder.finish()) is None:
-                raise Refusal("broken", "upstream_error", "The upstream broke off its answer; try again.")
-            continuations += 1
-            cut = finish.reason == "length" and finish.conversation and finish.message
-            if not cut or continuations > self.settings.auto_continue:
-                self._answered(account, attempt, finish)
-                yield [finish]
-                return
-            here = {"conversation": finish.conversation, "parent": finish.message}
-            question = replace(question, messages=(), continues=True, **here)
-            decoder.renew()
+            finish = self._finished(decoder)
+            if finish.reason != "length" or not finish.conversation or not finish.message:
+                break
+            if continuation < self.settings.auto_continue:
+                if rest:
+                    yield rest
+                here = {"conversation": finish.conversation, "parent": finish.message}
+                question = replace(question, messages=(), continues=True, **here)
+                decoder.renew()
+        yield [*rest, finish]
 
-    def _answered(self, account: Account, attempt: Attempt, finish: Finish) -> None:
+    @staticmethod
+    def _finished(decoder: Decoder) -> Finish:
+        if finish := decoder.finish():
+            return finish
+        raise Refusal("broken", "The upstream broke off its answer; try again.")
+
+    def _turn(
+        self, account: Account, question: Question, attempt: Attempt, decoder: Decoder, watch: Watch
+    ) -> Generator[list[Event] | None, None, list[Event]]:
+        """One conversation call, made again once if a renewed token, and once if fresh requirements, may help.
+
+        Returns the events that came together with the end.
+        """
+        upstream, refused_token, renewed, spare = self.upstream, "", False, True
+        while True:
+            try:
+                yield from upstream.token(account, watch, refused_token)
+                attempt.token, needs = account.row.access_token, None
+                if spare:
+                    needs = yield from upstream.spare(account, watch)
+                spare = needs is not None
+                if needs is None:
+                    needs = yield from upstream.requirements(account, watch)
+                return (yield from self._call(account, question, needs, attempt, decoder, watch))
+            except Refusal as refused:
+                if attempt.begun and not question.continues:
+                    raise
+                alive = account.renewable and account.row.state == "ready"
+                if refused.reason == "expired" and alive and not renewed:
+                    refused_token, renewed = attempt.token, True
+                elif refused.reason == "blocked" and spare:
+                    spare = False  # the upstream may have forgotten what was prepared
+                else:
+                    raise
+
+    def _call(
+        self,
+        account: Account,
+        question: Question,
+        needs: Requirements,
+        attempt: Attempt,
+        decoder: Decoder,
+        watch: Watch,
+    ) -> Generator[list[Event] | None, None, list[Event]]:
+        if account.answered:
+            self.upstream.prepare(account)
+        body = conversation_body(question, self.settings.history_disabled)
+        last = time.monotonic()
+        for data in self.upstream.conversation(account, body, needs, watch):
+            events = decoder.feed(data) if data else []
+            if events and not attempt.begun:
+                self._begun(account, attempt)
+            if decoder.conversation != attempt.kept:
+                self._keep(account, attempt, decoder.conversation)
+            if decoder.done:
+                return events
+            now = time.monotonic()
+            if events or now - last >= watch.heartbeat:  # what is hidden from the client is silence to it
+                last = now
+                yield events or None
+        return []
+
+    def _begun(self, account: Account, attempt: Attempt) -> None:
+        """The first of an answer is there: the account works."""
+        attempt.begun = True
         first = not account.answered
         self.pool.answered(account, attempt.question.model)
         if first:
             self.upstream.prepare(account)
-        if not self.settings.history_disabled and not attempt.guest and finish.conversation:
-            self.pool.store.put_conversation(finish.conversation, account.id)
 
-    def _turn(
-        self, account: Account, question: Question, attempt: Attempt, decoder: Decoder, watch: Watch
-    ) -> Iterator[list[Event]]:
-        """One conversation call, made again once if a renewed token helps."""
-        yield from beating(self.upstream.token(account, watch), [])
-        token = account.row.access_token
-        try:
-            yield from self._call(account, question, attempt, decoder, watch)
-        except Refusal as refused:
-            if refused.reason != "expired" or not account.renewable or attempt.begun:
-                raise
-            yield from beating(self.upstream.token(account, watch, refused=token), [])
-            yield from self._call(account, question, attempt, decoder, watch)
-
-    def _call(
-        self, account: Account, question: Question, attempt: Attempt, decoder: Decoder, watch: Watch
-    ) -> Iterator[list[Event]]:
-        needs = yield from beating(self.upstream.ready_requirements(account, watch), [])
-        body = conversation_body(question, self.settings.history_disabled)
-        if account.answered:
-            self.upstream.prepare(account)
-        attempt.account = account
-        for data in self.upstream.conversation(account, body, needs, watch):
-            if not data:
-                yield []
-                continue
-            attempt.begun = True
-            if events := decoder.feed(data):
-                yield events
+    def _keep(self, account: Account, attempt: Attempt, conversation: str) -> None:
+        """Remembers who holds a conversation before its id is given out."""
+        attempt.kept = conversation
+        if not self.settings.history_disabled and not attempt.guest and attempt.holder != account.id:
+            self.pool.store.put_conversation(conversation, account.id)
 
 
 # ============================================================================================================
@@ -2959,8 +2999,11 @@ def _stops(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(stop, str) for stop in stops):
-        raise invalid("stop", "`stop` must be a string or a list of up to 16 strings.")
+    fits = isinstance(stops, list) and len(stops) <= 16
+    if not fits or not all(isinstance(stop, str) and len(stop) <= 256 for stop in stops):
+        raise invalid(
+            "stop", "`stop` must be a string or a list of up to 16 strings of up to 256 characters."
+        )
     return tuple(stop for stop in stops if stop)
 
 
@@ -3095,12 +3138,12 @@ class Tokens:
 class Trimmer:
     """Enforces `stop` and the token limit on a sequence of events: what comes out is what the client may see.
 
+    As where the text is made, the stop sequence that is complete first ends it, whichever began first.
     A piece of text that may be the beginning of a stop sequence is held back until it is known not to be one.
     """
 
     def __init__(self, stops: Iterable[str], limit: int | None, count: Callable[[str], int]) -> None:
         self._stops, self._left, self._count = tuple(stops), limit, count
-        self._pattern = re.compile("|".join(map(re.escape, self._stops))) if self._stops else None
         self._starts = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
         self._longest = max(map(len, self._starts), default=0)
         self._held = ""
@@ -3125,13 +3168,14 @@ class Trimmer:
         return out
 
     def _text(self, text: str, out: list[Event]) -> None:
-        if self._pattern is None:
+        if not self._stops:
             self._limited(text, out)
             return
         text = self._held + text
-        if found := self._pattern.search(text):
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
             self._held = ""
-            self._limited(text[: found.start()], out)
+            self._limited(text[: min(found)[1]], out)
             if not self.over:
                 out.append(Finish("stop"))
             self.over = True
@@ -3264,7 +3308,8 @@ class CompletionStream(Completion):
     def _begin(self, pieces: list[str]) -> None:
         self._begun = True
         pieces.append(self._chunk({"role": "assistant", "content": ""}, None))
-        self._ahead, self._behind = self._chunk({"content": "\x00"}, None).split('"\\u0000"')
+        here = f"<{self.id}>"  # in the place of the text, and nowhere else in a chunk
+        self._ahead, self._behind = self._chunk({"content": here}, None).split(f'"{here}"')
 
     def _end(self, pieces: list[str]) -> None:
         pieces.append(self._chunk({}, self._reason))
@@ -3288,8 +3333,7 @@ MOST_LINE = 8192  # bytes of the request line
 MOST_HEAD = 32768  # bytes of the request line and all headers
 MOST_HEADERS = 100
 BODY_RATE = 10_000  # bytes a second that extend the time a client has for its body
-SEND_TIMEOUT = 60  # seconds a client may take to read what was sent
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SEND_TIMEOUT = 30  # seconds without a byte read by a client that end its answer
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET = re.compile(r"[\x21-\x7e]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -3313,6 +3357,7 @@ class Request:
     asker: str = ""
     route: str = "none"
     key: str = ""
+    target: str = "/"  # path and query as they came, API_PREFIX included
 
     def json(self) -> dict[str, Any]:
         return parse_object(self.body)
@@ -3397,12 +3442,20 @@ class Wire:
         self._limited = 0.0
 
     def _limit(self, seconds: float) -> None:
-        """The kernel's own time-out: a timed Python socket would call poll() before each read and write."""
+        """The kernel's own time-out: a timed Python socket calls poll() before each read and write, as TLS must."""
         if seconds == self._limited:
             return
         self._limited = seconds
+        if isinstance(self._sock, ssl.SSLSocket):
+            self._sock.settimeout(seconds)
+            return
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+
+    def sending(self) -> None:
+        """To be called before an answer: from here on the time-out is that of a client that does not read."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            self._limit(SEND_TIMEOUT)
 
     def _more(self, deadline: float) -> bytes:
         """The next bytes, b"" at the end; ApiError request_timeout when they are not there in time."""
@@ -3424,11 +3477,11 @@ class Wire:
         A client that sends nothing at all is given the time-out too, and then left without a word.
         """
         self._limit(self._timeout)
-        data = self._ahead
+        data, begun = self._ahead, False
         deadline = time.monotonic() + self._timeout
-        begun = bool(data)
         while True:
-            data = data.removeprefix(b"\r\n") if not begun else data
+            if not begun and data not in (b"", b"\r"):  # one empty line before a request is forgiven
+                data, begun = data.removeprefix(b"\r\n"), True
             end = data.find(b"\r\n\r\n")
             if 0 <= end <= MOST_HEAD:
                 self._ahead = data[end + 4 :]
@@ -3449,7 +3502,6 @@ class Wire:
             if not more:
                 return None
             data += more
-            begun = len(data) > 2
 
     def body(self, headers: Mapping[str, str], most: int) -> bytes:
         """The request's body, by length or in chunks; request_too_large past `most` bytes."""
@@ -3480,10 +3532,10 @@ class Wire:
         return data[:length]
 
     def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError) -> bytes:
-        body, data = bytearray(), bytearray(self._ahead)
+        body, data, beside = bytearray(), bytearray(self._ahead), 0
         while True:
-            line = self._line(data, more)
-            digits = line.partition(b";")[0].rstrip(b" \t")
+            digits, _, extension = self._line(data, more).partition(b";")
+            beside += len(extension)
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
                 raise malformed("a chunk's size")
             size = int(digits, 16)
@@ -3497,10 +3549,11 @@ class Wire:
                 raise malformed("a chunk's end")
             body += data[:size]
             del data[: size + 2]
-        trailers = 0
+            if beside > MOST_LINE:
+                raise malformed("so much beside the chunks")
         while line := self._line(data, more):
-            trailers += len(line)
-            if trailers > MOST_LINE:
+            beside += len(line)
+            if beside > MOST_LINE:
                 raise ApiError("headers_too_large", "The trailers are too long.")
         self._ahead = bytes(data)
         return bytes(body)
@@ -3512,7 +3565,7 @@ class Wire:
                 raise malformed("a line of the chunked body")
             data += more()
         line = bytes(data[:end])
-        if line[-1:] != b"\r" or end > MOST_LINE:
+        if line[-1:] != b"\r" or end > MOST_LINE or not _VALUE.fullmatch(line[:-1].decode("latin-1")):
             raise malformed("a line of the chunked body")
         del data[: end + 1]
         return line[:-1]
@@ -3537,6 +3590,21 @@ class Client(Watch):
             )
 
 
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """What HTTPS needs, None for HTTP; SettingError when the files cannot be used."""
+    if not settings.tls_cert or not settings.tls_key:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: b"")
+    except (OSError, ValueError) as error:
+        accepted = "a PEM certificate chain and its private key, readable and without passphrase"
+        text = f"TLS_CERT, TLS_KEY: {settings.tls_cert}, {settings.tls_key} cannot be used ({error}); accepted: {accepted}"
+        raise SettingError(text) from None
+    return context
+
+
 class Server(http.server.ThreadingHTTPServer):
     """A thread a connection, up to MAX_CONNECTIONS; `respond` turns a Request into a Reply or a Stream."""
 
@@ -3558,12 +3626,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = False  # no new requests
         self.ending = False  # open answers are to end
         self._open_lock = threading.Lock()
-        self._open: dict[socket.socket, bool] = {}  # whether a request is being answered
-        self.tls: ssl.SSLContext | None = None
-        if settings.tls_cert and settings.tls_key:
-            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            self.tls.load_cert_chain(settings.tls_cert, settings.tls_key)
+        self._open: dict[socket.socket, Connection | None] = {}  # by the socket that was accepted
+        self.tls = tls_context(settings)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(address, Connection)
@@ -3573,12 +3637,23 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accepts a connection; without file descriptors left it waits a little rather than trying at full speed."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                log(logging.ERROR, "no file descriptors left; raise the limit or lower MAX_CONNECTIONS")
+                time.sleep(0.5)
+            raise
+
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Refuses what is over MAX_CONNECTIONS, in the accepting thread and without waiting."""
         with self._open_lock:
             if len(self._open) < self.settings.max_connections and not self.stopping:
-                self._open[request] = False
+                self._open[request] = None
                 return True
+        self.metrics.add("chatproxy_requests_total", labels='route="none",status="503"')
         if not self.tls:
             error = ApiError("overloaded", "Too many connections; try again.", headers={"Retry-After": "5"})
             with contextlib.suppress(OSError):
@@ -3597,9 +3672,9 @@ class Server(http.server.ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             log(logging.ERROR, "connection failed", exc_info=True)
 
-    def mark(self, request: socket.socket, busy: bool) -> None:
-        """Notes whether a connection has a request to answer: idle ones can be ended at once."""
-        self._open[request] = busy
+    def entered(self, connection: Connection) -> None:
+        """Notes who serves an accepted socket: idle ones can be ended at once."""
+        self._open[connection.plain] = connection
 
     def connections(self) -> int:
         return len(self._open)
@@ -3612,11 +3687,11 @@ class Server(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline + 3:
             with self._open_lock:
-                idle = [one for one, busy in self._open.items() if not busy]
+                idle = [one for one in self._open.values() if one and not one.busy]
                 left = len(self._open) - len(idle)
             for one in idle:
                 with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RD)
+                    socket.socket.shutdown(one.sock, socket.SHUT_RD)  # TLS has nothing to say to it
             if not left:
                 return
             self.ending = time.monotonic() >= deadline
@@ -3637,7 +3712,8 @@ def head_bytes(reply: Reply | Stream, version: str, connection: str, extra: str 
         f"Content-Type: {reply.content_type}",
     ]
     if isinstance(reply, Reply):
-        lines.append(f"Content-Length: {len(reply.body)}")
+        if reply.status != 204:
+            lines.append(f"Content-Length: {len(reply.body)}")
     else:
         lines += ["Cache-Control: no-cache", "X-Accel-Buffering: no"]
         if version == "1.1":
@@ -3676,7 +3752,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         sock = self.request
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
-        self.plain = sock
+        self.plain = self.sock = sock
+        self.busy = False  # whether a request is being answered
+        self.server.entered(self)
         self.peer = str(self.client_address[0])
 
     def handle(self) -> None:
@@ -3685,13 +3763,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             if server.tls:
                 self.plain.settimeout(server.settings.read_timeout)
-                self.request = server.tls.wrap_socket(self.plain, server_side=True)
-                self.request.settimeout(None)
-            self.sock = self.request
+                self.sock = self.request = server.tls.wrap_socket(self.plain, server_side=True)
             self.wire = Wire(self.sock, float(server.settings.read_timeout))
             self.client = Client(self.sock, server)
             while self._one():
-                server.mark(self.plain, False)
+                self.busy = False
                 if server.stopping:
                     break
         except (OSError, ClientGone):
@@ -3699,18 +3775,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Closes without a reset that could overtake the answer: reads what the client still sends, for a moment."""
+        plain = self.plain
         with contextlib.suppress(OSError, ValueError):
-            if self.request is not self.plain:
-                self.request.settimeout(1)
-                self.plain = self.request.unwrap()
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.settimeout(1)
+                plain = self.sock.unwrap()
         with contextlib.suppress(OSError):
-            self.plain.shutdown(socket.SHUT_WR)
-            self.plain.settimeout(0.2)
+            plain.shutdown(socket.SHUT_WR)
+            plain.settimeout(0.2)
             for _ in range(64):
-                if not self.plain.recv(65536):
+                if not plain.recv(65536):
                     break
-        if self.request is not self.plain:
-            self.request.close()
+        self.sock.close()
 
     def _one(self) -> bool:
         """Reads one request and answers it; whether another may follow."""
@@ -3722,7 +3798,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             head = self.wire.head()
             if head is None:
                 return False
-            self.server.mark(self.plain, True)
+            self.busy = True
             self.start = time.monotonic()
             request, keep = self._read(head)
         except ApiError as error:
@@ -3730,21 +3806,21 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return False
         try:
             answer = self._routed(request)
-        except ApiError as error:
-            answer = error_reply(error)
         except ClientGone:
             self._log(request, 499, 0)
             return False
-        except Exception:
-            log(logging.ERROR, "request failed", exc_info=True, id=self.request_id, route=request.route)
-            answer = error_reply(
-                ApiError("internal_error", f"chatproxy failed; its log has {self.request_id}.")
-            )
-        return (
-            self._send(answer, request, keep)
-            if isinstance(answer, Reply)
-            else self._stream(answer, request, keep)
-        )
+        except Exception as failure:
+            answer = error_reply(self._failed(failure, request))
+        if isinstance(answer, Reply):
+            return self._send(answer, request, keep)
+        return self._stream(answer, request, keep)
+
+    def _failed(self, failure: Exception, request: Request) -> ApiError:
+        """What the client is told of a failure; one that nobody foresaw is logged."""
+        if isinstance(failure, ApiError):
+            return failure
+        log(logging.ERROR, "request failed", exc_info=True, id=self.request_id, route=request.route)
+        return ApiError("internal_error", f"chatproxy failed; its log has {self.request_id}.")
 
     def _read(self, head: bytes) -> tuple[Request, bool]:
         """The whole request, and whether its connection may be kept."""
@@ -3761,12 +3837,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             ):
                 self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.wire.body(headers, self.server.settings.max_body_mb << 20)
-        if target.startswith(("http://", "https://")):
-            target = "/" + target.split("//", 1)[1].partition("/")[2]
+        if "://" in target.partition("?")[0]:  # absolute form, as sent to proxies
+            parts = urllib.parse.urlsplit(target)
+            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         raw, _, query = target.partition("?")
         path = urllib.parse.unquote(raw) if "%" in raw else raw
         values = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {}
-        return Request(method, path, values, headers, body, self.peer, self.client, self.request_id), keep
+        request = Request(method, path, values, headers, body, self.peer, self.client, self.request_id)
+        request.target = target
+        return request, keep
 
     def _routed(self, request: Request) -> Reply | Stream:
         prefix = self.server.prefix
@@ -3777,10 +3856,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if prefix and not (request.path == prefix or request.path.startswith(prefix + "/")):
             raise ApiError("not_found", "There is nothing at this address.")
         request.path = request.path[len(prefix) :] or "/"
-        if request.method not in _METHODS:
-            raise ApiError(
-                "method_not_allowed", "The method is not known here.", headers={"Allow": "GET, POST, OPTIONS"}
-            )
+        request.target = request.target[len(prefix) :] or "/"
+        if not {".", ".."}.isdisjoint(request.path.split("/")):
+            raise ApiError("not_found", "There is nothing at this address.")
         if request.method == "OPTIONS":
             return Reply(204, headers=dict(_PREFLIGHT))
         return self.server.respond(request)
@@ -3789,6 +3867,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         keep = keep and not self.server.stopping
         connection = ("" if self.version == "1.1" else "keep-alive") if keep else "close"
         head = head_bytes(reply, self.version, connection, f"x-request-id: {self.request_id}\r\n{_CORS}")
+        self.wire.sending()
         try:
             self.sock.sendall(head if self.method == "HEAD" else head + reply.body)
         except OSError:
@@ -3807,18 +3886,22 @@ class Connection(http.server.BaseHTTPRequestHandler):
         metrics, events, status = self.server.metrics, 0, stream.status
         try:
             piece, count = next(stream.pieces, (b"", 0))
-        except ApiError as error:
-            return self._send(error_reply(error), request, keep)
         except ClientGone:
             self._log(request, 499, 0)
             return False
+        except Exception as failure:
+            return self._send(error_reply(self._failed(failure, request)), request, keep)
         metrics.add("chatproxy_streams_open")
         keep = keep and self.version == "1.1" and not self.server.stopping
         chunked, send = self.version == "1.1", self.sock.sendall
         connection = "" if keep else "close"
         head = head_bytes(stream, self.version, connection, f"x-request-id: {self.request_id}\r\n{_CORS}")
         self._first_byte(request)
+        self.wire.sending()
         try:
+            if self.method == "HEAD":
+                send(head)
+                return keep
             framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
             send(head + framed)
             events += count
@@ -3827,16 +3910,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if chunked:
                 send(b"0\r\n\r\n")
-        except ApiError as error:
+        except (OSError, ClientGone):
+            status, keep = 499, False
+        except Exception as failure:
+            error = self._failed(failure, request)
             status, keep = error.status, False
             last = f"data: {compact(error.body())}\n\n".encode()
             with contextlib.suppress(OSError):
                 send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
-        except (OSError, ClientGone):
-            status, keep = 499, False
-        except Exception:
-            status, keep = 500, False
-            log(logging.ERROR, "stream failed", exc_info=True, id=self.request_id, route=request.route)
         finally:
             stream.pieces.close()  # type: ignore[attr-defined] # a generator: its upstream call ends here
             metrics.add("chatproxy_streams_open", -1)
@@ -3990,12 +4071,14 @@ class Keys:
         return self._keys.get(digest) or self._users.get(digest) or ""
 
     def admit_admin(self, request: Request) -> None:
-        """Admits the administrator's key; without any key set, clients of this machine."""
+        """Admits the administrator's key; without any key set, clients of this machine: neither a web page in a browser
+        here nor whoever comes through a reverse proxy."""
         wanted, key = self.settings.administrator, self.given(request)
         if wanted is None:
             with contextlib.suppress(ValueError):
                 address = ipaddress.ip_address(request.peer.partition("%")[0])
-                if (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+                passed_on = {"origin", "forwarded", "x-forwarded-for"} & set(request.headers)
+                if (getattr(address, "ipv4_mapped", None) or address).is_loopback and not passed_on:
                     request.asker = "admin"
                     return
             raise ApiError("invalid_api_key", "Admin routes answer only this machine until ADMIN_KEY is set.")
@@ -4083,8 +4166,7 @@ def relay(app: App, request: Request) -> Reply | Stream:
         f"{name}: {request.headers[name]}".encode("latin-1") for name in passed if name in request.headers
     ]
     lines += [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
-    query = f"?{urllib.parse.urlencode(request.query)}" if request.query else ""
-    url = app.settings.openai_api_url + urllib.parse.quote(request.path, safe="/:") + query
+    url = app.settings.openai_api_url + request.target
     proxies, owner = app.settings.proxy_url, masked(request.key)
     proxy = proxies[int(hashlib.sha256(owner.encode()).hexdigest(), 16) % len(proxies)] if proxies else ""
     request.route = request.route if request.route != "none" else "/v1/…"
@@ -4105,13 +4187,13 @@ def relay(app: App, request: Request) -> Reply | Stream:
         if content_type.startswith("text/event-stream"):
             stack = guard.pop_all()
             return Stream(_relayed(call, stack), call.status, content_type, headers)
-        return Reply(call.status, b"".join(call.rest()), content_type, headers)
+        return Reply(call.status, patiently(call.whole()).body, content_type, headers)
 
 
 def _relayed(call: Call, stack: contextlib.ExitStack) -> Iterator[tuple[bytes, int]]:
     with stack:
         for data in call.rest():
-            yield (data, data.count(b"\n\n")) if data else (HEARTBEAT_COMMENT, 0)
+            yield (HEARTBEAT_COMMENT, 0) if data is None else (data, data.count(b"\n\n"))
 
 
 @ROUTER.on("POST", "/v1/chat/completions")
@@ -4128,19 +4210,17 @@ def chat_completions(app: App, request: Request) -> Reply | Stream:
     completion = Completion(chat, app.tokens, extras)
     with contextlib.closing(answer):
         for events in answer:
-            completion.take(events)
+            completion.take(events or [])
             if completion.cut:
                 break
     return json_reply(completion.whole())
 
 
-def _chunks(
-    answer: Generator[list[Event], None, None], completion: CompletionStream
-) -> Iterator[tuple[bytes, int]]:
+def _chunks(answer: Batches, completion: CompletionStream) -> Iterator[tuple[bytes, int]]:
     """The pieces of a streamed completion: a batch of events is one piece, silence a comment line."""
     with contextlib.closing(answer):
         for events in answer:
-            if not events:
+            if events is None:
                 yield HEARTBEAT_COMMENT, 0
                 continue
             piece = completion.feed(events)
@@ -4170,12 +4250,16 @@ def _form(request: Request) -> dict[str, str]:
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/form-data"):
         return dict(urllib.parse.parse_qsl(request.body.decode("utf-8", "replace"), keep_blank_values=True))
-    head = f"Content-Type: {kind}\r\n\r\n".encode("latin-1")
-    found = {}
-    for part in email.message_from_bytes(head + request.body).walk():
-        name, data = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-        if isinstance(name, str) and isinstance(data, bytes):
-            found[name] = data.decode("utf-8", "replace")
+    head, found = f"Content-Type: {kind}\r\n\r\n".encode("latin-1"), {}
+    try:
+        for part in email.message_from_bytes(head + request.body).walk():
+            name, data = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+            if isinstance(name, str) and isinstance(data, bytes):
+                found[name] = data.decode("utf-8", "replace")
+    except (ValueError, RecursionError):
+        raise ApiError(
+            "invalid_request_error", "The form cannot be read; send it as a browser does."
+        ) from None
     return found
 
 
@@ -4294,7 +4378,7 @@ class Demo:
             return json_reply({"detail": "Unauthorized"}, 401) if key else None
         try:
             expired = claims(key)["exp"] < time.time()
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             expired = True
         if expired or key in self.dead:
             return json_reply(
@@ -4702,8 +4786,8 @@ class Daemon:
         host, port = self.settings.host, self.settings.port
         try:
             return Server((host, port), app.respond, app.settings, app.metrics)
-        except ssl.SSLError:
-            self._fail("TLS_CERT: not a PEM certificate with the private key of TLS_KEY")
+        except SettingError as error:
+            self._fail(str(error))
         except OSError as error:
             name = "PORT" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "HOST"
             self._fail(f"{name}: cannot listen on {host}:{port}: {error.strerror or error}")
