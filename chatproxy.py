@@ -1221,6 +1221,7 @@ class Handle:
         self._lines = ffi.NULL
         self._url, self._posts, self._method, self._plain = "", False, "", False
         self.silence = 0.0  # seconds without a byte that end the call
+        self.once_sent: Callable[[], None] | None = None  # called when the next call is on its way
         self._hears = False
         if route.browser:
             lib.curl_easy_impersonate(self._easy, route.browser.encode(), 1)
@@ -1313,6 +1314,9 @@ class Handle:
             heard = signed = checked = time.monotonic()
             while True:
                 lib.curl_multi_perform(multi, running)
+                if self.once_sent:
+                    once_sent, self.once_sent = self.once_sent, None
+                    once_sent()
                 now = time.monotonic()
                 if now - checked >= 1.0:
                     checked = now
@@ -1902,6 +1906,9 @@ class Pool:
 
 PAGE_LIFE = 900.0  # seconds between two readings of the start page
 PAGE_SILENCE = 5.0  # seconds that a turn waits for it
+SPARE_DELAY = (
+    0.002  # seconds for which what is prepared ahead lets the turn under way go first: one processor
+)
 SPARE_PATIENCE = 5.0  # seconds that a turn waits for what is being prepared for it
 SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
 REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
@@ -2254,6 +2261,8 @@ class ChatGPT:
         url, data = self._base(account) + path, compact(body).encode("utf-8", "replace")
         headers = self._headers(account, *extra, accept=b"Accept: text/event-stream")
         with self._call(account, "POST", url, headers, data, watch) as call:
+            if account.answered:
+                call.handle.once_sent = lambda: self.prepare(account)  # meanwhile, not before
             try:
                 yield from call.start()
             except Refusal:
@@ -2480,6 +2489,7 @@ class _Growing:
         self.sent = 0
         self.changed = True  # whether its text may have grown otherwise than by `append`
         self._tail = io.StringIO()  # appended to part 0 since `raw` was last brought up to date
+        self.kind = self._kind()
 
     def append(self, more: str) -> Text:
         """Appends to part 0, in constant time; what to pass on."""
@@ -2490,9 +2500,7 @@ class _Growing:
     def appendable(self) -> bool:
         """Whether text can be appended to part 0 without a look at the rest: no other part follows it."""
         parts = _at(self.raw, ("content", "parts"))
-        return (
-            self.kind() is Text and isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], str)
-        )
+        return self.kind is Text and isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], str)
 
     def patch(self, steps: list[str | int], op: str, value: Any) -> None:
         """Applies one operation of the v1 encoding."""
@@ -2502,8 +2510,9 @@ class _Growing:
                 self.raw["content"]["parts"][0] += tail
                 self._tail = io.StringIO()
         _patch(self.raw, steps, op, value)
+        self.kind = self._kind()
 
-    def kind(self) -> type[Text] | type[Reasoning] | None:
+    def _kind(self) -> type[Text] | type[Reasoning] | None:
         """What becomes of its text. "Which messages are the answer"."""
         message, kind = self.raw, _at(self.raw, ("content", "content_type"))
         hidden = _at(message, ("metadata", "is_visually_hidden_from_conversation"))
@@ -2625,7 +2634,7 @@ class Decoder:
         known = self._messages.get(message.id)
         if known is not None:
             message.sent = known.sent
-        elif message.kind() is Text and self._reason != "content_filter":
+        elif message.kind is Text and self._reason != "content_filter":
             self._reason = ""  # an earlier message's end was not the answer's
         if message.id:
             self._messages[message.id] = message
@@ -2656,7 +2665,7 @@ class Decoder:
 
     def _pass_on(self, message: _Growing, out: list[Event]) -> None:
         """Passes on what a message for the client has grown by, and notes whether it is the end."""
-        kind = message.kind()
+        kind = message.kind
         if kind is None:
             return
         self.model = str(_at(message.raw, ("metadata", "model_slug")) or self.model)
@@ -2879,8 +2888,6 @@ class Answers:
         decoder: Decoder,
         watch: Watch,
     ) -> Generator[list[Event] | None, None, list[Event]]:
-        if account.answered:
-            self.upstream.prepare(account)
         body = conversation_body(question, self.settings.history_disabled)
         last = time.monotonic()
         for data in self.upstream.conversation(account, body, needs, watch):
@@ -2945,16 +2952,25 @@ class ChatRequest:
     stops: tuple[str, ...]
 
 
-def _typed(
-    body: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], what: str, param: str = ""
-) -> Any:
-    """body[name], None when absent or null; 400 when it is of another type."""
-    value = body.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-        raise invalid(param or name, f"`{param or name}` must be {what}.")
-    return value
+_NUMBER, _INTEGER, _FLAG = ((int, float), "a number"), (int, "an integer"), (bool, "true or false")
+_TEXT, _LIST, _OBJECT = (str, "a string"), (list, "a list"), (dict, "an object")
+Types = Mapping[str, tuple[type | tuple[type, ...], str]]
+# The types of the fields of a chat completion request. Other fields are passed over.
+CHAT_FIELDS: Types = {
+    "messages": _LIST, "model": _TEXT, "stream": _FLAG, "stream_options": _OBJECT, "n": _INTEGER, "logprobs": _FLAG,
+    "temperature": _NUMBER, "top_p": _NUMBER, "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER,
+    "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST,
+    "max_tokens": _INTEGER, "max_completion_tokens": _INTEGER, "conversation_id": _TEXT, "parent_message_id": _TEXT,
+}  # fmt: skip
+
+
+def check_types(body: Mapping[str, Any], types: Types, where: str = "") -> None:
+    """400 for the first field that is neither null nor of its type."""
+    for name, value in body.items():
+        if value is not None and name in types:
+            kinds, what = types[name]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise invalid(where + name, f"`{where}{name}` must be {what}.")
 
 
 ROLES = {
@@ -3009,51 +3025,39 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 def parse_chat(body: Mapping[str, Any], history_disabled: bool) -> ChatRequest:
     """A chat completion request; 400 names what is wrong. What the web upstream cannot honour is accepted and ignored."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
+    check_types(body, CHAT_FIELDS)
+    if not (messages := body.get("messages")):
         raise invalid("messages", "`messages` must be a list of at least one message.")
-    model = _typed(body, "model", str, "a string")
-    if not model:
+    if not (model := body.get("model")):
         raise invalid("model", "`model` is missing; name one, such as gpt-4o or auto.")
-    for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
-        _typed(body, name, (int, float), "a number")
-    _typed(body, "seed", int, "an integer")
-    _typed(body, "user", str, "a string")
-    _typed(body, "logit_bias", dict, "an object")
-    if _typed(body, "n", int, "an integer") not in (None, 1):
+    if body.get("n") not in (None, 1):
         raise invalid("n", "`n` must be 1: the upstream gives one answer a request.")
-    if _typed(body, "logprobs", bool, "true or false"):
+    if body.get("logprobs"):
         raise invalid("logprobs", "`logprobs` must be false: the upstream gives none.")
     for name in ("tools", "functions"):
-        if _typed(body, name, list, "a list"):
+        if body.get(name):
             raise invalid(name, f"`{name}` must be empty: this version calls no functions.")
-    limits = [_typed(body, name, int, "an integer") for name in ("max_completion_tokens", "max_tokens")]
-    limit = next((limit for limit in limits if limit is not None), None)
+    limits = [name for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
+    limit = body[limits[0]] if limits else None
     if limit is not None and limit < 1:
-        raise invalid(
-            "max_completion_tokens" if limits[0] is not None else "max_tokens",
-            "The most tokens must be 1 or more.",
-        )
-    options = _typed(body, "stream_options", dict, "an object") or {}
-    conversation, parent = (
-        _typed(body, name, str, "a string") for name in ("conversation_id", "parent_message_id")
-    )
+        raise invalid(limits[0], f"`{limits[0]}` must be 1 or more.")
+    options = body.get("stream_options") or {}
+    check_types(options, {"include_usage": _FLAG}, "stream_options.")
+    conversation = body.get("conversation_id") or None
     if conversation and history_disabled:
-        raise invalid(
-            "conversation_id",
-            "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary.",
-        )
+        text = "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary."
+        raise invalid("conversation_id", text)
     question = Question(
         tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages)),
         model,
-        conversation or None,
-        parent if conversation else None,
+        conversation,
+        body.get("parent_message_id") if conversation else None,
     )
     return ChatRequest(
         question,
         model,
-        bool(_typed(body, "stream", bool, "true or false")),
-        bool(_typed(options, "include_usage", bool, "true or false", "stream_options.include_usage")),
+        bool(body.get("stream")),
+        bool(options.get("include_usage")),
         limit,
         _stops(body.get("stop")),
     )
@@ -4347,7 +4351,7 @@ class Demo:
         """Starts it on a free port of the loopback interface: the server, and its URL."""
         settings = replace(settle(gather({}, {})), host="127.0.0.1", port=0, max_connections=10_000)
         server = Server(("127.0.0.1", 0), self.respond, settings, Metrics(), quiet=True)
-        threading.Thread(target=server.serve_forever, name="demo", daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
         return server, f"http://127.0.0.1:{server.server_port}"
 
     def respond(self, request: Request) -> Reply | Stream:

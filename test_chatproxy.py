@@ -578,6 +578,27 @@ def select_readable(sock: socket.socket, seconds: float) -> bool:
     return bool(select.select([sock], [], [], seconds)[0])
 
 
+def test_an_empty_line_before_a_request_is_forgiven(proxy: Proxy) -> None:
+    post = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc\r\n"
+    assert talk(proxy.address, b"\r\n" + HEALTH + post + LAST).count(b"HTTP/1.1 ") == 3
+
+
+def test_chunks_cannot_carry_endless_extensions(proxy: Proxy) -> None:
+    head = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert talk(proxy.address, head + b"1;%b\r\na\r\n" % (b"x" * 4000) * 3 + b"0\r\n\r\n").startswith(
+        b"HTTP/1.1 400 "
+    )
+    assert talk(proxy.address, head + b"1;a\rb\r\na\r\n0\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_an_absolute_target_is_its_path(proxy: Proxy) -> None:
+    for target in (b"http://x/ping", b"HTTP://x/ping?a=b"):
+        got = talk(proxy.address, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert got.startswith(b"HTTP/1.1 200 ")
+    got = talk(proxy.address, b"GET http://x?a=/ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 404 ")
+
+
 def test_http_1_0_is_closed_unless_asked_otherwise(proxy: Proxy) -> None:
     body = json.dumps({"model": "x", "stream": True, "messages": [{"role": "user", "content": "hi"}]})
     head = f"POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -618,7 +639,9 @@ def test_https_is_served_with_a_certificate(start: Callable[..., Proxy], tmp_pat
     issued = authority.issue_cert("127.0.0.1")
     issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
     issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-    proxy = start("alice", tls_cert=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"))
+    proxy = start(
+        "alice", tls_cert=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"), read_timeout="1"
+    )
     context = ssl.create_default_context()
     authority.configure_trust(context)
     url = proxy.url.replace("http:", "https:")
@@ -627,7 +650,11 @@ def test_https_is_served_with_a_certificate(start: Callable[..., Proxy], tmp_pat
         body = {"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
         answer = client.post(f"{url}/v1/chat/completions", json=body)
         assert answer.text.endswith("data: [DONE]\n\n")
-    assert talk(proxy.address, HEALTH) != b"HTTP/1.1 200 OK"
+    assert not talk(proxy.address, HEALTH).startswith(b"HTTP/1.1 200")
+    with context.wrap_socket(socket.create_connection(proxy.address), server_hostname="127.0.0.1") as sock:
+        sock.settimeout(5)
+        sock.sendall(b"GET / HT")
+        assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 @given(st.binary(max_size=300))
@@ -701,7 +728,16 @@ def test_the_pool_answers_its_keys_in_either_form_and_nobody_else(proxy: Proxy) 
     body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
     bare = httpx.post(f"{proxy.url}/v1/chat/completions", json=body, headers={"Authorization": KEY})
     assert bare.status_code == 200
-    for key in (None, "wrong", KEY + "x", KEY[:-1], "eyJhbGciOiJub25lIn0.bm90anNvbg.x"):
+    huge, deep, shape = (
+        b'{"exp":' + b"9" * 4000 + b"}",
+        b"[" * 3000 + b"]" * 3000,
+        b'{"https://api.openai.com/auth": 5}',
+    )
+    crafted = [
+        f"eyJhbGciOiJub25lIn0.{base64.urlsafe_b64encode(one).decode()}.0000000000"
+        for one in (huge, deep, shape)
+    ]
+    for key in (None, "wrong", KEY + "x", KEY[:-1], "eyJhbGciOiJub25lIn0.bm90anNvbg.x", *crafted):
         assert error_of(proxy.ask(key=key)) == (401, "invalid_api_key")
 
 
@@ -752,9 +788,17 @@ def test_an_sk_key_goes_to_openai_unchanged(start: Callable[..., Proxy], weather
         model="gpt-9", messages=[{"role": "user", "content": "hi"}], stream=True
     )
     assert "stand-in" in "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
-    weather.add("/embeddings", status(418, {"error": "teapot"}))
+    weather.add("/embeddings", status(418, {"error": "teapot"}, x_ratelimit_left="1"))
     other = httpx.post(f"{proxy.url}/v1/embeddings", json={}, headers={"Authorization": "Bearer sk-mine"})
     assert (other.status_code, other.json()) == (418, {"error": "teapot"})
+    assert other.headers["x-ratelimit-left"] == "1"
+    get = b"GET /v1/models?include[]=a&flag HTTP/1.1\r\nHost: x\r\nAuthorization: sk-mine\r\nConnection: close\r\n\r\n"
+    assert talk(proxy.address, get).startswith(b"HTTP/1.1 404 ")
+    assert weather.seen[-1].target == "/v1/models?include[]=a&flag"
+    climbing = get.replace(b"/v1/models", b"/v1/../../x")
+    assert (
+        talk(proxy.address, climbing).startswith(b"HTTP/1.1 404 ") and weather.seen[-1].path == "/v1/models"
+    )
 
 
 def test_without_any_key_set_nobody_needs_one_and_the_call_is_login_free(
@@ -795,6 +839,14 @@ def test_admin_routes_want_the_admin_key_or_this_machine(start: Callable[..., Pr
     assert httpx.post(f"{first.url}/tokens/upload", data=upload, headers=headers).status_code == 200
     none = start(folder="none", admin_key="", authorization="")
     assert httpx.post(f"{none.url}/tokens/upload", data=upload).status_code == 200
+    for header in (
+        "Origin",
+        "X-Forwarded-For",
+    ):  # a web page in a browser here, somebody behind a reverse proxy
+        assert (
+            httpx.post(f"{none.url}/tokens/upload", data=upload, headers={header: "http://x"}).status_code
+            == 401
+        )
 
 
 def test_tokens_are_uploaded_as_chat2api_does_it(start: Callable[..., Proxy]) -> None:
@@ -1058,6 +1110,156 @@ def test_a_dead_refresh_token_sets_its_account_aside_as_dead(
     assert error_of(proxy.ask()) == (503, "no_account") and weather.count("/oauth/token") == calls
 
 
+def test_importing_a_token_again_does_not_undo_its_rotation(
+    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
+) -> None:
+    refresh = "rt_" + "x" * 50
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh)
+    assert proxy.ask().status_code == 200
+    env = {"DATA_DIR": str(tmp_path / "data")}
+    assert run("accounts", "add", refresh, env=env).returncode == 0
+    proxy.app.pool.add([refresh])
+    weather.dead.add(proxy.app.pool.accounts()[0].row.access_token)
+    assert proxy.ask().status_code == 200 and weather.count("/oauth/token") == 2
+
+
+def test_a_pool_tokens_owner_who_calls_with_it_leaves_it_in_the_pool(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "x" * 50
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh)
+    assert proxy.ask().status_code == 200
+    assert proxy.ask(key=refresh).status_code == 200
+    assert proxy.ask().status_code == 200
+    assert weather.count("/oauth/token") == 1 and len(start().app.pool.accounts()) == 1
+
+
+def test_a_forged_token_shares_nothing_with_its_victim(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy, real = start(), cp.demo_token("victim")
+    forged = real.rpartition(".")[0] + ".forged-signature"
+    weather.dead.add(forged)
+    assert proxy.ask(key=real).status_code == 200
+    assert error_of(proxy.ask(key=forged)) == (401, "invalid_api_key")
+    assert proxy.ask(key=real).status_code == 200
+    assert proxy.app.pool.guest(real) is not proxy.app.pool.guest(forged)
+
+
+def test_made_up_refresh_tokens_leave_nothing_behind(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    for letter in "abc":
+        assert error_of(proxy.ask(key="rt_" + letter * 50)) == (401, "invalid_api_key")
+    assert proxy.store.accounts() == []
+
+
+def test_a_rotated_token_is_kept_even_when_the_answer_is_of_no_use(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh, newer = "rt_" + "x" * 50, "rt_" + "y" * 50
+    proxy = start(refresh, retry_times="0")
+    weather.add("/oauth/token", status(200, {"access_token": "no JWT", "refresh_token": newer}))
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    assert proxy.store.accounts()[0].secret == newer
+    weather.refresh_tokens[newer] = "alice"
+    wait_until(lambda: proxy.ask().status_code == 200, 5)
+
+
+@pytest.mark.parametrize(
+    "answer", [status(200, "<html>maintenance</html>", "text/html"), status(200, ""), status(404)]
+)
+def test_only_an_empty_session_is_a_dead_one(
+    start: Callable[..., Proxy], weather: Weather, answer: Fault
+) -> None:
+    weather.add("/api/auth/session", answer)
+    proxy = start("eyJ" + "s" * 60 + "....", retry_times="0")
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    assert [a.row.state for a in proxy.app.pool.accounts()] == ["ready"]
+    proxy.app.pool.accounts()[0].retry_renewal = (0.0, 0)
+    assert error_of(proxy.ask()) == (503, "no_account")  # {}
+    assert [a.row.state for a in proxy.app.pool.accounts()] == ["dead"]
+
+
+def test_an_html_401_expires_no_account(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", retry_times="0")
+    weather.add("/conversation", status(401, "<html>gateway</html>", "text/html"))
+    assert proxy.ask().status_code == 502
+    assert proxy.states() == {"alice@demo.example": "ready"}
+
+
+def test_an_account_whose_fresh_token_is_refused_is_left_alone_but_not_lost(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "x" * 50
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh, retry_times="0")
+    weather.add("/conversation", status(401), status(401))
+    assert proxy.ask().status_code == 503
+    assert proxy.states() == {"alice@demo.example": "waiting"} and weather.count("/oauth/token") == 2
+
+
+def test_a_late_refusal_does_not_set_a_new_token_aside(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", retry_times="0")
+
+    def replaced_meanwhile(request: cp.Request) -> cp.Reply:
+        proxy.app.pool.add([cp.demo_token("alice")])
+        return cp.Reply(401, b"{}")
+
+    weather.add("/conversation", replaced_meanwhile)
+    proxy.ask()
+    assert proxy.states() == {"alice@demo.example": "ready"}
+
+
+def test_an_answer_does_not_end_the_wait_that_another_request_was_told(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    account = proxy.app.pool.accounts()[0]
+    for _ in range(6):
+        proxy.app.pool.told_to_wait(account, "gpt-4o", None)
+    proxy.app.pool.told_to_wait(account, "gpt-4o", 1000.0)
+    proxy.app.pool.told_to_wait(account, "gpt-4o", 5.0)
+    proxy.app.pool.answered(account, "gpt-4o")
+    until, strikes = account.waits["gpt-4o"]
+    assert strikes == 1 and 990 < until - time.time() < 1001
+    assert proxy.store.waits() == [(account.id, "gpt-4o", until, 1)]
+    account.waits = {"gpt-4o": cp.Wait(0.0, 5000)}
+    assert 3590 < proxy.app.pool.told_to_wait(account, "gpt-4o", None) < 3601
+
+
+def test_a_reload_and_a_renewal_never_undo_each_other(start: Callable[..., Proxy], weather: Weather) -> None:
+    refresh = "rt_" + "x" * 50
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh)
+    pool, stop = proxy.app.pool, threading.Event()
+
+    def reload() -> None:
+        while not stop.is_set():
+            pool.reload()
+
+    threads = [threading.Thread(target=reload) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(30):
+        weather.dead.add(pool.accounts()[0].row.access_token)
+        assert proxy.ask().status_code == 200
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert proxy.states() == {"alice@demo.example": "ready"}
+
+
+def test_the_holder_of_a_conversation_answers_for_itself_alone(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob", history_disabled="false")
+    known = proxy.ask().json()["conversation_id"]
+    holder = proxy.app.pool.store.conversation_account(known)
+    for account in proxy.app.pool.accounts():
+        proxy.app.pool.told_to_wait(account, "gpt-4o", 1000.0 if account.id == holder else 5.0)
+    assert int(proxy.ask(conversation_id=known).headers["retry-after"]) > 900
+
+
 def test_a_failing_token_endpoint_kills_no_account(start: Callable[..., Proxy], weather: Weather) -> None:
     weather.refresh_tokens["rt_" + "w" * 50] = "alice"
     weather.add("/oauth/token", status(500))
@@ -1254,6 +1456,35 @@ def test_a_gateway_can_do_the_requirements(start: Callable[..., Proxy], weather:
     assert weather.seen[-1].headers["authkey"] == "for-the-gateway"
 
 
+def test_a_forgotten_spare_is_replaced_before_the_address_is_blamed(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", retry_times="0")
+    assert proxy.say()
+    wait_until(lambda: spare_ready(proxy.app.pool.accounts()[0]))
+    weather._issued.clear()  # as after a restart of the upstream
+    assert proxy.say() == "Hello wide world."
+
+
+def test_a_lost_solver_stops_nobody() -> None:
+    solver = cp.Solver()
+    solver.close()
+    configuration = cp.fingerprint("d", "a", "en-US", cp.Page(), 2e9)
+    token = cp.patiently(solver.solved(("0.5", "000fff", configuration, "sha3"), cp.Watch(15)))
+    assert right("sha3", "0.5", "000fff", token[7:])
+
+
+def test_a_missing_call_is_looked_for_in_both_generations_again(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", retry_times="0")
+    weather.add("/conversation", status(404, {"detail": "Conversation not found"}))
+    assert error_of(proxy.ask()) == (404, "not_found")
+    weather.add("/conversation", status(404))
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    assert proxy.say() == "Hello wide world."
+
+
 def test_the_fingerprint_names_the_agent_that_is_sent(start: Callable[..., Proxy], weather: Weather) -> None:
     start("alice").ask()
     call = weather.last("/chat-requirements")
@@ -1309,6 +1540,53 @@ def test_a_waiting_client_gets_heartbeats_before_the_first_word_too(
     assert text_of(chunks) == "one" and ": \n\n" in text
 
 
+def test_what_is_hidden_from_the_client_is_silence_to_it(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", heartbeat="1")
+    hidden = {"id": "h", "author": {"role": "tool"}, "content": {"content_type": "text", "parts": [""]}}
+
+    def busy(request: cp.Request) -> cp.Stream:
+        def pieces() -> Iterator[tuple[bytes, int]]:
+            for _ in range(12):
+                yield cp._data({"message": hidden}), 1
+                time.sleep(0.1)
+            for piece in weather.say(request.json(), weather.words):
+                yield piece, 1
+
+        return cp.Stream(pieces())
+
+    weather.add("/conversation", busy)
+    chunks, text = proxy.stream()
+    assert text.startswith(": \n\n") and text_of(chunks) == "Hello wide world."
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n"])
+def test_an_upstream_that_lingers_after_the_end_is_not_waited_for(
+    start: Callable[..., Proxy], weather: Weather, end: bytes
+) -> None:
+    proxy = start("alice", upstream_timeout="3")
+    words = b"".join(weather.say({"model": "gpt-4o"}, ["Done"])).removesuffix(b"data: [DONE]\n\n")
+    weather.add("/conversation", weather.silence(words + end), weather.silence(words + end))
+    began = time.monotonic()
+    chunks, text = proxy.stream()
+    assert text_of(chunks) == proxy.say() == "Done" and text.endswith("data: [DONE]\n\n")
+    assert time.monotonic() - began < 2
+
+
+def test_a_busy_upstream_is_left_when_the_client_is_gone(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    weather.words, weather.pace = [" word"] * 400, 0.02
+    body = json.dumps({"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(proxy.address) as sock:
+        sock.sendall((head + body).encode())
+        wait_until(lambda: weather.count("/conversation"))
+    wait_until(lambda: 'status="499"' in httpx.get(f"{proxy.url}/metrics").text, 2.5)
+
+
 def test_an_answer_cut_in_the_middle_ends_in_an_error_event(
     start: Callable[..., Proxy], weather: Weather
 ) -> None:
@@ -1342,6 +1620,70 @@ def test_connections_upstream_are_kept(start: Callable[..., Proxy], weather: Wea
 def weather_connections(weather: Weather) -> int:
     """How many connections have been made to the upstream so far, by the ports they came from."""
     return len({id(request.watch) for request in weather.seen})
+
+
+def over_http2(
+    weather: Weather, certificate: pathlib.Path, key: pathlib.Path, spoken: set[str]
+) -> Iterator[str]:
+    """The weather over TLS with HTTP/2 on offer, as the real upstream is; notes which versions were spoken."""
+    import hypercorn.asyncio
+    import hypercorn.config
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        spoken.add(scope["http_version"])
+        body = b""
+        while True:
+            event = await receive()
+            body += event.get("body", b"")
+            if not event.get("more_body"):
+                break
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        request = cp.Request(scope["method"], scope["path"], {}, headers, body, "127.0.0.1", cp.Watch(15))
+        answer = weather.respond(request)
+        kind = [(b"content-type", answer.content_type.encode())]
+        await send({"type": "http.response.start", "status": answer.status, "headers": kind})
+        pieces = [(answer.body, 1)] if isinstance(answer, cp.Reply) else answer.pieces
+        for piece, _ in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = hypercorn.config.Config()
+    config.bind = [f"127.0.0.1:{port}"]
+    config.certfile, config.keyfile, config.alpn_protocols = str(certificate), str(key), ["h2", "http/1.1"]
+    loop, stop = asyncio.new_event_loop(), asyncio.Event()
+    serving = hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait)
+    thread = threading.Thread(target=loop.run_until_complete, args=(serving,), daemon=True)
+    thread.start()
+    yield f"https://127.0.0.1:{port}"
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(5)
+
+
+def test_http_2_is_spoken_over_tls(tmp_path: pathlib.Path, weather: Weather) -> None:
+    import trustme
+
+    authority, spoken = trustme.CA(), set[str]()
+    issued = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    for url in over_http2(weather, tmp_path / "cert.pem", tmp_path / "key.pem", spoken):
+        env = {"DATA_DIR": str(tmp_path / "data"), "AUTHORIZATION": KEY, "CHATGPT_BASE_URL": url}
+        env["SSL_CERT_FILE"] = str(tmp_path / "ca.pem")
+        assert run("accounts", "add", cp.demo_token("alice"), env=env).returncode == 0
+        with Served(env=env) as served:
+            client = openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0)
+            for _ in range(3):
+                stream = client.chat.completions.create(
+                    model="gpt-4o", messages=[{"role": "user", "content": "hi"}], stream=True
+                )
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+                assert text == "Hello wide world."
+    assert spoken == {"2"}
 
 
 def test_a_plain_proxy_is_used(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -1635,6 +1977,27 @@ def test_an_answer_cut_by_length_is_continued(start: Callable[..., Proxy], weath
     weather.add("/conversation", *[cut] * 9)
     answer = proxy.ask().json()["choices"][0]
     assert answer["message"]["content"] == " part" * 4 and answer["finish_reason"] == "length"
+
+
+def test_a_continuation_that_is_refused_leaves_the_answer_good(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    cut = raw_stream(b"".join(weather.say({"model": "gpt-4o"}, [" part"], "max_tokens")))
+    weather.add("/conversation", cut, status(429, {"detail": {"clears_in": 500}}))
+    answer = proxy.ask().json()["choices"][0]
+    assert answer["message"]["content"] == " part" and answer["finish_reason"] == "length"
+    assert proxy.states() == {"alice@demo.example": "waiting"}
+
+
+def test_a_client_that_limits_its_answers_is_served_ahead_too(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", history_disabled="false")
+    known = proxy.ask(max_tokens=1).json()["conversation_id"]
+    account = proxy.app.pool.accounts()[0]
+    assert account.answered and proxy.store.conversation_account(known) == account.id
+    wait_until(lambda: spare_ready(account))
 
 
 def test_moderation_ends_an_answer_as_content_filter(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -1986,6 +2349,20 @@ def test_health_and_metrics_tell_the_state(start: Callable[..., Proxy], weather:
         assert re.fullmatch(r'(# (HELP|TYPE) .*|[a-z_]+(\{([a-z]+="[^"]*",?)+\})? [0-9.e+-]+(nf)?)', line), (
             line
         )
+
+
+def test_a_log_line_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
+    line = cp.TextFormatter().format(
+        cp.logging.makeLogRecord(
+            {"msg": "request", "levelname": "INFO", "facts": {"as": "a\nINFO forged=1", "ms": 2}}
+        )
+    )
+    assert (
+        len(line.splitlines()) == 1
+        and " forged=1" in line
+        and '"a\\nINFO forged=1"' in line
+        and line.endswith(" ms=2")
+    )
 
 
 def test_a_request_id_is_returned_and_logged_as_json(tmp_path: pathlib.Path) -> None:
