@@ -3129,7 +3129,7 @@ class Tokens:
         """tiktoken may have to download its vocabulary: in the background, so that nobody waits long for it."""
         try:
             self._encode = importlib.import_module("tiktoken").get_encoding("o200k_base").encode
-        except Exception as error:
+        except (ImportError, OSError, ValueError, AttributeError) as error:
             log(logging.INFO, "tiktoken has no vocabulary; tokens are estimated", reason=type(error).__name__)
 
     def count(self, text: str) -> int:
@@ -3378,12 +3378,16 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+# An answer's pieces: bytes, and how many events they are.
+Sent = Generator[tuple[bytes, int], None, None]
+
+
 @dataclass
 class Stream:
     """An answer in pieces: (bytes, how many events they are) each, sent as they come. Its status is sent with the first;
     an ApiError raised before that is answered as such, one raised later becomes the stream's last event."""
 
-    pieces: Iterator[tuple[bytes, int]]
+    pieces: Sent
     status: int = 200
     content_type: str = "text/event-stream; charset=utf-8"
     headers: dict[str, str] = field(default_factory=dict)
@@ -3888,6 +3892,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _stream(self, stream: Stream, request: Request, keep: bool) -> bool:
         """Sends a stream's pieces as they come, each in one write."""
+        if self.method == "HEAD":
+            stream.pieces.close()
+            return self._send(Reply(stream.status, b"", stream.content_type, stream.headers), request, keep)
         metrics, events, status = self.server.metrics, 0, stream.status
         try:
             piece, count = next(stream.pieces, (b"", 0))
@@ -3904,9 +3911,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self._first_byte(request)
         self.wire.sending()
         try:
-            if self.method == "HEAD":
-                send(head)
-                return keep
             framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
             send(head + framed)
             events += count
@@ -3924,7 +3928,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
         finally:
-            stream.pieces.close()  # type: ignore[attr-defined] # a generator: its upstream call ends here
+            stream.pieces.close()  # its upstream call ends here
             metrics.add("chatproxy_streams_open", -1)
             metrics.add("chatproxy_events_total", events)
         self._log(request, status, events)
@@ -4195,7 +4199,7 @@ def relay(app: App, request: Request) -> Reply | Stream:
         return Reply(call.status, patiently(call.whole()).body, content_type, headers)
 
 
-def _relayed(call: Call, stack: contextlib.ExitStack) -> Iterator[tuple[bytes, int]]:
+def _relayed(call: Call, stack: contextlib.ExitStack) -> Sent:
     with stack:
         for data in call.rest():
             yield (HEARTBEAT_COMMENT, 0) if data is None else (data, data.count(b"\n\n"))
@@ -4221,7 +4225,7 @@ def chat_completions(app: App, request: Request) -> Reply | Stream:
     return json_reply(completion.whole())
 
 
-def _chunks(answer: Batches, completion: CompletionStream) -> Iterator[tuple[bytes, int]]:
+def _chunks(answer: Batches, completion: CompletionStream) -> Sent:
     """The pieces of a streamed completion: a batch of events is one piece, silence a comment line."""
     with contextlib.closing(answer):
         for events in answer:
@@ -4501,7 +4505,7 @@ class Demo:
             )
         return Stream(self.frames(self.answer(request, body)))
 
-    def frames(self, pieces: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+    def frames(self, pieces: Iterable[bytes]) -> Sent:
         for piece in pieces:
             yield piece, 1
 

@@ -103,7 +103,7 @@ class Weather(cp.Demo):
     def silence(self, first: bytes = b"") -> Fault:
         """Says no more than `first` until the client is gone, and notes when that was noticed."""
 
-        def wait(request: cp.Request) -> Iterator[tuple[bytes, int]]:
+        def wait(request: cp.Request) -> cp.Sent:
             if first:
                 yield first, 1
             try:
@@ -132,7 +132,7 @@ def raw_stream(*pieces: bytes) -> Fault:
 def cut_stream(*pieces: bytes) -> Fault:
     """These bytes, then the connection breaks."""
 
-    def give() -> Iterator[tuple[bytes, int]]:
+    def give() -> cp.Sent:
         for piece in pieces:
             yield piece, 1
         raise cp.ClientGone
@@ -1547,7 +1547,7 @@ def test_what_is_hidden_from_the_client_is_silence_to_it(
     hidden = {"id": "h", "author": {"role": "tool"}, "content": {"content_type": "text", "parts": [""]}}
 
     def busy(request: cp.Request) -> cp.Stream:
-        def pieces() -> Iterator[tuple[bytes, int]]:
+        def pieces() -> cp.Sent:
             for _ in range(12):
                 yield cp._data({"message": hidden}), 1
                 time.sleep(0.1)
