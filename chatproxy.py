@@ -31,6 +31,7 @@ import http.server
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -94,18 +95,11 @@ class Kind(NamedTuple):
     accepts: str
 
 
+_WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
 def _boolean(text: str) -> bool:
-    words = {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-    }
-    return words[text.lower()]
+    return _WORDS[text.lower()]
 
 
 def _off(text: str) -> bool:
@@ -598,7 +592,7 @@ class Metrics:
                 f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}",
             ]
             lines += [
-                f"{name}{{{labels}}} {value:g}" if labels else f"{name} {value:g}"
+                f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}"
                 for labels, value in sorted(series.items())
             ]
         for name, rows in sorted(histograms.items()):
@@ -611,10 +605,10 @@ class Metrics:
         comma, total = "," if labels else "", 0.0
         for bound, count in zip([*map(str, self.BUCKETS), "+Inf"], row[:-1], strict=True):
             total += count
-            yield f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total:g}'
+            yield f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total:.15g}'
         braces = f"{{{labels}}}" if labels else ""
-        yield f"{name}_sum{braces} {row[-1]:g}"
-        yield f"{name}_count{braces} {total:g}"
+        yield f"{name}_sum{braces} {row[-1]:.15g}"
+        yield f"{name}_count{braces} {total:.15g}"
 
 
 # ============================================================================================================
@@ -862,6 +856,12 @@ class Store:
                 " ON CONFLICT(id) DO UPDATE SET account=excluded.account, used=excluded.used",
                 (id, time.time(), account),
             )
+
+    def prune(self, now: float) -> None:
+        """Forgets cool-downs that ended a day ago and conversations that nobody went on with for half a year."""
+        with self.writing() as db:
+            db.execute("DELETE FROM waits WHERE until < ?", (now - 86400,))
+            db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
 
     def users(self) -> list[User]:
         return [
@@ -1291,7 +1291,7 @@ class Handle:
         self._set(_HTTPHEADER, lines)
         lib.curl_slist_free_all(self._lines)
         self._lines = lines
-        self.silence = silence
+        self.silence, self.once_sent = silence, None
         self._body.clear()
         self._head.clear()
 
@@ -1304,7 +1304,8 @@ class Handle:
 
         self._hears = True
         self._set(_options("DEBUGFUNCTION")[0], lib.debug_function)
-        self._set(_options("DEBUGDATA")[0], self._sink(hear))
+        self._hearing = ffi.new_handle(_Sink(hear))
+        self._set(_options("DEBUGDATA")[0], self._hearing)
         self._set(_VERBOSE, 1)
 
     def transfer(self, watch: Watch) -> Pieces:
@@ -1359,8 +1360,11 @@ class Handle:
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
-        text = b"".join(self._head).decode("latin-1").rstrip("\r\n").rpartition("\r\n\r\n")[2]
-        first, *lines = text.split("\r\n")
+        starts = [i for i, line in enumerate(self._head) if line.startswith(b"HTTP/")]
+        newest = (
+            b"".join(self._head[starts[-1] :] if starts else []).decode("latin-1").partition("\r\n\r\n")[0]
+        )
+        first, *lines = newest.split("\r\n")
         headers: dict[str, str] = {}
         for line in lines:
             name, _, value = line.partition(":")
@@ -1460,10 +1464,8 @@ class Handles:
 # ============================================================================================================
 
 ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-free"
-FIRST_WAIT, LONGEST_WAIT = (
-    60.0,
-    3600.0,
-)  # seconds; a 429 that names no time doubles its account's wait each time
+# Seconds; a 429 that names no time doubles its account's wait each time.
+FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
 _WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
 
@@ -1487,6 +1489,8 @@ def with_access_token(row: AccountRow, token: str) -> AccountRow:
         auth = said.get("https://api.openai.com/auth") or {}
         email, plan = str(profile.get("email") or row.email), str(auth.get("chatgpt_plan_type") or row.plan)
         workspace, expires = str(auth.get("chatgpt_account_id") or ""), float(said.get("exp") or 0)
+        if math.isnan(expires):
+            raise TypeError
     except (TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError("not an access token") from None
     if workspace and not _WORKSPACE.fullmatch(workspace):
@@ -1539,9 +1543,8 @@ class Account:
     def __init__(self, row: AccountRow, route: Route, gateway: str) -> None:
         self.row, self.route, self.gateway = row, route, gateway
         self.waits: dict[str, Wait] = {}
-        self.cookies: dict[str, str] = json.loads(
-            row.cookies
-        )  # replaced, never changed: others may be reading it
+        # Replaced, never changed: others may be reading it.
+        self.cookies: dict[str, str] = json.loads(row.cookies)
         self.renewal: Future[None] | None = None  # the exchange under way
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
         self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
@@ -1615,7 +1618,11 @@ class Pool:
             load = Counter(row.proxy for row in rows)
             accounts = {}
             for row in rows:
-                if account := self._guests.get(row.id) if row.guest else self._accounts.get(row.id):
+                with self._accounts_lock:
+                    account = self._guests.get(row.id) if row.guest else self._accounts.get(row.id)
+                    if account is None and not row.guest:  # a caller's own until now: one object an account
+                        account = self._guests.pop(row.id, None)
+                if account:
                     account.row = row
                 elif not row.guest:
                     account = self._enliven(row, load)
@@ -1680,6 +1687,8 @@ class Pool:
             return replace(row, device=new_id(), browser=self.settings.impersonate, added=time.time())
         if old.kind in (REFRESH, SESSION) and old.state == "ready":
             return replace(old, guest=0)
+        if old.kind == ACCESS and old.state == "ready" and old.expires > row.expires:
+            return replace(old, guest=0)
         email, plan = row.email or old.email, row.plan or old.plan
         return replace(
             row,
@@ -1697,10 +1706,13 @@ class Pool:
         row = recognise(key)
         if row.kind == SESSION:
             raise ValueError("a session token is no API key")
+        with self._accounts_lock:
+            own = self._accounts.get(row.id)
+        if own is not None and own.row.access_token == row.secret != "":
+            return own
         device = str(uuid.uuid5(uuid.NAMESPACE_URL, row.id))
-        if (
-            row.kind == ACCESS
-        ):  # what a token says of its owner is not verified: only the same token is the same guest
+        if row.kind == ACCESS:
+            # What a token says of its owner is not verified: only the same token is the same guest.
             row = replace(row, id=f"guest-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
         elif row.kind == LOGIN_FREE:
             row, device = replace(row, id="free-caller"), new_id()
@@ -1732,6 +1744,14 @@ class Pool:
         with self._accounts_lock:
             return [*self._accounts.values(), *self._guests.values()]
 
+    def holder(self, conversation: str) -> str | None:
+        """The id of the account that holds a conversation, None when that is not known."""
+        return self.store.conversation_account(conversation)
+
+    def hold(self, conversation: str, account: Account) -> None:
+        """Remembers which account holds a conversation."""
+        self.store.put_conversation(conversation, account.id)
+
     def states(self) -> dict[str, int]:
         """How many accounts are in which state."""
         now = time.time()
@@ -1753,15 +1773,17 @@ class Pool:
                     for account in (self._accounts.get(holder),)
                     if account and account.row.state == "ready"
                 ]
-            usable = None
-            first = (
-                (random.randrange(len(order)) if self.settings.random_token else self._cursor) if order else 0
-            )
-            for step in range(len(order)):
-                account = order[(first + step) % len(order)]
-                if self._unusable(account, model, now) is None:
-                    if account not in tried:
-                        self._cursor = (first + step + 1) % len(order)
+            usable, size, first, stride = None, len(order), self._cursor, 1
+            if self.settings.random_token and size:
+                # Not one after the other: whoever stands behind a run of waiting ones would get their share too.
+                first, stride = random.randrange(size), random.randrange(1, size + 1)
+                while math.gcd(stride, size) > 1:
+                    stride = random.randrange(1, size + 1)
+            for step in range(size):
+                account = order[(first + step * stride) % size]
+                if self._usable(account, model, now):
+                    if account not in tried and (account.token_valid(now) or account.retry_renewal[0] <= now):
+                        self._cursor = (first + step + 1) % size
                         account.used = now
                         return account
                     usable = usable or account
@@ -1777,13 +1799,17 @@ class Pool:
             raise error
         return account
 
+    def _usable(self, account: Account, model: str, now: float) -> bool:
+        able = account.row.state == "ready" and (account.renewable or account.token_valid(now))
+        return able and not (self.settings.enable_limit and account.wait_for(model, now))
+
     def _unusable(self, account: Account, model: str, now: float) -> ApiError | None:
         """Why an account cannot be asked now, as its owner is told."""
-        if account.row.state != "ready" or not (account.renewable or account.token_valid(now)):
-            return ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
-        if self.settings.enable_limit and (wait := account.wait_for(model, now)):
+        if self._usable(account, model, now):
+            return None
+        if account.row.state == "ready" and (wait := account.wait_for(model, now)):
             return self._limited(wait)
-        return None
+        return ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
 
     def _none(self, order: list[Account], model: str, now: float) -> ApiError:
         """Why none of these accounts can answer; the lock is held."""
@@ -1798,7 +1824,7 @@ class Pool:
     def _limited(wait: float) -> ApiError:
         seconds = max(1, math.ceil(wait))
         text = (
-            f"Every usable account is waiting out the upstream's rate limit; try again in {seconds} seconds."
+            f"The upstream's rate limit is reached for every usable account; try again in {seconds} seconds."
         )
         return ApiError("rate_limit_exceeded", text, headers={"Retry-After": str(seconds)})
 
@@ -1814,7 +1840,8 @@ class Pool:
             strikes = old.strikes if old.until > now else old.strikes + 1
             pause = min(FIRST_WAIT * 2 ** min(strikes - 1, 10), LONGEST_WAIT) if seconds is None else seconds
             wait = Wait(max(now + pause, old.until), strikes)
-            account.waits = account.waits | {model: wait}
+            recent = {name: one for name, one in account.waits.items() if one.until > now - 86400}
+            account.waits = recent | {model: wait}
             self.store.put_wait(account.id, model, wait.until, wait.strikes)
         return wait.until - now
 
@@ -1836,9 +1863,11 @@ class Pool:
     def set_aside(self, account: Account, state: str, reason: str, token: str) -> bool:
         """Takes an account out for good, as `expired` or `dead`, until it gets a new token; False if it just got one.
 
-        `token` is what was refused: the access token, or the secret of an exchange. A guest is forgotten instead.
+        `token` is what was refused: the access token, or the secret of an exchange. A guest's row is not kept.
         """
         with self._changes_lock:
+            if account.row.state == state:
+                return True
             now = self.store.account(account.id) or account.row
             if token not in (now.access_token, now.secret):
                 self.reload()
@@ -1907,9 +1936,6 @@ class Pool:
 
 PAGE_LIFE = 900.0  # seconds between two readings of the start page
 PAGE_SILENCE = 5.0  # seconds that a turn waits for it
-SPARE_DELAY = (
-    0.002  # seconds for which what is prepared ahead lets the turn under way go first: one processor
-)
 SPARE_PATIENCE = 5.0  # seconds that a turn waits for what is being prepared for it
 SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
 REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
@@ -2145,7 +2171,8 @@ class ChatGPT:
         known, now = self._pages.get(key), time.time()
         if known and now - known.read < PAGE_LIFE:
             return known
-        self._pages[key] = (known or Page())._replace(read=now)  # others go on with what is known meanwhile
+        # Others go on with what is known meanwhile; a failure, or a client that leaves, is made up for in a minute.
+        self._pages[key] = (known or Page())._replace(read=now - PAGE_LIFE + 60)
         headers, url = [b"Expect:", *_cookie_line(account.cookies)], account.gateway + "/"
         call = self._call(account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence))
         call.handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
@@ -2180,7 +2207,12 @@ class ChatGPT:
             except Refusal as refused:
                 if refused.reason != "missing":
                     raise
-        answer = yield from self._post("requirements", account, f"{path}/prepare", asked, watch)
+        try:
+            answer = yield from self._post("requirements", account, f"{path}/prepare", asked, watch)
+        except Refusal as refused:
+            if refused.reason == "missing":
+                self._newer.discard(newer)
+            raise
         self._newer.add(newer)
         ready = yield from self._satisfied(account, page, answer, watch)
         final = {"prepare_token": answer.get("prepare_token"), "proofofwork": ready.proof}
@@ -2246,10 +2278,10 @@ class ChatGPT:
                 if refused.reason != "missing":
                     raise
         bare = {name: value for name, value in body.items() if name != "messages"}
-        answer = yield from self._post("conduit", account, "/f/conversation/prepare", bare, watch)
-        self._newer.add(newer)
-        conduit = f"x-conduit-token: {answer.get('conduit_token') or ''}".encode()
         try:
+            answer = yield from self._post("conduit", account, "/f/conversation/prepare", bare, watch)
+            self._newer.add(newer)
+            conduit = f"x-conduit-token: {answer.get('conduit_token') or ''}".encode()
             yield from self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
         except Refusal as refused:
             if refused.reason == "missing":
@@ -2748,6 +2780,9 @@ class Attempt:
         self.tried: list[Account] = []
         self.token = ""  # the access token of the call under way
         self.begun = False  # whether the client has anything of the answer
+        self.pieces: Pieces | None = (
+            None  # the call under way; it is ended when the client has its last words
+        )
         self.kept = ""  # the conversation that is remembered for its account
 
 
@@ -2763,19 +2798,23 @@ class Answers:
         ApiError when no account could answer; after the first event, when the answer broke off.
         """
         known = question.conversation if guest is None else None
-        attempt = Attempt(question, guest, self.pool.store.conversation_account(known) if known else None)
-        account = self._lease(attempt)
-        while True:
-            if account in attempt.tried:
-                yield from self._pause(len(attempt.tried), watch)
-            try:
-                yield from self._answer(account, attempt, watch)
-                return
-            except Refusal as refused:
-                self._learn(account, attempt, refused)
-                if attempt.begun:
-                    raise
-                account = self._next(account, attempt, refused)
+        attempt = Attempt(question, guest, self.pool.holder(known) if known else None)
+        try:
+            account = self._lease(attempt)
+            while True:
+                if account in attempt.tried:
+                    yield from self._pause(len(attempt.tried), watch)
+                try:
+                    yield from self._answer(account, attempt, watch)
+                    return
+                except Refusal as refused:
+                    self._learn(account, attempt, refused)
+                    if attempt.begun:
+                        raise
+                    account = self._next(account, attempt, refused)
+        finally:
+            if attempt.pieces:
+                attempt.pieces.close()
 
     def _lease(self, attempt: Attempt) -> Account:
         model = attempt.question.model
@@ -2787,7 +2826,7 @@ class Answers:
         """What a refusal means for its account."""
         model = attempt.question.model
         expired = refused.reason == "expired" and account.row.state == "ready"
-        if refused.reason == "limited" or (expired and account.renewable):
+        if refused.reason == "limited" or (expired and (account.renewable or account.row.kind == LOGIN_FREE)):
             # A token that is refused although it was just renewed: the account is not dead, but left alone a while.
             pause = self.pool.told_to_wait(account, model, refused.wait)
             refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
@@ -2829,7 +2868,10 @@ class Answers:
             try:
                 rest = yield from self._turn(account, question, attempt, decoder, watch)
             except Refusal as refused:
-                if not continuation or decoder.finish():
+                if attempt.begun and (over := decoder.finish()):
+                    yield [over]  # only what says so a second time is missing
+                    return
+                if not continuation:
                     raise
                 self._learn(account, attempt, refused)  # what there is of the answer stays good
                 yield [Finish("length", decoder.conversation, decoder.message)]
@@ -2891,7 +2933,8 @@ class Answers:
     ) -> Generator[list[Event] | None, None, list[Event]]:
         body = conversation_body(question, self.settings.history_disabled)
         last = time.monotonic()
-        for data in self.upstream.conversation(account, body, needs, watch):
+        attempt.pieces = self.upstream.conversation(account, body, needs, watch)
+        for data in attempt.pieces:
             events = decoder.feed(data) if data else []
             if events and not attempt.begun:
                 self._begun(account, attempt)
@@ -2917,7 +2960,7 @@ class Answers:
         """Remembers who holds a conversation before its id is given out."""
         attempt.kept = conversation
         if not self.settings.history_disabled and not attempt.guest and attempt.holder != account.id:
-            self.pool.store.put_conversation(conversation, account.id)
+            self.pool.hold(conversation, account)
 
 
 # ============================================================================================================
@@ -3462,7 +3505,7 @@ class Wire:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
     def sending(self) -> None:
-        """To be called before an answer: from here on the time-out is that of a client that does not read."""
+        """To be called before an answer: TLS has one time-out for both ways, others have SO_SNDTIMEO for this one."""
         if isinstance(self._sock, ssl.SSLSocket):
             self._limit(SEND_TIMEOUT)
 
@@ -3510,6 +3553,8 @@ class Wire:
                 return None
             if not more:
                 return None
+            if not begun:  # the wait for a request is over, the time to send it begins
+                deadline = time.monotonic() + self._timeout
             data += more
 
     def body(self, headers: Mapping[str, str], most: int) -> bytes:
@@ -3847,7 +3892,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.wire.body(headers, self.server.settings.max_body_mb << 20)
         if "://" in target.partition("?")[0]:  # absolute form, as sent to proxies
-            parts = urllib.parse.urlsplit(target)
+            try:
+                parts = urllib.parse.urlsplit(target)
+            except ValueError:
+                raise malformed("the request line") from None
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         raw, _, query = target.partition("?")
         path = urllib.parse.unquote(raw) if "%" in raw else raw
@@ -4144,18 +4192,23 @@ class App:
 
     def upkeep(self, stop: threading.Event) -> None:
         """The background job: what another process stored is taken in within a second; what is old is let go."""
-        for second in range(1 << 62):
+        stale = False
+        for second in itertools.count():
             if stop.wait(1.0):
                 return
             try:
-                if self.store.changed():
+                stale = self.store.changed() or stale
+                if stale:
                     self.pool.reload()
                     self.keys.reload()
+                    stale = False
                 if second % 10 == 0:
                     self.handles.sweep(time.monotonic())
                     self.upstream.sweep_spares()
                 if second % 60 == 59:
                     self.pool.keep_cookies()
+                if second % 3600 == 0:
+                    self.store.prune(time.time())
             except Exception:
                 log(logging.ERROR, "background job failed", exc_info=True)
 
@@ -4179,12 +4232,15 @@ def relay(app: App, request: Request) -> Reply | Stream:
     proxies, owner = app.settings.proxy_url, masked(request.key)
     proxy = proxies[int(hashlib.sha256(owner.encode()).hexdigest(), 16) % len(proxies)] if proxies else ""
     request.route = request.route if request.route != "none" else "/v1/…"
-    body = request.body if request.body or request.method not in ("GET", "HEAD") else None
+    method = "GET" if request.method == "HEAD" else request.method
+    body = request.body if request.body or method in ("POST", "PUT", "PATCH") else None
+    if "content-type" not in request.headers:
+        lines.append(b"Content-Type:")
     stack = contextlib.ExitStack()
     with contextlib.ExitStack() as guard:
         silence = float(app.settings.upstream_timeout)
         route = Route("", proxy)
-        call = app.handles.call(owner, route, request.method, url, lines, body, request.watch, silence)
+        call = app.handles.call(owner, route, method, url, lines, body, request.watch, silence)
         guard.enter_context(call)
         patiently(call.start())
         headers = {
@@ -4193,6 +4249,8 @@ def relay(app: App, request: Request) -> Reply | Stream:
             if name.startswith(("x-ratelimit-", "openai-")) or name == "retry-after"
         }
         content_type = call.headers.get("content-type", "application/octet-stream")
+        if request.method == "HEAD":
+            return Reply(call.status, b"", content_type, headers)
         if content_type.startswith("text/event-stream"):
             stack = guard.pop_all()
             return Stream(_relayed(call, stack), call.status, content_type, headers)
@@ -4210,7 +4268,7 @@ def chat_completions(app: App, request: Request) -> Reply | Stream:
     """OpenAI's chat completions, streamed or whole"""
     chat = parse_chat(request.json(), app.settings.history_disabled)
     login_free = request.guest and request.guest.row.kind == LOGIN_FREE
-    if login_free or re.fullmatch(r"gpt-3\.5.*", chat.model):
+    if login_free or chat.model.startswith("gpt-3.5"):
         chat = replace(chat, question=replace(chat.question, model="auto"))
     answer = app.answers.ask(chat.question, request.guest, request.watch)
     extras = not app.settings.history_disabled
@@ -4513,7 +4571,7 @@ class Demo:
         """The answer's bytes, event by event."""
         messages = body.get("messages") or []
         asked = " ".join(str(part) for part in messages[-1]["content"]["parts"]) if messages else "go on"
-        return self.say(body, re.findall(r"\s*\S+", DEMO_ANSWER.format(question=asked[:200])))
+        return self.say(body, re.findall(r"\s*\S+", DEMO_ANSWER.format(question=asked[:2000])))
 
     def say(self, body: Mapping[str, Any], words: Iterable[str], details: str = "stop") -> Iterator[bytes]:
         """The events of an answer of these words, in the stand-in's encoding; `details` is finish_details.type."""
@@ -4748,6 +4806,9 @@ def keep_to_one_cpu() -> int | None:
     return random.choice(cpus) if len(cpus) > 1 else None
 
 
+ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
 class Daemon:
     """The running server's life: from the first bound port to the last open stream."""
 
@@ -4757,6 +4818,7 @@ class Daemon:
 
     def run(self) -> int:
         """Serves until a signal says otherwise; the exit status."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(
@@ -4777,8 +4839,7 @@ class Daemon:
         server = self._bind(app)
         self.solver.start()
         app.metrics.gauge("chatproxy_connections", lambda: {"": server.connections()})
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._signalled)
+        threading.Thread(target=self._hear_signals, name="signals", daemon=True).start()
         threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         threading.Thread(target=app.upkeep, args=(self.stop,), name="upkeep", daemon=True).start()
         gc.collect()
@@ -4817,10 +4878,13 @@ class Daemon:
             line += "; add one with `chatproxy.py accounts add -` (this server takes it in by itself)"
         return line
 
-    def _signalled(self, number: int, frame: Any) -> None:
-        if self.stop.is_set():
-            os._exit(1)
+    def _hear_signals(self) -> None:
+        """The first SIGTERM or SIGINT begins the end, the second is the end. All threads block them: a handler would
+        run in the main thread alone, and only once that wakes up."""
+        signal.sigwait(ENDING_SIGNALS)
         self.stop.set()
+        signal.sigwait(ENDING_SIGNALS)
+        os._exit(1)
 
 
 @cli.command()

@@ -479,6 +479,7 @@ LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         b"GET /health\r\n\r\n",
         b"GET  /health HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /hea lth HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\n: y\r\n\r\n",
         b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naX\r\n0\r\n\r\n",
         b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n 1\r\na\r\n0\r\n\r\n",
@@ -795,6 +796,10 @@ def test_an_sk_key_goes_to_openai_unchanged(start: Callable[..., Proxy], weather
     get = b"GET /v1/models?include[]=a&flag HTTP/1.1\r\nHost: x\r\nAuthorization: sk-mine\r\nConnection: close\r\n\r\n"
     assert talk(proxy.address, get).startswith(b"HTTP/1.1 404 ")
     assert weather.seen[-1].target == "/v1/models?include[]=a&flag"
+    head = get.replace(b"GET", b"HEAD")
+    assert talk(proxy.address, head).startswith(b"HTTP/1.1 404 ") and talk(proxy.address, head).endswith(
+        b"\r\n\r\n"
+    )
     climbing = get.replace(b"/v1/models", b"/v1/../../x")
     assert (
         talk(proxy.address, climbing).startswith(b"HTTP/1.1 404 ") and weather.seen[-1].path == "/v1/models"
@@ -1031,7 +1036,7 @@ def test_a_block_is_reported_and_puts_no_account_aside(
 def test_a_revoked_token_sets_its_account_aside_by_name(
     start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
 ) -> None:
-    proxy = start("alice", "bob")
+    proxy = start("alice", "bob", random_token="false")
     tokens = {a.row.email: a.row.access_token for a in proxy.app.pool.accounts()}
     weather.dead.add(tokens["alice@demo.example"])
     for _ in range(6):
@@ -1258,6 +1263,48 @@ def test_the_holder_of_a_conversation_answers_for_itself_alone(
     for account in proxy.app.pool.accounts():
         proxy.app.pool.told_to_wait(account, "gpt-4o", 1000.0 if account.id == holder else 5.0)
     assert int(proxy.ask(conversation_id=known).headers["retry-after"]) > 900
+
+
+def test_one_refusal_does_not_end_login_free_service(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start(cp.LOGIN_FREE, authorization="", retry_times="0", enable_limit="false")
+    weather.add("/conversation", status(401))
+    assert proxy.ask(key=None).status_code == 401
+    assert proxy.ask(key=None).status_code == 200
+    assert {account.row.state for account in proxy.app.pool.live()} == {"ready"}
+
+
+def test_a_guest_that_joins_the_pool_stays_one_account(start: Callable[..., Proxy], weather: Weather) -> None:
+    refresh = "rt_" + "x" * 50
+    proxy = start()
+    assert error_of(proxy.ask(key=refresh)) == (401, "invalid_api_key")
+    weather.refresh_tokens[refresh] = "alice"
+    proxy.app.pool.add([refresh])
+    assert proxy.ask(key=refresh).status_code == 200
+    assert (
+        proxy.ask().status_code == 200 and weather.count("/oauth/token") == 3
+    )  # two that said it is unknown
+    token = cp.demo_token("bob")
+    proxy.app.pool.add([token])
+    assert proxy.app.pool.guest(token) in proxy.app.pool.accounts()
+
+
+def test_an_older_token_of_the_same_account_changes_nothing(start: Callable[..., Proxy]) -> None:
+    proxy = start(cp.demo_token("alice", 9000))
+    kept = proxy.app.pool.accounts()[0].row.access_token
+    proxy.app.pool.add([cp.demo_token("alice", 100)])
+    assert proxy.app.pool.accounts()[0].row.access_token == kept
+
+
+def test_chance_gives_those_behind_a_run_of_waiting_ones_no_more_than_others(
+    start: Callable[..., Proxy],
+) -> None:
+    proxy = start()
+    proxy.app.pool.add([cp.demo_token(f"a{i}") for i in range(200)])
+    ordered = proxy.app.pool._turn_order
+    for account in ordered[:100]:
+        account.waits = {"gpt-4o": cp.Wait(time.time() + 1000, 1)}
+    drawn = [proxy.app.pool.lease("gpt-4o") for _ in range(2000)]
+    assert max(drawn.count(account) for account in ordered[100:]) < 60
 
 
 def test_a_failing_token_endpoint_kills_no_account(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -1559,6 +1606,18 @@ def test_what_is_hidden_from_the_client_is_silence_to_it(
     weather.add("/conversation", busy)
     chunks, text = proxy.stream()
     assert text.startswith(": \n\n") and text_of(chunks) == "Hello wide world."
+
+
+def test_a_whole_answer_without_its_last_event_is_whole(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", retry_times="0")
+    weather.add(
+        "/conversation",
+        cut_stream(b"".join(weather.say({"model": "m"}, ["Done"])).removesuffix(b"data: [DONE]\n\n")),
+    )
+    chunks, text = proxy.stream()
+    assert text_of(chunks) == "Done" and text.endswith("data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n"])
@@ -2351,6 +2410,12 @@ def test_health_and_metrics_tell_the_state(start: Callable[..., Proxy], weather:
         )
 
 
+def test_counters_keep_all_their_digits() -> None:
+    metrics = cp.Metrics()
+    metrics.add("chatproxy_events_total", 123_456_789)
+    assert "chatproxy_events_total 123456789\n" in metrics.render()
+
+
 def test_a_log_line_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
     line = cp.TextFormatter().format(
         cp.logging.makeLogRecord(
@@ -2373,16 +2438,16 @@ def test_a_request_id_is_returned_and_logged_as_json(tmp_path: pathlib.Path) -> 
         assert line["message"] == "request" and line["route"] == "/health" and line["status"] == 200
 
 
-def stream_from(url: str) -> tuple[httpx.Client, Iterator[str]]:
+def stream_from(url: str, words: int = 400) -> tuple[httpx.Client, Iterator[str]]:
     client = httpx.Client(timeout=30)
-    body = {"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "hi " * 50}]}
+    body = {"model": "gpt-4o", "stream": True, "messages": [{"role": "user", "content": "hi " * words}]}
     request = client.build_request("POST", f"{url}/v1/chat/completions", json=body)
     return client, client.send(request, stream=True).iter_text()
 
 
 def test_sigterm_lets_streams_finish_and_then_ends() -> None:
     with Served("--demo") as served:
-        _, text = stream_from(served.url)
+        _, text = stream_from(served.url, 30)
         first = next(text)
         idle = socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])))
         idle.sendall(HEALTH)
