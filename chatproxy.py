@@ -60,10 +60,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-import click
-from curl_cffi import CurlHttpVersion, CurlOpt, ffi, lib
-from curl_cffi.curl import DEFAULT_CACERT
-from curl_cffi.requests import impersonate as browsers
+try:
+    import click
+    from curl_cffi import CurlHttpVersion, CurlOpt, ffi, lib
+    from curl_cffi.curl import DEFAULT_CACERT
+    from curl_cffi.requests import impersonate as browsers
+
+    _ = browsers.resolve_latest_browser_type, int | None  # older releases, and older Pythons, lack these
+except (ImportError, AttributeError, TypeError):
+    needs = "Python 3.10 or later, and its packages: pip install 'curl_cffi>=0.16' 'click>=8.1'"
+    raise SystemExit(f"chatproxy needs {needs}") from None
 
 __version__ = "1.0.0"
 
@@ -1463,6 +1469,7 @@ class Handles:
 # accounts: identity, lease, cool-down, what an account is told and what becomes of it
 # ============================================================================================================
 
+SESSION_COOKIE = "__Secure-next-auth.session-token"
 ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-free"
 # Seconds; a 429 that names no time doubles its account's wait each time.
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
@@ -1502,10 +1509,14 @@ def with_access_token(row: AccountRow, token: str) -> AccountRow:
 def recognise(line: str) -> AccountRow:
     """A token as an account without identity yet; a team workspace may follow it after a comma. ValueError if unknown.
 
-    Known are access tokens (JWTs), refresh tokens (`rt_…`, or 45 characters in the iOS generation), session tokens
+    Known are access tokens (JWTs, also within what the site's session page shows), refresh tokens (`rt_…`, or 45 characters in the iOS generation), session tokens
     (encrypted JWTs) and the word `login-free`, which stands for no token at all.
     """
-    token, _, workspace = (part.strip() for part in line.strip().partition(","))
+    line = line.strip("\ufeff \t\r\n")
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        line = str(json.loads(line)["accessToken"])  # what /api/auth/session shows, whole
+    token, _, workspace = (part.strip(" \"'") for part in line.partition(","))
+    token = token.removeprefix("Bearer ").removeprefix(f"{SESSION_COOKIE}=")
     if workspace and not _WORKSPACE.fullmatch(workspace):
         raise ValueError("what follows the comma is not a workspace id")
     if token == LOGIN_FREE:
@@ -1941,7 +1952,6 @@ SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one i
 REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
 REFRESH_REDIRECT = "com.openai.chat://auth0.openai.com/ios/com.openai.chat/callback"
 BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
-SESSION_COOKIE = "__Secure-next-auth.session-token"
 # A user agent for fingerprints made before libcurl has told its own, which takes a failed connection.
 UNKNOWN_AGENT = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/150.0.0.0 Safari/537.36"
 # What a page's script sends rather than a person opening the page; an empty value keeps libcurl from sending its own.
@@ -3003,7 +3013,7 @@ Types = Mapping[str, tuple[type | tuple[type, ...], str]]
 CHAT_FIELDS: Types = {
     "messages": _LIST, "model": _TEXT, "stream": _FLAG, "stream_options": _OBJECT, "n": _INTEGER, "logprobs": _FLAG,
     "temperature": _NUMBER, "top_p": _NUMBER, "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER,
-    "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST,
+    "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST, "response_format": _OBJECT,
     "max_tokens": _INTEGER, "max_completion_tokens": _INTEGER, "conversation_id": _TEXT, "parent_message_id": _TEXT,
 }  # fmt: skip
 
@@ -3081,6 +3091,10 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool) -> ChatRequest:
     for name in ("tools", "functions"):
         if body.get(name):
             raise invalid(name, f"`{name}` must be empty: this version calls no functions.")
+    if (body.get("response_format") or {}).get("type", "text") != "text":
+        raise invalid(
+            "response_format", "`response_format` must be of type text: this version gives no other."
+        )
     limits = [name for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
     limit = body[limits[0]] if limits else None
     if limit is not None and limit < 1:
@@ -3846,6 +3860,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Reads one request and answers it; whether another may follow."""
         self.version, self.method = "1.1", ""
         request = None
+        self.failure: ApiError | None = None  # what the client was told went wrong
         self.start = time.monotonic()
         self.request_id = f"req_{random.getrandbits(64):016x}"
         try:
@@ -3856,6 +3871,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.start = time.monotonic()
             request, keep = self._read(head)
         except ApiError as error:
+            self.failure = error
             self._send(error_reply(error), request, False)
             return False
         try:
@@ -3871,10 +3887,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _failed(self, failure: Exception, request: Request) -> ApiError:
         """What the client is told of a failure; one that nobody foresaw is logged."""
-        if isinstance(failure, ApiError):
-            return failure
-        log(logging.ERROR, "request failed", exc_info=True, id=self.request_id, route=request.route)
-        return ApiError("internal_error", f"chatproxy failed; its log has {self.request_id}.")
+        if not isinstance(failure, ApiError):
+            log(logging.ERROR, "request failed", exc_info=True, id=self.request_id, route=request.route)
+            failure = ApiError("internal_error", f"chatproxy failed; its log has {self.request_id}.")
+        self.failure = failure
+        return failure
 
     def _read(self, head: bytes) -> tuple[Request, bool]:
         """The whole request, and whether its connection may be kept."""
@@ -3986,19 +4003,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """One line and one count a request; the route's pattern, since a path may hold a token."""
         route = request.route if request else "none"
         self.server.metrics.add("chatproxy_requests_total", labels=f'route="{route}",status="{status}"')
-        if LOG.isEnabledFor(logging.INFO) and not self.server.quiet:
-            facts: dict[str, Any] = {
-                "id": self.request_id,
-                "method": self.method or "-",
-                "route": route,
-                "status": status,
-            }
-            facts |= {"ms": round((time.monotonic() - self.start) * 1000, 1), "peer": self.peer}
-            if request and request.asker:
-                facts["as"] = request.asker
-            if events:
-                facts["events"] = events
-            log(logging.INFO, "request", **facts)
+        level = logging.WARNING if status >= 500 else logging.INFO
+        if not LOG.isEnabledFor(level) or self.server.quiet:
+            return
+        facts: dict[str, Any] = {
+            "id": self.request_id,
+            "method": self.method or "-",
+            "route": route,
+            "status": status,
+        }
+        facts |= {"ms": round((time.monotonic() - self.start) * 1000, 1), "peer": self.peer}
+        if request and request.asker:
+            facts["as"] = request.asker
+        if events:
+            facts["events"] = events
+        if self.failure:
+            facts["code"] = self.failure.code
+            if status >= 500:  # what is said of a request itself may repeat its words
+                facts["reason"] = self.failure.message
+        log(level, "request", **facts)
 
 
 class Endpoint(NamedTuple):
@@ -4117,7 +4140,7 @@ class Keys:
                 return
         raise ApiError(
             "invalid_api_key",
-            "This API key is not known here; the server's AUTHORIZATION has the right ones.",
+            "Incorrect API key provided: it is not known here; the server's AUTHORIZATION has the right ones.",
         )
 
     def _known(self, key: str) -> str:
@@ -4753,7 +4776,9 @@ def cli() -> None:
 
 @cli.command()
 @click.option(
-    "--demo", is_flag=True, help="Answer from an embedded stand-in for the upstream; API key `demo`, or none."
+    "--demo",
+    is_flag=True,
+    help="Answer from an embedded stand-in, with a pool of its own; API key `demo` or none.",
 )
 @click.option(
     "--open", "anyone", is_flag=True, help="Mean it: listen beyond this machine with neither key nor prefix."
@@ -4873,7 +4898,8 @@ class Daemon:
         count = len(app.pool.accounts())
         line = f"listening on {where}, {count} account{'' if count == 1 else 's'}"
         if self.demo:
-            line += ", answers from the embedded demo upstream"
+            key = "one of AUTHORIZATION" if self.settings.authorization else f"`{DEMO_KEY}` or none"
+            line += f", answers from the embedded demo upstream, API key {key}"
         elif not count:
             line += "; add one with `chatproxy.py accounts add -` (this server takes it in by itself)"
         return line
@@ -4894,6 +4920,8 @@ def config(flags: Mapping[str, str | None]) -> None:
     settings, origins = settled(flags), gather(flags, os.environ)
     width = max(len(row.name) for row in fields(Settings))
     for row in fields(Settings):
+        if row.metadata["hidden"] and origins[row.name].source == "default":
+            continue
         value = getattr(settings, row.name)
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
@@ -4924,7 +4952,7 @@ def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...]) -> No
     for fault in faults:
         click.echo(f"chatproxy: {fault}", err=True)
     if faults or not rows:
-        fail(f"{len(rows)} accounts stored, {len(faults)} lines left out")
+        fail(f"stored: {len(rows)}, left out: {len(faults)}")
 
 
 @accounts.command("list")

@@ -428,6 +428,31 @@ def test_accounts_are_added_listed_and_removed_without_a_token_in_sight(tmp_path
     assert wrong.returncode == 2 and "not-a-token" not in wrong.stderr
 
 
+def test_a_token_is_recognised_however_it_is_pasted() -> None:
+    token, session = cp.demo_token("alice"), "eyJ" + "s" * 60 + "...."
+    page = json.dumps({"user": {"name": "A, B"}, "accessToken": token, "expires": "2099"})
+    for text in (token, f"Bearer {token}", f'"{token}"', f"\ufeff{token}\r", page):
+        assert cp.recognise(text).access_token == token
+    assert cp.recognise(f"{token},team-1").workspace == "team-1"
+    assert cp.recognise(f"{cp.SESSION_COOKIE}={session}").secret == session
+
+
+def test_missing_packages_are_named_in_one_line(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "curl_cffi").mkdir()
+    (tmp_path / "curl_cffi" / "__init__.py").write_text("")
+    ended = run("config", env={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 1 and "pip install" in ended.stderr and len(ended.stderr.splitlines()) == 1
+
+
+def test_the_log_tells_why_a_request_failed(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": "http://127.0.0.1:9", "RETRY_TIMES": "0"}
+    with Served(env=env) as served:
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+        assert httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30).status_code == 502
+        wait_until(lambda: "code=upstream_error" in "".join(served.lines))
+        assert re.search(r"WARNING request .*reason=.*could not be reached", "".join(served.lines))
+
+
 def test_the_readme_has_the_tables_that_the_code_makes() -> None:
     readme = (HERE / "README.md").read_text()
     for table in (cp.settings_table(), cp.errors_table(), cp.ROUTER.table()):
@@ -2261,6 +2286,7 @@ def test_what_the_upstream_cannot_honour_is_accepted_and_ignored(proxy: Proxy) -
         ({"stop": [1]}, "stop"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_a_wrong_field_is_named(proxy: Proxy, weather: Weather, body: dict[str, Any], param: str) -> None:
