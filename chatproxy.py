@@ -3451,10 +3451,12 @@ class Stream:
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    """A JSON value as an answer."""
     return Reply(status, compact(value).encode("utf-8", "replace"), headers=dict(headers or {}))
 
 
 def malformed(message: str) -> ApiError:
+    """A 400 for what is not HTTP as it is spoken here."""
     return ApiError("invalid_request_error", f"Malformed HTTP: {message}.")
 
 
@@ -3767,6 +3769,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def error_reply(error: ApiError) -> Reply:
+    """An error as an answer, in OpenAI's shape."""
     return json_reply(error.body(), error.status, error.headers)
 
 
@@ -4749,6 +4752,7 @@ def setting_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 def settled(flags: Mapping[str, str | None]) -> Settings:
+    """The settings; a command with unusable ones ends here."""
     try:
         return settle(gather(flags, os.environ))
     except SettingError as error:
@@ -4756,6 +4760,7 @@ def settled(flags: Mapping[str, str | None]) -> Settings:
 
 
 def opened(settings: Settings) -> Store:
+    """The store; a command that cannot have it ends here."""
     try:
         return Store(settings.data_dir)
     except StoreError as error:
