@@ -3467,8 +3467,6 @@ def parse_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
     a colon, control characters, two Host or Content-Length lines, a length with chunked, a length that is not plain
     digits, a transfer coding other than chunked, a version other than 1.0 and 1.1.
     """
-    if _BARE_LF.search(head):
-        raise malformed("a line feed without carriage return")
     first, *lines = head.decode("latin-1").split("\r\n")
     if len(first) > MOST_LINE:
         raise ApiError("uri_too_long", f"The request line is longer than {MOST_LINE} bytes.")

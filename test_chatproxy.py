@@ -1838,6 +1838,15 @@ def test_any_split_of_the_bytes_gives_the_same_events(encoding: str, newline: by
     assert events[2] == cp.Text("Grüße 世界 🌍\n\nend \\u2028 \u2028.") and events[3].reason == "stop"  # type: ignore[union-attr]
 
 
+def test_lines_of_one_event_stay_together_however_they_are_cut() -> None:
+    data = b"data: a\r\ndata: b\r\n\r\ndata: c\r\rdata: d\n\n"
+    for cut in range(len(data)):
+        for other in range(cut, len(data)):
+            events = cp.EventStream()
+            got = events.feed(data[:cut]) + events.feed(data[cut:other]) + events.feed(data[other:])
+            assert got == ["a\nb", "c", "d"]
+
+
 def test_every_single_cut_gives_the_same_events() -> None:
     data = recorded("v1", b"\r\n")
     whole = decoded(data, [])
@@ -2517,7 +2526,10 @@ def test_no_secret_reaches_log_errors_or_metrics(tmp_path: pathlib.Path, weather
         url = f"{served.url}/hidden-prefix"
         upload = {"text": f"{alice}\n{refresh}\n{session}\nbad-line-with-a-s3cret-token"}
         said += httpx.post(f"{url}/tokens/upload", data=upload, headers={"Authorization": ADMIN}).text
-        weather.add("/conversation", *[status(code, {"detail": "x"}) for code in (401, 403, 429, 500, 422)])
+        weather.add(
+            "/conversation",
+            *[status(code, {"detail": "PRIVATE-WORDS"}) for code in (422, 401, 403, 429, 500)],
+        )
         keys = [KEY, KEY, KEY, "wrong-key-of-mine", cp.demo_token("guest"), "sk-private-thing", "R" * 45]
         body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "PRIVATE-WORDS"}]}
         for key in keys:
