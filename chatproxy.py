@@ -1065,9 +1065,9 @@ def requirements_token(configuration: list[Any], algorithm: str) -> str:
 class Solver:
     """Processes that solve hard proofs, so that they stop nobody: a thread would hold the interpreter for all others.
 
-    They are forked before any thread exists, one fewer than there are cores but at most four, and take jobs off one datagram socket as
-    they get free: JSON [number, [seed, difficulty, configuration, algorithm]] there, [number, token] back. When they
-    are lost, proofs are solved in the calling thread.
+    They are forked before any thread exists, one fewer than there are cores but at most four, and take jobs off one
+    datagram socket as they get free: JSON [number, [seed, difficulty, configuration, algorithm]] there,
+    [number, token] back. When they are lost, proofs are solved in the calling thread.
     """
 
     def __init__(self, busy_cpu: int | None = None) -> None:
@@ -1215,7 +1215,7 @@ class Handle:
 
     The multi handle gives what curl_easy_perform does not: a wait that ends by itself, in the calling thread, so that
     a silent upstream can be left and a silent stream given a heartbeat. Both are used through curl_cffi's `lib`, since
-    its Curl class sets everything anew for each call: that is a third of a short call's time. Not for two threads at
+    its Curl class sets everything anew for each call: that is a fifth of a short call's time. Not for two threads at
     once.
     """
 
@@ -3315,7 +3315,7 @@ class Completion:
         return events
 
     def usage(self) -> dict[str, Any]:
-        """`usage`: three more tokens a message and three an answer, as OpenAI counts the chat format."""
+        """`usage`: four more tokens a message (its frame and role) and three for the answer, as the chat format has them."""
         count, messages = self._tokens.count, self.request.question.messages
         prompt = sum(count(message.text) + 4 for message in messages) + 3
         completion, reasoning = count("".join(self._text)), count("".join(self._reasoning))
