@@ -20,7 +20,6 @@ import base64
 import bisect
 import contextlib
 import datetime
-import email
 import errno
 import functools
 import gc
@@ -35,6 +34,7 @@ import itertools
 import json
 import logging
 import math
+import mimetypes
 import os
 import pathlib
 import random
@@ -58,7 +58,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
 
 try:
     import click
@@ -74,6 +74,7 @@ except (ImportError, AttributeError, TypeError):
 __version__ = "1.0.0"
 
 T = TypeVar("T")
+Y = TypeVar("Y")
 
 
 def new_id() -> str:
@@ -271,8 +272,10 @@ class Settings:
     auto_continue: int = setting(
         "3", _number(0, 100), "how often an answer cut by the upstream's length limit is continued unasked"
     )
-    check_model: bool = setting("false", OFF, "refuse models that the account does not list")
-    upload_by_url: bool = setting("false", OFF, "`URL… text` in a plain message fetches and uploads the URLs")
+    check_model: bool = setting("false", BOOLEAN, "refuse models that the account does not list")
+    upload_by_url: bool = setting(
+        "false", BOOLEAN, "`URL… text` in a plain message fetches and uploads the URLs"
+    )
     allow_private_urls: bool = setting(
         "false", BOOLEAN, "may URLs that clients name lead to private addresses"
     )
@@ -394,6 +397,9 @@ CAUSES = {
     "invalid_request_error": Cause(
         400, "invalid_request_error", "body not JSON, wrong type or missing field; `param` names the field"
     ),
+    "login_required": Cause(
+        400, "invalid_request_error", "a file needs a signed-in account, and only login-free ones are there"
+    ),
     "invalid_api_key": Cause(401, "invalid_request_error", "no or wrong key"),
     "not_found": Cause(404, "invalid_request_error", "route, conversation or file that does not exist"),
     "model_not_found": Cause(404, "invalid_request_error", "model that does not exist"),
@@ -423,6 +429,9 @@ CAUSES = {
         500, "server_error", "a fault of chatproxy itself; the log has it under the request id"
     ),
     "upstream_error": Cause(502, "upstream_error", "upstream unreachable, 5xx, or an answer cut off"),
+    "invalid_structured_output": Cause(
+        502, "upstream_error", "the model twice gave no JSON that `response_format` or `text.format` allows"
+    ),
     "no_account": Cause(
         503, "server_error", "no account in the pool can answer (none, or all expired); `Retry-After`"
     ),
@@ -452,6 +461,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def invalid(param: str | None, message: str) -> ApiError:
+    """A 400 that names the field."""
+    return ApiError("invalid_request_error", message, param)
+
+
 class Refusal(ApiError):
     """The upstream refused or failed a call before answering.
 
@@ -467,6 +481,7 @@ class Refusal(ApiError):
         "unreachable": "upstream_error",  # no connection
         "silent": "upstream_timeout",
         "missing": "upstream_error",  # 404 or 405 of a call
+        "unlisted": "model_not_found",  # by CHECK_MODEL
         "rejected": "invalid_request_error",
         "dead": "invalid_api_key",
     }
@@ -667,8 +682,170 @@ def awaited(future: Future[T], watch: Watch, limit: float) -> Patient[T]:
             yield
 
 
+def paused(seconds: float, watch: Watch) -> Patient[None]:
+    """A pause, for as long as somebody waits."""
+    with contextlib.suppress(TimeoutError):
+        yield from awaited(Future[None](), watch, seconds)
+
+
+class _Crew(Watch):
+    """Who waits for operations that run side by side: they end together."""
+
+    over = False
+
+    def check(self) -> None:
+        if self.over:
+            raise ClientGone
+
+
+def side_by_side(jobs: list[Callable[[Watch], T]], watch: Watch) -> list[T]:
+    """What jobs give that run at the same time, each in a thread; when all of them fail, the first failure. They are
+    ended when nobody waits any more."""
+    if len(jobs) == 1:
+        return [jobs[0](watch)]
+    crew, results, failure = _Crew(watch.heartbeat), list[T](), None
+    with ThreadPoolExecutor(len(jobs)) as executor:
+        try:
+            for future in [executor.submit(job, crew) for job in jobs]:
+                try:
+                    results.append(patiently(awaited(future, watch, math.inf)))
+                except ApiError as error:
+                    watch.check()
+                    failure = failure or error
+        finally:
+            crew.over = True
+    if failure and not results:
+        raise failure
+    return results
+
+
 class ClientGone(Exception):
     """The client hung up: nobody is left to be told anything."""
+
+
+# ============================================================================================================
+# blobs: bytes that may be too many for memory, and what they are
+# ============================================================================================================
+
+MOST_IN_MEMORY = 1 << 20
+PIECE = 1 << 16  # bytes that are read or copied at a time
+
+
+class Blob:
+    """Bytes that are written once and then read by any thread: in memory, past MOST_IN_MEMORY in an unnamed file."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._data: bytes | bytearray = data
+        self._file: IO[bytes] | None = None
+        self._start, self.size = 0, len(data)
+
+    def write(self, data: bytes) -> None:
+        """Appends; not to a part of another blob."""
+        if self._file is None and self.size + len(data) > MOST_IN_MEMORY:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 # open as long as the blob lives
+            self._file.write(self._data)
+            self._data = b""
+        if self._file is None:
+            if isinstance(self._data, bytes):
+                self._data = bytearray(self._data)
+            self._data += data
+        else:
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+        self.size += len(data)
+
+    def part(self, start: int, size: int) -> Blob:
+        """Some of the bytes, not copied."""
+        part = Blob()
+        part._data, part._file, part._start, part.size = self._data, self._file, self._start + start, size
+        return part
+
+    def read(self, start: int = 0, size: int | None = None) -> bytes:
+        """Up to `size` bytes (all when None) from `start`."""
+        size = max(0, min(self.size - start, self.size if size is None else size))
+        start += self._start
+        if self._file is None:
+            whole = isinstance(self._data, bytes) and size == len(self._data)
+            return self._data if whole else bytes(self._data[start : start + size])  # type: ignore[return-value]
+        return os.pread(self._file.fileno(), size, start)
+
+    def pieces(self) -> Iterator[bytes]:
+        for start in range(0, self.size, PIECE):
+            yield self.read(start, PIECE)
+
+    def find(self, wanted: bytes, start: int) -> int:
+        """Where `wanted` begins, -1 when it does not occur from `start` on."""
+        for at in range(start, self.size, PIECE):
+            found = self.read(at, PIECE + len(wanted) - 1).find(wanted)
+            if found >= 0:
+                return at + found
+        return -1
+
+    def digest(self) -> str:
+        """SHA-256, hexadecimal."""
+        state = hashlib.sha256()
+        for piece in self.pieces():
+            state.update(piece)
+        return state.hexdigest()
+
+
+class BlobReader:
+    """A blob as a file to be read from its beginning, as libcurl wants it."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob, self._at = blob, 0
+
+    def read(self, size: int) -> bytes:
+        data = self._blob.read(self._at, size)
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, origin: int = 0) -> None:
+        """Goes back for a request that is sent anew; `origin` is always the beginning."""
+        self._at = offset
+
+
+def image_facts(blob: Blob) -> tuple[str, int, int] | None:
+    """An image's MIME type, width and height, read from the bytes of a PNG, JPEG, GIF or WebP; None for others."""
+    head = blob.read(0, 40)
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
+        return "image/png", *struct.unpack(">II", head[16:24])
+    if head[:6] in (b"GIF87a", b"GIF89a") and len(head) >= 10:
+        return "image/gif", *struct.unpack("<HH", head[6:10])
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP" and len(head) >= 30:
+        return _webp_facts(head)
+    return _jpeg_facts(blob) if head[:3] == b"\xff\xd8\xff" else None
+
+
+def _webp_facts(head: bytes) -> tuple[str, int, int] | None:
+    """One of the three kinds of WebP: lossy, lossless, or extended with its canvas first."""
+    if head[12:16] == b"VP8 ":
+        width, height = struct.unpack("<HH", head[26:30])
+        return "image/webp", width & 0x3FFF, height & 0x3FFF
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return "image/webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if head[12:16] == b"VP8X":
+        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+        return "image/webp", width, height
+    return None
+
+
+def _jpeg_facts(blob: Blob) -> tuple[str, int, int] | None:
+    """Looks for the start of frame, which stands behind any number of other segments."""
+    at = 2
+    for _ in range(1000):
+        segment = blob.read(at, 9)
+        if len(segment) < 9 or segment[0] != 0xFF:
+            return None
+        if 0xC0 <= segment[1] <= 0xCF and segment[1] not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", segment[5:9])
+            return "image/jpeg", width, height
+        # A fill byte stands alone; so do the markers without a length.
+        alone = segment[1] == 0xFF or segment[1] == 0x01 or 0xD0 <= segment[1] <= 0xD8
+        at += 1 if segment[1] == 0xFF else 2 if alone else 2 + int.from_bytes(segment[2:4], "big")
+    return None
 
 
 # ============================================================================================================
@@ -699,6 +876,24 @@ class AccountRow:
     added: float = 0.0
 
 
+class File(NamedTuple):
+    """A file that an account holds upstream under the id `upstream`. `owner` is who may use it here (see `Keys`);
+    `purpose` is "" for what came inside a message and is not listed; times are Unix seconds."""
+
+    id: str
+    owner: str
+    account: str
+    upstream: str
+    name: str
+    mime: str
+    size: int
+    width: int
+    height: int
+    purpose: str
+    digest: str
+    used: float
+
+
 class User(NamedTuple):
     """An API user: the token itself is not kept, only its SHA-256."""
 
@@ -724,7 +919,20 @@ MIGRATIONS = (
     CREATE TABLE users (id TEXT PRIMARY KEY, name TEXT NOT NULL, token_hash TEXT NOT NULL UNIQUE, added REAL NOT NULL)
         WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE files (
+        id TEXT PRIMARY KEY, owner TEXT NOT NULL, account TEXT NOT NULL, upstream TEXT NOT NULL, name TEXT NOT NULL,
+        mime TEXT NOT NULL, size INTEGER NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL,
+        purpose TEXT NOT NULL, digest TEXT NOT NULL, used REAL NOT NULL) WITHOUT ROWID;
+    CREATE INDEX files_by_content ON files (digest, account);
+    CREATE INDEX files_by_owner ON files (owner, used);
+    CREATE TABLE responses (
+        id TEXT PRIMARY KEY, owner TEXT NOT NULL, response TEXT NOT NULL, items TEXT NOT NULL, made REAL NOT NULL
+        ) WITHOUT ROWID;
+    """,
 )
+# Seconds that a response is kept, and a file that came inside a message.
+RESPONSE_LIFE, LOOSE_FILE_LIFE = 86400.0, 7 * 86400.0
 
 
 class StoreError(Exception):
@@ -829,6 +1037,7 @@ class Store:
 
     def remove_account(self, id: str) -> bool:
         with self.writing() as db:
+            db.execute("DELETE FROM files WHERE account=?", (id,))
             return db.execute("DELETE FROM accounts WHERE id=?", (id,)).rowcount > 0
 
     def waits(self) -> list[tuple[str, str, float, int]]:
@@ -864,10 +1073,40 @@ class Store:
             )
 
     def prune(self, now: float) -> None:
-        """Forgets cool-downs that ended a day ago and conversations that nobody went on with for half a year."""
+        """Forgets cool-downs that ended a day ago, conversations that nobody went on with for half a year, responses
+        and loose files whose time is over."""
         with self.writing() as db:
             db.execute("DELETE FROM waits WHERE until < ?", (now - 86400,))
             db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
+            db.execute("DELETE FROM responses WHERE made < ?", (now - RESPONSE_LIFE,))
+            db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
+
+    def files(self, where: str, *values: Any) -> list[File]:
+        """Files, the newest first."""
+        query = f"SELECT {', '.join(File._fields)} FROM files WHERE {where} ORDER BY used DESC, id"
+        return [File(*row) for row in self._rows(query, *values)]
+
+    def put_file(self, file: File) -> None:
+        marks = ", ".join("?" * len(File._fields))
+        with self.writing() as db:
+            db.execute(f"INSERT OR REPLACE INTO files VALUES ({marks})", file)
+
+    def remove_file(self, id: str) -> None:
+        with self.writing() as db:
+            db.execute("DELETE FROM files WHERE id=?", (id,))
+
+    def response(self, id: str, owner: str, now: float) -> tuple[str, str] | None:
+        """A response that is kept, as JSON: itself, and the items it can be gone on from."""
+        query = "SELECT response, items FROM responses WHERE id=? AND owner=? AND made>=?"
+        return next(((row[0], row[1]) for row in self._rows(query, id, owner, now - RESPONSE_LIFE)), None)
+
+    def put_response(self, id: str, owner: str, response: str, items: str, now: float) -> None:
+        with self.writing() as db:
+            db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", (id, owner, response, items, now))
+
+    def remove_response(self, id: str) -> None:
+        with self.writing() as db:
+            db.execute("DELETE FROM responses WHERE id=?", (id,))
 
     def users(self) -> list[User]:
         return [
@@ -1196,16 +1435,20 @@ def _options(*names: str) -> tuple[int, ...]:
     return tuple(int(CurlOpt[name]) for name in names)
 
 
-_URL, _POSTFIELDS, _POSTSIZE, _HTTPHEADER, _GET, _POST, _METHOD, _VERSION, _VERBOSE = _options(
-    "URL",
-    "POSTFIELDS",
-    "POSTFIELDSIZE_LARGE",
-    "HTTPHEADER",
-    "HTTPGET",
-    "POST",
-    "CUSTOMREQUEST",
-    "HTTP_VERSION",
-    "VERBOSE",
+_URL, _POSTFIELDS, _POSTSIZE, _READDATA, _SEEKDATA, _HTTPHEADER, _GET, _POST, _METHOD, _VERSION, _VERBOSE = (
+    _options(
+        "URL",
+        "POSTFIELDS",
+        "POSTFIELDSIZE_LARGE",
+        "READDATA",
+        "SEEKDATA",
+        "HTTPHEADER",
+        "HTTPGET",
+        "POST",
+        "CUSTOMREQUEST",
+        "HTTP_VERSION",
+        "VERBOSE",
+    )
 )
 _HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
 
@@ -1225,7 +1468,7 @@ class Handle:
         self._body, self._head = _Pile(), _Pile()
         self._error = ffi.new("char[]", 256)
         self._kept: list[Any] = []  # what libcurl points to
-        self._lines = ffi.NULL
+        self._lines = self._pinned = ffi.NULL
         self._url, self._posts, self._method, self._plain = "", False, "", False
         self.silence = 0.0  # seconds without a byte that end the call
         self.once_sent: Callable[[], None] | None = None  # called when the next call is on its way
@@ -1246,6 +1489,8 @@ class Handle:
             "WRITEDATA": self._sink(self._body),
             "HEADERFUNCTION": lib.buffer_callback,
             "HEADERDATA": self._sink(self._head),
+            "READFUNCTION": lib.read_buffer_callback,
+            "SEEKFUNCTION": lib.seek_buffer_callback,
         }.items():
             self._set(_options(name)[0], value)
         self.used = time.monotonic()
@@ -1267,10 +1512,17 @@ class Handle:
             lib.curl_multi_cleanup(self._multi)
             lib.curl_easy_cleanup(self._easy)
             lib.curl_slist_free_all(self._lines)
+            lib.curl_slist_free_all(self._pinned)
             self._multi = self._easy = None
 
+    def pin(self, address: str) -> None:
+        """Connects to this address from now on, whatever host a URL names."""
+        line = f"::[{address}]:" if ":" in address else f"::{address}:"
+        self._pinned = lib.curl_slist_append(ffi.NULL, line.encode())
+        self._set(_options("CONNECT_TO")[0], self._pinned)
+
     def prepare(
-        self, method: str, url: str, headers: list[bytes], body: bytes | None, silence: float
+        self, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, silence: float
     ) -> None:
         """Sets what a call needs and the call before it did not have."""
         if url != self._url:
@@ -1281,9 +1533,13 @@ class Handle:
                 self._set(_VERSION, int(CurlHttpVersion.V1_1 if plain else CurlHttpVersion.V2TLS))
                 self._plain = plain
         if body is not None:
-            self._sent = body
-            self._set(_POSTSIZE, len(body))
-            self._set(_POSTFIELDS, ffi.from_buffer(body))
+            self._sent: Any = body
+            if isinstance(body, Blob):
+                self._sent = ffi.new_handle(_Sink(BlobReader(body)))
+                self._set(_READDATA, self._sent)
+                self._set(_SEEKDATA, self._sent)
+            self._set(_POSTSIZE, body.size if isinstance(body, Blob) else len(body))
+            self._set(_POSTFIELDS, ffi.NULL if isinstance(body, Blob) else ffi.from_buffer(body))
         if self._posts != (body is not None):
             self._posts = body is not None
             self._set(_POST if self._posts else _GET, 1)
@@ -1430,8 +1686,8 @@ class Handles:
         self._idle: dict[tuple[str, Route], list[Handle]] = {}
 
     def call(
-        self, owner: str, route: Route, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch,
-        silence: float,
+        self, owner: str, route: Route, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
+        watch: Watch, silence: float,
     ) -> Call:  # fmt: skip
         """A call on a handle of the owner's: the one used last, whose connection is most likely alive.
 
@@ -1463,6 +1719,120 @@ class Handles:
                     del self._idle[key]
         for handle in old:
             handle.close()
+
+
+FETCH_TIME = 30.0  # seconds for what a client's URL leads to, redirects included
+MOST_REDIRECTS = 5
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Azure's metadata service, in the midst of public addresses; those of others are link-local or private.
+_METADATA = ("168.63.129.16",)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is anybody's on the internet: not private, loopback, link-local, multicast, reserved, a
+    cloud's metadata service, or a zone's; IPv4 inside IPv6 counts as itself."""
+    one = ipaddress.ip_address(address)
+    if isinstance(one, ipaddress.IPv6Address):
+        if "%" in address:
+            return False
+        inner = one.ipv4_mapped or one.sixtofour or (one.teredo and one.teredo[1])
+        if one in _NAT64 or int(one) >> 32 == 0:
+            inner = ipaddress.IPv4Address(int(one) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return one.is_global and not one.is_multicast and address not in _METADATA
+
+
+class Fetcher:
+    """Fetches what clients name by URL: through EXPORT_PROXY_URL, up to MAX_BODY_MB, never from a private address.
+
+    Names are resolved here and the connection made to the address that was checked, anew for every redirect, so that
+    neither a second DNS answer nor a redirect leads elsewhere. Behind a proxy too: it is told the address.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._resolving = ThreadPoolExecutor(8, thread_name_prefix="resolver")
+
+    def fetched(self, url: str, where: str, watch: Watch) -> Patient[tuple[Blob, str, str]]:
+        """The bytes, their MIME type ("" when unknown) and the URL's file name; a 400 for `where` names the host."""
+        end = time.monotonic() + FETCH_TIME
+        host = ""
+        try:
+            for _ in range(MOST_REDIRECTS + 1):
+                host, port, name = self._parted(url)
+                blob, status, headers = yield from self._get(url, host, port, end, watch)
+                if status in (301, 302, 303, 307, 308) and headers.get("location"):
+                    url = urllib.parse.urljoin(url, headers["location"])
+                    continue
+                if status != 200:
+                    raise ValueError(f"it answers with status {status}")
+                return blob, headers.get("content-type", "").partition(";")[0].strip().lower(), name
+            raise ValueError("it redirects too often")
+        except Refusal as refused:
+            reason = refused.message if refused.reason != "silent" else "it did not answer in time"
+            raise invalid(where, f"Fetching from {host} failed: {reason}") from None
+        except ValueError as error:
+            raise invalid(where, f"Fetching from {host or 'a URL'} failed: {error}.") from None
+
+    @staticmethod
+    def _parted(url: str) -> tuple[str, int, str]:
+        """Host, port and file name of a URL; ValueError when it is not to be fetched."""
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            raise ValueError("it is not a URL") from None
+        if parts.scheme not in ("http", "https") or not host or not re.fullmatch(r"[\x21-\x7e]+", url):
+            raise ValueError("only http:// and https:// URLs in ASCII are fetched")
+        port = port or (443 if parts.scheme == "https" else 80)
+        return host, port, urllib.parse.unquote(parts.path.rpartition("/")[2])
+
+    def _addresses(self, host: str, port: int, watch: Watch) -> Patient[list[str]]:
+        """What a host resolves to, IPv4 first; ValueError when any of it is private."""
+        if self.settings.allow_private_urls and self.settings.export_proxy_url:
+            return [""]  # the proxy may know names that this machine does not
+        asked = self._resolving.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        try:
+            found = yield from awaited(asked, watch, 10.0)
+        except (OSError, UnicodeError, TimeoutError):
+            raise ValueError("its name cannot be resolved") from None
+        addresses = [str(row[4][0]) for row in sorted(found, key=lambda row: row[0] != socket.AF_INET)]
+        if not self.settings.allow_private_urls and not all(map(is_public, addresses)):
+            raise ValueError("it is a private address, which ALLOW_PRIVATE_URLS=true would allow")
+        return list(dict.fromkeys(addresses))[:3]
+
+    def _get(
+        self, url: str, host: str, port: int, end: float, watch: Watch
+    ) -> Patient[tuple[Blob, int, dict[str, str]]]:
+        """One request: body, status and headers; from the first of the host's addresses that can be reached."""
+        addresses = yield from self._addresses(host, port, watch)
+        for address in addresses:
+            handle = Handle(Route(self.settings.impersonate, next(iter(self.settings.export_proxy_url), "")))
+            if address:
+                handle.pin(address)
+            handle.prepare("GET", url, [b"Expect:"], None, max(0.1, end - time.monotonic()))
+            try:
+                with Call(handle, watch, handle.close) as call:
+                    return (yield from self._taken(call, end))
+            except Refusal as refused:
+                if refused.reason != "unreachable" or address == addresses[-1]:
+                    raise
+        raise ValueError("its name cannot be resolved")
+
+    def _taken(self, call: Call, end: float) -> Patient[tuple[Blob, int, dict[str, str]]]:
+        yield from call.start()
+        blob, most = Blob(), self.settings.max_body_mb << 20
+        for data in call.rest():
+            if data is None:
+                yield
+            else:
+                blob.write(data)
+            if blob.size > most:
+                raise ValueError(f"it is larger than MAX_BODY_MB allows ({most >> 20} MiB)")
+            if time.monotonic() > end:
+                raise ValueError(f"it takes longer than {FETCH_TIME:g} seconds")
+        return blob, call.status, call.headers
 
 
 # ============================================================================================================
@@ -1560,6 +1930,7 @@ class Account:
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
         self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
         self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
+        self.models: tuple[float, tuple[str, ...]] = (0.0, ())  # when read (Unix seconds), slugs
         self.answered = False
         self.used = 0.0
 
@@ -1595,6 +1966,11 @@ class Account:
         """Seconds of its cool-down for a model that are left; 0 for none."""
         wait = self.waits.get(model)
         return max(0.0, wait.until - now) if wait else 0.0
+
+
+def login_required() -> ApiError:
+    """What a login-free account cannot do."""
+    return ApiError("login_required", "Files need a signed-in account; add one, or call with its token.")
 
 
 class Pool:
@@ -1746,6 +2122,11 @@ class Pool:
                     self._guests.popitem(last=False)
         return account
 
+    def find(self, id: str) -> Account | None:
+        """An account or guest by its id."""
+        with self._accounts_lock:
+            return self._accounts.get(id) or self._guests.get(id)
+
     def accounts(self) -> list[Account]:
         with self._accounts_lock:
             return list(self._accounts.values())
@@ -1770,10 +2151,13 @@ class Pool:
 
     # -- who answers -----------------------------------------------------------------------------------------
 
-    def lease(self, model: str, tried: Iterable[Account] = (), holder: str | None = None) -> Account:
-        """The account for the next attempt; ApiError rate_limit_exceeded or no_account when there is none.
+    def lease(
+        self, model: str, tried: Iterable[Account] = (), holder: str | None = None, signed_in: bool = False
+    ) -> Account:
+        """The account for the next attempt; ApiError rate_limit_exceeded, no_account or login_required when there is none.
 
-        `holder` is the id of the one account that will do. Accounts already tried come again only when all have been.
+        `holder` is the id of the one account that will do, `signed_in` leaves out login-free ones. Accounts already
+        tried come again only when all have been.
         """
         now, tried = time.time(), list(tried)
         with self._accounts_lock:
@@ -1784,6 +2168,10 @@ class Pool:
                     for account in (self._accounts.get(holder),)
                     if account and account.row.state == "ready"
                 ]
+            elif signed_in:
+                order = [account for account in order if account.row.kind != LOGIN_FREE]
+                if not order and self._turn_order:
+                    raise login_required()
             usable, size, first, stride = None, len(order), self._cursor, 1
             if self.settings.random_token and size:
                 # Not one after the other: whoever stands behind a run of waiting ones would get their share too.
@@ -1802,9 +2190,11 @@ class Pool:
                 raise self._none(order, model, now)
             return usable
 
-    def lease_guest(self, account: Account, model: str) -> Account:
+    def lease_guest(self, account: Account, model: str, signed_in: bool = False) -> Account:
         """The same for an account that cannot be replaced by another."""
         now = time.time()
+        if signed_in and account.row.kind == LOGIN_FREE:
+            raise login_required()
         account.used = now
         if error := self._unusable(account, model, now):
             raise error
@@ -1946,6 +2336,7 @@ class Pool:
 # ============================================================================================================
 
 PAGE_LIFE = 900.0  # seconds between two readings of the start page
+MODELS_LIFE = 600.0  # seconds that an account's list of models is used
 PAGE_SILENCE = 5.0  # seconds that a turn waits for it
 SPARE_PATIENCE = 5.0  # seconds that a turn waits for what is being prepared for it
 SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
@@ -1956,10 +2347,11 @@ BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
 UNKNOWN_AGENT = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/150.0.0.0 Safari/537.36"
 # What a page's script sends rather than a person opening the page; an empty value keeps libcurl from sending its own.
 _SCRIPT_HEADERS = (
-    b"Content-Type: application/json", b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
+    b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
     b"Sec-Fetch-Dest: empty", b"Sec-Fetch-User:", b"Upgrade-Insecure-Requests:", b"Expect:",
 )  # fmt: skip
 _JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
+_FILE_ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
 _BLOCK_MARKS = re.compile(r"just a moment|cf-spinner|cf-chl|challenge-platform|unusual activity", re.I)
 
 
@@ -1983,57 +2375,130 @@ class Requirements:
 
 
 @dataclass(frozen=True)
+class Attachment:
+    """A file in a message, given by its bytes, a URL to fetch it from, or the id of one that is kept (see `File`).
+
+    `where` is its place in the client's request, for errors; `image` whether it must be one."""
+
+    where: str
+    image: bool = False
+    name: str = ""
+    mime: str = ""
+    blob: Blob | None = None
+    url: str = ""
+    file: str = ""
+
+
+@dataclass(frozen=True)
 class Message:
-    """One message of a question: role system, user, assistant or tool."""
+    """One message of a question: role system, user, assistant or tool; its text and files in their order."""
 
     role: str
-    text: str
+    parts: tuple[str | Attachment, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        return [part for part in self.parts if isinstance(part, Attachment)]
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, in nobody's shape: the messages, the upstream's model slug, and a conversation to go on with."""
+    """What is asked, in nobody's shape: the messages, the model by the client's name for it, a conversation to go on
+    with, how hard to think (`thinking_effort`) and which of the site's tools to use (`system_hints`)."""
 
     messages: tuple[Message, ...]
     model: str
     conversation: str | None = None
     parent: str | None = None
     continues: bool = False
+    effort: str = ""
+    hints: tuple[str, ...] = ()
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        return [one for message in self.messages for one in message.attachments]
 
 
-def conversation_body(question: Question, history_disabled: bool) -> dict[str, Any]:
-    """ "The conversation body"."""
-    now = time.time()
-    messages = [
-        {
-            "id": new_id(),
-            "author": {"role": message.role},
-            "content": {"content_type": "text", "parts": [message.text]},
-            "metadata": {},
-            "create_time": now,
-        }
-        for message in question.messages
-    ]
+# Names that are no slug of the site's but mean one.
+ALIASES = {"auto": "auto", "gpt-3.5-turbo": "auto"}
+_GPT = re.compile(r"(?:gpt-4-gizmo-)?(g-[0-9A-Za-z_-]+)")
+
+
+def conversation_body(
+    question: Question, history_disabled: bool, login_free: bool, files: Mapping[Attachment, File]
+) -> dict[str, Any]:
+    """ "The conversation body"; `files` are the question's attachments as the account holds them."""
+    gpt = _GPT.fullmatch(question.model)
+    plain = gpt or login_free or question.model.startswith("gpt-3.5")
+    mode = {"kind": "gizmo_interaction", "gizmo_id": gpt[1]} if gpt else {"kind": "primary_assistant"}
     body = {
         "action": "continue" if question.continues else "next",
-        "messages": messages,
-        "model": question.model,
+        "messages": [_message_body(message, files) for message in question.messages],
+        "model": "auto" if plain else ALIASES.get(question.model, question.model),
         "parent_message_id": question.parent or new_id(),
-        "conversation_mode": {"kind": "primary_assistant"},
+        "conversation_mode": mode,
         "history_and_training_disabled": history_disabled,
         "force_use_sse": True,
         "supports_buffering": True,
         "supported_encodings": ["v1"],
-        "system_hints": [],
+        "system_hints": list(question.hints),
         "suggestions": [],
         "timezone_offset_min": TIMEZONE_OFFSET_MIN,
         "websocket_request_id": new_id(),
     }
     if question.conversation:
         body["conversation_id"] = question.conversation
+    if question.effort:
+        body["thinking_effort"] = question.effort
     if question.continues:
         del body["messages"]
     return body
+
+
+def _message_body(message: Message, files: Mapping[Attachment, File]) -> dict[str, Any]:
+    content: dict[str, Any] = {"content_type": "text", "parts": [message.text]}
+    metadata: dict[str, Any] = {}
+    if message.attachments:
+        parts = [part if isinstance(part, str) else _pointer(files[part]) for part in message.parts]
+        content = {"content_type": "multimodal_text", "parts": [part for part in parts if part]}
+        metadata = {"attachments": [_attachment_body(files[one]) for one in message.attachments]}
+    author = {"role": message.role}
+    return {
+        "id": new_id(),
+        "author": author,
+        "content": content,
+        "metadata": metadata,
+        "create_time": time.time(),
+    }
+
+
+def _pointer(file: File) -> dict[str, Any] | None:
+    """An image as a part of a message's content; other files are attachments only."""
+    if not file.width:
+        return None
+    pointer = {"content_type": "image_asset_pointer", "asset_pointer": f"file-service://{file.upstream}"}
+    return pointer | {"size_bytes": file.size, "width": file.width, "height": file.height}
+
+
+def _attachment_body(file: File) -> dict[str, Any]:
+    size = {"width": file.width, "height": file.height} if file.width else {}
+    return {"id": file.upstream, "name": file.name, "size": file.size, "mime_type": file.mime} | size
+
+
+# What the site reads as documents ("my_files"); other files are for its code interpreter ("ace_upload").
+_DOCUMENTS = re.compile(
+    r"text/(?!csv|tab-separated)|application/(pdf|json|msword|xml|x-tex|rtf|(x-)?javascript|x-sh|typescript"
+    r"|vnd\.openxmlformats-officedocument\.(wordprocessingml\.document|presentationml\.presentation))"
+)
+
+
+def use_case(mime: str, image: bool) -> str:
+    """ "Files": what a file is uploaded as."""
+    return "multimodal" if image else "my_files" if _DOCUMENTS.match(mime) else "ace_upload"
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
@@ -2105,7 +2570,7 @@ class ChatGPT:
     # -- calls -----------------------------------------------------------------------------------------------
 
     def _call(
-        self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None, watch: Watch,
+        self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, watch: Watch,
         silence: float | None = None,
     ) -> Call:  # fmt: skip
         """A call on a connection of the account's own."""
@@ -2113,7 +2578,7 @@ class ChatGPT:
         return self.handles.call(account.id, account.route, method, url, headers, body, watch, silence)
 
     def _answer(
-        self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | None,
+        self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
         watch: Watch, silence: float | None = None,
     ) -> Patient[Answer]:  # fmt: skip
         """The whole answer of a call; counted under `name`, its cookies kept if it is the site's."""
@@ -2126,11 +2591,14 @@ class ChatGPT:
         self._heard(name, account, answer.status, answer.headers if url.startswith(account.gateway) else {})
         return answer
 
-    def _headers(self, account: Account, *extra: bytes, accept: bytes = b"Accept: */*") -> list[bytes]:
+    def _headers(
+        self, account: Account, *extra: bytes, accept: bytes = b"*/*", kind: str = "application/json"
+    ) -> list[bytes]:
         """The header lines of every call of the site's own scripts."""
         row, gateway = account.row, account.gateway
         lines = [
-            accept,
+            b"Accept: " + accept,
+            f"Content-Type: {kind}".encode(),
             *_SCRIPT_HEADERS,
             f"Origin: {gateway}".encode(),
             f"Referer: {gateway}/".encode(),
@@ -2165,9 +2633,15 @@ class ChatGPT:
     def _post(
         self, name: str, account: Account, path: str, body: Mapping[str, Any], watch: Watch
     ) -> Patient[dict[str, Any]]:
+        return (yield from self._object(name, account, "POST", path, compact(body).encode(), watch))
+
+    def _object(
+        self, name: str, account: Account, method: str, path: str, body: bytes | Blob | None, watch: Watch,
+        kind: str = "application/json",
+    ) -> Patient[dict[str, Any]]:  # fmt: skip
         """A call that answers with a JSON object; Refusal for anything but 2xx."""
-        url, data = self._base(account) + path, compact(body).encode()
-        answer = yield from self._answer(name, account, "POST", url, self._headers(account), data, watch)
+        url, headers = self._base(account) + path, self._headers(account, kind=kind)
+        answer = yield from self._answer(name, account, method, url, headers, body, watch)
         value = answer.object()
         if value is None or not 200 <= answer.status < 300:
             raise refusal(answer.status, answer.headers, answer.body)
@@ -2302,7 +2776,7 @@ class ChatGPT:
         self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
     ) -> Pieces:
         url, data = self._base(account) + path, compact(body).encode("utf-8", "replace")
-        headers = self._headers(account, *extra, accept=b"Accept: text/event-stream")
+        headers = self._headers(account, *extra, accept=b"text/event-stream")
         with self._call(account, "POST", url, headers, data, watch) as call:
             if account.answered:
                 call.handle.once_sent = lambda: self.prepare(account)  # meanwhile, not before
@@ -2317,6 +2791,147 @@ class ChatGPT:
                 return
             answer = yield from call.whole()
             raise refusal(answer.status, answer.headers, answer.body)
+
+    # -- files and voice ---------------------------------------------------------------------------------------
+
+    def upload(
+        self, account: Account, blob: Blob, name: str, mime: str, case: str, watch: Watch
+    ) -> Patient[str]:
+        """ "Files": the id of a file that the account now holds, documents once they have been read there."""
+        asked = {"file_name": name, "file_size": blob.size, "use_case": case}
+        asked |= {"timezone_offset_min": TIMEZONE_OFFSET_MIN, "reset_rate_limits": False}
+        made = yield from self._post("files", account, "/files", asked, watch)
+        id, url = str(made.get("file_id") or ""), str(made.get("upload_url") or "")
+        if not _FILE_ID.fullmatch(id) or not url.startswith(("https://", "http://")):
+            raise Refusal("broken", "The upstream did not say where to upload a file; try again.")
+        headers = [
+            b"x-ms-blob-type: BlockBlob",
+            b"x-ms-version: 2020-04-08",
+            f"Content-Type: {mime}".encode(),
+        ]
+        headers += [b"Expect:", f"Origin: {account.gateway}".encode()]
+        answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch)
+        if not 200 <= answer.status < 300:
+            raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
+        yield from self._post("uploaded", account, f"/files/{id}/uploaded", {}, watch)
+        if case == "my_files":
+            yield from self._indexed(account, id, watch)
+        return id
+
+    def _indexed(self, account: Account, id: str, watch: Watch) -> Patient[None]:
+        """Waits until the site has read a document."""
+        end, pause = time.monotonic() + self.silence, 0.1
+        while time.monotonic() < end:
+            said = yield from self._object("file", account, "GET", f"/files/{id}", None, watch)
+            if (status := said.get("retrieval_index_status")) == "success":
+                return
+            if status in ("failed", "error"):
+                raise Refusal(
+                    "rejected", "The upstream cannot read this document; send it in another format."
+                )
+            yield from paused(pause, watch)
+            pause = min(pause * 1.5, 2.0)
+        raise Refusal("silent", "The upstream took too long to read the document; try again.")
+
+    def file_url(self, account: Account, id: str, watch: Watch, conversation: str = "") -> Patient[str]:
+        """A short-lived URL for a file that the account holds; for `sediment` files the conversation's."""
+        path = (
+            f"/conversation/{conversation}/attachment/{id}/download"
+            if conversation
+            else f"/files/{id}/download"
+        )
+        return (yield from self._url("download", account, path, watch))
+
+    def sandbox_url(
+        self, account: Account, conversation: str, message: str, path: str, watch: Watch
+    ) -> Patient[str]:
+        """A short-lived URL for a file that the model made at `/mnt/data/…`."""
+        query = urllib.parse.urlencode({"message_id": message, "sandbox_path": path})
+        address = f"/conversation/{conversation}/interpreter/download?{query}"
+        return (yield from self._url("interpreter", account, address, watch))
+
+    def _url(self, name: str, account: Account, path: str, watch: Watch) -> Patient[str]:
+        said = yield from self._object(name, account, "GET", path, None, watch)
+        if not isinstance(url := said.get("download_url"), str) or not url.startswith(
+            ("https://", "http://")
+        ):
+            raise Refusal("missing", "The upstream has no download for this file.", "not_found")
+        return url
+
+    def content(self, account: Account, url: str, watch: Watch) -> Call:
+        """The call that gets a file's bytes; its own files the site gives to the account alone."""
+        own = url.startswith(account.gateway + "/")
+        return self._call(account, "GET", url, self._headers(account) if own else [b"Expect:"], None, watch)
+
+    def downloaded(self, account: Account, url: str, watch: Watch) -> Patient[Blob]:
+        """A file's bytes."""
+        blob = Blob()
+        with self.content(account, url, watch) as call:
+            yield from call.start()
+            if call.status != 200:
+                raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
+            for data in call.rest():
+                if data is None:
+                    yield
+                else:
+                    blob.write(data)
+        return blob
+
+    def models(self, account: Account, watch: Watch) -> Patient[tuple[str, ...]]:
+        """The slugs of the models that an account may use, read at most every MODELS_LIFE seconds; what is known stays
+        in use when the upstream fails."""
+        read, slugs = account.models
+        if time.time() - read < MODELS_LIFE:
+            return slugs
+        try:
+            said = yield from self._object("models", account, "GET", "/models", None, watch)
+        except Refusal:
+            if not slugs:
+                raise
+            account.models = (time.time() - MODELS_LIFE + 60, slugs)  # and tried again in a minute
+            return slugs
+        listed = said.get("models")
+        slugs = tuple(
+            str(one["slug"])
+            for one in (listed if isinstance(listed, list) else ())
+            if isinstance(one, dict) and one.get("slug")
+        )
+        account.models = (time.time(), slugs)
+        return slugs
+
+    def speech(
+        self, account: Account, conversation: str, message: str, voice: str, form: str, watch: Watch
+    ) -> Patient[Answer]:
+        """ "Voice": a message read aloud."""
+        query = {"message_id": message, "conversation_id": conversation, "voice": voice, "format": form}
+        url = f"{self._base(account)}/synthesize?{urllib.parse.urlencode(query)}"
+        answer = yield from self._answer(
+            "synthesize", account, "GET", url, self._headers(account), None, watch
+        )
+        if answer.status != 200 or not answer.headers.get("content-type", "").startswith(
+            ("audio/", "application/oct")
+        ):
+            raise refusal(answer.status, answer.headers, answer.body)
+        return answer
+
+    def transcription(
+        self, account: Account, audio: Blob, name: str, mime: str, language: str, watch: Watch
+    ) -> Patient[str]:
+        """ "Voice": what is said in a recording."""
+        mark, body = f"----chatproxy{secrets.token_hex(12)}", Blob()
+        quoted = re.sub(r'[\x00-\x1f"\\]', "_", name)
+        head = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="{quoted}"\r\nContent-Type: {mime}\r\n\r\n'
+        body.write(head.encode())
+        for piece in audio.pieces():
+            body.write(piece)
+        if language:
+            body.write(
+                f'\r\n--{mark}\r\nContent-Disposition: form-data; name="language"\r\n\r\n{language}'.encode()
+            )
+        body.write(f"\r\n--{mark}--\r\n".encode())
+        kind = f"multipart/form-data; boundary={mark}"
+        said = yield from self._object("transcribe", account, "POST", "/transcribe", body, watch, kind)
+        return str(said.get("text") or "")
 
     # -- prepared ahead --------------------------------------------------------------------------------------
 
@@ -2467,15 +3082,48 @@ class Reasoning(NamedTuple):
     text: str
 
 
+class ToolUse(NamedTuple):
+    """What the model gave one of its own tools, or got from it, whole; `language` is "" for output."""
+
+    language: str
+    text: str
+
+
+class Drawing(NamedTuple):
+    """An image that the model drew, where the upstream keeps it: `file-service://ID` or `sediment://ID`."""
+
+    pointer: str
+
+
+class Image(NamedTuple):
+    """A drawing that can be looked at, as long as its URL lasts."""
+
+    url: str
+
+
+class SandboxLink(NamedTuple):
+    """Stands in the text for the URL of a file that the model made."""
+
+    path: str
+
+
+class FunctionCall(NamedTuple):
+    """A call of one of the client's own functions; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class Finish(NamedTuple):
-    """The end: `reason` is stop, length or content_filter; the ids are those to go on from."""
+    """The end: `reason` is stop, length, content_filter or tool_calls; the ids are those to go on from."""
 
     reason: str
     conversation: str = ""
     message: str = ""
 
 
-Event = Begin | Text | Reasoning | Finish
+Event = Begin | Text | Reasoning | ToolUse | Drawing | Image | SandboxLink | FunctionCall | Finish
 
 
 class EventStream:
@@ -2523,6 +3171,103 @@ class EventStream:
         return "\n".join(lines) if lines else None
 
 
+_SANDBOX = "(sandbox:"
+# What may not be passed on as it is: a citation's private-use characters, a sandbox link, what may be the start of one.
+_MARK = re.compile(
+    "[\ue200-\ue2ff]|\\(sandbox:|(?:"
+    + "|".join(re.escape(_SANDBOX[:n]) for n in range(len(_SANDBOX) - 1, 0, -1))
+    + r")\Z"
+)
+MOST_HELD = 2000  # characters that wait for a mark's end, or for what it refers to
+
+
+class Prose:
+    """An answer's text with its marks resolved: citations become Markdown links, sandbox links can be looked up.
+
+    What may be a mark is held back until it is whole and known: a citation's source often comes after it.
+    """
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        self.message = message  # whose metadata has the sources
+        self.held = ""
+
+    def feed(self, text: str, end: int, out: list[Event], last: bool = False) -> None:
+        """Passes on what can be, with `last` everything; `end` is where in the message the text ends."""
+        text, at = self.held + text, 0
+        self.held = ""
+        while match := _MARK.search(text, at):
+            start = match.start()
+            if start > at:
+                out.append(Text(text[at:start]))
+            after = self._mark(text, start, end - len(text), out, last or len(text) - start > MOST_HELD)
+            if after is None:
+                self.held = text[start:]
+                return
+            at = after
+        if at < len(text):
+            out.append(Text(text[at:]))
+
+    def _mark(self, text: str, start: int, before: int, out: list[Event], last: bool) -> int | None:
+        """Passes on what stands for the mark at `start`; where the text goes on, None when that is not known yet."""
+        if text[start] == "(":
+            return self._sandbox(text, start, out, last)
+        if text[start] != "\ue200":
+            return start + 1
+        end = text.find("\ue201", start)
+        if end < 0:
+            return re.compile(r"\S*").match(text, start).end() if last else None  # type: ignore[union-attr] # matches ""
+        link = self._link(text[start : end + 1], before + start)
+        if link is None and not last:
+            return None
+        if link:
+            out.append(Text(link))
+        return end + 1
+
+    @staticmethod
+    def _sandbox(text: str, start: int, out: list[Event], last: bool) -> int | None:
+        path = re.compile(r"\(sandbox:([^\s()]*)(\)?)").match(text, start)
+        if path and path[2]:
+            out += [Text("("), SandboxLink(path[1])]
+            return path.end() - 1
+        open_end = path is None or path.end() == len(text)  # more of it may come
+        if open_end and not last:
+            return None
+        out.append(Text("("))
+        return start + 1
+
+    def _link(self, mark: str, start: int) -> str | None:
+        """What a citation refers to, as Markdown links; "" when that is nothing, None when it is not known."""
+        metadata = self.message.get("metadata")
+        for one in _dicts(_at(metadata, ("content_references",))):
+            if one.get("matched_text") == mark:
+                items = [*_dicts(one.get("items")), one]
+                links = [
+                    _markdown_link(item) for item in items if isinstance(item.get("url"), str) and item["url"]
+                ]
+                alt = one.get("alt")
+                return ", ".join(dict.fromkeys(links)) or (
+                    re.sub("[\ue200-\ue2ff]", "", alt) if isinstance(alt, str) else ""
+                )
+        for one in _dicts(_at(metadata, ("citations",))):
+            here = one.get("start_ix")
+            source = one.get("metadata")
+            if isinstance(here, int) and start <= here < start + len(mark) and isinstance(source, dict):
+                return _markdown_link(source) if isinstance(source.get("url"), str) else ""
+        return None
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _markdown_link(source: Mapping[str, Any]) -> str:
+    """`[title](url)`; what would end either part early is escaped."""
+    url = re.sub(r"[\s()<>]", lambda match: urllib.parse.quote(match[0], safe=""), source["url"])
+    title = re.sub(r"\s+", " ", str(source.get("title") or urllib.parse.urlsplit(url).hostname or url))
+    title = re.sub("[\ue200-\ue2ff]", "", title)
+    return "[" + re.sub(r"([\[\]\\])", r"\\\1", title) + f"]({url})"
+
+
 class _Growing:
     """A message under way: who it is for, and how much of its text has been passed on."""
 
@@ -2530,15 +3275,20 @@ class _Growing:
         self.raw = message
         self.id = str(message.get("id") or "")
         self.sent = 0
+        self.prose = Prose(message)
+        self.shown: set[str] = set()  # what has been passed on that comes whole
         self.changed = True  # whether its text may have grown otherwise than by `append`
         self._tail = io.StringIO()  # appended to part 0 since `raw` was last brought up to date
         self.kind = self._kind()
 
-    def append(self, more: str) -> Text:
-        """Appends to part 0, in constant time; what to pass on."""
+    def append(self, more: str, out: list[Event]) -> None:
+        """Appends to part 0, in constant time, and passes it on; once per token."""
         self._tail.write(more)
         self.sent += len(more)
-        return Text(more)
+        if self.prose.held or (("(" in more or not more.isascii()) and _MARK.search(more)):
+            self.prose.feed(more, self.sent, out)
+        else:
+            out.append(Text(more))
 
     def appendable(self) -> bool:
         """Whether text can be appended to part 0 without a look at the rest: no other part follows it."""
@@ -2555,19 +3305,59 @@ class _Growing:
         _patch(self.raw, steps, op, value)
         self.kind = self._kind()
 
-    def _kind(self) -> type[Text] | type[Reasoning] | None:
-        """What becomes of its text. "Which messages are the answer"."""
+    def _kind(self) -> type[Text] | type[Reasoning] | type[ToolUse] | type[Drawing] | None:
+        """What becomes of it. "Which messages are the answer"."""
         message, kind = self.raw, _at(self.raw, ("content", "content_type"))
-        hidden = _at(message, ("metadata", "is_visually_hidden_from_conversation"))
-        if _at(message, ("author", "role")) != "assistant" or hidden:
+        role, recipient = _at(message, ("author", "role")), message.get("recipient", "all")
+        if _at(message, ("metadata", "is_visually_hidden_from_conversation")):
+            return None
+        if role == "tool":
+            return ToolUse if kind == "execution_output" else Drawing if kind == "multimodal_text" else None
+        if role != "assistant":
             return None
         if kind in ("thoughts", "reasoning_recap"):
             return Reasoning
-        if kind not in ("text", "multimodal_text") or message.get("recipient", "all") != "all":
+        if kind == "code" and recipient != "all":
+            return ToolUse
+        if kind not in ("text", "multimodal_text") or recipient != "all":
             return None
         return Text if message.get("channel") in (None, "final") else None
 
-    def grown(self) -> str:
+    def grow(self, out: list[Event], over: bool = False) -> None:
+        """Passes on what has come otherwise than by `append`; with `over` all that is still held back."""
+        kind = self.kind
+        if kind is Reasoning:
+            if more := self._more():
+                out.append(Reasoning(more))
+            return
+        if kind is Text:
+            more = self._more()
+            if more or self.prose.held:
+                self.prose.feed(more, self.sent, out, over)
+        if kind is not None and (over or self.raw.get("status") == "finished_successfully"):
+            self._show(out)
+
+    def _show(self, out: list[Event]) -> None:
+        """Passes on what comes whole: code, its output, images."""
+        content = self.raw["content"]
+        if self.kind is ToolUse and "" not in self.shown and isinstance(text := content.get("text"), str):
+            self.shown.add("")
+            recipient, language = str(self.raw.get("recipient")), str(content.get("language") or "unknown")
+            code = content["content_type"] == "code"
+            named = "" if not code else recipient if language == "unknown" else language
+            if text.strip():
+                out.append(ToolUse(named if named.isalnum() else "", text))
+        for part in _dicts(content.get("parts")):
+            pointer = part.get("asset_pointer")
+            if (
+                part.get("content_type") == "image_asset_pointer"
+                and isinstance(pointer, str)
+                and pointer not in self.shown
+            ):
+                self.shown.add(pointer)
+                out.append(Drawing(pointer))
+
+    def _more(self) -> str:
         """The text that has come otherwise than by `append`."""
         if not self.changed:
             return ""
@@ -2623,7 +3413,6 @@ class Decoder:
     def feed(self, data: bytes) -> list[Event]:
         """The events that have become whole; Refusal when the upstream says that it failed."""
         out: list[Event] = []
-        append = out.append
         for text in self._events.feed(data):
             if text[:1] != "{":
                 self.done = self.done or text == "[DONE]"
@@ -2634,9 +3423,16 @@ class Decoder:
                 continue
             # Once per token: {"v": "…"} goes on appending to the answer's first part.
             if self._hot and len(value) == 1 and type(more := value.get("v")) is str:
-                append(self._current.append(more))  # type: ignore[union-attr] # hot: there is one
+                self._current.append(more, out)  # type: ignore[union-attr] # hot: there is one
             else:
                 self._take(value, out)
+        return out
+
+    def rest(self) -> list[Event]:
+        """What was still held back, once nothing more comes."""
+        out: list[Event] = []
+        if self._current is not None:
+            self._current.grow(out, over=True)
         return out
 
     def finish(self) -> Finish | None:
@@ -2653,7 +3449,7 @@ class Decoder:
             self._apply(self._path, self._op, value.get("v"), out)
             self._hot = self._path == _ANSWER_PATH and self._op == "append" and self._appendable() is not None
         elif "message" in value or "error" in value:
-            self._begin(value)
+            self._begin(value, out)
         elif value.get("type") == "message_stream_complete":
             self.conversation = str(value.get("conversation_id") or self.conversation)
             return
@@ -2666,7 +3462,7 @@ class Decoder:
     def _appendable(self) -> _Growing | None:
         return self._current if self._current is not None and self._current.appendable() else None
 
-    def _begin(self, value: dict[str, Any]) -> None:
+    def _begin(self, value: dict[str, Any], out: list[Event]) -> None:
         """A message, new or (in the cumulative encoding) known and grown."""
         if value.get("error"):
             raise Refusal("broken", "The upstream broke off its answer with an error; try again.")
@@ -2675,8 +3471,11 @@ class Decoder:
             return
         message = _Growing(value["message"])
         known = self._messages.get(message.id)
+        if self._current is not None and self._current is not known:
+            self._current.grow(out, over=True)
         if known is not None:
-            message.sent = known.sent
+            message.sent, message.prose, message.shown = known.sent, known.prose, known.shown
+            message.prose.message = message.raw
         elif message.kind is Text and self._reason != "content_filter":
             self._reason = ""  # an earlier message's end was not the answer's
         if message.id:
@@ -2693,7 +3492,7 @@ class Decoder:
                     whole = inner if inner.startswith("/message") else path + inner
                     self._apply(whole, str(one.get("o", "append")), one.get("v"), out)
         elif path == "" and isinstance(value, dict):
-            self._begin(value)
+            self._begin(value, out)
         elif path == "/conversation_id" and isinstance(value, str):
             self.conversation = value
         elif (
@@ -2702,7 +3501,7 @@ class Decoder:
             and isinstance(value, str)
             and (answer := self._appendable())
         ):
-            out.append(answer.append(value))
+            answer.append(value, out)
         elif current is not None and path.startswith("/message/"):
             current.patch([_step(step) for step in path.split("/")[2:]], op, value)
 
@@ -2715,8 +3514,7 @@ class Decoder:
         if not self._begun:
             self._begun = True
             out.insert(0, Begin(self.model, self.conversation, message.id))
-        if more := message.grown():
-            out.append(kind(more))
+        message.grow(out)
         if kind is Text:
             self.message = message.id or self.message
             if self._reason != "content_filter":
@@ -2772,11 +3570,109 @@ def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
 
 
 # ============================================================================================================
+# files: what comes with a message, and who holds it
+# ============================================================================================================
+
+
+class Files:
+    """Files on their way to the accounts that need them: fetched from URLs, found again by content or id, uploaded."""
+
+    def __init__(self, settings: Settings, pool: Pool, upstream: ChatGPT) -> None:
+        self.pool, self.store, self.upstream = pool, pool.store, upstream
+        self.fetcher = Fetcher(settings)
+
+    def find(self, id: str, owner: str, where: str | None = None) -> File:
+        """A file by its id, if it is the owner's; else not_found."""
+        if found := self.store.files("id=? AND owner=?", id, owner):
+            return found[0]
+        raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.", where)
+
+    def gathered(self, attachment: Attachment, owner: str, watch: Watch) -> Patient[tuple[File, Blob | None]]:
+        """A message's file, and its bytes unless an account has it already; fetched if it is given by URL."""
+        if attachment.file:
+            return self.find(attachment.file, owner, attachment.where), None
+        blob, mime, name = attachment.blob, attachment.mime, attachment.name
+        if blob is None:
+            blob, said, named = yield from self.fetcher.fetched(attachment.url, attachment.where, watch)
+            mime, name = mime or said, name or named
+        file = self.described(blob, name, mime, owner)
+        if attachment.image and not file.width:
+            raise invalid(attachment.where, f"`{attachment.where}` is not a PNG, JPEG, GIF or WebP image.")
+        return file, blob
+
+    @staticmethod
+    def described(blob: Blob, name: str, mime: str, owner: str) -> File:
+        """What bytes are, as a file that nobody holds yet: an image by its bytes, others by name or what is said."""
+        facts = image_facts(blob)
+        name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)[-200:]
+        guessed = mimetypes.guess_type(name)[0] or ""
+        mime = mime.partition(";")[0].strip().lower()
+        vague = mime in ("", "application/octet-stream", "binary/octet-stream") or not re.fullmatch(
+            r"[\w.+-]+/[\w.+-]+", mime
+        )
+        kind, width, height = facts or (guessed if vague else mime, 0, 0)
+        if not kind:
+            head = blob.read(0, 4096)
+            kind = (
+                "application/pdf"
+                if head[:5] == b"%PDF-"
+                else "text/plain"
+                if head.isascii() and b"\0" not in head
+                else ""
+            )
+        kind = kind or "application/octet-stream"
+        if not name:
+            name = "file" + ({"text/plain": ".txt"}.get(kind) or mimetypes.guess_extension(kind) or "")
+        return File("", owner, "", "", name, kind, blob.size, width, height, "", blob.digest(), time.time())
+
+    def placed(self, account: Account, file: File, blob: Blob | None, watch: Watch) -> Patient[File]:
+        """The file as an account holds it: as it is, known by its content, or uploaded now."""
+        if file.account == account.id:
+            return file
+        case = use_case(file.mime, file.width > 0)
+        for known in self.store.files("digest=? AND account=?", file.digest, account.id):
+            if use_case(known.mime, known.width > 0) == case:
+                if not known.purpose and known.used < time.time() - 3600:
+                    self.store.put_file(known._replace(used=time.time()))
+                return known._replace(name=file.name, mime=file.mime)
+        if blob is None:
+            blob = yield from self._bytes(file, watch)
+        id = yield from self.upstream.upload(account, blob, file.name, file.mime, case, watch)
+        return self.kept(file._replace(account=account.id, upstream=id, purpose="", used=time.time()))
+
+    def kept(self, file: File) -> File:
+        """Stores a file under a new id."""
+        file = file._replace(id=f"file-{secrets.token_hex(12)}")
+        self.store.put_file(file)
+        return file
+
+    def owned(self, account: Account, file: File, owner: str) -> File:
+        """The owner's own entry of a file that an account holds."""
+        held = self.store.files("digest=? AND account=?", file.digest, account.id)
+        mine = [one for one in held if one.owner == owner]
+        return mine[0] if mine else self.kept((held or [file])[0]._replace(owner=owner, purpose=""))
+
+    def forget(self, account: Account, file: File) -> None:
+        """What the account was thought to hold is not there any more."""
+        for known in self.store.files("digest=? AND account=? AND purpose=''", file.digest, account.id):
+            self.store.remove_file(known.id)
+
+    def _bytes(self, file: File, watch: Watch) -> Patient[Blob]:
+        """A file's bytes from the account that holds it."""
+        if (holder := self.pool.find(file.account)) is None:
+            raise ApiError("not_found", f"The account that held the file {file.id} is gone; upload it again.")
+        yield from self.upstream.token(holder, watch)
+        url = yield from self.upstream.file_url(holder, file.upstream, watch)
+        return (yield from self.upstream.downloaded(holder, url, watch))
+
+
+# ============================================================================================================
 # answers: a question becomes events, whichever account and however many attempts it takes
 # ============================================================================================================
 
 # Reasons to go on to the next account, never after the upstream rejected the request itself.
-_NEXT_ACCOUNT = ("expired", "blocked", "limited", "broken", "unreachable")
+_NEXT_ACCOUNT = ("expired", "blocked", "limited", "broken", "unreachable", "unlisted")
+_LOOKED_UP = {Drawing, SandboxLink}
 
 
 Batches = Generator[list[Event] | None, None, None]
@@ -2785,11 +3681,17 @@ Batches = Generator[list[Event] | None, None, None]
 class Attempt:
     """One question's way through the accounts: those tried, and what the client has of the answer."""
 
-    def __init__(self, question: Question, guest: Account | None, holder: str | None) -> None:
-        self.question, self.guest, self.holder = question, guest, holder
+    def __init__(self, question: Question, guest: Account | None, owner: str = "") -> None:
+        """`guest` is the one account that is to answer, None the pool; `owner` is whose files the question may use."""
+        self.question, self.guest, self.owner = question, guest, owner
+        self.holder: str | None = None  # the account that holds the conversation or a file
+        self.signed_in = False  # whether a login-free account will not do
+        self.materials: dict[Attachment, tuple[File, Blob | None]] = {}
         self.tried: list[Account] = []
+        self.account: Account | None = None  # the one that is asked
         self.token = ""  # the access token of the call under way
         self.begun = False  # whether the client has anything of the answer
+        self.continuing = False  # whether the call under way goes on with an answer
         self.pieces: Pieces | None = (
             None  # the call under way; it is ended when the client has its last words
         )
@@ -2799,38 +3701,73 @@ class Attempt:
 class Answers:
     """Asks the web upstream on behalf of the pool or of a guest: leases, retries, goes on with what was cut."""
 
-    def __init__(self, settings: Settings, pool: Pool, upstream: ChatGPT, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, pool: Pool, upstream: ChatGPT, files: Files, metrics: Metrics
+    ) -> None:
         self.settings, self.pool, self.upstream, self.metrics = settings, pool, upstream, metrics
+        self.files = files
 
-    def ask(self, question: Question, guest: Account | None, watch: Watch) -> Batches:
+    def ask(self, attempt: Attempt, watch: Watch) -> Batches:
         """The answer as batches of events that came together, None for a heartbeat's time of silence; Finish is last.
 
         ApiError when no account could answer; after the first event, when the answer broke off.
         """
-        known = question.conversation if guest is None else None
-        attempt = Attempt(question, guest, self.pool.holder(known) if known else None)
+        question = attempt.question
+        if attempt.guest is None and question.conversation:
+            attempt.holder = self.pool.holder(question.conversation)
+        for one in question.attachments:
+            attempt.signed_in = True
+            attempt.materials[one] = file, _ = yield from self.files.gathered(one, attempt.owner, watch)
+            if attempt.guest is None:
+                attempt.holder = attempt.holder or file.account or None
         try:
-            account = self._lease(attempt)
-            while True:
-                if account in attempt.tried:
-                    yield from self._pause(len(attempt.tried), watch)
-                try:
-                    yield from self._answer(account, attempt, watch)
-                    return
-                except Refusal as refused:
-                    self._learn(account, attempt, refused)
-                    if attempt.begun:
-                        raise
-                    account = self._next(account, attempt, refused)
+            yield from self._attempts(attempt, watch, lambda account: self._answer(account, attempt, watch))
         finally:
             if attempt.pieces:
                 attempt.pieces.close()
 
+    def do(
+        self,
+        kind: str,
+        guest: Account | None,
+        work: Callable[[Account], Patient[T]],
+        watch: Watch,
+        holder: str | None = None,
+    ) -> Patient[T]:
+        """The result of some calls that need a signed-in account; `kind` is what its rate limits are counted under."""
+        attempt = Attempt(Question((), kind), guest)
+        attempt.holder, attempt.signed_in = holder if guest is None else None, True
+        return (
+            yield from self._attempts(
+                attempt,
+                watch,
+                lambda account: self._signed_in(account, attempt, lambda: work(account), watch),
+            )
+        )
+
+    def _attempts(
+        self, attempt: Attempt, watch: Watch, work: Callable[[Account], Generator[Y | None, None, T]]
+    ) -> Generator[Y | None, None, T]:
+        """Does the work on one account after another, until it is done or is not to be tried again."""
+        account = self._lease(attempt)
+        while True:
+            if account in attempt.tried:
+                # On the same account again: a quarter of a second later, twice as long each time, at most 4 s.
+                yield from paused(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0), watch)
+            attempt.account = account
+            try:
+                return (yield from work(account))
+            except Refusal as refused:
+                self._learn(account, attempt, refused)
+                if attempt.begun:
+                    raise
+                account = self._next(account, attempt, refused)
+
     def _lease(self, attempt: Attempt) -> Account:
         model = attempt.question.model
         if attempt.guest:
-            return self.pool.lease_guest(attempt.guest, model)
-        return self.pool.lease(model, attempt.tried, attempt.holder)
+            return self.pool.lease_guest(attempt.guest, model, attempt.signed_in)
+        return self.pool.lease(model, attempt.tried, attempt.holder, attempt.signed_in)
 
     def _learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
         """What a refusal means for its account."""
@@ -2866,36 +3803,50 @@ class Answers:
         text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "1"})
 
-    def _pause(self, tries: int, watch: Watch) -> Patient[None]:
-        """Between two attempts on the same account: a quarter of a second, twice as long each time, at most 4 s."""
-        with contextlib.suppress(TimeoutError):
-            yield from awaited(Future[None](), watch, min(0.25 * 2 ** (tries - 1), 4.0))
-
     def _answer(self, account: Account, attempt: Attempt, watch: Watch) -> Batches:
         """The whole answer of one account, continued as often as AUTO_CONTINUE says."""
-        question, decoder = attempt.question, Decoder()
+        question, decoder, attempt.continuing = attempt.question, Decoder(), False
         for continuation in range(self.settings.auto_continue + 1):
             try:
-                rest = yield from self._turn(account, question, attempt, decoder, watch)
+                events = yield from self._signed_in(
+                    account,
+                    attempt,
+                    functools.partial(self._turn, account, question, attempt, decoder, watch),
+                    watch,
+                )
             except Refusal as refused:
                 if attempt.begun and (over := decoder.finish()):
-                    yield [over]  # only what says so a second time is missing
+                    yield [
+                        *(yield from self._rest(account, decoder, watch)),
+                        over,
+                    ]  # only a second saying so is missing
                     return
                 if not continuation:
                     raise
                 self._learn(account, attempt, refused)  # what there is of the answer stays good
-                yield [Finish("length", decoder.conversation, decoder.message)]
+                rest = yield from self._rest(account, decoder, watch)
+                yield [*rest, Finish("length", decoder.conversation, decoder.message)]
                 return
             finish = self._finished(decoder)
+            events = [*events, *(yield from self._rest(account, decoder, watch))]
             if finish.reason != "length" or not finish.conversation or not finish.message:
                 break
             if continuation < self.settings.auto_continue:
-                if rest:
-                    yield rest
-                here = {"conversation": finish.conversation, "parent": finish.message}
-                question = replace(question, messages=(), continues=True, **here)
+                if events:
+                    yield events
+                question = replace(
+                    question,
+                    messages=(),
+                    continues=True,
+                    conversation=finish.conversation,
+                    parent=finish.message,
+                )
+                attempt.continuing = True
                 decoder.renew()
-        yield [*rest, finish]
+        yield [*events, finish]
+
+    def _rest(self, account: Account, decoder: Decoder, watch: Watch) -> Patient[list[Event]]:
+        return (yield from self._looked_up(account, decoder, decoder.rest(), watch))
 
     @staticmethod
     def _finished(decoder: Decoder) -> Finish:
@@ -2903,45 +3854,84 @@ class Answers:
             return finish
         raise Refusal("broken", "The upstream broke off its answer; try again.")
 
+    def _signed_in(
+        self,
+        account: Account,
+        attempt: Attempt,
+        work: Callable[[], Generator[Y | None, None, T]],
+        watch: Watch,
+    ) -> Generator[Y | None, None, T]:
+        """Does the work with a usable access token; once more with a renewed one if that was refused."""
+        refused_token = ""
+        while True:
+            yield from self.upstream.token(account, watch, refused_token)
+            attempt.token = account.row.access_token
+            try:
+                return (yield from work())
+            except Refusal as refused:
+                alive = account.renewable and account.row.state == "ready"
+                over = attempt.begun and not attempt.continuing
+                if refused.reason != "expired" or not alive or refused_token or over:
+                    raise
+                refused_token = attempt.token
+
     def _turn(
         self, account: Account, question: Question, attempt: Attempt, decoder: Decoder, watch: Watch
     ) -> Generator[list[Event] | None, None, list[Event]]:
-        """One conversation call, made again once if a renewed token, and once if fresh requirements, may help.
+        """One conversation call, made again once if fresh requirements, and once if fresh uploads, may help.
 
         Returns the events that came together with the end.
         """
-        upstream, refused_token, renewed, spare = self.upstream, "", False, True
+        upstream, spare, known = self.upstream, True, True
+        if self.settings.check_model and not attempt.continuing:
+            yield from self._check_model(account, question.model, watch)
         while True:
+            files = {}
+            for one in question.attachments:
+                files[one] = yield from self.files.placed(account, *attempt.materials[one], watch)
+            needs = (yield from upstream.spare(account, watch)) if spare else None
+            spare = needs is not None
+            if needs is None:
+                needs = yield from upstream.requirements(account, watch)
             try:
-                yield from upstream.token(account, watch, refused_token)
-                attempt.token, needs = account.row.access_token, None
-                if spare:
-                    needs = yield from upstream.spare(account, watch)
-                spare = needs is not None
-                if needs is None:
-                    needs = yield from upstream.requirements(account, watch)
-                return (yield from self._call(account, question, needs, attempt, decoder, watch))
+                return (yield from self._call(account, question, files, needs, attempt, decoder, watch))
             except Refusal as refused:
-                if attempt.begun and not question.continues:
+                if attempt.begun and not attempt.continuing:
                     raise
-                alive = account.renewable and account.row.state == "ready"
-                if refused.reason == "expired" and alive and not renewed:
-                    refused_token, renewed = attempt.token, True
-                elif refused.reason == "blocked" and spare:
+                if refused.reason == "blocked" and spare:
                     spare = False  # the upstream may have forgotten what was prepared
+                elif refused.reason in ("rejected", "missing") and files and known:
+                    known = False  # and files that it once was given
+                    for file in files.values():
+                        self.files.forget(account, file)
                 else:
                     raise
+
+    def _check_model(self, account: Account, model: str, watch: Watch) -> Patient[None]:
+        """CHECK_MODEL: refuses what the account does not list, unless the list cannot be had."""
+        if model in ALIASES or _GPT.fullmatch(model):
+            return
+        try:
+            listed = yield from self.upstream.models(account, watch)
+        except Refusal as refused:
+            if refused.reason == "expired":
+                raise
+            return
+        if listed and model not in listed:
+            raise Refusal("unlisted", "No account offers this model; GET /v1/models lists those there are.")
 
     def _call(
         self,
         account: Account,
         question: Question,
+        files: Mapping[Attachment, File],
         needs: Requirements,
         attempt: Attempt,
         decoder: Decoder,
         watch: Watch,
     ) -> Generator[list[Event] | None, None, list[Event]]:
-        body = conversation_body(question, self.settings.history_disabled)
+        login_free = account.row.kind == LOGIN_FREE
+        body = conversation_body(question, self.settings.history_disabled, login_free, files)
         last = time.monotonic()
         attempt.pieces = self.upstream.conversation(account, body, needs, watch)
         for data in attempt.pieces:
@@ -2950,6 +3940,8 @@ class Answers:
                 self._begun(account, attempt)
             if decoder.conversation != attempt.kept:
                 self._keep(account, attempt, decoder.conversation)
+            if not _LOOKED_UP.isdisjoint(map(type, events)):
+                events = yield from self._looked_up(account, decoder, events, watch)
             if decoder.done:
                 return events
             now = time.monotonic()
@@ -2957,6 +3949,50 @@ class Answers:
                 last = now
                 yield events or None
         return []
+
+    def _looked_up(
+        self, account: Account, decoder: Decoder, events: list[Event], watch: Watch
+    ) -> Patient[list[Event]]:
+        """The events with URLs for what the model drew and made."""
+        out: list[Event] = []
+        for event in events:
+            if isinstance(event, SandboxLink):
+                ask = functools.partial(
+                    self.upstream.sandbox_url,
+                    account,
+                    decoder.conversation,
+                    decoder.message,
+                    event.path,
+                    watch,
+                )
+                out.append(Text((yield from self._url(account, ask, watch)) or f"sandbox:{event.path}"))
+            elif isinstance(event, Drawing):
+                scheme, _, id = event.pointer.partition("#")[0].partition("://")
+                conversation = decoder.conversation if scheme == "sediment" else ""
+                ask = functools.partial(self.upstream.file_url, account, id, watch, conversation)
+                if _FILE_ID.fullmatch(id) and (url := (yield from self._url(account, ask, watch))):
+                    out.append(Image(url))
+            else:
+                out.append(event)
+        return out
+
+    @staticmethod
+    def _url(account: Account, ask: Callable[[], Patient[str]], watch: Watch) -> Patient[str]:
+        """A download URL, "" when there is none: what was just made may take the upstream a moment to find."""
+        for pause in (0.3, 1.0, 0.0):
+            try:
+                return (yield from ask())
+            except Refusal as refused:
+                if not pause:
+                    log(
+                        logging.WARNING,
+                        "a file of an answer cannot be had",
+                        account=account.name,
+                        code=refused.code,
+                    )
+            if pause:
+                yield from paused(pause, watch)
+        return ""
 
     def _begun(self, account: Account, attempt: Attempt) -> None:
         """The first of an answer is there: the account works."""
@@ -2974,13 +4010,170 @@ class Answers:
 
 
 # ============================================================================================================
-# openai: requests and events to and from OpenAI's shapes; pure functions and small machines, no sockets
+# schema: whether a JSON value fits a JSON Schema
 # ============================================================================================================
 
+_SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {
+    "null": lambda value: value is None,
+    "boolean": lambda value: isinstance(value, bool),
+    "string": lambda value: isinstance(value, str),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "integer": lambda value: (
+        not isinstance(value, bool)
+        and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+    ),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
 
-def invalid(param: str, message: str) -> ApiError:
-    """A 400 that names the field."""
-    return ApiError("invalid_request_error", message, param)
+
+_SIZES: tuple[tuple[str, Callable[[Any], Any], str, str], ...] = (
+    ("string", len, "minLength", "maxLength"),
+    ("array", len, "minItems", "maxItems"),
+    ("object", len, "minProperties", "maxProperties"),
+    ("number", lambda value: value, "minimum", "maximum"),
+)
+
+
+def _bound(schema: Mapping[str, Any], name: str, default: float) -> float:
+    """A number of a schema; where it has none, what bounds nothing."""
+    value: Any = schema.get(name)
+    return value if _SCHEMA_TYPES["number"](value) and (name != "multipleOf" or value > 0) else default
+
+
+def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
+    value = schema.get(name)
+    return value if isinstance(value, list) else []
+
+
+class Schema:
+    """A JSON Schema (draft 2020-12) as far as functions and structured output need it: types, enum, const, objects,
+    arrays, lengths, ranges, local references, allOf, anyOf, oneOf and not.
+
+    `pattern` and `format` are annotations here: a client's regular expression could hold up the whole process.
+    """
+
+    MOST_CHECKS = 100_000  # after which the rest counts as fitting: references can branch without end
+    MOST_DEEP = 100
+
+    def __init__(self, schema: Any) -> None:
+        self._root = schema
+        self._left = self.MOST_CHECKS
+
+    def fault(self, value: Any) -> str:
+        """Why a value does not fit, with the path to the place; "" when it fits."""
+        self._left = self.MOST_CHECKS
+        return self._fault(value, self._root, "it", 0)
+
+    def _fault(self, value: Any, schema: Any, where: str, depth: int) -> str:
+        self._left -= 1
+        if schema is False:
+            return f"{where} is not allowed"
+        if not isinstance(schema, dict) or self._left < 0 or depth > self.MOST_DEEP:
+            return ""
+        for check in (self._alone, self._in_range, self._in_object, self._in_array, self._in_branches):
+            if fault := check(value, schema, where, depth + 1):
+                return fault
+        return ""
+
+    def _alone(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        kinds = schema.get("type")
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        known = [kind for kind in kinds if kind in _SCHEMA_TYPES] if isinstance(kinds, list) else []
+        if known and not any(_SCHEMA_TYPES[kind](value) for kind in known):
+            return f"{where} is not of type {' or '.join(known)}"
+        if isinstance(choices := schema.get("enum"), list) and _canonical(value) not in map(
+            _canonical, choices
+        ):
+            return f"{where} is none of {compact(choices)}"
+        if "const" in schema and _canonical(value) != _canonical(schema["const"]):
+            return f"{where} is not {compact(schema['const'])}"
+        return ""
+
+    def _in_range(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        for kind, size, least, most in _SIZES:
+            if _SCHEMA_TYPES[kind](value):
+                low, high = _bound(schema, least, -math.inf), _bound(schema, most, math.inf)
+                if not low <= size(value) <= high:
+                    return f"{where} is not within {least} and {most}"
+        if _SCHEMA_TYPES["number"](value):
+            if value <= _bound(schema, "exclusiveMinimum", -math.inf) and value != -math.inf:
+                return f"{where} is not above exclusiveMinimum"
+            if value >= _bound(schema, "exclusiveMaximum", math.inf) and value != math.inf:
+                return f"{where} is not below exclusiveMaximum"
+            if value % (step := _bound(schema, "multipleOf", math.inf)) and step != math.inf:
+                return f"{where} is not a multiple of {step}"
+        return ""
+
+    def _in_object(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        if not isinstance(value, dict):
+            return ""
+        given = schema.get("properties")
+        properties = given if isinstance(given, dict) else {}
+        others = schema.get("additionalProperties", True)
+        for name in _listed(schema, "required"):
+            if isinstance(name, str) and name not in value:
+                return f"{where} has no {name}"
+        for name, one in value.items():
+            if name not in properties and others is False:
+                return f"{where} must not have {name}"
+            inner = name if where == "it" else f"{where}.{name}"
+            if fault := self._fault(one, properties.get(name, others), inner, depth):
+                return fault
+        return ""
+
+    def _in_array(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        if not isinstance(value, list):
+            return ""
+        first, others = _listed(schema, "prefixItems"), schema.get("items", True)
+        for i, one in enumerate(value):
+            if fault := self._fault(one, first[i] if i < len(first) else others, f"{where}[{i}]", depth):
+                return fault
+        if schema.get("uniqueItems") is True and len(set(map(_canonical, value))) < len(value):
+            return f"{where} has the same item twice"
+        return ""
+
+    def _in_branches(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        pointer = schema.get("$ref")
+        referred = [self._referred(pointer)] if isinstance(pointer, str) else []
+        for one in [*referred, *_listed(schema, "allOf")]:
+            if fault := self._fault(value, one, where, depth):
+                return fault
+        if branches := _listed(schema, "anyOf"):
+            faults = [self._fault(value, one, where, depth) for one in branches]
+            if all(faults):
+                return f"{where} fits no branch of anyOf ({'; '.join(faults[:5])})"
+        if branches := _listed(schema, "oneOf"):
+            fits = sum(not self._fault(value, one, where, depth) for one in branches)
+            if fits != 1:
+                return f"{where} fits {fits} branches of oneOf"
+        if "not" in schema and not self._fault(value, schema["not"], where, depth):
+            return f"{where} fits what it must not"
+        return ""
+
+    def _referred(self, pointer: str) -> Any:
+        """What a reference within the schema leads to; any value fits one that leads elsewhere."""
+        if not pointer.startswith("#"):
+            return True
+        found = self._root
+        for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            found = found.get(step, True) if isinstance(found, dict) else True
+        return found
+
+
+def _canonical(value: Any) -> Any:
+    """Hashable, and equal for what JSON holds equal: 1 and 1.0, but not 1 and true."""
+    if isinstance(value, dict):
+        return frozenset((name, _canonical(one)) for name, one in value.items())
+    if isinstance(value, list):
+        return tuple(map(_canonical, value))
+    return (type(value) is bool, value)
+
+
+# ============================================================================================================
+# openai: requests and events to and from OpenAI's shapes; pure functions and small machines, no sockets
+# ============================================================================================================
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -2988,22 +4181,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise ApiError("invalid_request_error", "The body is not valid JSON; send one JSON object.") from None
+        raise invalid(None, "The body is not valid JSON; send one JSON object.") from None
     if not isinstance(value, dict):
-        raise ApiError("invalid_request_error", "The body is not a JSON object; send one.")
+        raise invalid(None, "The body is not a JSON object; send one.")
     return value
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """A validated chat completion request. `limit` is in tokens, None for none; `stops` never occur in the answer."""
-
-    question: Question
-    model: str
-    stream: bool
-    include_usage: bool
-    limit: int | None
-    stops: tuple[str, ...]
 
 
 _NUMBER, _INTEGER, _FLAG = ((int, float), "a number"), (int, "an integer"), (bool, "true or false")
@@ -3015,6 +4196,7 @@ CHAT_FIELDS: Types = {
     "temperature": _NUMBER, "top_p": _NUMBER, "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER,
     "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST, "response_format": _OBJECT,
     "max_tokens": _INTEGER, "max_completion_tokens": _INTEGER, "conversation_id": _TEXT, "parent_message_id": _TEXT,
+    "parallel_tool_calls": _FLAG, "reasoning_effort": _TEXT, "web_search_options": _OBJECT,
 }  # fmt: skip
 
 
@@ -3027,6 +4209,32 @@ def check_types(body: Mapping[str, Any], types: Types, where: str = "") -> None:
                 raise invalid(where + name, f"`{where}{name}` must be {what}.")
 
 
+def required(body: Mapping[str, Any], name: str, where: str = "") -> str:
+    """A field that must be a string with something in it."""
+    value = body.get(name)
+    if not isinstance(value, str) or not value:
+        raise invalid(where + name, f"`{where}{name}` must be a string that is not empty.")
+    return value
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a client wants, whichever API it came through. `limit` is in tokens, None for none; `stops` never occur in
+    the answer; `offer` are the client's functions, `shape` what JSON the answer is to be."""
+
+    question: Question
+    model: str
+    stream: bool = False
+    limit: int | None = None
+    stops: tuple[str, ...] = ()
+    offer: Offer | None = None
+    shape: Shape | None = None
+    include_usage: bool = False
+    legacy: bool = False  # called through `functions`, which came before `tools`
+
+
+# -- messages and their parts ------------------------------------------------------------------------------------------
+
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -3035,34 +4243,517 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+_LEADING_URLS = re.compile(r"\s*((?:https?://\S+\s+)+)(.*)", re.DOTALL)
 
 
-def _message(value: Any, where: str) -> Message:
+def parse_messages(values: list[Any], upload_by_url: bool) -> tuple[Message, ...]:
+    """The `messages` of a chat completion request."""
+    names: dict[str, str] = {}  # what the calls made so far were of, by their id
+    return tuple(_message(value, f"messages[{i}]", names, upload_by_url) for i, value in enumerate(values))
+
+
+def _message(value: Any, where: str, names: dict[str, str], upload_by_url: bool) -> Message:
     if not isinstance(value, dict):
         raise invalid(where, f"`{where}` must be an object with `role` and `content`.")
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise invalid(f"{where}.role", f"`{where}.role` must be one of {', '.join(ROLES)}.")
-    content = value.get("content")
-    if content is None and role == "assistant":
-        content = ""
+    parts = _content(value.get("content"), f"{where}.content", role == "assistant")
+    if role == "assistant":
+        parts += _calls_made(value, where, names)
+    elif ROLES[role] == "tool":
+        id = str(value.get("tool_call_id") or "")
+        parts = (result_heading(str(value.get("name") or names.get(id, "")), id), *parts)
+    elif role == "user" and upload_by_url and (match := _LEADING_URLS.fullmatch(str(value.get("content")))):
+        parts = (*(Attachment(f"{where}.content", url=url) for url in match[1].split()), match[2])
+    return Message(ROLES[role], parts)
+
+
+def _content(content: Any, where: str, may_miss: bool = False) -> tuple[str | Attachment, ...]:
+    if content is None and may_miss:
+        return ()
     if isinstance(content, str):
-        return Message(ROLES[role], content)
+        return (content,)
     if not isinstance(content, list):
-        raise invalid(f"{where}.content", f"`{where}.content` must be a string or a list of content parts.")
-    return Message(
-        ROLES[role], "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+        raise invalid(where, f"`{where}` must be a string or a list of content parts.")
+    return tuple(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
+
+
+def _part(value: Any, where: str) -> str | Attachment:
+    """A content part of either API."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        text = value.get("refusal" if kind == "refusal" else "text")
+        if not isinstance(text, str):
+            raise invalid(f"{where}.text", f"`{where}.text` must be a string.")
+        return text
+    if kind in ("image_url", "input_image"):
+        given = value.get("image_url")
+        url = given.get("url") if isinstance(given, dict) else given
+        if kind == "input_image" and isinstance(id := value.get("file_id"), str):
+            return Attachment(where, image=True, file=id)
+        if not isinstance(url, str):
+            raise invalid(f"{where}.image_url", f"`{where}.image_url` must name a URL.")
+        return _from_url(url, f"{where}.image_url", image=True)
+    if kind in ("file", "input_file"):
+        given = value.get("file") if kind == "file" else value
+        if isinstance(given, dict):
+            return _file_part(given, where)
+    if kind == "input_audio":
+        raise invalid(
+            where,
+            f"`{where}`: the upstream takes no audio in chats; use POST /v1/audio/transcriptions first.",
+        )
+    raise invalid(
+        where,
+        f"`{where}` must be a part of type text, image_url or file (input_text, input_image, input_file).",
     )
 
 
-def _part(value: Any, where: str) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in ("text", "input_text", "refusal"):
-        raise invalid(where, f"`{where}` must be a part of type text; this version takes no other.")
-    text = value.get("refusal" if kind == "refusal" else "text")
-    if not isinstance(text, str):
-        raise invalid(f"{where}.text", f"`{where}.text` must be a string.")
-    return text
+def _file_part(given: Mapping[str, Any], where: str) -> Attachment:
+    check_types(given, dict.fromkeys(("file_id", "file_data", "filename", "file_url"), _TEXT), f"{where}.")
+    if id := given.get("file_id"):
+        return Attachment(where, file=id)
+    name = given.get("filename") or ""
+    if url := given.get("file_url"):
+        return replace(_from_url(url, where), name=name)
+    if data := given.get("file_data"):
+        return replace(
+            _from_url(data if data.startswith("data:") else f"data:;base64,{data}", where), name=name
+        )
+    raise invalid(where, f"`{where}` must have a `file_id`, or `file_data` with a `filename`.")
+
+
+_DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?;base64,")
+
+
+def _from_url(url: str, where: str, image: bool = False) -> Attachment:
+    """A file by its URL: a data: URL is its bytes."""
+    if url.startswith(("http://", "https://")):
+        return Attachment(where, image, url=url)
+    if not (match := _DATA_URL.match(url)):
+        raise invalid(where, f"`{where}` must be an http://, https:// or base64 data: URL.")
+    return Attachment(where, image, mime=match[1], blob=_unbased(url, match.end(), where))
+
+
+def _unbased(text: str, start: int, where: str) -> Blob:
+    """The bytes of base64 from `start` on, decoded in pieces."""
+    if re.compile(r"\s").search(text, start):
+        text, start = re.sub(r"\s", "", text[start:]), 0
+    blob = Blob()
+    try:
+        for at in range(start, len(text), PIECE):
+            blob.write(base64.b64decode(text[at : at + PIECE], validate=True))
+    except ValueError:
+        raise invalid(where, f"`{where}` is not valid base64.") from None
+    return blob
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+class Function(NamedTuple):
+    """A function of the client's: its parameters are a JSON Schema."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+CALL_TAG, CALL_END = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The functions that the model may call: `choice` is auto, required or the name of the one it must call."""
+
+    functions: Mapping[str, Function]
+    choice: str
+    parallel: bool
+
+    def instructions(self) -> str:
+        """What the model, which knows nothing of functions, is told of them."""
+        must = {
+            "auto": "Call one whenever it helps to answer; otherwise answer as usual.",
+            "required": "You must call at least one of them now, and write nothing else.",
+        }.get(self.choice, f"You must call {self.choice} now, and write nothing else.")
+        several = (
+            "For several calls write several of these in a row."
+            if self.parallel
+            else "Write one call at most."
+        )
+        lines = [
+            "You can call functions of the program through which you are asked. To call one, write exactly",
+            f'{CALL_TAG}{{"name": "FUNCTION", "arguments": {{…}}}}{CALL_END}',
+            f"where the arguments are a JSON object that fits the function's JSON Schema. {several} Write nothing after a",
+            f"call: the program stops reading there, and tells you the results in its next message. {must}",
+            "The functions, a JSON object a line:",
+        ]
+        told = [
+            compact({"name": one.name, "description": one.description, "parameters": one.parameters})
+            for one in self.functions.values()
+        ]
+        return "\n".join([*lines, *told])
+
+    def fault(self, call: Mapping[str, Any]) -> str:
+        """What is wrong with a call as the model wrote it, "" for nothing."""
+        name, arguments = call.get("name"), call.get("arguments")
+        if not isinstance(name, str) or name not in self.functions:
+            return (
+                f"there is no function of the name in the call; those there are: {', '.join(self.functions)}"
+            )
+        if self.choice not in ("auto", "required", name):
+            return f"the function to be called is {self.choice}"
+        if not isinstance(arguments, dict):
+            return "the arguments are not a JSON object"
+        fault = Schema(self.functions[name].parameters).fault(arguments)
+        return f"the arguments for {name} do not fit its schema: {fault}" if fault else ""
+
+
+def call_text(name: str, arguments: str) -> str:
+    """A call as the model writes it; `arguments` is JSON."""
+    return f'{CALL_TAG}{{"name": {json.dumps(name)}, "arguments": {arguments or "{}"}}}{CALL_END}'
+
+
+def result_heading(name: str, id: str) -> str:
+    """What stands above a function's result."""
+    return f"Result of {name or 'the function'}{f' (call {id})' if id else ''}:"
+
+
+_FUNCTION_NAME = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
+
+
+def _calls_made(message: Mapping[str, Any], where: str, names: dict[str, str]) -> tuple[str, ...]:
+    """The calls of an assistant's message, as the model wrote them."""
+    made = message.get("tool_calls") or []
+    calls = (
+        [one.get("function") if isinstance(one, dict) else None for one in made]
+        if isinstance(made, list)
+        else [None]
+    )
+    if message.get("function_call"):
+        calls.append(message["function_call"])
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise invalid(
+                f"{where}.tool_calls", f"`{where}.tool_calls` must be a list of calls of functions."
+            )
+    names.update({str(one.get("id")): one["function"]["name"] for one in made})
+    return tuple(call_text(call["name"], str(call.get("arguments") or "")) for call in calls if call)
+
+
+def parse_offer(functions: list[Any], where: str, choice: Any, parallel: Any) -> Offer | None:
+    """The functions of a request, each {"name", "description"?, "parameters"?}; None when none may be called."""
+    found = {}
+    for i, one in enumerate(functions):
+        here = f"{where}[{i}]"
+        name = one.get("name") if isinstance(one, dict) else None
+        if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
+            raise invalid(f"{here}.name", f"`{here}.name` must be 1 to 128 letters, digits, _ and -.")
+        check_types(one, {"description": _TEXT, "parameters": _OBJECT}, f"{here}.")
+        found[name] = Function(
+            name, one.get("description") or "", one.get("parameters") or {"type": "object"}
+        )
+    if isinstance(choice, dict):
+        named = choice.get("function")
+        choice = (named if isinstance(named, dict) else choice).get("name")
+        if choice not in found:
+            raise invalid("tool_choice", "`tool_choice` must name one of the functions offered.")
+    elif choice not in (None, "auto", "none", "required"):
+        raise invalid("tool_choice", "`tool_choice` must be auto, none, required or a function.")
+    elif choice == "required" and not found:
+        raise invalid("tool_choice", "`tool_choice` is required, but no function is offered.")
+    return Offer(found, choice or "auto", parallel is not False) if found and choice != "none" else None
+
+
+class CallScanner:
+    """Finds the calls in an answer: text before them passes as it comes, from what may begin a tag on it is held back.
+
+    Calls are passed on when the answer is over and all of them are right. When they are not, or one is missing,
+    `complaint` says why and nothing is; a `last` scanner then passes on as text what it held back.
+    """
+
+    def __init__(self, offer: Offer, last: bool, repeats: bool) -> None:
+        """`repeats`: the client has the text before the calls from an answer that is being given again."""
+        self._offer, self._last, self._repeats = offer, last, repeats
+        self._patient = last or offer.choice != "auto"  # text too waits until it is clear what becomes of it
+        self._start = ""  # what may be the beginning of a tag
+        self._inside: list[str] | None = None  # what has come of a call
+        self._calls: list[dict[str, Any]] = []
+        self._text: list[str] = []  # before any call
+        self._raw: list[str] = []  # everything from the first call on
+        self.complaint = ""
+        self.over = False  # whether the rest of the answer does not matter
+        self.told = False  # whether the client has some of the text
+
+    def said(self) -> str:
+        """The whole answer as the model wrote it."""
+        return "".join([*self._text, *self._raw])
+
+    def feed(self, events: list[Event]) -> list[Event]:
+        """What of a batch of events can be passed on."""
+        out: list[Event] = []
+        for event in events:
+            if type(event) is not Text:
+                if isinstance(event, Finish):
+                    self.finish(event, out)
+                else:
+                    out.append(event)
+            elif self._patient or self._start or self._raw or "<" in event.text:  # else once per token
+                if self._raw:
+                    self._raw.append(event.text)
+                if not self.over:
+                    self._take(event.text, out)
+            else:
+                self._text.append(event.text)
+                self.told = True
+                out.append(event)
+        return out
+
+    def _take(self, text: str, out: list[Event]) -> None:
+        if self._inside is not None:
+            tail = "".join(self._inside[-len(CALL_END) :])[-len(CALL_END) :]
+            self._inside.append(text)
+            if CALL_END in tail + text:
+                self._close("".join(self._inside), out)
+            return
+        text, self._start = self._start + text, ""
+        start = text.find(CALL_TAG)
+        if start >= 0:
+            self._before(text[:start], out)
+            self._raw = self._raw or [text[start:]]
+            self._inside = []
+            if start + len(CALL_TAG) < len(text):
+                self._take(text[start + len(CALL_TAG) :], out)
+            return
+        sizes = range(min(len(CALL_TAG) - 1, len(text)), 0, -1)
+        held = next((size for size in sizes if CALL_TAG.startswith(text[-size:])), 0)
+        self._start = text[len(text) - held :]
+        self._before(text[: len(text) - held], out)
+
+    def _before(self, text: str, out: list[Event]) -> None:
+        """Text outside of calls: after one it ends the answer."""
+        if not text:
+            return
+        if self._calls:
+            self.over = self.over or bool(text.strip())
+            return
+        self._text.append(text)
+        if not self._patient:
+            self.told = True
+            out.append(Text(text))
+
+    def _close(self, body: str, out: list[Event]) -> None:
+        """An end tag has come: it may stand in a string of the arguments."""
+        end = -1
+        while (end := body.find(CALL_END, end + 1)) >= 0:
+            if (call := self._parsed(body[:end])) is not None:
+                rest, self._inside = body[end + len(CALL_END) :], None
+                self._calls.append(call)
+                self.over = not self._offer.parallel
+                if rest and not self.over:
+                    self._take(rest, out)
+                return
+
+    @staticmethod
+    def _parsed(text: str) -> dict[str, Any] | None:
+        """A call's JSON object, also from within a code fence; None when it is none (yet)."""
+        text = re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", text)
+        try:
+            call = json.loads(text)
+            if isinstance(call, dict) and isinstance(call.get("arguments", ""), str):
+                call["arguments"] = json.loads(call.get("arguments") or "{}")
+        except (ValueError, RecursionError):
+            return None
+        return call if isinstance(call, dict) else None
+
+    def finish(self, event: Finish, out: list[Event]) -> None:
+        """The answer is over, or what follows does not matter: passes on the calls, or complains."""
+        fault = ""
+        if self._inside is not None:
+            if (call := self._parsed("".join(self._inside))) is not None:
+                self._calls.append(call)  # only the end tag is missing
+            else:
+                fault = "the call is not valid JSON between its tags"
+        fault = fault or next(filter(None, map(self._offer.fault, self._calls)), "")
+        if not self._calls and not fault and self._offer.choice != "auto":
+            fault = "a function had to be called"
+        if fault and event.reason == "stop" and not self._last:
+            self.complaint = f"Your answer cannot be used: {fault}. Write the whole call again, as described, and nothing else."
+            return
+        if fault or not self._calls:
+            self._as_text(out)
+            out.append(event)
+            return
+        if self._patient and not self._repeats and self._text:
+            out.append(Text("".join(self._text)))
+        out += [
+            FunctionCall(f"call_{random.getrandbits(96):024x}", call["name"], compact(call["arguments"]))
+            for call in self._calls
+        ]
+        out.append(event._replace(reason="tool_calls"))
+
+    def _as_text(self, out: list[Event]) -> None:
+        """Passes on what was held back unchanged."""
+        held = "".join(self._raw) or self._start
+        if self._patient and not (self._repeats and self._raw):
+            held = "".join(self._text) + held
+        if held:
+            out.append(Text(held))
+
+
+# -- structured output -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The JSON that an answer is to be: any object, or what fits a schema."""
+
+    schema: Mapping[str, Any] | None
+
+    def instructions(self) -> str:
+        """What the model is told of it."""
+        told = "Answer with one JSON object and nothing else: no prose around it, no code fence."
+        return (
+            told if self.schema is None else f"{told} It must fit this JSON Schema:\n{compact(self.schema)}"
+        )
+
+
+def parse_shape(value: Any, where: str) -> Shape | None:
+    """`response_format`, or `text.format` of the Responses API; None for text."""
+    if value is None or value.get("type", "text") == "text":
+        return None
+    if value["type"] == "json_object":
+        return Shape(None)
+    if value["type"] != "json_schema":
+        raise invalid(f"{where}.type", f"`{where}.type` must be text, json_object or json_schema.")
+    given = value.get("json_schema", value)
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        raise invalid(where, f"`{where}` must have a JSON Schema in `schema`.")
+    return Shape(schema)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+_decode_strictly = json.JSONDecoder(parse_constant=_no_constant).raw_decode
+MOST_STARTS = 64  # places of a text at which JSON is looked for
+
+
+def find_json(text: str, schema: Mapping[str, Any] | None) -> tuple[str, str]:
+    """The first JSON object (or array, where a schema allows one) in a text that fits, or "" and why there is none."""
+    fault, at = "there is no JSON object in it", 0
+    starts = re.compile(r"\{" if schema is None else r"[{\[]")
+    for _ in range(MOST_STARTS):
+        if not (match := starts.search(text, at)):
+            break
+        try:
+            value, end = _decode_strictly(text, match.start())
+        except (ValueError, RecursionError):
+            at = match.end()
+            continue
+        wrong = Schema(schema).fault(value) if schema is not None else ""
+        if not wrong:
+            return text[match.start() : end], ""
+        fault, at = f"it does not fit the schema: {wrong}", end
+    return "", fault
+
+
+class ShapeScanner:
+    """Holds an answer back until it is whole, and passes on its JSON without what stands around it; else `complaint`
+    says what is wrong, or a `last` scanner fails with invalid_structured_output."""
+
+    over = told = False
+
+    def __init__(self, shape: Shape, last: bool) -> None:
+        self._shape, self._last = shape, last
+        self._text: list[str] = []
+        self.complaint = ""
+
+    def said(self) -> str:
+        return "".join(self._text)
+
+    def feed(self, events: list[Event]) -> list[Event]:
+        """What of a batch of events can be passed on."""
+        out: list[Event] = []
+        for event in events:
+            if isinstance(event, Text):
+                self._text.append(event.text)
+            elif isinstance(event, Finish):
+                self.finish(event, out)
+            elif not isinstance(event, (ToolUse, Image)):
+                out.append(event)
+        return out
+
+    def finish(self, event: Finish, out: list[Event]) -> None:
+        """An answer that did not come to its own end is passed on as it is, as OpenAI does it."""
+        text = self.said()
+        if event.reason == "stop":
+            text, fault = find_json(text, self._shape.schema)
+            if fault and self._last:
+                message = "The model's answer is not the JSON that was asked for, twice; simplify the schema or ask again."
+                raise ApiError("invalid_structured_output", message)
+            if fault:
+                self.complaint = f"Your answer cannot be used: {fault}. Write it again, as one JSON object and nothing else."
+                return
+        if text:
+            place = len(out) - sum(isinstance(one, FunctionCall) for one in out)
+            out.insert(place, Text(text))
+        out.append(event)
+
+
+# -- the one path of every API -----------------------------------------------------------------------------------------
+
+
+def exchange(turn: Turn, ask: Callable[[Question], Batches], heartbeat: float) -> Batches:
+    """The answer to a turn, as `ask` gives it, with the client's functions and shape seen to: what cannot be used is
+    asked for again, once, without the client's noticing."""
+    told = [one.instructions() for one in (turn.offer, turn.shape) if one]
+    if not told:
+        yield from ask(turn.question)
+        return
+    question = replace(
+        turn.question, messages=(Message("system", ("\n\n".join(told),)), *turn.question.messages)
+    )
+    repeats = False
+    for last in (False, True):
+        scanners: list[CallScanner | ShapeScanner] = []
+        if turn.offer:
+            scanners.append(CallScanner(turn.offer, last, repeats))
+        if turn.shape:
+            scanners.append(ShapeScanner(turn.shape, last))
+        yield from _scanned(scanners, ask(question), heartbeat)
+        if not (complaint := next((one.complaint for one in scanners if one.complaint), "")):
+            return
+        repeats = repeats or (scanners[0].told and len(scanners) == 1)
+        said = Message("assistant", (scanners[0].said(),))
+        question = replace(question, messages=(*question.messages, said, Message("system", (complaint,))))
+
+
+def _scanned(scanners: list[CallScanner | ShapeScanner], answer: Batches, heartbeat: float) -> Batches:
+    """A batch goes through one scanner after the other; what they hold back is silence to the client."""
+    sent = time.monotonic()
+    with contextlib.closing(answer):
+        for events in answer:
+            for scanner in scanners if events else ():
+                events = scanner.feed(events or [])
+            over = scanners[0].over
+            if over and not (events and type(events[-1]) is Finish):
+                events = events or []
+                scanners[0].finish(Finish("stop"), events)
+                for scanner in scanners[1:]:
+                    events = scanner.feed(events)
+            now = time.monotonic()
+            if events or now - sent >= heartbeat:
+                sent = now
+                yield events or None
+            if over:
+                return
+
+
+# -- a chat completion request -----------------------------------------------------------------------------------------
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -3077,7 +4768,31 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stop for stop in stops if stop)
 
 
-def parse_chat(body: Mapping[str, Any], history_disabled: bool) -> ChatRequest:
+def _limit(body: Mapping[str, Any], *names: str) -> int | None:
+    name = next((name for name in names if body.get(name) is not None), None)
+    if name is not None and body[name] < 1:
+        raise invalid(name, f"`{name}` must be 1 or more.")
+    return body[name] if name else None
+
+
+# How hard to think: the site has three steps.
+_EFFORTS = {
+    "none": "standard",
+    "minimal": "standard",
+    "low": "standard",
+    "medium": "standard",
+    "high": "extended",
+}
+_EFFORTS |= {"xhigh": "max", "max": "max"}
+
+
+def _effort(value: Any, where: str) -> str:
+    if value is not None and value not in _EFFORTS:
+        raise invalid(where, f"`{where}` must be one of {', '.join(_EFFORTS)}.")
+    return _EFFORTS.get(value, "")
+
+
+def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: bool = False) -> Turn:
     """A chat completion request; 400 names what is wrong. What the web upstream cannot honour is accepted and ignored."""
     check_types(body, CHAT_FIELDS)
     if not (messages := body.get("messages")):
@@ -3088,38 +4803,47 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool) -> ChatRequest:
         raise invalid("n", "`n` must be 1: the upstream gives one answer a request.")
     if body.get("logprobs"):
         raise invalid("logprobs", "`logprobs` must be false: the upstream gives none.")
-    for name in ("tools", "functions"):
-        if body.get(name):
-            raise invalid(name, f"`{name}` must be empty: this version calls no functions.")
-    if (body.get("response_format") or {}).get("type", "text") != "text":
-        raise invalid(
-            "response_format", "`response_format` must be of type text: this version gives no other."
-        )
-    limits = [name for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None]
-    limit = body[limits[0]] if limits else None
-    if limit is not None and limit < 1:
-        raise invalid(limits[0], f"`{limits[0]}` must be 1 or more.")
     options = body.get("stream_options") or {}
     check_types(options, {"include_usage": _FLAG}, "stream_options.")
     conversation = body.get("conversation_id") or None
     if conversation and history_disabled:
         text = "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary."
         raise invalid("conversation_id", text)
+    tools, legacy = body.get("tools") or [], not body.get("tools") and bool(body.get("functions"))
+    for i, tool in enumerate(tools):
+        if (
+            not isinstance(tool, dict)
+            or tool.get("type") != "function"
+            or not isinstance(tool.get("function"), dict)
+        ):
+            raise invalid(f"tools[{i}]", f"`tools[{i}]` must be a function; the upstream has no other tools.")
+    if legacy:
+        offer = parse_offer(body["functions"], "functions", body.get("function_call"), False)
+    else:
+        functions = [tool["function"] for tool in tools]
+        offer = parse_offer(functions, "tools", body.get("tool_choice"), body.get("parallel_tool_calls"))
     question = Question(
-        tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages)),
+        parse_messages(messages, upload_by_url),
         model,
         conversation,
         body.get("parent_message_id") if conversation else None,
+        effort=_effort(body.get("reasoning_effort"), "reasoning_effort"),
+        hints=() if body.get("web_search_options") is None else ("search",),
     )
-    return ChatRequest(
+    return Turn(
         question,
         model,
         bool(body.get("stream")),
-        bool(options.get("include_usage")),
-        limit,
+        _limit(body, "max_completion_tokens", "max_tokens"),
         _stops(body.get("stop")),
+        offer,
+        parse_shape(body.get("response_format"), "response_format"),
+        bool(options.get("include_usage")),
+        legacy,
     )
 
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
 # How text is counted without a tokenizer. o200k_base first cuts text into pieces (words with their leading space or
 # sign, digits by three, runs of signs, white space); most are one token, so every match here stands for one. The upper
@@ -3271,28 +4995,50 @@ class Trimmer:
         return text[:low]
 
 
-class Completion:
-    """One answer on its way into OpenAI's shape: takes events, knows what of them the client is given.
+# -- answers in the shape of chat completions ---------------------------------------------------------------------------
+
+
+def _as_text(event: Event) -> Event:
+    """What is no text, as Markdown: code and its output in a fence that they cannot end, a drawing as an image."""
+    if isinstance(event, ToolUse):
+        runs = re.findall(r"(?m)^\s*(`{3,})", event.text)
+        fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
+        end = "" if event.text.endswith("\n") else "\n"
+        return Text(f"\n{fence}{event.language}\n{event.text}{end}{fence}\n\n")
+    return Text(f"\n![image]({event.url})\n\n") if isinstance(event, Image) else event
+
+
+_NOT_TEXT = {ToolUse, Image}
+
+
+class Answered:
+    """One answer on its way into a client's shape: takes events, knows what of them the client is given.
 
     `cut` is set when the client is given no more although the upstream goes on: the answer can be left.
     """
 
-    def __init__(self, request: ChatRequest, tokens: Tokens, extras: bool) -> None:
-        """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept."""
-        self.request, self._tokens, self._extras = request, tokens, extras
-        self.id, self.created = f"chatcmpl-{random.getrandbits(112):028x}", int(time.time())
-        self.model = request.model
-        trims = request.stops or request.limit is not None
-        self._trimmer = Trimmer(request.stops, request.limit, tokens.count) if trims else None
-        self._keeps_text = not request.stream or request.include_usage  # else nobody asks for it
+    def __init__(self, turn: Turn, tokens: Tokens, keeps_text: bool = True) -> None:
+        self.turn, self._tokens, self._keeps_text = turn, tokens, keeps_text
+        self.created = int(time.time())
+        self.model = turn.model
+        trims = turn.stops or turn.limit is not None
+        self._trimmer = Trimmer(turn.stops, turn.limit, tokens.count) if trims else None
         self._text: list[str] = []
         self._reasoning: list[str] = []
-        self._ids = {"conversation_id": "", "message_id": ""}
+        self._calls: list[FunctionCall] = []
+        self.conversation = self.message = ""
         self._reason = "stop"
         self.cut = False
 
+    @property
+    def text(self) -> str:
+        """What the client has been given of the answer, if it is kept."""
+        return "".join(self._text)
+
     def take(self, events: list[Event]) -> list[Event]:
         """Notes a batch of events; those that the client may see."""
+        if not _NOT_TEXT.isdisjoint(map(type, events)):
+            events = [_as_text(event) for event in events]
         if self._trimmer:
             ended = bool(events) and type(events[-1]) is Finish
             events = self._trimmer.feed(events)
@@ -3305,41 +5051,88 @@ class Completion:
             elif kind is Reasoning:
                 if self._keeps_text:
                     self._reasoning.append(event[0])
+            elif isinstance(event, FunctionCall):
+                self._calls.append(event)
             elif isinstance(event, Begin):
                 self.model = event.model or self.model
-                self._ids = {"conversation_id": event.conversation, "message_id": event.message}
+                self.conversation, self.message = event.conversation, event.message
             elif isinstance(event, Finish):
                 self._reason = event.reason
                 if event.conversation:
-                    self._ids = {"conversation_id": event.conversation, "message_id": event.message}
+                    self.conversation, self.message = event.conversation, event.message
         return events
 
+    def counted(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, the answer (reasoning included) and the reasoning: four more a message (its frame and
+        role) and three for the answer, as the chat format has them."""
+        count, messages = self._tokens.count, self.turn.question.messages
+        told = [one.instructions() for one in (self.turn.offer, self.turn.shape) if one]
+        prompt = sum(count(message.text) + 4 for message in messages) + sum(map(count, told)) + 3
+        answer, reasoning = count(self.text), count("".join(self._reasoning))
+        if self.turn.limit is not None:
+            answer = min(answer, self.turn.limit)
+        calls = sum(count(call.name) + count(call.arguments) for call in self._calls)
+        return prompt, answer + calls + reasoning, reasoning
+
+
+class Completion(Answered):
+    """An answer as a `chat.completion`."""
+
+    def __init__(self, turn: Turn, tokens: Tokens, extras: bool) -> None:
+        """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept."""
+        super().__init__(
+            turn, tokens, keeps_text=not turn.stream or turn.include_usage
+        )  # else nobody asks for it
+        self._extras = extras
+        self.id = f"chatcmpl-{random.getrandbits(112):028x}"
+
     def usage(self) -> dict[str, Any]:
-        """`usage`: four more tokens a message (its frame and role) and three for the answer, as the chat format has them."""
-        count, messages = self._tokens.count, self.request.question.messages
-        prompt = sum(count(message.text) + 4 for message in messages) + 3
-        completion, reasoning = count("".join(self._text)), count("".join(self._reasoning))
-        if self.request.limit is not None:
-            completion = min(completion, self.request.limit)
+        """`usage`."""
+        prompt, completion, reasoning = self.counted()
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": completion + reasoning,
-            "total_tokens": prompt + completion + reasoning,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
     def _frame(self, kind: str) -> dict[str, Any]:
         frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return frame | self._ids if self._extras and self._ids["conversation_id"] else frame
+        if self._extras and self.conversation:
+            frame |= {"conversation_id": self.conversation, "message_id": self.message}
+        return frame
+
+    def finish_reason(self) -> str:
+        """`finish_reason`."""
+        return "function_call" if self._reason == "tool_calls" and self.turn.legacy else self._reason
 
     def whole(self) -> dict[str, Any]:
         """A `chat.completion`."""
-        message = {"role": "assistant", "content": "".join(self._text), "refusal": None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self.text or (None if self._calls else ""),
+            "refusal": None,
+        }
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._reason}
+        calls = [{"name": call.name, "arguments": call.arguments} for call in self._calls]
+        if calls and self.turn.legacy:
+            message["function_call"] = calls[0]
+        elif calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": function}
+                for call, function in zip(self._calls, calls, strict=True)
+            ]
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason()}
         return self._frame("chat.completion") | {"choices": [choice], "usage": self.usage()}
+
+
+ARGUMENTS_PIECE = 256  # characters of a call's arguments in one event
+
+
+def _argument_pieces(arguments: str) -> list[str]:
+    return [arguments[at : at + ARGUMENTS_PIECE] for at in range(0, len(arguments), ARGUMENTS_PIECE)]
 
 
 class CompletionStream(Completion):
@@ -3347,6 +5140,7 @@ class CompletionStream(Completion):
 
     _begun = False
     _ahead = _behind = ""
+    _called = 0
 
     def feed(self, events: list[Event]) -> tuple[bytes, int]:
         """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
@@ -3363,6 +5157,8 @@ class CompletionStream(Completion):
                 append(f"{self._ahead}{quote(event.text)}{self._behind}")
             elif isinstance(event, Reasoning):
                 append(self._chunk({"reasoning_content": event.text}, None))
+            elif isinstance(event, FunctionCall):
+                self._call(event, pieces)
             elif isinstance(event, Finish):
                 self._end(pieces)
         return "".join(pieces).encode("utf-8", "replace"), len(pieces)
@@ -3373,9 +5169,20 @@ class CompletionStream(Completion):
         here = f"<{self.id}>"  # in the place of the text, and nowhere else in a chunk
         self._ahead, self._behind = self._chunk({"content": here}, None).split(f'"{here}"')
 
+    def _call(self, call: FunctionCall, pieces: list[str]) -> None:
+        """A call: first its name, then its arguments in pieces."""
+        index, self._called = self._called, self._called + 1
+        first: dict[str, Any] = {"name": call.name, "arguments": ""}
+        for function in [first, *({"arguments": piece} for piece in _argument_pieces(call.arguments))]:
+            delta: dict[str, Any] = {"function_call": function}
+            if not self.turn.legacy:
+                head = {"id": call.id, "type": "function"} if function is first else {}
+                delta = {"tool_calls": [{"index": index} | head | {"function": function}]}
+            pieces.append(self._chunk(delta, None))
+
     def _end(self, pieces: list[str]) -> None:
-        pieces.append(self._chunk({}, self._reason))
-        if self.request.include_usage:
+        pieces.append(self._chunk({}, self.finish_reason()))
+        if self.turn.include_usage:
             pieces.append(
                 f"data: {compact(self._frame('chat.completion.chunk') | {'choices': [], 'usage': self.usage()})}\n\n"
             )
@@ -3383,8 +5190,263 @@ class CompletionStream(Completion):
 
     def _chunk(self, delta: dict[str, Any], reason: str | None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        usage = {"usage": None} if self.request.include_usage else {}
+        usage = {"usage": None} if self.turn.include_usage else {}
         return f"data: {compact(self._frame('chat.completion.chunk') | {'choices': [choice]} | usage)}\n\n"
+
+
+# -- the Responses API -------------------------------------------------------------------------------------------------
+
+RESPONSE_FIELDS: Types = {
+    "model": _TEXT, "instructions": _TEXT, "previous_response_id": _TEXT, "stream": _FLAG, "store": _FLAG,
+    "max_output_tokens": _INTEGER, "metadata": _OBJECT, "parallel_tool_calls": _FLAG, "reasoning": _OBJECT,
+    "temperature": _NUMBER, "text": _OBJECT, "tools": _LIST, "top_p": _NUMBER, "truncation": _TEXT, "user": _TEXT,
+    "background": _FLAG,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResponseRequest:
+    """A validated request of the Responses API: `turn`, what of its messages a later one can go on from, and the
+    fields that the response repeats."""
+
+    turn: Turn
+    messages: tuple[Message, ...]
+    names: Mapping[str, str]  # of the functions called so far, by the ids of the calls
+    echo: Mapping[str, Any]
+    store: bool
+
+
+def parse_response(
+    body: Mapping[str, Any], earlier: tuple[Message, ...], names: Mapping[str, str], upload_by_url: bool
+) -> ResponseRequest:
+    """A request of the Responses API that goes on from the messages of an earlier one; 400 names what is wrong."""
+    check_types(body, RESPONSE_FIELDS)
+    model = required(body, "model")
+    if body.get("background"):
+        raise invalid("background", "`background` must be false: a response is made while you wait.")
+    if body.get("truncation") not in (None, "auto", "disabled"):
+        raise invalid("truncation", "`truncation` must be auto or disabled.")
+    metadata = body.get("metadata") or {}
+    if len(metadata) > 16 or not all(
+        isinstance(value, str) and len(value) <= 512 for value in metadata.values()
+    ):
+        raise invalid("metadata", "`metadata` must have at most 16 strings of up to 512 characters.")
+    names = dict(names)
+    messages = (*earlier, *parse_items(body.get("input"), names, upload_by_url))
+    system = (Message("system", (body["instructions"],)),) if body.get("instructions") else ()
+    text, reasoning, tools = body.get("text") or {}, body.get("reasoning") or {}, body.get("tools") or []
+    check_types(text, {"format": _OBJECT}, "text.")
+    functions, hints = _response_tools(tools)
+    parallel = body.get("parallel_tool_calls")
+    question = Question(
+        (*system, *messages), model, effort=_effort(reasoning.get("effort"), "reasoning.effort"), hints=hints
+    )
+    turn = Turn(
+        question,
+        model,
+        bool(body.get("stream")),
+        _limit(body, "max_output_tokens"),
+        offer=parse_offer(functions, "tools", body.get("tool_choice"), parallel),
+        shape=parse_shape(text.get("format"), "text.format"),
+    )
+    echo = {
+        name: body.get(name) for name in ("instructions", "max_output_tokens", "previous_response_id", "user")
+    }
+    echo |= {"metadata": metadata, "parallel_tool_calls": parallel is not False, "tools": tools}
+    echo |= {"reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")}}
+    echo |= {name: 1.0 if body.get(name) is None else body[name] for name in ("temperature", "top_p")}
+    echo |= {"text": {"format": {"type": "text"}} | text, "truncation": body.get("truncation") or "disabled"}
+    store = body.get("store") is not False
+    echo |= {"tool_choice": body.get("tool_choice") or "auto", "store": store}
+    return ResponseRequest(turn, messages, names, echo, store)
+
+
+def _response_tools(tools: list[Any]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The functions among the tools, and which of the site's own stand for others."""
+    functions, hints = [], []
+    for i, tool in enumerate(tools):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if kind == "function":
+            functions.append(tool)
+        elif isinstance(kind, str) and kind.startswith("web_search"):
+            hints.append("search")
+        else:
+            raise invalid(
+                f"tools[{i}]", f"`tools[{i}]` must be of type function or web_search; there are no others."
+            )
+    return functions, tuple(dict.fromkeys(hints))
+
+
+def parse_items(value: Any, names: dict[str, str], upload_by_url: bool) -> tuple[Message, ...]:
+    """`input`: a string, or messages, calls and their results; `names` learns what was called under which id."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise invalid("input", "`input` must be a string or a list of at least one item.")
+    found = []
+    for i, item in enumerate(value):
+        where = f"input[{i}]"
+        kind = item.get("type", "message") if isinstance(item, dict) else None
+        if kind == "message":
+            found.append(_message(item, where, names, upload_by_url))
+        elif kind == "function_call":
+            names[str(item.get("call_id"))] = name = required(item, "name", f"{where}.")
+            found.append(Message("assistant", (call_text(name, str(item.get("arguments") or "")),)))
+        elif kind == "function_call_output":
+            id = required(item, "call_id", f"{where}.")
+            output = _content(item.get("output"), f"{where}.output")
+            found.append(Message("tool", (result_heading(names.get(id, ""), id), *output)))
+        elif kind != "reasoning":
+            text = f"`{where}` must be a message, function_call, function_call_output or reasoning item."
+            raise invalid(where, f"{text} For what was said before use `previous_response_id`.")
+    return tuple(found)
+
+
+class ModelResponse(Answered):
+    """An answer as a `response`, and as the events of one that is streamed: items open, grow and close one after the
+    other, and every event has the next sequence number."""
+
+    def __init__(
+        self, request: ResponseRequest, tokens: Tokens, keep: Callable[[ModelResponse, dict[str, Any]], None]
+    ) -> None:
+        """`keep` is called with the finished response before the client is told that it is."""
+        super().__init__(request.turn, tokens)
+        self.request, self._keep = request, keep
+        self.id = f"resp_{random.getrandbits(192):048x}"
+        self.items: list[dict[str, Any]] = []
+        self._open: list[str] | None = None  # the text of the last item, while it grows
+        self._pieces: list[str] = []
+        self._number = -1
+        self._ahead = ""
+        self._status = "in_progress"
+
+    def whole(self) -> dict[str, Any]:
+        """The response as it is now."""
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._reason)
+        usage = None
+        if self._status != "in_progress":
+            prompt, answer, reasoning = self.counted()
+            usage = {
+                "input_tokens": prompt,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            }
+            usage |= {"output_tokens": answer, "output_tokens_details": {"reasoning_tokens": reasoning}}
+            usage |= {"total_tokens": prompt + answer}
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": self._status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": reason} if self._status == "incomplete" else None,
+            "model": self.model,
+            "output": self.items,
+            "usage": usage,
+            **self.request.echo,
+        }
+
+    def feed(self, events: list[Event]) -> tuple[bytes, int]:
+        """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
+        self._pieces = pieces = []
+        quote = json.encoder.encode_basestring
+        for event in self.take(events):
+            if type(event) is Text and self._ahead and self._open is not None:  # once per token
+                self._number += 1
+                self._open.append(event[0])
+                pieces.append(f'{self._ahead}{self._number},"delta":{quote(event[0])}}}\n\n')
+                continue
+            if self._number < 0:
+                self._tell("response.created", response=self.whole())
+                self._tell("response.in_progress", response=self.whole())
+            if isinstance(event, Text):
+                self._message(event.text)
+            elif isinstance(event, Reasoning):
+                self._think(event.text)
+            elif isinstance(event, FunctionCall):
+                self._call(event)
+            elif isinstance(event, Finish):
+                self._end()
+        return "".join(pieces).encode("utf-8", "replace"), len(pieces)
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        self._number += 1
+        event = {"type": kind, "sequence_number": self._number} | facts
+        self._pieces.append(f"event: {kind}\ndata: {compact(event)}\n\n")
+
+    def _place(self, **inner: int) -> dict[str, Any]:
+        """Where the open item stands."""
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1} | inner
+
+    def _add(self, prefix: str, kind: str, **facts: Any) -> None:
+        self._close()
+        id = f"{prefix}_{random.getrandbits(192):048x}"
+        self.items.append({"id": id, "type": kind, "status": "in_progress"} | facts)
+        self._tell("response.output_item.added", output_index=len(self.items) - 1, item=self.items[-1])
+
+    def _message(self, text: str) -> None:
+        """Text: goes on with the message under way, or begins one."""
+        if self._open is None or self.items[-1]["type"] != "message":
+            self._add("msg", "message", role="assistant", content=[])
+            self._open = []
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self._tell("response.content_part.added", **self._place(content_index=0), part=part)
+            kind = "response.output_text.delta"
+            event = {"type": kind} | self._place(content_index=0) | {"logprobs": []}
+            self._ahead = f'event: {kind}\ndata: {compact(event)[:-1]},"sequence_number":'
+        self._number += 1
+        self._open.append(text)
+        self._pieces.append(
+            f'{self._ahead}{self._number},"delta":{json.dumps(text, ensure_ascii=False)}}}\n\n'
+        )
+
+    def _think(self, text: str) -> None:
+        if self._open is None or self.items[-1]["type"] != "reasoning":
+            self._add("rs", "reasoning", summary=[])
+            self._open = []
+            part = {"type": "summary_text", "text": ""}
+            self._tell("response.reasoning_summary_part.added", **self._place(summary_index=0), part=part)
+        self._open.append(text)
+        self._tell("response.reasoning_summary_text.delta", **self._place(summary_index=0), delta=text)
+
+    def _call(self, call: FunctionCall) -> None:
+        self._add("fc", "function_call", call_id=call.id, name=call.name, arguments="")
+        for piece in _argument_pieces(call.arguments):
+            self._tell("response.function_call_arguments.delta", **self._place(), delta=piece)
+        done = {"name": call.name, "arguments": call.arguments}
+        self._tell("response.function_call_arguments.done", **self._place(), **done)
+        self.items[-1] |= {"arguments": call.arguments, "status": "completed"}
+        self._tell("response.output_item.done", output_index=len(self.items) - 1, item=self.items[-1])
+
+    def _close(self, status: str = "completed") -> None:
+        """Ends the item that grows."""
+        if self._open is None:
+            return
+        text, self._open, self._ahead = "".join(self._open), None, ""
+        item = self.items[-1]
+        if item["type"] == "message":
+            place, part = (
+                self._place(content_index=0),
+                {"type": "output_text", "text": text, "annotations": [], "logprobs": []},
+            )
+            self._tell("response.output_text.done", **place, text=text, logprobs=[])
+            self._tell("response.content_part.done", **place, part=part)
+            item |= {"content": [part], "status": status}
+        else:
+            place, part = self._place(summary_index=0), {"type": "summary_text", "text": text}
+            self._tell("response.reasoning_summary_text.done", **place, text=text)
+            self._tell("response.reasoning_summary_part.done", **place, part=part)
+            item |= {"summary": [part], "status": status}
+        self._tell("response.output_item.done", output_index=len(self.items) - 1, item=item)
+
+    def _end(self) -> None:
+        self._status = "incomplete" if self._reason in ("length", "content_filter") else "completed"
+        if not any(item["type"] != "reasoning" for item in self.items):
+            self._message("")  # an answer without a word is a message all the same
+        self._close(self._status)
+        response = self.whole()
+        self._keep(self, response)
+        self._tell(f"response.{self._status}", response=response)
 
 
 # ============================================================================================================
@@ -3410,19 +5472,115 @@ class Request:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
-    body: bytes
+    body: Blob
     peer: str
     watch: Watch
     id: str = ""
     params: dict[str, str] = field(default_factory=dict)
     guest: Account | None = None
     asker: str = ""
+    owner: str = ""  # whose files and responses it may use
     route: str = "none"
     key: str = ""
     target: str = "/"  # path and query as they came, API_PREFIX included
 
     def json(self) -> dict[str, Any]:
-        return parse_object(self.body)
+        return parse_object(self.body.read())
+
+
+class Part(NamedTuple):
+    """A field of a form; a file has a name, other fields have None."""
+
+    file_name: str | None
+    content_type: str
+    blob: Blob
+
+    def text(self) -> str:
+        return self.blob.read(0, MOST_IN_MEMORY).decode("utf-8", "replace")
+
+
+def parse_form(headers: Mapping[str, str], body: Blob) -> dict[str, list[Part]]:
+    """The fields of a form by name, in either encoding that browsers use. Files are parts of the body, not copied."""
+    kind = headers.get("content-type", "")
+    if kind.lower().startswith("multipart/form-data"):
+        return _multipart(kind, body)
+    form: dict[str, list[Part]] = {}
+    for name, value in urllib.parse.parse_qsl(
+        body.read(0, MOST_IN_MEMORY).decode("utf-8", "replace"), keep_blank_values=True
+    ):
+        form.setdefault(name, []).append(Part(None, "", Blob(value.encode())))
+    return form
+
+
+MOST_PARTS, MOST_PART_HEAD = 100, 4096
+_BOUNDARY = re.compile(
+    r"""(?i);\s*boundary=(?:"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])"|([!#$%&'*+.^_`|~0-9A-Za-z-]{1,70}))\s*(?:;|$)"""
+)
+_PART_PARAM = re.compile(r""";\s*(name|filename)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;",]+))\s*(?=;|$)""")
+
+
+def _multipart(content_type: str, body: Blob) -> dict[str, list[Part]]:
+    """multipart/form-data (RFC 7578) as clients write it: no preamble, CRLF alone, every part a named form-data one."""
+
+    def wrong(what: str) -> ApiError:
+        return invalid(None, f"The form cannot be read: {what}; send multipart/form-data as a browser does.")
+
+    if not (match := _BOUNDARY.search(content_type)):
+        raise wrong("its Content-Type names no boundary")
+    mark = b"--" + (match[1] or match[2]).encode()
+    if body.read(0, len(mark)) != mark:
+        raise wrong("it does not begin with its boundary")
+    form: dict[str, list[Part]] = {}
+    at = len(mark)
+    for _ in range(MOST_PARTS + 1):
+        after = body.read(at, 4)
+        if after[:2] == b"--":
+            if after[2:] not in (b"", b"\r\n") or at + len(after) < body.size:
+                raise wrong("something follows its end")
+            return form
+        if after[:2] != b"\r\n":
+            raise wrong("a boundary is followed by other bytes")
+        head = body.read(at + 2, MOST_PART_HEAD)
+        size = head.find(b"\r\n\r\n")
+        if size < 0:
+            raise wrong("a part's header lines do not end")
+        start = at + 2 + size + 4
+        end = body.find(b"\r\n" + mark, start)
+        if end < 0:
+            raise wrong("a part does not end")
+        name, part = _part_of(head[:size], body.part(start, end - start), wrong)
+        form.setdefault(name, []).append(part)
+        at = end + 2 + len(mark)
+    raise wrong(f"it has more than {MOST_PARTS} parts")
+
+
+def _part_of(head: bytes, blob: Blob, wrong: Callable[[str], ApiError]) -> tuple[str, Part]:
+    """A part by its header lines: its field's name, and itself."""
+    try:
+        lines = head.decode().split("\r\n")
+    except UnicodeDecodeError:
+        raise wrong("a part's header lines are not UTF-8") from None
+    headers = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if (
+            not colon
+            or not _TOKEN.fullmatch(name)
+            or name.lower() in headers
+            or re.search(r"[\x00-\x08\n-\x1f]", value)
+        ):
+            raise wrong("a part's header line is malformed")
+        headers[name.lower()] = value.strip()
+    kind, _, rest = headers.get("content-disposition", "").partition(";")
+    given = {
+        m[1]: re.sub(r"\\(.)", r"\1", m[2]) if m[2] is not None else m[3]
+        for m in _PART_PARAM.finditer(";" + rest)
+    }
+    if kind.strip().lower() != "form-data" or "name" not in given:
+        raise wrong("a part is not named form-data")
+    if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "7bit", "8bit"):
+        raise wrong("a part has a transfer encoding")
+    return given["name"], Part(given.get("filename"), headers.get("content-type", ""), blob)
 
 
 @dataclass
@@ -3442,7 +5600,8 @@ Sent = Generator[tuple[bytes, int], None, None]
 @dataclass
 class Stream:
     """An answer in pieces: (bytes, how many events they are) each, sent as they come. Its status is sent with the first;
-    an ApiError raised before that is answered as such, one raised later becomes the stream's last event."""
+    an ApiError raised before that is answered as such, one raised later becomes the last event of an event stream, and
+    cuts another off."""
 
     pieces: Sent
     status: int = 200
@@ -3571,7 +5730,7 @@ class Wire:
                 deadline = time.monotonic() + self._timeout
             data += more
 
-    def body(self, headers: Mapping[str, str], most: int) -> bytes:
+    def body(self, headers: Mapping[str, str], most: int) -> Blob:
         """The request's body, by length or in chunks; request_too_large past `most` bytes."""
         start, read = time.monotonic(), 0
         too_large = ApiError(
@@ -3591,16 +5750,15 @@ class Wire:
         length = int(headers.get("content-length", 0))
         if length > most:
             raise too_large
-        parts, have = [self._ahead], len(self._ahead)
-        while have < length:
-            parts.append(more())
-            have += len(parts[-1])
-        data = b"".join(parts) if len(parts) > 1 else parts[0]
-        self._ahead = data[length:]
-        return data[:length]
+        body, self._ahead = Blob(self._ahead[:length]), self._ahead[length:]
+        while (left := length - body.size) > 0:
+            data = more()
+            body.write(data[:left])
+            self._ahead = data[left:]
+        return body
 
-    def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError) -> bytes:
-        body, data, beside = bytearray(), bytearray(self._ahead), 0
+    def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError) -> Blob:
+        body, data, beside = Blob(), bytearray(self._ahead), 0
         while True:
             digits, _, extension = self._line(data, more).partition(b";")
             beside += len(extension)
@@ -3609,14 +5767,19 @@ class Wire:
             size = int(digits, 16)
             if not size:
                 break
-            if len(body) + size > most:
+            if body.size + size > most:
                 raise too_large
-            while len(data) < size + 2:
+            end = body.size + size
+            while body.size + len(data) < end:  # a chunk may be as large as the body
+                body.write(bytes(data))
+                data[:] = more()
+            body.write(bytes(data[: (left := end - body.size)]))
+            del data[:left]
+            while len(data) < 2:
                 data += more()
-            if data[size : size + 2] != b"\r\n":
+            if data[:2] != b"\r\n":
                 raise malformed("a chunk's end")
-            body += data[:size]
-            del data[: size + 2]
+            del data[:2]
             if beside > MOST_LINE:
                 raise malformed("so much beside the chunks")
         while line := self._line(data, more):
@@ -3624,7 +5787,7 @@ class Wire:
             if beside > MOST_LINE:
                 raise ApiError("headers_too_large", "The trailers are too long.")
         self._ahead = bytes(data)
-        return bytes(body)
+        return body
 
     @staticmethod
     def _line(data: bytearray, more: Callable[[], bytes]) -> bytes:
@@ -3991,8 +6154,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             error = self._failed(failure, request)
             status, keep = error.status, False
             last = f"data: {compact(error.body())}\n\n".encode()
-            with contextlib.suppress(OSError):
-                send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
+            if stream.content_type.startswith("text/event-stream"):  # others can only be cut
+                with contextlib.suppress(OSError):
+                    send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
         finally:
             stream.pieces.close()  # its upstream call ends here
             metrics.add("chatproxy_streams_open", -1)
@@ -4100,8 +6264,12 @@ class Keys:
 
     def __init__(self, settings: Settings, pool: Pool, extra: Iterable[str] = ()) -> None:
         self.settings, self.pool = settings, pool
-        self._keys = {self._digest(key): f"key {masked(key)}" for key in (*settings.authorization, *extra)}
-        self._users: dict[bytes, str] = {}
+        # Who has a key: how logs call them, and whose files and responses are theirs.
+        self._keys = {
+            self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
+            for key in (*settings.authorization, *extra)
+        }
+        self._users: dict[bytes, tuple[str, str]] = {}
         self.reload()
 
     @staticmethod
@@ -4111,7 +6279,8 @@ class Keys:
     def reload(self) -> None:
         """Takes in the API users of the store."""
         self._users = {
-            bytes.fromhex(user.token_hash): f"user {user.name or user.id}" for user in self.pool.store.users()
+            bytes.fromhex(user.token_hash): (f"user {user.name or user.id}", user.id)
+            for user in self.pool.store.users()
         }
 
     @staticmethod
@@ -4121,14 +6290,16 @@ class Keys:
         return value[7:].strip() if value[:7].lower() == "bearer " else value.strip()
 
     def admit(self, request: Request) -> None:
-        """Decides who answers: sets `guest` (None: the pool) and `asker`, or `key` for an `sk-` key; else invalid_api_key."""
+        """Decides who answers: sets `guest` (None: the pool), `asker` and `owner`, or `key` for an `sk-` key; else
+        invalid_api_key."""
         key = self.given(request)
-        if name := self._known(key):
-            request.asker = name
+        if known := self._known(key):
+            request.asker, request.owner = known
             return
         if not key:
             if not self.settings.authorization and not self._users:
                 request.guest, request.asker = self.pool.guest(LOGIN_FREE), "login-free"
+                request.owner = "login-free"
                 return
             raise ApiError("invalid_api_key", "No API key was sent; send one as `Authorization: Bearer KEY`.")
         if self.settings.allow_direct_tokens:
@@ -4137,19 +6308,19 @@ class Keys:
                 return
             with contextlib.suppress(ValueError):
                 request.guest = self.pool.guest(key)
-                request.asker = request.guest.name
+                request.asker, request.owner = request.guest.name, request.guest.id
                 return
         raise ApiError(
             "invalid_api_key",
             "Incorrect API key provided: it is not known here; the server's AUTHORIZATION has the right ones.",
         )
 
-    def _known(self, key: str) -> str:
-        """Who a key belongs to, "" for nobody. Digests are compared: how long that takes tells nothing of a key."""
+    def _known(self, key: str) -> tuple[str, str] | None:
+        """Who a key belongs to, None for nobody. Digests are compared: how long that takes tells nothing of a key."""
         if not key:
-            return ""
+            return None
         digest = self._digest(key)
-        return self._keys.get(digest) or self._users.get(digest) or ""
+        return self._keys.get(digest) or self._users.get(digest)
 
     def admit_admin(self, request: Request) -> None:
         """Admits the administrator's key; without any key set, clients of this machine: neither a web page in a browser
@@ -4190,7 +6361,8 @@ class App:
         self.pool = Pool(settings, store)
         self.keys = Keys(settings, self.pool, extra_keys)
         self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
-        self.answers = Answers(settings, self.pool, self.upstream, self.metrics)
+        self.files = Files(settings, self.pool, self.upstream)
+        self.answers = Answers(settings, self.pool, self.upstream, self.files, self.metrics)
         self.metrics.gauge(
             "chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in self.pool.states().items()}
         )
@@ -4257,7 +6429,7 @@ def relay(app: App, request: Request) -> Reply | Stream:
     proxy = proxies[int(hashlib.sha256(owner.encode()).hexdigest(), 16) % len(proxies)] if proxies else ""
     request.route = request.route if request.route != "none" else "/v1/…"
     method = "GET" if request.method == "HEAD" else request.method
-    body = request.body if request.body or method in ("POST", "PUT", "PATCH") else None
+    body = request.body if request.body.size or method in ("POST", "PUT", "PATCH") else None
     if "content-type" not in request.headers:
         lines.append(b"Content-Type:")
     stack = contextlib.ExitStack()
@@ -4287,71 +6459,568 @@ def _relayed(call: Call, stack: contextlib.ExitStack) -> Sent:
             yield (HEARTBEAT_COMMENT, 0) if data is None else (data, data.count(b"\n\n"))
 
 
-@ROUTER.on("POST", "/v1/chat/completions")
-def chat_completions(app: App, request: Request) -> Reply | Stream:
-    """OpenAI's chat completions, streamed or whole"""
-    chat = parse_chat(request.json(), app.settings.history_disabled)
-    login_free = request.guest and request.guest.row.kind == LOGIN_FREE
-    if login_free or chat.model.startswith("gpt-3.5"):
-        chat = replace(chat, question=replace(chat.question, model="auto"))
-    answer = app.answers.ask(chat.question, request.guest, request.watch)
-    extras = not app.settings.history_disabled
-    if chat.stream:
-        return Stream(_chunks(answer, CompletionStream(chat, app.tokens, extras)))
-    completion = Completion(chat, app.tokens, extras)
+def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attempt]]:
+    """The answer to a turn, and the attempts that are made for it as it comes."""
+    attempts: list[Attempt] = []
+
+    def ask(question: Question) -> Batches:
+        attempts.append(Attempt(question, request.guest, request.owner))
+        return app.answers.ask(attempts[-1], request.watch)
+
+    return exchange(turn, ask, request.watch.heartbeat), attempts
+
+
+def _take(answer: Batches, take: Callable[[list[Event]], Any], answered: Answered | None = None) -> None:
+    """Takes in a whole answer, for a client that waits for its end."""
     with contextlib.closing(answer):
         for events in answer:
-            completion.take(events or [])
-            if completion.cut:
-                break
-    return json_reply(completion.whole())
+            take(events or [])
+            if answered and answered.cut:
+                return
 
 
-def _chunks(answer: Batches, completion: CompletionStream) -> Sent:
-    """The pieces of a streamed completion: a batch of events is one piece, silence a comment line."""
+def _pieces(answer: Batches, answered: CompletionStream | ModelResponse) -> Sent:
+    """The pieces of a streamed answer: a batch of events is one piece, silence a comment line."""
     with contextlib.closing(answer):
         for events in answer:
             if events is None:
                 yield HEARTBEAT_COMMENT, 0
                 continue
-            piece = completion.feed(events)
+            piece = answered.feed(events)
             if piece[0]:
                 yield piece
-            if completion.cut:
+            if answered.cut:
                 return
+
+
+# -- chat --------------------------------------------------------------------------------------------------------------
+
+
+@ROUTER.on("POST", "/v1/chat/completions")
+def chat_completions(app: App, request: Request) -> Reply | Stream:
+    """OpenAI's chat completions, streamed or whole"""
+    settings = app.settings
+    turn = parse_chat(request.json(), settings.history_disabled, settings.upload_by_url)
+    answer, extras = _asked(app, request, turn)[0], not settings.history_disabled
+    if turn.stream:
+        return Stream(_pieces(answer, CompletionStream(turn, app.tokens, extras)))
+    completion = Completion(turn, app.tokens, extras)
+    _take(answer, completion.take, completion)
+    return json_reply(completion.whole())
+
+
+@ROUTER.on("POST", "/v1/responses")
+def responses_create(app: App, request: Request) -> Reply | Stream:
+    """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
+    body = request.json()
+    earlier, names = _earlier(app, request, body.get("previous_response_id"))
+    wanted = parse_response(body, earlier, names, app.settings.upload_by_url)
+    answer, attempts = _asked(app, request, wanted.turn)
+
+    def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
+        if wanted.store:
+            items = (
+                compact(_kept_turn(app, request.owner, response, attempts[-1]))
+                .encode("utf-8", "replace")
+                .decode()
+            )
+            text = compact(whole).encode("utf-8", "replace").decode()
+            app.store.put_response(response.id, request.owner, text, items, time.time())
+
+    response = ModelResponse(wanted, app.tokens, keep)
+    if wanted.turn.stream:
+        return Stream(_pieces(answer, response))
+    _take(answer, response.feed, response)
+    return json_reply(response.whole())
+
+
+def _earlier(app: App, request: Request, id: Any) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """The messages that a response can be gone on from, and what was called in them."""
+    if id is None:
+        return (), {}
+    where = "previous_response_id"
+    kept = json.loads(_kept_response(app, request, str(id), where)[1])
+    messages = tuple(
+        Message(
+            one["role"],
+            tuple(part if isinstance(part, str) else Attachment(where, **part) for part in one["parts"]),
+        )
+        for one in kept["messages"]
+    )
+    return messages, kept["names"]
+
+
+def _kept_response(app: App, request: Request, id: str, where: str | None = None) -> tuple[str, str]:
+    if kept := app.store.response(id, request.owner, time.time()):
+        return kept
+    raise ApiError("not_found", "There is no such response; they are kept for 24 hours.", where)
+
+
+def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) -> dict[str, Any]:
+    """What a later request needs to go on: the messages with their files as the account holds them, and the answer."""
+
+    def part(one: str | Attachment) -> Any:
+        if isinstance(one, str) or attempt.account is None:
+            return one
+        file = app.files.owned(attempt.account, attempt.materials[one][0], owner)
+        return {"file": one.file or file.id, "image": one.image, "name": one.name, "mime": one.mime}
+
+    calls = [item for item in response.items if item["type"] == "function_call"]
+    said = [response.text, *(call_text(call["name"], call["arguments"]) for call in calls)]
+    messages = [
+        {"role": one.role, "parts": [part(p) for p in one.parts]} for one in response.request.messages
+    ]
+    messages.append({"role": "assistant", "parts": [text for text in said if text]})
+    names = {**response.request.names, **{call["call_id"]: call["name"] for call in calls}}
+    return {"messages": messages, "names": names}
+
+
+@ROUTER.on("GET", "/v1/responses/{id}")
+def responses_retrieve(app: App, request: Request) -> Reply:
+    """a response that is kept"""
+    return Reply(body=_kept_response(app, request, request.params["id"])[0].encode())
+
+
+@ROUTER.on("DELETE", "/v1/responses/{id}")
+def responses_delete(app: App, request: Request) -> Reply:
+    """forgets a response"""
+    id = request.params["id"]
+    _kept_response(app, request, id)
+    app.store.remove_response(id)
+    return json_reply({"id": id, "object": "response", "deleted": True})
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def _listed_models(app: App, request: Request) -> dict[str, int]:
+    """The models that the caller may name, and when they were listed: those of one account of every plan, the aliases."""
+    accounts = [request.guest] if request.guest else app.pool.accounts()
+    now = time.time()
+    able = {one.row.plan: one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"}
+    found: dict[str, int] = {}
+    failure: ApiError | None = None
+    for account in able.values():
+        read = functools.partial(app.upstream.models, watch=request.watch)
+        try:
+            slugs = patiently(app.answers.do("models", request.guest, read, request.watch, account.id))
+        except ApiError as error:
+            failure = error
+            continue
+        found |= dict.fromkeys(slugs, int(account.models[0] or now))
+    if failure and not found:
+        raise failure
+    return found | {name: int(now) for name in ALIASES if name not in found}
+
+
+def _model(id: str, created: int) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": created, "owned_by": "openai"}
+
+
+def _engine(id: str, created: int) -> dict[str, Any]:
+    return {"id": id, "object": "engine", "created": created, "owner": "openai", "ready": True}
+
+
+def _one_model(app: App, request: Request) -> tuple[str, int]:
+    id, models = request.params["id"], _listed_models(app, request)
+    if id not in models and not _GPT.fullmatch(id):
+        raise ApiError(
+            "model_not_found", "There is no such model; GET /v1/models lists those there are.", "model"
+        )
+    return id, models.get(id, int(time.time()))
+
+
+@ROUTER.on("GET", "/v1/models")
+def models_list(app: App, request: Request) -> Reply:
+    """the models of the pool's accounts (or the caller's), and the aliases"""
+    models = _listed_models(app, request)
+    return json_reply({"object": "list", "data": [_model(*one) for one in models.items()]})
+
+
+@ROUTER.on("GET", "/v1/models/{id}")
+def models_retrieve(app: App, request: Request) -> Reply:
+    """one of the models, or any GPT by its `g-…`"""
+    return json_reply(_model(*_one_model(app, request)))
+
+
+@ROUTER.on("GET", "/v1/engines")
+def engines_list(app: App, request: Request) -> Reply:
+    """the same as engines, for old clients"""
+    models = _listed_models(app, request)
+    return json_reply({"object": "list", "data": [_engine(*one) for one in models.items()]})
+
+
+@ROUTER.on("GET", "/v1/engines/{id}")
+def engines_retrieve(app: App, request: Request) -> Reply:
+    """one of the engines"""
+    return json_reply(_engine(*_one_model(app, request)))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
+
+
+def _file_object(file: File) -> dict[str, Any]:
+    facts = {"id": file.id, "object": "file", "bytes": file.size, "created_at": int(file.used)}
+    return facts | {"filename": file.name, "purpose": file.purpose, "status": "processed"}
+
+
+def _form_file(form: Mapping[str, list[Part]], *names: str) -> list[Part]:
+    """The files in fields of these names; at least one."""
+    found = [part for name in names for part in form.get(name, []) if part.file_name is not None]
+    if not found or not all(part.blob.size for part in found):
+        raise invalid(
+            names[0], f"Send the file in the form field `{names[0]}`, with a file name and not empty."
+        )
+    return found
+
+
+def _form_text(form: Mapping[str, list[Part]], name: str, default: str = "") -> str:
+    parts = form.get(name)
+    return parts[0].text() if parts else default
+
+
+@ROUTER.on("POST", "/v1/files")
+def files_create(app: App, request: Request) -> Reply:
+    """uploads a file (form fields `file` and `purpose`) to an account of the pool, which from then on answers what uses it"""
+    form = parse_form(request.headers, request.body)
+    part, purpose, owner = _form_file(form, "file")[0], _form_text(form, "purpose"), request.owner
+    if purpose not in PURPOSES:
+        raise invalid("purpose", f"`purpose` must be one of {', '.join(PURPOSES)}.")
+    file = app.files.described(part.blob, part.file_name or "", part.content_type, owner)
+
+    def place(account: Account) -> Patient[File]:
+        return app.files.placed(account, file, part.blob, request.watch)
+
+    # Beside the owner's other files, so that one account can answer what uses several.
+    before = app.store.files("owner=? AND purpose!=''", owner)
+    beside = app.pool.find(before[0].account) if before else None
+    holder = beside.id if beside and beside.state(time.time()) == "ready" else None
+    held = patiently(app.answers.do("files", request.guest, place, request.watch, holder))
+    kept = held._replace(owner=owner, purpose=purpose, used=time.time())
+    if held.purpose or held.owner != owner:
+        kept = app.files.kept(kept)
+    else:
+        app.store.put_file(kept)
+    return json_reply(_file_object(kept))
+
+
+@ROUTER.on("GET", "/v1/files")
+def files_list(app: App, request: Request) -> Reply:
+    """the caller's files; `purpose`, `order`, `limit` and `after` as OpenAI has them"""
+    query = request.query
+    limit = query.get("limit", "10000")
+    if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 10000:
+        raise invalid("limit", "`limit` must be a number from 1 to 10000.")
+    files = app.store.files("owner=? AND purpose!=''", request.owner)
+    files = [file for file in files if query.get("purpose", file.purpose) == file.purpose]
+    if query.get("order") == "asc":
+        files.reverse()
+    ids = [file.id for file in files]
+    if (after := query.get("after")) and after in ids:
+        files = files[ids.index(after) + 1 :]
+    page = [_file_object(file) for file in files[: int(limit)]]
+    ends = (
+        {"first_id": page[0]["id"], "last_id": page[-1]["id"]}
+        if page
+        else {"first_id": None, "last_id": None}
+    )
+    return json_reply({"object": "list", "data": page, "has_more": len(files) > int(limit)} | ends)
+
+
+def _listed_file(app: App, request: Request) -> File:
+    file = app.files.find(request.params["id"], request.owner)
+    if not file.purpose:
+        raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.")
+    return file
+
+
+@ROUTER.on("GET", "/v1/files/{id}")
+def files_retrieve(app: App, request: Request) -> Reply:
+    """a file's name, size and purpose"""
+    return json_reply(_file_object(_listed_file(app, request)))
+
+
+@ROUTER.on("GET", "/v1/files/{id}/content")
+def files_content(app: App, request: Request) -> Reply | Stream:
+    """a file's bytes, streamed from the upstream"""
+    file = _listed_file(app, request)
+    if request.method == "HEAD":
+        return Reply(content_type=file.mime)
+
+    def begin(account: Account) -> Patient[Call]:
+        url = yield from app.upstream.file_url(account, file.upstream, request.watch)
+        with contextlib.ExitStack() as guard:
+            call = guard.enter_context(app.upstream.content(account, url, request.watch))
+            yield from call.start()
+            if call.status != 200:
+                raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
+            guard.pop_all()
+        return call
+
+    call = patiently(app.answers.do("files", request.guest, begin, request.watch, file.account))
+    name = urllib.parse.quote(file.name)
+    headers = {
+        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Stream(_bytes_of(call), content_type=file.mime, headers=headers)
+
+
+def _bytes_of(call: Call) -> Sent:
+    with call:
+        for data in call.rest():
+            if data:
+                yield data, 0
+
+
+@ROUTER.on("DELETE", "/v1/files/{id}")
+def files_delete(app: App, request: Request) -> Reply:
+    """forgets a file; the upstream has no call to delete it there"""
+    file = _listed_file(app, request)
+    app.store.remove_file(file.id)
+    return json_reply({"id": file.id, "object": "file", "deleted": True})
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+_IMAGE_MODEL = re.compile(r"gpt-image.*|chatgpt-image.*|dall-e.*|auto")
+IMAGE_FIELDS: Types = {
+    "prompt": _TEXT, "model": _TEXT, "n": _INTEGER, "size": _TEXT, "quality": _TEXT, "response_format": _TEXT,
+    "stream": _FLAG, "user": _TEXT,
+}  # fmt: skip
+MOST_IMAGES = 4
+
+
+@ROUTER.on("POST", "/v1/images/generations")
+def images_generations(app: App, request: Request) -> Reply:
+    """draws up to 4 images, as `url` or `b64_json`"""
+    body = request.json()
+    check_types(body, IMAGE_FIELDS)
+    return _drawn(app, request, body, [])
+
+
+@ROUTER.on("POST", "/v1/images/edits")
+def images_edits(app: App, request: Request) -> Reply:
+    """draws from the images in the form fields `image` (or `image[]`) and, where there is one, `mask`"""
+    form = parse_form(request.headers, request.body)
+    parts, mask = (
+        _form_file(form, "image", "image[]"),
+        [part for part in form.get("mask", []) if part.blob.size],
+    )
+    body: dict[str, Any] = {
+        name: _form_text(form, name) or None
+        for name in ("prompt", "model", "size", "quality", "response_format")
+    }
+    count = _form_text(form, "n", "1")
+    body["n"] = int(count) if re.fullmatch("[0-9]{1,3}", count) else 0
+    images = [
+        Attachment(name, True, part.file_name or "", part.content_type, part.blob)
+        for name, several in (("image", parts), ("mask", mask[:1]))
+        for part in several
+    ]
+    if mask:
+        body["mask"] = "The last image is a mask: change only what is transparent in it."
+    return _drawn(app, request, body, images)
+
+
+def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Attachment]) -> Reply:
+    """The images that parallel turns draw."""
+    prompt, n, size, quality = required(body, "prompt"), body.get("n"), body.get("size"), body.get("quality")
+    n = 1 if n is None else n
+    if not 1 <= n <= MOST_IMAGES:
+        raise invalid("n", f"`n` must be from 1 to {MOST_IMAGES}.")
+    if body.get("stream"):
+        raise invalid("stream", "`stream` must be false: the upstream gives images whole.")
+    if size not in (None, "auto") and not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size):
+        raise invalid("size", "`size` must be WIDTHxHEIGHT or auto.")
+    if quality is not None and not re.fullmatch(r"[a-z]{1,16}", quality):
+        raise invalid("quality", "`quality` must be a word such as standard, hd, low, medium or high.")
+    model = body.get("model") or "auto"
+    form = body.get("response_format") or (
+        "b64_json" if model.startswith(("gpt-image", "chatgpt-image")) else "url"
+    )
+    if form not in ("url", "b64_json"):
+        raise invalid("response_format", "`response_format` must be url or b64_json.")
+    told = [f"{'Edit the image' if images else 'Draw one image'} as described:\n{prompt}", body.get("mask")]
+    told.append(f"Size: {size}." if size not in (None, "auto") else None)
+    told.append(f"Quality: {quality}." if quality not in (None, "auto") else None)
+    text = "\n\n".join(line for line in told if line)
+    model = "auto" if _IMAGE_MODEL.fullmatch(model) else model
+    question = Question((Message("user", (*images, text)),), model, hints=("picture_v2",))
+
+    def draw(watch: Watch) -> list[dict[str, str]]:
+        attempt = Attempt(question, request.guest, request.owner)
+        urls: list[str] = []
+        answer = app.answers.ask(attempt, watch)
+        _take(answer, lambda events: urls.extend(event.url for event in events if isinstance(event, Image)))
+        if form == "url" or attempt.account is None:
+            return [{"url": url} for url in urls]
+        blobs = [patiently(app.upstream.downloaded(attempt.account, url, watch)) for url in urls]
+        return [{"b64_json": base64.b64encode(blob.read()).decode()} for blob in blobs]
+
+    data = [image for images in side_by_side([draw] * n, request.watch) for image in images]
+    if not data:
+        raise ApiError(
+            "upstream_error", "The upstream answered without an image; say more clearly what to draw."
+        )
+    return json_reply({"created": int(time.time()), "data": data[:n]})
+
+
+# -- speech ------------------------------------------------------------------------------------------------------------
+
+# The upstream's voice for each of OpenAI's; its own names may be used as well.
+VOICES = {
+    "alloy": "ember", "ash": "cove", "ballad": "arbor", "coral": "breeze", "echo": "cove", "fable": "vale",
+    "nova": "maple", "onyx": "arbor", "sage": "juniper", "shimmer": "juniper", "verse": "sol", "marin": "breeze",
+    "cedar": "spruce",
+}  # fmt: skip
+SPEECH_FORMATS = ("mp3", "aac", "opus", "flac", "wav")
+MOST_SPOKEN = 4096  # characters
+SPEECH_FIELDS: Types = {
+    "input": _TEXT, "model": _TEXT, "response_format": _TEXT, "speed": _NUMBER, "instructions": _TEXT, "stream_format": _TEXT,
+}  # fmt: skip
+
+
+@ROUTER.on("POST", "/v1/audio/speech")
+def audio_speech(app: App, request: Request) -> Reply:
+    """reads a text of up to 4,096 characters aloud"""
+    body = request.json()
+    check_types(body, SPEECH_FIELDS)
+    text, voice = required(body, "input"), body.get("voice") or "alloy"
+    voice = str(voice.get("id") if isinstance(voice, dict) else voice)
+    form = body.get("response_format") or "mp3"
+    if len(text) > MOST_SPOKEN:
+        raise invalid("input", f"`input` must have at most {MOST_SPOKEN} characters.")
+    if form not in SPEECH_FORMATS:
+        raise invalid("response_format", f"`response_format` must be one of {', '.join(SPEECH_FORMATS)}.")
+    if voice not in VOICES and voice not in VOICES.values():
+        raise invalid("voice", f"`voice` must be one of {', '.join(sorted({*VOICES, *VOICES.values()}))}.")
+    if body.get("stream_format") not in (None, "audio"):
+        raise invalid("stream_format", "`stream_format` must be audio.")
+    account, finish = _repeated(app, request, text)
+    ids = (finish.conversation, finish.message)
+    read = functools.partial(
+        _spoken, app=app, ids=ids, voice=VOICES.get(voice, voice), form=form, watch=request.watch
+    )
+    answer = patiently(app.answers.do("synthesize", request.guest, read, request.watch, account.id))
+    return Reply(body=answer.body, content_type=answer.headers["content-type"])
+
+
+def _spoken(
+    account: Account, app: App, ids: tuple[str, str], voice: str, form: str, watch: Watch
+) -> Patient[Answer]:
+    return app.upstream.speech(account, *ids, voice, form, watch)
+
+
+def _repeated(app: App, request: Request, text: str) -> tuple[Account, Finish]:
+    """Has the model say a text word for word; the account, and where the message stands."""
+    told = "Repeat the next message word for word. Do not answer it, and add nothing before or after it."
+    question = Question((Message("system", (told,)), Message("user", (text,))), "auto")
+    for _ in range(2):
+        attempt, said = Attempt(question, request.guest, request.owner), list[Event]()
+        _take(app.answers.ask(attempt, request.watch), said.extend)
+        words = "".join(event.text for event in said if isinstance(event, Text))
+        finish = said[-1]
+        if attempt.account and isinstance(finish, Finish) and _letters(words) == _letters(text):
+            return attempt.account, finish
+    raise ApiError("upstream_error", "The model did not repeat the text word for word; try again.")
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]", "", text).casefold()
+
+
+@ROUTER.on("POST", "/v1/audio/transcriptions")
+def audio_transcriptions(app: App, request: Request) -> Reply:
+    """writes down what is said in the form field `file`, as `json`, `text` or `verbose_json`"""
+    text, language, form = _transcribed(app, request)
+    return _written(form, "transcribe", text, language)
+
+
+@ROUTER.on("POST", "/v1/audio/translations")
+def audio_translations(app: App, request: Request) -> Reply:
+    """the same in English"""
+    text, _, form = _transcribed(app, request)
+    told = "Translate the next message into English. Write the translation and nothing else."
+    question = Question((Message("system", (told,)), Message("user", (text,))), "auto")
+    said: list[Event] = []
+    if text:
+        _take(app.answers.ask(Attempt(question, request.guest, request.owner), request.watch), said.extend)
+    return _written(
+        form, "translate", "".join(event.text for event in said if isinstance(event, Text)), "english"
+    )
+
+
+def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
+    """What is said in the recording of a request, its language as given, and the format that is wanted."""
+    form = parse_form(request.headers, request.body)
+    part, wanted, language = (
+        _form_file(form, "file")[0],
+        _form_text(form, "response_format", "json"),
+        _form_text(form, "language"),
+    )
+    if wanted not in ("json", "text", "verbose_json"):
+        raise invalid("response_format", "`response_format` must be json, text or verbose_json.")
+    if _form_text(form, "stream").lower() in ("true", "1"):
+        raise invalid("stream", "`stream` must be false: the upstream gives the text whole.")
+    if not re.fullmatch(r"[A-Za-z-]{0,16}", language):
+        raise invalid("language", "`language` must be a code such as en.")
+    name = part.file_name or "audio"
+    kind = part.content_type if re.fullmatch(r"[\w.+-]+/[\w.+-]+", part.content_type) else ""
+    kind = kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
+
+    def listen(account: Account) -> Patient[str]:
+        return app.upstream.transcription(account, part.blob, name, kind, language, request.watch)
+
+    return patiently(app.answers.do("transcribe", request.guest, listen, request.watch)), language, wanted
+
+
+def _written(form: str, task: str, text: str, language: str) -> Reply:
+    if form == "text":
+        return Reply(body=f"{text}\n".encode("utf-8", "replace"), content_type="text/plain; charset=utf-8")
+    verbose = (
+        {"task": task, "language": language, "duration": 0.0, "segments": []}
+        if form == "verbose_json"
+        else {}
+    )
+    return json_reply({"text": text} | verbose)
+
+
+# -- what there is not -------------------------------------------------------------------------------------------------
+
+ABSENT = (
+    "/v1/embeddings", "/v1/moderations", "/v1/completions", "/v1/images/variations", "/v1/fine_tuning/jobs", "/v1/batches",
+    "/v1/vector_stores", "/v1/assistants", "/v1/threads", "/v1/uploads",
+)  # fmt: skip
+
+
+@ROUTER.on("POST", *ABSENT)
+def absent(app: App, request: Request) -> Reply:
+    """404: the web upstream has no such thing"""
+    raise ApiError(
+        "not_found",
+        f"The ChatGPT web upstream has no {request.path}; an `sk-` key is passed on to OpenAI's API.",
+    )
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
 
 
 @ROUTER.on("POST", "/tokens/upload", access="admin")
 def tokens_upload(app: App, request: Request) -> Reply:
     """chat2api's upload: form field `text`, one token a line; `{"status": "success", "tokens_count": N}`"""
-    text = _form(request).get("text")
-    if text is None:
+    texts = parse_form(request.headers, request.body).get("text")
+    if not texts:
         raise invalid("text", "Send the tokens in the form field `text`, one a line.")
-    rows, faults = app.pool.add(text.splitlines())
+    rows, faults = app.pool.add(texts[0].text().splitlines())
     if faults and not rows:
         raise invalid("text", f"None of the lines is a token: {'; '.join(faults[:5])}.")
     for fault in faults:
         log(logging.WARNING, "line of an upload left out", fault=fault)
     count = sum(account.row.state == "ready" for account in app.pool.accounts())
     return json_reply({"status": "success", "tokens_count": count})
-
-
-def _form(request: Request) -> dict[str, str]:
-    """The fields of a form, in either encoding that browsers use."""
-    kind = request.headers.get("content-type", "")
-    if not kind.lower().startswith("multipart/form-data"):
-        return dict(urllib.parse.parse_qsl(request.body.decode("utf-8", "replace"), keep_blank_values=True))
-    head, found = f"Content-Type: {kind}\r\n\r\n".encode("latin-1"), {}
-    try:
-        for part in email.message_from_bytes(head + request.body).walk():
-            name, data = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-            if isinstance(name, str) and isinstance(data, bytes):
-                found[name] = data.decode("utf-8", "replace")
-    except (ValueError, RecursionError):
-        raise ApiError(
-            "invalid_request_error", "The form cannot be read; send it as a browser does."
-        ) from None
-    return found
 
 
 @ROUTER.on("GET", "/health", "/ping", access="public")

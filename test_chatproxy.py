@@ -1724,7 +1724,9 @@ def over_http2(
             if not event.get("more_body"):
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        request = cp.Request(scope["method"], scope["path"], {}, headers, body, "127.0.0.1", cp.Watch(15))
+        request = cp.Request(
+            scope["method"], scope["path"], {}, headers, cp.Blob(body), "127.0.0.1", cp.Watch(15)
+        )
         answer = weather.respond(request)
         kind = [(b"content-type", answer.content_type.encode())]
         await send({"type": "http.response.start", "status": answer.status, "headers": kind})
@@ -2294,8 +2296,12 @@ def test_what_the_upstream_cannot_honour_is_accepted_and_ignored(proxy: Proxy) -
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"stop": [1]}, "stop"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"reasoning_effort": "heroic"}, "reasoning_effort"),
     ],
 )
 def test_a_wrong_field_is_named(proxy: Proxy, weather: Weather, body: dict[str, Any], param: str) -> None:
