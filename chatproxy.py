@@ -54,6 +54,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -4135,7 +4136,7 @@ class Schema:
 
     def _in_branches(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
         pointer = schema.get("$ref")
-        referred = [self._referred(pointer)] if isinstance(pointer, str) else []
+        referred = [self.referred(pointer)] if isinstance(pointer, str) else []
         for one in [*referred, *_listed(schema, "allOf")]:
             if fault := self._fault(value, one, where, depth):
                 return fault
@@ -4151,7 +4152,7 @@ class Schema:
             return f"{where} fits what it must not"
         return ""
 
-    def _referred(self, pointer: str) -> Any:
+    def referred(self, pointer: str) -> Any:
         """What a reference within the schema leads to; any value fits one that leads elsewhere."""
         if not pointer.startswith("#"):
             return True
@@ -4176,15 +4177,70 @@ def _canonical(value: Any) -> Any:
 # ============================================================================================================
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: Blob) -> dict[str, Any]:
     """A request's body as a JSON object."""
     try:
-        value = json.loads(body)
+        value = json.loads(body.read()) if body.size <= MOST_IN_MEMORY else _lifted(body)
     except (ValueError, RecursionError):
         raise invalid(None, "The body is not valid JSON; send one JSON object.") from None
     if not isinstance(value, dict):
         raise invalid(None, "The body is not a JSON object; send one.")
     return value
+
+
+class InlineFile(str):
+    """A data: URL of a large body: the text ends before the base64, `blob` has the bytes."""
+
+    blob: Blob
+
+
+_INLINE = re.compile(rb'"(?:url|image_url|file_data)"\s*:\s*"data:[^",\\]{0,200};base64,\Z')
+_NOT_BASE64 = re.compile(rb"[^0-9A-Za-z+/=]")
+
+
+def _lifted(body: Blob) -> Any:
+    """Parses a large body with the files in it decoded on their way: as text they would stand in memory three times."""
+    mark, blobs, rest, at = f"@{secrets.token_hex(8)}:", list[Blob](), bytearray(), 0
+    while (start := body.find(b";base64,", at) + 8) >= 8:
+        rest += body.read(at, start - at)
+        at = start
+        if _INLINE.search(rest, max(0, len(rest) - 300)) and (found := _decoded_run(body, start)):
+            rest += f"{mark}{len(blobs)}".encode()
+            blobs.append(found[0])
+            at = found[1]
+    rest += body.read(at)
+    text = rest.decode()
+    del rest
+    return _with_blobs(json.loads(text), mark, blobs) if blobs else json.loads(text)
+
+
+def _decoded_run(body: Blob, start: int) -> tuple[Blob, int] | None:
+    """The bytes of the base64 that begins there and where it ends; None if that is not at the end of its string."""
+    blob = Blob()
+    for at in range(start, body.size, PIECE):
+        piece = body.read(at, PIECE)
+        end = _NOT_BASE64.search(piece)
+        try:
+            blob.write(base64.b64decode(piece[: end.start()] if end else piece, validate=True))
+        except ValueError:
+            return None
+        if end:
+            return (blob, at + end.start()) if end[0] == b'"' else None
+    return None
+
+
+def _with_blobs(value: Any, mark: str, blobs: list[Blob]) -> Any:
+    """The parsed body with its marks made InlineFiles."""
+    if isinstance(value, dict):
+        return {name: _with_blobs(one, mark, blobs) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_blobs(one, mark, blobs) for one in value]
+    if not isinstance(value, str) or mark not in value:
+        return value
+    head, _, number = value.partition(mark)
+    file = InlineFile(head)
+    file.blob = blobs[int(number)]
+    return file
 
 
 _NUMBER, _INTEGER, _FLAG = ((int, float), "a number"), (int, "an integer"), (bool, "true or false")
@@ -4333,7 +4389,8 @@ def _from_url(url: str, where: str, image: bool = False) -> Attachment:
         return Attachment(where, image, url=url)
     if not (match := _DATA_URL.match(url)):
         raise invalid(where, f"`{where}` must be an http://, https:// or base64 data: URL.")
-    return Attachment(where, image, mime=match[1], blob=_unbased(url, match.end(), where))
+    blob = url.blob if isinstance(url, InlineFile) else _unbased(url, match.end(), where)
+    return Attachment(where, image, mime=match[1], blob=blob)
 
 
 def _unbased(text: str, start: int, where: str) -> Blob:
@@ -4361,6 +4418,8 @@ class Function(NamedTuple):
 
 
 CALL_TAG, CALL_END = "<tool_call>", "</tool_call>"
+FUNCTIONS_LINE = "The functions, a JSON object a line:"
+SCHEMA_LINE = "It must fit this JSON Schema:"
 
 
 @dataclass(frozen=True)
@@ -4387,7 +4446,7 @@ class Offer:
             f'{CALL_TAG}{{"name": "FUNCTION", "arguments": {{…}}}}{CALL_END}',
             f"where the arguments are a JSON object that fits the function's JSON Schema. {several} Write nothing after a",
             f"call: the program stops reading there, and tells you the results in its next message. {must}",
-            "The functions, a JSON object a line:",
+            FUNCTIONS_LINE,
         ]
         told = [
             compact({"name": one.name, "description": one.description, "parameters": one.parameters})
@@ -4614,9 +4673,7 @@ class Shape:
     def instructions(self) -> str:
         """What the model is told of it."""
         told = "Answer with one JSON object and nothing else: no prose around it, no code fence."
-        return (
-            told if self.schema is None else f"{told} It must fit this JSON Schema:\n{compact(self.schema)}"
-        )
+        return told if self.schema is None else f"{told} {SCHEMA_LINE}\n{compact(self.schema)}"
 
 
 def parse_shape(value: Any, where: str) -> Shape | None:
@@ -5485,7 +5542,7 @@ class Request:
     target: str = "/"  # path and query as they came, API_PREFIX included
 
     def json(self) -> dict[str, Any]:
-        return parse_object(self.body.read())
+        return parse_object(self.body)
 
 
 class Part(NamedTuple):
@@ -7063,6 +7120,56 @@ def demo_token(name: str, lifetime: float = 86400.0) -> str:
     return f"{parts[0]}.{parts[1]}.{'0' * 16}"
 
 
+def demo_image() -> Blob:
+    """A PNG of 64 by 64 pixels, green fading to blue."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes((40, 255 - y * 3, y * 3)) * 64 for y in range(64))
+    head = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
+    return Blob(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def sample(schema: Any, root: Any = None, depth: int = 0) -> Any:
+    """A value that fits a schema of the usual kind."""
+    root = schema if root is None else root
+    if not isinstance(schema, dict) or depth > 20:
+        return None
+    if isinstance(pointer := schema.get("$ref"), str):
+        return sample(Schema(root).referred(pointer), root, depth + 1)
+    for name in ("enum", "anyOf", "oneOf", "allOf"):
+        if choices := schema.get(name):
+            return choices[0] if name == "enum" else sample(choices[0], root, depth + 1)
+    if "const" in schema:
+        return schema["const"]
+    kind = schema.get("type", "object")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        return {name: sample(one, root, depth + 1) for name, one in (schema.get("properties") or {}).items()}
+    if kind == "array":
+        return [sample(schema.get("items"), root, depth + 1)] if depth < 10 else []
+    return {"string": "demo", "integer": 1, "number": 1, "boolean": True}.get(kind)
+
+
+@dataclass
+class DemoFile:
+    """A file of the stand-in's; `blob` is None until its bytes have come."""
+
+    owner: str
+    name: str
+    blob: Blob | None
+    use_case: str
+    size: int = 0
+    mime: str = ""
+    asked: bool = False
+
+
 class Demo:
     """A stand-in for chatgpt.com, auth.openai.com and api.openai.com that speaks the real wire protocol.
 
@@ -7083,6 +7190,9 @@ class Demo:
         self.refresh_tokens: dict[str, str] = {}  # token → name of its account
         self.session_tokens: dict[str, str] = {}
         self.conversations: set[str] = set()
+        self.models = ["gpt-4o", "gpt-4o-mini", "o3"]
+        self.files: dict[str, DemoFile] = {}
+        self.url = ""
         self.calls: list[str] = []  # "METHOD /path" of every request, in order
         self._issued_lock = threading.Lock()
         self._issued: dict[
@@ -7097,6 +7207,17 @@ class Demo:
             ("POST", "/{api}/conversation", Demo.conversation),
             ("POST", "/{api}/f/conversation/prepare", Demo.prepare_conversation),
             ("POST", "/{api}/f/conversation", Demo.conversation),
+            ("GET", "/{api}/models", Demo.list_models),
+            ("POST", "/{api}/files", Demo.create_file),
+            ("PUT", "/upload/{id}", Demo.upload_file),
+            ("POST", "/{api}/files/{id}/uploaded", Demo.uploaded_file),
+            ("GET", "/{api}/files/{id}", Demo.file_status),
+            ("GET", "/{api}/files/{id}/download", Demo.file_download),
+            ("GET", "/{api}/conversation/{conversation}/attachment/{id}/download", Demo.file_download),
+            ("GET", "/{api}/conversation/{conversation}/interpreter/download", Demo.sandbox_download),
+            ("GET", "/blob/{id}", Demo.blob),
+            ("GET", "/{api}/synthesize", Demo.synthesize),
+            ("POST", "/{api}/transcribe", Demo.transcribe),
             ("POST", "/oauth/token", Demo.oauth_token),
             ("GET", "/api/auth/session", Demo.auth_session),
             ("POST", "/v1/chat/completions", Demo.openai_completion),
@@ -7105,19 +7226,20 @@ class Demo:
 
     def listen(self) -> tuple[Server, str]:
         """Starts it on a free port of the loopback interface: the server, and its URL."""
-        settings = replace(settle(gather({}, {})), host="127.0.0.1", port=0, max_connections=10_000)
+        settings = replace(settle(gather({}, {})), max_connections=10_000, max_body_mb=2048)
         server = Server(("127.0.0.1", 0), self.respond, settings, Metrics(), quiet=True)
         threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
-        return server, f"http://127.0.0.1:{server.server_port}"
+        self.url = f"http://127.0.0.1:{server.server_port}"
+        return server, self.url
 
     def respond(self, request: Request) -> Reply | Stream:
         """Answers any call; what the site does not have is its 404."""
         self.calls.append(f"{request.method} {request.path}")
         try:
             endpoint = self.router.find(request)
-            if (
-                "/f/" in request.path or request.path.endswith(("prepare", "finalize"))
-            ) != self.newer and "api" in request.params:
+            newer = "/f/" in request.path or request.path.endswith(("prepare", "finalize"))
+            both = not request.path.endswith(("/conversation", "chat-requirements", "prepare", "finalize"))
+            if newer != self.newer and not both:
                 raise ApiError("not_found", "")
             if refused := self._refused(request):
                 return refused
@@ -7254,6 +7376,12 @@ class Demo:
             return json_reply(
                 {"detail": {"code": "conversation_not_found", "message": "Conversation not found"}}, 404
             )
+        for message in body.get("messages") or ():
+            for one in message.get("metadata", {}).get("attachments", ()):
+                if self._held(request, one.get("id")) is None:
+                    return json_reply(
+                        {"detail": {"code": "file_not_found", "message": "File not found"}}, 404
+                    )
         return Stream(self.frames(self.answer(request, body)))
 
     def frames(self, pieces: Iterable[bytes]) -> Sent:
@@ -7261,17 +7389,54 @@ class Demo:
             yield piece, 1
 
     def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
-        """The answer's bytes, event by event."""
-        messages = body.get("messages") or []
-        asked = " ".join(str(part) for part in messages[-1]["content"]["parts"]) if messages else "go on"
+        """The answer's bytes, event by event: a drawing, a call, JSON, or a few words, as the messages want it."""
+        texts = [
+            (
+                one["author"]["role"],
+                "\n".join(part for part in one["content"]["parts"] if isinstance(part, str)),
+            )
+            for one in body.get("messages") or ()
+        ]
+        told = "\n".join(text for role, text in texts if role == "system")
+        role, asked = texts[-1] if texts else ("user", "go on")
+        if "picture_v2" in body.get("system_hints", ()):
+            file = self.keep(DemoFile(self._owner(request), "drawing.png", demo_image(), "multimodal"))
+            pointer = {"content_type": "image_asset_pointer", "asset_pointer": f"file-service://{file}"}
+            content = {"content_type": "multimodal_text", "parts": [pointer | {"width": 64, "height": 64}]}
+            drawing = {"author": {"role": "tool", "name": "dalle.text2im"}, "content": content}
+            return self.say(body, ["Here", " it", " is."], before=[drawing])
+        if SCHEMA_LINE in told:
+            return self.say(body, [compact(sample(json.loads(told.partition(SCHEMA_LINE)[2])))])
+        if FUNCTIONS_LINE in told and role != "tool":
+            offered = [
+                json.loads(line) for line in told.partition(FUNCTIONS_LINE)[2].split("\n") if line[:1] == "{"
+            ]
+            wanted = [
+                one
+                for one in offered
+                if any(word in asked.lower() for word in one["name"].lower().split("_"))
+            ]
+            if wanted or "You must call" in told:
+                called = (wanted or offered)[0]
+                text = call_text(called["name"], compact(sample(called["parameters"])))
+                return self.say(body, re.findall(r".{1,7}", text))
+        if told.startswith(("Repeat the next message", "Translate the next message")):
+            return self.say(body, re.findall(r"\s*\S+", asked))
         return self.say(body, re.findall(r"\s*\S+", DEMO_ANSWER.format(question=asked[:2000])))
 
-    def say(self, body: Mapping[str, Any], words: Iterable[str], details: str = "stop") -> Iterator[bytes]:
-        """The events of an answer of these words, in the stand-in's encoding; `details` is finish_details.type."""
+    def say(
+        self,
+        body: Mapping[str, Any],
+        words: Iterable[str],
+        details: str = "stop",
+        before: Iterable[Mapping[str, Any]] = (),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Iterator[bytes]:
+        """The events of an answer of these words, in the stand-in's encoding; `details` is finish_details.type, `before`
+        messages that come first, `metadata` what the answer has more at its end."""
         conversation = str(body.get("conversation_id") or uuid.uuid4())
         self.conversations.add(conversation)
         user = dict((body.get("messages") or [{"id": new_id(), "author": {"role": "user"}}])[-1])
-        metadata = {"model_slug": body["model"], "message_type": "next"}
         message: dict[str, Any] = {
             "id": new_id(),
             "author": {"role": "assistant", "name": None, "metadata": {}},
@@ -7279,33 +7444,32 @@ class Demo:
             "content": {"content_type": "text", "parts": [""]},
             "status": "in_progress",
             "end_turn": None,
-            "metadata": metadata,
+            "metadata": {"model_slug": body["model"], "message_type": "next"},
             "recipient": "all",
             "channel": "final",
         }
+        done: dict[str, Any] = {"status": "finished_successfully", "recipient": "all", "metadata": {}}
+        first = [user, *({"id": new_id()} | done | dict(one) for one in before)]
         end = {"status": "finished_successfully", "end_turn": details != "max_tokens"}
-        end_metadata = {"finish_details": {"type": details}, "is_complete": True}
+        end_metadata = {"finish_details": {"type": details}, "is_complete": True} | dict(metadata or {})
         say = self._say_v1 if self.encoding == "v1" else self._say_cumulative
-        yield from say(conversation, user, message, words, end, end_metadata)
-        done = {"type": "message_stream_complete", "conversation_id": conversation}
-        yield _data(done) + b"data: [DONE]\n\n"
+        yield from say(conversation, first, message, words, end, end_metadata)
+        complete = {"type": "message_stream_complete", "conversation_id": conversation}
+        yield _data(complete) + b"data: [DONE]\n\n"
 
     def _say_v1(
-        self, conversation: str, user: Any, message: Any, words: Iterable[str], end: Any, metadata: Any
+        self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
     ) -> Iterator[bytes]:
         def delta(value: Any) -> bytes:
             return b"event: delta\n" + _data(value)
 
         yield b'event: delta_encoding\ndata: "v1"\n\n'
-        yield delta(
-            {
-                "p": "",
-                "o": "add",
-                "v": {"message": user, "conversation_id": conversation, "error": None},
-                "c": 0,
-            }
-        )
-        yield delta({"v": {"message": message, "conversation_id": conversation, "error": None}, "c": 1})
+        where = {"p": "", "o": "add"}
+        for number, one in enumerate([*first, message]):
+            yield delta(
+                where | {"v": {"message": one, "conversation_id": conversation, "error": None}, "c": number}
+            )
+            where = {}
         head: dict[str, Any] = {"p": "/message/content/parts/0", "o": "append"}
         for word in words:
             yield delta(head | {"v": word})
@@ -7316,9 +7480,10 @@ class Demo:
         yield delta({"p": "", "o": "patch", "v": changes})
 
     def _say_cumulative(
-        self, conversation: str, user: Any, message: Any, words: Iterable[str], end: Any, metadata: Any
+        self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
     ) -> Iterator[bytes]:
-        yield _data({"message": user, "conversation_id": conversation, "error": None})
+        for one in first:
+            yield _data({"message": one, "conversation_id": conversation, "error": None})
         text = ""
         for word in words:
             text += word
@@ -7327,6 +7492,117 @@ class Demo:
             time.sleep(self.pace)
         message = message | end | {"metadata": message["metadata"] | metadata}
         yield _data({"message": message, "conversation_id": conversation, "error": None})
+
+    # -- files and voice -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _owner(request: Request) -> str:
+        return str((claims(Keys.given(request)).get("https://api.openai.com/auth") or {}).get("user_id"))
+
+    def keep(self, file: DemoFile) -> str:
+        """The id of a new file."""
+        id = f"file-{secrets.token_hex(11)}"
+        self.files[id] = file
+        return id
+
+    def _held(self, request: Request, id: Any) -> DemoFile | None:
+        """A file whose bytes have come, if it is the caller's."""
+        file = self.files.get(str(id))
+        return file if file and file.blob is not None and file.owner == self._owner(request) else None
+
+    def list_models(self, request: Request) -> Reply:
+        """The account's models."""
+        return json_reply(
+            {"models": [{"slug": slug, "title": slug, "max_tokens": 8191} for slug in self.models]}
+        )
+
+    def create_file(self, request: Request) -> Reply:
+        """Announces a file: where to upload it."""
+        body = request.json()
+        fits = isinstance(body.get("file_name"), str) and isinstance(body.get("file_size"), int)
+        if (
+            not fits
+            or body.get("use_case") not in ("multimodal", "my_files", "ace_upload")
+            or "api" not in request.params
+        ):
+            return json_reply({"detail": [{"loc": ["body"], "msg": "field required"}]}, 422)
+        file = DemoFile(self._owner(request), body["file_name"], None, body["use_case"], body["file_size"])
+        id = self.keep(file)
+        return json_reply(
+            {"status": "success", "file_id": id, "upload_url": f"{self.url}/upload/{id}?sig=demo"}
+        )
+
+    def upload_file(self, request: Request) -> Reply:
+        """The file store: takes the bytes, from whom it neither knows nor wants to know."""
+        file, headers = self.files.get(request.params["id"]), request.headers
+        if file is None or "authorization" in headers or headers.get("x-ms-blob-type") != "BlockBlob":
+            return Reply(400, b"<?xml version='1.0'?><Error/>", "application/xml")
+        if headers.get("x-ms-version") != "2020-04-08" or request.body.size != file.size:
+            return Reply(400, b"<?xml version='1.0'?><Error/>", "application/xml")
+        file.blob, file.mime = request.body, headers.get("content-type", "")
+        return Reply(201)
+
+    def uploaded_file(self, request: Request) -> Reply:
+        """Confirms that a file's bytes are there."""
+        if self._held(request, id := request.params["id"]) is None:
+            return json_reply({"detail": "File not found"}, 404)
+        return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}"})
+
+    def file_status(self, request: Request) -> Reply:
+        """Whether a document has been read; the first question comes too early."""
+        if (file := self._held(request, request.params["id"])) is None:
+            return json_reply({"detail": "File not found"}, 404)
+        status, file.asked = "success" if file.asked else "in_progress", True
+        return json_reply({"id": request.params["id"], "name": file.name, "retrieval_index_status": status})
+
+    def file_download(self, request: Request) -> Reply:
+        """A file's short-lived URL."""
+        if self._held(request, id := request.params["id"]) is None:
+            return json_reply({"detail": "File not found"}, 404)
+        return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}?sig=demo"})
+
+    def sandbox_download(self, request: Request) -> Reply:
+        """The URL of a file that the model made."""
+        path = request.query.get("sandbox_path", "")
+        if request.params["conversation"] not in self.conversations or not path.startswith("/mnt/data/"):
+            return json_reply({"detail": "File not found"}, 404)
+        data = Blob(f"made by {request.query.get('message_id')}".encode())
+        id = self.keep(DemoFile(self._owner(request), path.rpartition("/")[2], data, "ace_upload"))
+        return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}?sig=demo"})
+
+    def blob(self, request: Request) -> Reply | Stream:
+        """A file's bytes, for whoever has the URL."""
+        file = self.files.get(request.params["id"])
+        if file is None or file.blob is None:
+            return Reply(404)
+        return Stream(self.frames(file.blob.pieces()), content_type=file.mime or "application/octet-stream")
+
+    def synthesize(self, request: Request) -> Reply:
+        """A message read aloud: silence, in the two formats that need no encoder."""
+        form, query = request.query.get("format"), request.query
+        if (
+            query.get("conversation_id") not in self.conversations
+            or not query.get("message_id")
+            or not query.get("voice")
+        ):
+            return json_reply({"detail": "Message not found"}, 404)
+        if form == "mp3":
+            return Reply(body=(b"\xff\xfb\x90\x00" + bytes(413)) * 20, content_type="audio/mpeg")
+        if form != "wav":
+            return json_reply({"detail": "Unsupported format"}, 422)
+        head = struct.pack(
+            "<4sI4s4sIHHIIHH4sI", b"RIFF", 8036, b"WAVE", b"fmt ", 16, 1, 1, 8000, 8000, 1, 8, b"data", 8000
+        )
+        return Reply(body=head + b"\x80" * 8000, content_type="audio/wav")
+
+    def transcribe(self, request: Request) -> Reply:
+        """What is said in a recording: its name and size are all that is heard."""
+        file = parse_form(request.headers, request.body).get("file")
+        if not file or file[0].file_name is None:
+            return json_reply({"detail": [{"loc": ["body", "file"], "msg": "field required"}]}, 422)
+        return json_reply(
+            {"text": f"The demo upstream heard {file[0].blob.size} bytes of {file[0].file_name}."}
+        )
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -7358,14 +7634,14 @@ class Demo:
 
     def openai_completion(self, request: Request) -> Reply | Stream:
         """api.openai.com in a nutshell, for `sk-` keys."""
-        chat = parse_chat(request.json(), True)
-        completion = CompletionStream(chat, Tokens(), False)
-        events: list[list[Event]] = [[Begin(chat.model, "", "")]]
+        turn = parse_chat(request.json(), True)
+        completion = CompletionStream(turn, Tokens(), False)
+        events: list[list[Event]] = [[Begin(turn.model, "", "")]]
         events += [
             [Text(word)] for word in re.findall(r"\s*\S+", "This is the demo's stand-in for api.openai.com.")
         ]
         events.append([Finish("stop")])
-        if chat.stream:
+        if turn.stream:
             return Stream(completion.feed(batch) for batch in events)
         for batch in events:
             completion.take(batch)
