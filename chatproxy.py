@@ -4080,7 +4080,11 @@ class Schema:
     def _alone(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
         kinds = schema.get("type")
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        known = [kind for kind in kinds if kind in _SCHEMA_TYPES] if isinstance(kinds, list) else []
+        known = (
+            [kind for kind in kinds if isinstance(kind, str) and kind in _SCHEMA_TYPES]
+            if isinstance(kinds, list)
+            else []
+        )
         if known and not any(_SCHEMA_TYPES[kind](value) for kind in known):
             return f"{where} is not of type {' or '.join(known)}"
         if isinstance(choices := schema.get("enum"), list) and _canonical(value) not in map(
@@ -4538,7 +4542,9 @@ class CallScanner:
         self._patient = last or offer.choice != "auto"  # text too waits until it is clear what becomes of it
         self._start = ""  # what may be the beginning of a tag
         self._inside: list[str] | None = None  # what has come of a call
+        self._tail = ""  # its last characters, in which an end tag may have begun
         self._calls: list[dict[str, Any]] = []
+        self._fault = ""  # what is wrong with one of them
         self._text: list[str] = []  # before any call
         self._raw: list[str] = []  # everything from the first call on
         self.complaint = ""
@@ -4571,17 +4577,19 @@ class CallScanner:
 
     def _take(self, text: str, out: list[Event]) -> None:
         if self._inside is not None:
-            tail = "".join(self._inside[-len(CALL_END) :])[-len(CALL_END) :]
             self._inside.append(text)
-            if CALL_END in tail + text:
+            end, self._tail = self._tail + text, (self._tail + text)[1 - len(CALL_END) :]
+            if CALL_END in end:
                 self._close("".join(self._inside), out)
             return
         text, self._start = self._start + text, ""
         start = text.find(CALL_TAG)
         if start >= 0:
             self._before(text[:start], out)
+            if self.over:
+                return
             self._raw = self._raw or [text[start:]]
-            self._inside = []
+            self._inside, self._tail = [], ""
             if start + len(CALL_TAG) < len(text):
                 self._take(text[start + len(CALL_TAG) :], out)
             return
@@ -4595,7 +4603,7 @@ class CallScanner:
         if not text:
             return
         if self._calls:
-            self.over = self.over or bool(text.strip())
+            self.over = not self._fault and bool(text.strip())
             return
         self._text.append(text)
         if not self._patient:
@@ -4609,7 +4617,8 @@ class CallScanner:
             if (call := self._parsed(body[:end])) is not None:
                 rest, self._inside = body[end + len(CALL_END) :], None
                 self._calls.append(call)
-                self.over = not self._offer.parallel
+                self._fault = self._fault or self._offer.fault(call)
+                self.over = not self._offer.parallel and not self._fault
                 if rest and not self.over:
                     self._take(rest, out)
                 return
@@ -4628,13 +4637,13 @@ class CallScanner:
 
     def finish(self, event: Finish, out: list[Event]) -> None:
         """The answer is over, or what follows does not matter: passes on the calls, or complains."""
-        fault = ""
+        fault = self._fault
         if self._inside is not None:
             if (call := self._parsed("".join(self._inside))) is not None:
                 self._calls.append(call)  # only the end tag is missing
+                fault = fault or self._offer.fault(call)
             else:
-                fault = "the call is not valid JSON between its tags"
-        fault = fault or next(filter(None, map(self._offer.fault, self._calls)), "")
+                fault = fault or "the call is not valid JSON between its tags"
         if not self._calls and not fault and self._offer.choice != "auto":
             fault = "a function had to be called"
         if fault and event.reason == "stop" and not self._last:

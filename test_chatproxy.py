@@ -17,6 +17,7 @@ import hashlib
 import heapq
 import http.client
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -42,6 +43,8 @@ from typing import IO, Any
 
 import httpx
 import openai
+import PIL.Image
+import pydantic
 import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
@@ -77,7 +80,11 @@ class Weather(cp.Demo):
         self.seen: list[cp.Request] = []
         self.left: list[float] = []  # when a client was noticed to be gone
         self.words: list[str] = ["Hello", " wide", " world", "."]
+        self.turns: deque[list[str]] = deque()  # the words of the next answers, in turn
         self.details = "stop"
+        self.before: list[dict[str, Any]] = []  # messages that come before an answer
+        self.metadata: dict[str, Any] = {}  # what an answer has more
+        self.obeys = False  # whether it answers as the demo does
 
     def add(self, call: str, *faults: Fault) -> None:
         """Faults for the next calls whose path ends with `call`, in turn."""
@@ -92,7 +99,19 @@ class Weather(cp.Demo):
         return super().respond(request)
 
     def answer(self, request: cp.Request, body: Any) -> Iterator[bytes]:
-        return self.say(body, self.words, self.details)
+        if self.obeys:
+            return super().answer(request, body)
+        words = self.turns.popleft() if self.turns else self.words
+        return self.say(body, words, self.details, self.before, self.metadata)
+
+    def asked(self) -> dict[str, Any]:
+        """The body of the last conversation call."""
+        return self.last("/conversation").json()
+
+    def told(self) -> str:
+        """All text of the last conversation call."""
+        messages = self.asked()["messages"]
+        return "\n".join(p for one in messages for p in one["content"]["parts"] if isinstance(p, str))
 
     def count(self, call: str) -> int:
         return sum(path.endswith(call) for path in self.calls)
@@ -2331,6 +2350,1501 @@ def test_content_parts_and_every_role_reach_the_upstream(proxy: Proxy, weather: 
     sent = weather.last("/conversation").json()["messages"]
     assert [message["author"]["role"] for message in sent] == ["system", "user", "assistant", "user"]
     assert sent[1]["content"] == {"content_type": "text", "parts": ["a\nb"]}
+
+
+# --- files that come with a message ----------------------------------------------------------------------------------
+
+
+def picture(width: int = 64, height: int = 48, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), (width % 256, height % 256, 9)).save(out, kind, **options)
+    return out.getvalue()
+
+
+def data_url(data: bytes, mime: str = "image/png") -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def part_message(*parts: Any, role: str = "user") -> dict[str, Any]:
+    texts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": role, "content": texts}
+
+
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.sampled_from(["PNG", "GIF", "JPEG", "WEBP", "LOSSLESS", "EXIF"]),
+)
+@hypothesis_settings(max_examples=60)
+def test_an_images_size_is_read_from_its_bytes(width: int, height: int, kind: str) -> None:
+    options: dict[str, Any] = {}
+    if kind == "LOSSLESS":
+        kind, options = "WEBP", {"lossless": True}
+    elif kind == "EXIF":  # a thumbnail and other segments before the frame; in WebP the extended form
+        kind, options = ("JPEG", "WEBP")[width % 2], {"exif": b"Exif\0\0" + bytes(60_000)}
+    data = picture(width, height, kind, **options)
+    assert cp.image_facts(cp.Blob(data)) == (f"image/{kind.lower()}", width, height)
+
+
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8"]),
+)
+def test_no_bytes_break_the_reader_of_sizes(data: bytes, head: bytes) -> None:
+    facts = cp.image_facts(cp.Blob(head + data))
+    assert facts is None or (facts[0].startswith("image/") and facts[1] >= 0)
+
+
+def test_pictures_and_documents_reach_the_upstream(start: Callable[..., Proxy], weather: Weather) -> None:
+    red, blue = picture(30, 20), picture(50, 40, "JPEG")
+    note = {"type": "file", "file": {"filename": "note.md", "file_data": data_url(b"# hi", "text/markdown")}}
+    table = {
+        "type": "file",
+        "file": {"filename": "table.csv", "file_data": base64.b64encode(b"a,b").decode()},
+    }
+    messages = [
+        part_message("rules", image_part(data_url(red)), role="system"),
+        part_message(
+            "first", image_part(data_url(red)), "second", image_part(data_url(blue, "image/png")), note, table
+        ),
+    ]
+    start("alice").say(messages=messages)
+    system, user = weather.asked()["messages"]
+    assert [one["content"]["content_type"] for one in (system, user)] == ["multimodal_text"] * 2
+    kinds = [
+        part if isinstance(part, str) else (part["width"], part["height"])
+        for part in user["content"]["parts"]
+    ]
+    assert kinds == ["first", (30, 20), "second", (50, 40)]
+    assert user["content"]["parts"][3]["size_bytes"] == len(blue)
+    attached = user["metadata"]["attachments"]
+    assert [(one["name"], one["mime_type"]) for one in attached[2:]] == [
+        ("note.md", "text/markdown"),
+        ("table.csv", "text/csv"),
+    ]
+    assert (
+        attached[1]["mime_type"] == "image/jpeg" and attached[1]["width"] == 50 and "width" not in attached[2]
+    )
+    pointer = user["content"]["parts"][1]["asset_pointer"]
+    assert pointer == f"file-service://{attached[0]['id']}" == system["content"]["parts"][1]["asset_pointer"]
+    cases = {file.name: (file.use_case, file.mime) for file in weather.files.values()}
+    assert cases["note.md"] == ("my_files", "text/markdown") and cases["table.csv"] == (
+        "ace_upload",
+        "text/csv",
+    )
+    assert weather.count("/files") == 4 and weather.count("/uploaded") == 4  # the red one once
+    assert [
+        call for call in weather.calls if call.startswith("GET") and "/files/" in call
+    ]  # the document was polled
+
+
+def test_the_same_bytes_are_uploaded_once_an_account(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", random_token="false")
+    for _ in range(4):
+        proxy.say(messages=[part_message("what", image_part(data_url(picture())))])
+    assert weather.count("/files") == 2
+
+
+def test_an_upload_that_the_upstream_forgot_is_made_again(proxy: Proxy, weather: Weather) -> None:
+    for _ in range(2):
+        proxy.say(messages=[part_message("what", image_part(data_url(picture())))])
+        weather.files.clear()
+    assert weather.count("/files") == 2 and weather.count("/conversation") == 3
+
+
+@pytest.mark.parametrize("call", ["/files", "/uploaded"])
+def test_an_upload_that_fails_goes_to_another_account(
+    call: str, start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob")
+    weather.add(call, status(503), status(503))
+    proxy.say(messages=[part_message("what", image_part(data_url(picture())))], retry="x")
+    assert weather.count("/files") >= 2
+
+
+def test_a_picture_that_is_none_is_refused(proxy: Proxy, weather: Weather) -> None:
+    for url, where in (
+        (data_url(b"not a picture"), "messages[0].content[0].image_url"),
+        ("data:image/png;base64,%%%", "messages[0].content[0].image_url"),
+        ("ftp://x/y.png", "messages[0].content[0].image_url"),
+        ("file:///etc/passwd", "messages[0].content[0].image_url"),
+    ):
+        refused = proxy.ask(messages=[part_message(image_part(url))])
+        assert (
+            error_of(refused) == (400, "invalid_request_error") and refused.json()["error"]["param"] == where
+        )
+    audio = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+    assert "audio" in proxy.ask(messages=[part_message(audio)]).json()["error"]["message"]
+    assert not weather.count("/conversation")
+
+
+def test_login_free_accounts_leave_files_to_others(start: Callable[..., Proxy], weather: Weather) -> None:
+    asked = [part_message("what", image_part(data_url(picture())))]
+    free = start(cp.LOGIN_FREE)
+    assert error_of(free.ask(messages=asked)) == (400, "login_required")
+    guest = start(authorization="", folder="guest")
+    assert error_of(guest.ask(key=None, messages=asked)) == (400, "login_required")
+    mixed = start(cp.LOGIN_FREE, "alice", folder="mixed")
+    for _ in range(5):
+        mixed.say(messages=asked)
+    assert all("backend-api" in call for call in weather.calls if call.endswith("/conversation"))
+
+
+def test_an_upload_of_20_mb_adds_little_memory(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = {
+        "DATA_DIR": str(tmp_path),
+        "CHATGPT_BASE_URL": weather.url,
+        "AUTHORIZATION": KEY,
+        "MAX_BODY_MB": "40",
+    }
+    assert run("accounts", "add", cp.demo_token("alice"), env=env).returncode == 0
+
+    def peak() -> int:
+        words = pathlib.Path(f"/proc/{served.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", words)[1]) >> 10  # type: ignore[index] # Linux has it
+
+    with Served(env=env) as served, httpx.Client(headers={"Authorization": KEY}, timeout=60) as client:
+        body: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+        for _ in range(2):
+            client.post(f"{served.url}/v1/chat/completions", json=body)
+        before, data = peak(), picture() + os.urandom(20_000_000)
+        sent = client.post(
+            f"{served.url}/v1/files", files={"file": ("x.png", data)}, data={"purpose": "vision"}
+        )
+        assert sent.status_code == 200 and sent.json()["bytes"] == len(data)
+        got = client.get(f"{served.url}/v1/files/{sent.json()['id']}/content")
+        assert got.content == data
+        other = picture(9, 9) + os.urandom(20_000_000)
+        body["messages"] = [part_message("what", image_part(data_url(other)))]
+        assert client.post(f"{served.url}/v1/chat/completions", json=body).status_code == 200
+        assert any(file.blob and file.blob.read() == other for file in weather.files.values())
+        assert peak() - before < 30
+
+
+@given(st.lists(st.tuples(st.booleans(), st.binary(max_size=200)), max_size=4), st.integers(1, 5000))
+@hypothesis_settings(max_examples=50)
+def test_lifting_files_out_of_a_body_changes_nothing(files: list[tuple[bool, bytes]], padding: int) -> None:
+    parts = [
+        image_part(data_url(data))
+        if known
+        else {"text": f'x\\";base64,{base64.b64encode(data).decode()}', "url": "é;base64,"}
+        for known, data in files
+    ]
+    text = json.dumps(
+        {"padding": "p" * (cp.MOST_IN_MEMORY + padding), "parts": parts, "url": "data:;base64,====="}
+    )
+    whole, lifted = json.loads(text), cp.parse_object(cp.Blob(text.encode()))
+    for part, one in zip(whole["parts"], lifted["parts"], strict=True):
+        if "image_url" in part and isinstance(url := one["image_url"]["url"], cp.InlineFile):
+            one["image_url"]["url"] = url + base64.b64encode(url.blob.read()).decode()
+    assert lifted == whole
+
+
+# --- URLs that clients name ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("::ffff:8.8.8.8", True),
+        ("127.0.0.1", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("168.63.129.16", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("240.0.0.1", False),
+        ("::", False),
+        ("::1", False),
+        ("::127.0.0.1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+        ("fe80::1", False),
+        ("fe80::1%eth0", False),
+        ("2606:4700::1111%eth0", False),
+        ("fc00::1", False),
+        ("fd00:ec2::254", False),
+        ("ff02::1", False),
+    ],
+)
+def test_only_anybodys_addresses_are_public(address: str, public: bool) -> None:
+    assert cp.is_public(address) == public
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1", "2130706433", "017700000001", "0x7f000001", "0x7f.1", "127.1", "0", "0.0.0.0", "localhost", "localhost.",
+        "LOCALHOST", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[fe80::1%25lo]", "169.254.169.254",
+        "2852039166", "user@127.0.0.1", "127.0.0.1:80", "10.0.0.1", "[64:ff9b::7f00:1]",
+    ],
+)  # fmt: skip
+def test_no_spelling_of_a_private_address_is_fetched(host: str, proxy: Proxy, weather: Weather) -> None:
+    port = weather.url.rpartition(":")[2]
+    host = host if host.endswith(":80") else f"{host}:{port}"
+    seen = len(weather.seen)
+    refused = proxy.ask(messages=[part_message(image_part(f"http://{host}/blob/secret-name"))])
+    assert error_of(refused) == (400, "invalid_request_error")
+    assert "Fetching from" in refused.text and "secret-name" not in refused.text
+    assert len(weather.seen) == seen
+
+
+class Origin:
+    """What stands on the internet: a proxy that is told addresses to connect to, and answers for them."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.pages: dict[str, bytes] = {}
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def page(self, host: str, status: str, body: bytes = b"", **headers: str) -> None:
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers.items())]
+        self.pages[host] = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+    def _serve(self) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._answer, args=(client,), daemon=True).start()
+
+    def _answer(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            self.told.append(client.recv(4096).split()[1].decode())
+            client.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            host = re.search(rb"(?i)host: ([^:\r]+)", client.recv(4096))
+            client.sendall(self.pages[host[1].decode()] if host else b"")
+
+
+@pytest.fixture
+def internet(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Origin, dict[str, list[str]]]]:
+    """An origin for every public name, and what names resolve to: one answer after the other."""
+    names: dict[str, list[str]] = {}
+    resolve = socket.getaddrinfo
+
+    def answer(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+        if host not in names:
+            return resolve(host, port, *args, **options)
+        found = names[host].pop(0) if len(names[host]) > 1 else names[host][0]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in found.split()]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    yield Origin(), names
+
+
+def test_a_clients_url_is_fetched_from_the_address_that_was_checked(
+    internet: tuple[Origin, dict[str, list[str]]], start: Callable[..., Proxy], weather: Weather
+) -> None:
+    origin, names = internet
+    proxy = start("alice", export_proxy_url=origin.url)
+    ask = [part_message("what", image_part("http://pictures.example/a%20cat.png"))]
+    # The second answer of the DNS would lead inside.
+    names["pictures.example"] = ["93.184.216.34", "127.0.0.1"]
+    origin.page("pictures.example", "200 OK", picture(7, 5), **{"Content-Type": "text/plain"})
+    proxy.say(messages=ask)
+    assert origin.told == ["93.184.216.34:80"]
+    attached = weather.asked()["messages"][0]["metadata"]["attachments"][0]
+    assert (attached["name"], attached["mime_type"], attached["width"]) == ("a cat.png", "image/png", 7)
+    # Of two addresses one is private.
+    names["pictures.example"] = ["93.184.216.34 10.0.0.1"]
+    refused = proxy.ask(messages=ask)
+    assert error_of(refused) == (400, "invalid_request_error") and "pictures.example" in refused.text
+    # A redirect leads inside, by name or number, or to something else, or round and round.
+    names["pictures.example"], names["inside.example"] = ["93.184.216.34"], ["192.168.0.1"]
+    for place in (
+        "http://inside.example/",
+        "http://169.254.169.254/latest",
+        "//127.0.0.1/",
+        "ftp://pictures.example/",
+        "/again",
+    ):
+        told = len(origin.told)
+        origin.page("pictures.example", "302 Found", Location=place)
+        assert error_of(proxy.ask(messages=ask)) == (400, "invalid_request_error")
+        assert set(origin.told[told:]) == {"93.184.216.34:80"}
+    origin.page("pictures.example", "404 Not Found")
+    assert "status 404" in proxy.ask(messages=ask).json()["error"]["message"]
+
+
+def test_private_urls_can_be_allowed(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", allow_private_urls="true", upload_by_url="true", max_body_mb="1")
+    weather.files["cat.png"] = cp.DemoFile("x", "cat.png", cp.Blob(picture(8, 8)), "multimodal")
+    weather.files["long.txt"] = cp.DemoFile("x", "long.txt", cp.Blob(b"x" * (2 << 20)), "my_files")
+    cat, long = f"{weather.url}/blob/cat.png", f"{weather.url}/blob/long.txt"
+    proxy.say(messages=[part_message("what", image_part(cat))])
+    assert weather.asked()["messages"][0]["content"]["parts"][1]["width"] == 8
+    proxy.say(f"{cat} {cat} what are these?")
+    parts = weather.asked()["messages"][0]["content"]["parts"]
+    assert [part if isinstance(part, str) else part["width"] for part in parts] == [8, 8, "what are these?"]
+    refused = proxy.ask(f"{long} what is this?")
+    assert error_of(refused) == (400, "invalid_request_error") and "MAX_BODY_MB" in refused.text
+    assert "127.0.0.1" in refused.text and "long.txt" not in refused.text
+    gone = proxy.ask(messages=[part_message(image_part("http://nowhere.invalid/x.png"))])
+    assert "cannot be resolved" in gone.text and gone.status_code == 400
+
+
+# --- the Files API, and forms ----------------------------------------------------------------------------------------
+
+
+def test_files_are_kept_upstream_and_answered_by_who_holds_them(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob", "carol")
+    client = proxy.client()
+    notes = client.files.create(file=("notes.txt", b"remember"), purpose="user_data")
+    assert (notes.filename, notes.bytes, notes.purpose, notes.status) == (
+        "notes.txt",
+        8,
+        "user_data",
+        "processed",
+    )
+    image = client.files.create(file=("a.png", picture()), purpose="vision")
+    assert [one.id for one in client.files.list()] == [image.id, notes.id]
+    assert [one.id for one in client.files.list(order="asc", limit=1)] == [notes.id, image.id]  # page by page
+    assert [one.id for one in client.files.list(purpose="vision")] == [image.id]
+    assert client.files.retrieve(notes.id) == notes and client.files.content(notes.id).read() == b"remember"
+    uploads = weather.count("/files")
+    for _ in range(6):
+        parts = [
+            "x",
+            {"type": "file", "file": {"file_id": notes.id}},
+            {"type": "file", "file": {"file_id": image.id}},
+        ]
+        proxy.say(messages=[part_message(*parts)])
+        attached = weather.asked()["messages"][0]["metadata"]["attachments"]
+        assert [one["name"] for one in attached] == ["notes.txt", "a.png"]
+    input: Any = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_file", "file_id": notes.id},
+                {"type": "input_image", "file_id": image.id},
+            ],
+        }
+    ]
+    client.responses.create(model="gpt-4o", input=input)
+    assert weather.count("/files") == uploads  # always by the account that holds them
+    assert client.files.delete(notes.id).deleted
+    for call in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(notes.id)
+    gone = proxy.ask(messages=[part_message({"type": "file", "file": {"file_id": notes.id}})])
+    assert error_of(gone) == (404, "not_found") and gone.json()["error"]["param"] == "messages[0].content[0]"
+
+
+def test_files_of_two_accounts_come_together(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", random_token="false")
+    client = proxy.client()
+    first = client.files.create(file=("1.txt", b"one"), purpose="user_data")
+    holder = proxy.app.pool.find(proxy.store.files("id=?", first.id)[0].account)
+    assert holder
+    proxy.app.pool.told_to_wait(holder, "files", 1000)
+    second = client.files.create(file=("2.txt", b"two"), purpose="user_data")
+    assert proxy.store.files("id=?", second.id)[0].account != holder.id
+    proxy.say(
+        messages=[part_message(*({"type": "file", "file": {"file_id": one.id}} for one in (first, second)))]
+    )
+    held = [weather.files[one["id"]] for one in weather.asked()["messages"][0]["metadata"]["attachments"]]
+    assert [file.blob and file.blob.read() for file in held] == [b"one", b"two"] and held[0].owner == held[
+        1
+    ].owner
+
+
+def test_nobody_sees_anothers_files_and_responses(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", authorization=f"{KEY},other-key")
+    mine, other = (
+        proxy.client(),
+        openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="other-key", max_retries=0),
+    )
+    file = mine.files.create(file=("a.txt", b"secret"), purpose="user_data")
+    response = mine.responses.create(model="gpt-4o", input="hi")
+    assert not other.files.list().data
+    asked = [part_message({"type": "file", "file": {"file_id": file.id}})]
+    assert error_of(proxy.ask(messages=asked, key="other-key"))[0] == 404
+    for call in (
+        lambda: other.files.retrieve(file.id),
+        lambda: other.files.content(file.id),
+        lambda: other.files.delete(file.id),
+        lambda: other.responses.retrieve(response.id),
+        lambda: other.responses.delete(response.id),
+        lambda: other.responses.create(model="gpt-4o", input="and", previous_response_id=response.id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            call()
+    assert mine.files.retrieve(file.id) and mine.responses.retrieve(response.id)
+
+
+def test_a_download_that_is_cut_upstream_is_cut_here(proxy: Proxy, weather: Weather) -> None:
+    file = proxy.client().files.create(file=("a.txt", b"0123456789"), purpose="user_data")
+    held = proxy.store.files("id=?", file.id)[0].upstream
+    weather.add(f"/blob/{held}", cut_stream(b"01234"))
+    with (
+        pytest.raises(httpx.RemoteProtocolError),
+        httpx.stream(
+            "GET", f"{proxy.url}/v1/files/{file.id}/content", headers={"Authorization": KEY}
+        ) as answer,
+    ):
+        assert answer.status_code == 200 and b"error" not in answer.read()
+
+
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nvision\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="a \\"b\\".png"\r\nContent-Type: image/png\r\n\r\n'
+    b"x\r\n--c\r\ny\r\n--b--\r\n"
+)
+
+
+def test_a_form_is_read_as_it_was_written() -> None:
+    form = cp.parse_form({"content-type": 'Multipart/Form-Data; boundary="b"'}, cp.Blob(FORM))
+    assert form["purpose"][0].text() == "vision" and form["purpose"][0].file_name is None
+    file = form["file"][0]
+    assert (file.file_name, file.content_type, file.blob.read()) == (
+        'a "b".png',
+        "image/png",
+        b"x\r\n--c\r\ny",
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        (FORM, "multipart/form-data"),
+        (FORM, "multipart/form-data; boundary="),
+        (FORM, f"multipart/form-data; boundary={'b' * 71}"),
+        (b"preamble\r\n" + FORM, ""),
+        (FORM[:-8], ""),
+        (FORM + b"more", ""),
+        (FORM.replace(b"\r\n", b"\n"), ""),
+        (FORM.replace(b'name="purpose"', b'names="purpose"'), ""),
+        (FORM.replace(b"form-data", b"attachment", 1), ""),
+        (FORM.replace(b"Content-Type:", b"Content-Transfer-Encoding: base64\r\nX:"), ""),
+        (FORM.replace(b"Content-Type:", b"Content-Disposition:"), ""),
+        (FORM.replace(b"image/png", b"\xff"), ""),
+        (FORM.replace(b"image/png", b"i" * 5000), ""),
+        (FORM[: FORM.rindex(b"--b--")] + FORM * 60, ""),
+        (b"", ""),
+    ],
+)
+def test_a_form_that_is_not_quite_one_is_refused(form: bytes, kind: str) -> None:
+    with pytest.raises(cp.ApiError) as refused:
+        cp.parse_form({"content-type": kind or "multipart/form-data; boundary=b"}, cp.Blob(form))
+    assert refused.value.code == "invalid_request_error"
+
+
+FORM_PIECES = [
+    b"--b",
+    b"\r\n",
+    b"--",
+    b"--b--",
+    b'Content-Disposition: form-data; name="a"',
+    b'; filename="',
+    b":",
+    b"x",
+    b"\n",
+]
+
+
+@given(st.lists(st.sampled_from(FORM_PIECES) | st.binary(max_size=8), max_size=40))
+@example([FORM])
+def test_any_bytes_are_a_form_or_an_api_error(pieces: list[bytes]) -> None:
+    with contextlib.suppress(cp.ApiError):
+        for name, parts in cp.parse_form(
+            {"content-type": "multipart/form-data; boundary=b"}, cp.Blob(b"".join(pieces))
+        ).items():
+            assert isinstance(name, str) and all(b"\r\n--b" not in part.blob.read() for part in parts)
+
+
+@given(st.binary(max_size=3000), st.integers(0, 300), st.integers(1, 8))
+def test_a_blob_reads_the_same_from_memory_and_disk(data: bytes, start: int, size: int) -> None:
+    big = cp.Blob()
+    for filler in (b"\0" * cp.MOST_IN_MEMORY, data):
+        big.write(filler)
+    small, part = cp.Blob(data), big.part(cp.MOST_IN_MEMORY, len(data))
+    assert (
+        small.read() == part.read() == data
+        and small.digest() == part.digest() == hashlib.sha256(data).hexdigest()
+    )
+    assert small.read(start, size) == part.read(start, size) == data[start : start + size]
+    wanted = data[start : start + size] or b"?"
+    assert small.find(wanted, 0) == part.find(wanted, 0) == data.find(wanted)
+
+
+# --- what an answer is made of ---------------------------------------------------------------------------------------
+
+CITE = "\ue200cite\ue202turn0search0\ue202turn0search1\ue201"
+REFERENCES = {
+    "content_references": [
+        {
+            "matched_text": CITE,
+            "alt": "(x)",
+            "items": [
+                {"url": "https://a.example/x_(y)", "title": "A [title]\nof two lines"},
+                {"url": "https://b.example/", "title": "B"},
+            ],
+        },
+        {"matched_text": "\ue200entity\ue202[1]\ue201", "alt": "\ue200Acme\ue201"},
+    ]
+}
+LINKS = r"[A \[title\] of two lines](https://a.example/x_%28y%29), [B](https://b.example/)"
+MARKED = f"See {CITE}, and \ue200entity\ue202[1]\ue201 (\ue206really) \ue200cite\ue202unknown\ue201end"
+
+
+@pytest.mark.parametrize("encoding", ["v1", "cumulative"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_citations_become_links_and_private_characters_vanish(
+    encoding: str, stream: bool, proxy: Proxy, weather: Weather
+) -> None:
+    weather.encoding, weather.words, weather.metadata = encoding, list(MARKED), REFERENCES
+    said = text_of(proxy.stream()[0]) if stream else proxy.say()
+    assert said == f"See {LINKS}, and Acme (really) end"
+
+
+def test_an_older_citation_is_found_by_its_place(proxy: Proxy, weather: Weather) -> None:
+    weather.words = ["Well, ", "\ue200cite\ue202x", "\ue201", " yes."]
+    source = {"title": "T", "url": "https://t.example/"}
+    weather.metadata = {
+        "citations": [{"start_ix": 6, "end_ix": 14, "metadata": source}, {"start_ix": 0}, "noise"]
+    }
+    assert proxy.say() == "Well, [T](https://t.example/) yes."
+
+
+def scanned(text: str, cuts: list[int], references: Any) -> str:
+    message = {
+        "id": "m",
+        "author": {"role": "assistant"},
+        "content": {"content_type": "text", "parts": [""]},
+        "metadata": {},
+    }
+    head = {"p": "", "o": "add", "v": {"message": message, "conversation_id": "c"}}
+    decoder, start = cp.Decoder(), 0
+    out = decoder.feed(cp._data(head))
+    where: dict[str, Any] = {"p": "/message/content/parts/0", "o": "append"}
+    for cut in [*sorted(cut % (len(text) + 1) for cut in cuts), len(text)]:
+        out += decoder.feed(cp._data(where | {"v": text[start:cut]}))
+        start, where = cut, {}
+    out += decoder.feed(cp._data({"p": "/message/metadata", "o": "append", "v": references}))
+    out += decoder.rest()
+    given = []
+    for event in out:
+        if isinstance(event, cp.SandboxLink):
+            given.append(f"<{event.path}>")
+        elif isinstance(event, cp.Text):
+            given.append(event.text)
+    return "".join(given)
+
+
+MARKS = [
+    CITE,
+    "\ue200",
+    "\ue201",
+    "\ue202",
+    "(sandbox:/mnt/data/a.csv)",
+    "(sandbox:",
+    "(",
+    ")",
+    "(sand",
+    " word",
+    "é",
+    "\n",
+]
+
+
+@given(st.lists(st.sampled_from(MARKS), max_size=12).map("".join), st.lists(st.integers(0, 300), max_size=12))
+@example(MARKED, list(range(200)))
+def test_marks_are_resolved_the_same_under_any_split(text: str, cuts: list[int]) -> None:
+    said = scanned(text, cuts, REFERENCES)
+    assert said == scanned(text, [], REFERENCES)
+    assert not re.search("[\ue000-\uf8ff]", said)
+    if "\ue200" not in text:
+        assert re.sub(r"\(<([^>]*)>\)", r"(sandbox:\1)", said) == re.sub("[\ue201\ue202]", "", text)
+
+
+def test_a_sandbox_file_becomes_a_link(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    weather.words = ["Get [it](", "sandbox:/mnt/da", "ta/a.csv), or (sandbox", " it)."]
+    weather.add("/interpreter/download", status(404))  # not there in the first moment
+    said = text_of(proxy.stream()[0])
+    match = re.fullmatch(r"Get \[it\]\((http[^ ]+)\), or \(sandbox it\)\.", said)
+    assert match and httpx.get(match[1]).content.startswith(b"made by ")
+    weather.add("/interpreter/download", *[status(404)] * 3)
+    assert proxy.say() == "Get [it](sandbox:/mnt/data/a.csv), or (sandbox it)."
+
+
+@pytest.mark.parametrize("encoding", ["v1", "cumulative"])
+def test_code_its_output_and_drawings_are_shown(encoding: str, proxy: Proxy, weather: Weather) -> None:
+    weather.encoding = encoding
+    weather.files["file-1"] = cp.DemoFile("user-alice", "x.png", cp.demo_image(), "multimodal")
+    code = {
+        "author": {"role": "assistant"},
+        "recipient": "python",
+        "content": {"content_type": "code", "text": 'print("```")\n```'},
+    }
+    output = {
+        "author": {"role": "tool", "name": "python"},
+        "content": {"content_type": "execution_output", "text": "1"},
+    }
+    pointers = [
+        {"content_type": "image_asset_pointer", "asset_pointer": f"{kind}://file-1"}
+        for kind in ("file-service", "sediment")
+    ]
+    drawn = {"author": {"role": "tool"}, "content": {"content_type": "multimodal_text", "parts": pointers}}
+    hidden = drawn | {"metadata": {"is_visually_hidden_from_conversation": True}}
+    weather.before = [code, output, hidden, drawn]
+    said = proxy.say()
+    url = f"{weather.url}/blob/file-1?sig=demo"
+    image = f"\n![image]({url})\n\n"
+    assert (
+        said == f'\n````python\nprint("```")\n```\n````\n\n\n```\n1\n```\n\n{image}{image}Hello wide world.'
+    )
+    assert text_of(proxy.stream()[0]) == said
+    assert any("/attachment/file-1/download" in call for call in weather.calls)
+
+
+def test_effort_hints_and_gpts_are_told_to_the_upstream(proxy: Proxy, weather: Weather) -> None:
+    proxy.say(reasoning_effort="high", web_search_options={})
+    assert weather.asked()["thinking_effort"] == "extended" and weather.asked()["system_hints"] == ["search"]
+    proxy.say()
+    assert "thinking_effort" not in weather.asked()
+    for model in ("gpt-4-gizmo-g-abc123", "g-abc123"):
+        proxy.say(model=model)
+        assert weather.asked()["conversation_mode"] == {"kind": "gizmo_interaction", "gizmo_id": "g-abc123"}
+        assert weather.asked()["model"] == "auto"
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
+
+WEATHER_SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "unit": {"enum": ["c", "f"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER_TOOL: Any = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "The weather now", "parameters": WEATHER_SCHEMA},
+}
+TIME_TOOL: Any = {"type": "function", "function": {"name": "get_time"}}
+GOOD_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris", "unit": "c"}}</tool_call>'
+TIME_CALL = '<tool_call>\n```json\n{"name": "get_time", "arguments": "{}"}\n```\n</tool_call>'
+
+
+def in_pieces(text: str, size: int = 3) -> list[str]:
+    return [text[i : i + size] for i in range(0, len(text), size)]
+
+
+def calls_of(choice: Any) -> list[tuple[str, Any]]:
+    return [
+        (call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or ()
+    ]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_function_is_called(stream: bool, proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(f"I look < 5 <to. {GOOD_CALL}\n{TIME_CALL} and so on")
+    asked: Any = {
+        "model": "gpt-4o",
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [WEATHER_TOOL, TIME_TOOL],
+    }
+    if stream:
+        with proxy.client().chat.completions.stream(**asked) as events:
+            choice: Any = events.get_final_completion().choices[0]
+    else:
+        choice = proxy.client().chat.completions.create(**asked).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "I look < 5 <to. "
+    assert calls_of(choice) == [("get_weather", {"city": "Paris", "unit": "c"}), ("get_time", {})]
+    ids = [call.id for call in choice.message.tool_calls]
+    assert len(set(ids)) == 2 and all(id.startswith("call_") for id in ids)
+    for word in (
+        "get_weather",
+        "The weather now",
+        '"enum":["c","f"]',
+        "get_time",
+        '<tool_call>{"name": "FUNCTION"',
+    ):
+        assert word in weather.told()
+
+
+def test_calls_stream_as_standard_deltas(proxy: Proxy, weather: Weather) -> None:
+    long = json.dumps({"city": "P" * 1000})
+    weather.words = in_pieces(
+        f'<tool_call>{{"name": "get_weather", "arguments": {long}}}</tool_call>{TIME_CALL}'
+    )
+    chunks, _ = proxy.stream(tools=[WEATHER_TOOL, TIME_TOOL])
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls = [one for delta in deltas for one in delta.get("tool_calls", ())]
+    assert [one["index"] for one in calls if "id" in one] == [0, 1]
+    assert calls[0]["type"] == "function" and calls[0]["function"] == {"name": "get_weather", "arguments": ""}
+    pieces = [one["function"]["arguments"] for one in calls if one["index"] == 0]
+    assert len(pieces) > 3 and json.loads("".join(pieces)) == json.loads(long)
+    assert all("name" not in one["function"] for one in calls if "id" not in one)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_text_streams_until_a_tag_may_begin(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy, held = start("alice"), threading.Event()
+
+    def slowly(request: cp.Request) -> cp.Stream:
+        def words() -> Iterator[str]:
+            yield "first"
+            yield " second <to"
+            held.wait(10)
+            yield "morrow>"
+
+        return cp.Stream(weather.frames(weather.say(request.json(), words())))
+
+    weather.add("/conversation", slowly)
+    seen = ""
+    with proxy.client().chat.completions.create(
+        model="gpt-4o", messages=[{"role": "user", "content": "hi"}], tools=[WEATHER_TOOL], stream=True
+    ) as stream:
+        for chunk in stream:
+            seen += chunk.choices[0].delta.content or ""
+            if seen.endswith("second "):
+                held.set()
+    assert held.is_set() and seen == "first second <tomorrow>"
+
+
+@pytest.mark.parametrize(
+    ("bad", "options", "complaint"),
+    [
+        ('<tool_call>{"name": "get_weather", "arguments": {"town": "x"}}</tool_call>', {}, "has no city"),
+        (
+            '<tool_call>{"name": "get_weather", "arguments": {"city": 5}}</tool_call>',
+            {},
+            "city is not of type string",
+        ),
+        ('<tool_call>{"name": "get_moon", "arguments": {}}</tool_call>', {}, "no function of the name"),
+        ('<tool_call>{"name": "get_weather"', {}, "not valid JSON"),
+        ("I would rather not.", {"tool_choice": "required"}, "had to be called"),
+        (
+            "I would rather not.",
+            {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+            "had to be",
+        ),
+        (
+            TIME_CALL,
+            {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+            "is get_weather",
+        ),
+        (f'{GOOD_CALL}<tool_call>{{"name": "x"}}</tool_call>', {}, "no function of the name"),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_wrong_call_is_asked_for_again_once_and_then_is_text(
+    bad: str, options: dict[str, Any], complaint: str, stream: bool, proxy: Proxy, weather: Weather
+) -> None:
+    def choice() -> tuple[str, list[str], str]:
+        if not stream:
+            one = proxy.ask(tools=[WEATHER_TOOL, TIME_TOOL], **options).json()["choices"][0]
+            calls = [call["function"]["name"] for call in one["message"].get("tool_calls", ())]
+            return one["message"]["content"] or "", calls, one["finish_reason"]
+        chunks, _ = proxy.stream(tools=[WEATHER_TOOL, TIME_TOOL], **options)
+        calls = [
+            c["function"]["name"]
+            for k in chunks
+            for c in k["choices"][0]["delta"].get("tool_calls", ())
+            if "id" in c
+        ]
+        return text_of(chunks), calls, chunks[-1]["choices"][0]["finish_reason"]
+
+    weather.turns.extend([in_pieces(bad), in_pieces(f"Sorry. {GOOD_CALL}")])
+    text, calls, reason = choice()
+    assert (calls, reason) == (["get_weather"], "tool_calls") and text in ("", "Sorry. ")
+    assert complaint in weather.told() and bad in weather.told()
+    weather.turns.extend([in_pieces(bad), in_pieces(bad)])
+    assert choice() == (bad, [], "stop")
+    assert weather.count("/conversation") == 4
+
+
+def test_text_before_a_call_is_not_said_twice(proxy: Proxy, weather: Weather) -> None:
+    weather.turns.extend([in_pieces("I look. <tool_call>oh no"), in_pieces(f"I look. {GOOD_CALL}")])
+    chunks, _ = proxy.stream(tools=[WEATHER_TOOL])
+    assert text_of(chunks) == "I look. " and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_one_call_is_enough_when_more_are_not_wanted(proxy: Proxy, weather: Weather) -> None:
+    weather.words, weather.pace = in_pieces(GOOD_CALL + GOOD_CALL), 0.0
+    choice = proxy.ask(tools=[WEATHER_TOOL], parallel_tool_calls=False).json()["choices"][0]
+    assert len(choice["message"]["tool_calls"]) == 1 and "one call at most" in weather.told()
+
+
+def test_functions_that_may_not_be_called_are_not_told(proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(GOOD_CALL)
+    assert proxy.say(tools=[WEATHER_TOOL], tool_choice="none") == GOOD_CALL
+    assert "get_weather" not in weather.told()
+
+
+def test_the_older_functions_are_called_too(proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(GOOD_CALL)
+    options: dict[str, Any] = {
+        "functions": [WEATHER_TOOL["function"]],
+        "function_call": {"name": "get_weather"},
+    }
+    choice = proxy.ask(**options).json()["choices"][0]
+    assert choice["finish_reason"] == "function_call" and choice["message"]["content"] is None
+    assert json.loads(choice["message"]["function_call"]["arguments"])["city"] == "Paris"
+    chunks, _ = proxy.stream(**options)
+    calls = [c["choices"][0]["delta"].get("function_call") for c in chunks]
+    assert [call["name"] for call in calls if call and "name" in call] == ["get_weather"]
+
+
+def test_calls_and_results_in_the_history_reach_the_model(proxy: Proxy, weather: Weather) -> None:
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
+    }
+    proxy.say(
+        tools=[WEATHER_TOOL],
+        messages=[
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+            {"role": "assistant", "content": "ok", "function_call": {"name": "get_time", "arguments": ""}},
+            {"role": "function", "name": "get_time", "content": [{"type": "text", "text": "noon"}]},
+        ],
+    )
+    messages = [(one["author"]["role"], one["content"]["parts"][0]) for one in weather.asked()["messages"]][
+        2:
+    ]
+    assert messages == [
+        ("assistant", '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>'),
+        ("tool", "Result of get_weather (call call_1):\nsunny"),
+        ("assistant", 'ok\n<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'),
+        ("tool", "Result of get_time:\nnoon"),
+    ]
+
+
+CALL_PIECES = [
+    GOOD_CALL,
+    TIME_CALL,
+    "<tool_call>",
+    "</tool_call>",
+    "<tool",
+    "_call>",
+    "<",
+    ">",
+    "text ",
+    "\n",
+    '{"name": "x"}',
+    "{",
+]
+
+
+def run_scanner(text: str, cuts: list[int], choice: str, last: bool, repeats: bool) -> tuple[list[Any], str]:
+    functions = {one["function"]["name"]: one["function"] for one in (WEATHER_TOOL, TIME_TOOL)}
+    offer = cp.Offer(
+        {name: cp.Function(name, "", one.get("parameters", {})) for name, one in functions.items()},
+        choice,
+        True,
+    )
+    scanner, out, start = cp.CallScanner(offer, last, repeats), list[cp.Event](), 0
+    for cut in [*sorted(cut % (len(text) + 1) for cut in cuts), len(text)]:
+        out += scanner.feed([cp.Text(text[start:cut])])
+        start = cut
+        if scanner.over:
+            break
+    scanner.finish(cp.Finish("stop"), out)
+    said = "".join(one.text for one in out if isinstance(one, cp.Text))
+    calls = [(one.name, one.arguments) for one in out if isinstance(one, cp.FunctionCall)]
+    ends = [one.reason for one in out if isinstance(one, cp.Finish)]
+    return [said, calls, ends], scanner.complaint
+
+
+@given(
+    st.lists(st.sampled_from(CALL_PIECES), max_size=8).map("".join),
+    st.lists(st.integers(0, 1000), max_size=12),
+    st.sampled_from(["auto", "required", "get_weather"]),
+    st.booleans(),
+)
+@example(f"{GOOD_CALL} {TIME_CALL}", list(range(400)), "auto", False)
+def test_calls_are_found_the_same_under_any_split(
+    text: str, cuts: list[int], choice: str, last: bool
+) -> None:
+    found = run_scanner(text, cuts, choice, last, False)
+    assert found == run_scanner(text, [], choice, last, False)
+    (said, calls, ends), complaint = found
+    assert bool(ends) != bool(complaint)
+    if last and not calls:
+        assert said == text  # what is no call is passed on unchanged
+
+
+# --- structured output -----------------------------------------------------------------------------------------------
+
+SCHEMAS = r"""
+[true,[null,0,"",[],{}],[]]
+[false,[],[null,0,false,"",[],{}]]
+[{},[null,true,1.5,"x",[[]],{"a":{}}],[]]
+[{"properties":{"a":true,"b":false}},[{},{"a":null},[],{"c":1}],[{"b":null},{"a":1,"b":2}]]
+[{"items":false},[[],"ab",{"0":1}],[[null],[[]]]]
+[{"type":"integer"},[0,-0.0,1.0,-7,1e+20,1180591620717411303424],[1.5,true,false,"1",null,[1]]]
+[{"type":"number"},[0,1.5,1.0,-1e-09,10000000000000000000000000000000000000000],[true,false,"1.5",null,[],{}]]
+[{"type":"boolean"},[true,false],[0,1,0.0,"true","",null]]
+[{"type":"null"},[null],[false,0,"","null",[],{}]]
+[{"type":"string"},["","null","1","\u0000"],[null,1,true,["a"],{"a":"a"}]]
+[{"type":"array"},[[],[null],[[]]],[{},"[]",null,{"0":1,"length":1}]]
+[{"type":["string","null"]},["",null],[0,false,[],[null]]]
+[{"enum":[1,"a",null]},[1,1.0,"a",null],[true,"1","A","",0,false]]
+[{"enum":[true]},[true],[1,1.0,"true",false]]
+[{"enum":[[1],{"a":1},[]]},[[1],[1.0],{"a":1.0},[]],[[true],{"a":true},1,{},[1,1]]]
+[{"enum":["é"]},["é"],["é","e","É"]]
+[{"const":1},[1,1.0],[true,"1",[1],1.0000001]]
+[{"const":false},[false],[0,0.0,null,"",[]]]
+[{"const":{"a":[1,{"b":false}],"c":null}},[{"a":[1,{"b":false}],"c":null},{"c":null,"a":[1.0,{"b":false}]}],[{"a":[1,{"b":0}],"c":null},{"a":[true,{"b":false}],"c":null},{"a":[1,{"b":false}]}]]
+[{"const":9007199254740993},[9007199254740993],[9007199254740992,9007199254740992.0,"9007199254740993"]]
+[{"minimum":3},[3,3.0,4,true,"1",null,[]],[2,2.999,-3]]
+[{"exclusiveMinimum":0},[1e-300,1,false,"0"],[0,-0.0,-1]]
+[{"type":"number","minimum":0,"exclusiveMaximum":1},[0,0.0,0.999],[1,1.0,-0.1,false]]
+[{"maximum":9223372036854775807},[9223372036854775807,-1208925819614629174706176],[9223372036854775808,1000000000000000000000000000000]]
+[{"multipleOf":3},[0,-9,6.0,3000000000000000000000000000000,true,"1"],[1,4.5,1000000000000000000000000000000]]
+[{"multipleOf":0.25},[0,0.75,-1.5,7,false],[0.3,0.125]]
+[{"minLength":2},["ab","é","日本",1,null,[]],["","a","😀","é"]]
+[{"maxLength":1},["","😀","\n","ß",12,["a","b"]],["ab","é","🇫🇷","👍🏽"]]
+[{"maxLength":2.0,"minLength":0},["","ab",123],["abc"]]
+[{"items":{"type":"integer"}},[[],[1,2.0],"x",{"a":"b"}],[[1,"2"],[null],[true],[[1]]]]
+[{"minItems":1,"maxItems":2},[[null],[1,1],"",{},"abc"],[[],[1,2,3]]]
+[{"prefixItems":[{"type":"string"}],"items":{"type":"integer"}},[[],["a"],["a",1,2]],[[1],["a","b"],["a",1,null]]]
+[{"prefixItems":[{"const":1},true],"items":false},[[],[1],[1,{}]],[[2],[true],[1,2,3]]]
+[{"uniqueItems":true},[[],[1,true],[0,false],["1",1],[[1],[true]],[{"a":0},{"a":false}],[null,0,""],"aa"],[[1,1.0],[null,null],["a",1,"a"],[[],[]],[{"a":1,"b":2},{"b":2,"a":1}],[[1],[1.0]]]]
+[{"items":{"items":{"type":"number","minimum":0},"minItems":2,"maxItems":2},"type":"array"},[[],[[0,1.5],[2,2]],["skipped"]],[[[1]],[[1,-1]],[[1,2],[1,2,3]],[[1,false]],{}]]
+[{"required":["a"]},[{"a":null},{"a":1,"b":2},[],"a",null],[{},{"b":1},{"A":1}]]
+[{"properties":{"a":{"type":"string"}}},[{},{"a":""},{"b":1},[1],3],[{"a":null},{"a":1}]]
+[{"properties":{"a":{}},"additionalProperties":false},[{},{"a":0},["b"],"b"],[{"b":0},{"A":0},{"":null}]]
+[{"additionalProperties":{"type":"integer"}},[{},{"a":1,"b":2.0}],[{"a":"1"},{"a":1,"b":true}]]
+[{"properties":{"id":{"type":"string"}},"additionalProperties":{"anyOf":[{"type":"null"},{"type":"array","items":{"type":"integer"}}]}},[{"id":"a"},{"x":null,"y":[1]},{"id":"","z":[]}],[{"id":null},{"x":"a"},{"y":[1,null]},{"id":"a","x":{}}]]
+[{"minProperties":1,"maxProperties":2},[{"a":1},{"a":1,"b":2},[],""],[{},{"a":1,"b":2,"c":3}]]
+[{"properties":{"type":{"const":"enum"},"required":{"type":"boolean"},"$ref":{"type":"string"}}},[{"type":"enum","required":true},{"$ref":"#/nowhere"},{}],[{"type":"object"},{"required":["a"]},{"$ref":1}]]
+[{"type":"object","properties":{"a":{"type":"object","properties":{"b":{"properties":{"c":{"type":"integer"}},"additionalProperties":false,"required":["c"]}},"additionalProperties":false}}},[{},{"z":1},{"a":{}},{"a":{"b":{"c":1}},"z":0},{"a":{"b":"not an object"}}],[{"a":null},{"a":{"z":1}},{"a":{"b":{}}},{"a":{"b":{"c":1,"d":2}}},{"a":{"b":{"c":"1"}}}]]
+[{"type":"array","items":{"type":"object","properties":{"tags":{"type":"array","items":{"type":"string"},"uniqueItems":true}},"required":["tags"]}},[[],[{"tags":[]}],[{"tags":["a","A"]},{"tags":["a"],"x":1}]],[[{}],[{"tags":["a","a"]}],[{"tags":[]},{"tags":[1]}],{"tags":[]},[[{"tags":[]}]]]]
+[{"anyOf":[{"type":"string","maxLength":2},{"minimum":5}]},["ab",5,"abc",null,true],[4,0.5]]
+[{"oneOf":[{"type":"integer"},{"minimum":2}]},[1,2.5,true,"x"],[2,3.0,1.5]]
+[{"oneOf":[{"type":"integer"},{"type":"number"}]},[1.5,-0.25],[1,1.0,true,"1"]]
+[{"oneOf":[{"required":["a"]},{"required":["b"]}]},[{"a":1},{"b":1,"c":2}],[{},{"a":1,"b":2},[]]]
+[{"oneOf":[{"properties":{"kind":{"const":"cat"},"lives":{"type":"integer"}},"required":["kind"]},{"properties":{"kind":{"const":"dog"},"good":{"const":true}},"required":["kind","good"]}],"type":"object"},[{"kind":"cat"},{"kind":"cat","lives":9.0,"good":0},{"kind":"dog","good":true,"lives":"x"}],[{},{"kind":"dog"},{"kind":"dog","good":1},{"kind":"cat","lives":"9"},{"kind":"fox","good":true},[]]]
+[{"allOf":[{"minimum":1},{"maximum":3},{"type":"integer"}]},[1,2.0,3],[0,4,1.5,true,"2"]]
+[{"allOf":[{"properties":{"a":{"type":"integer"}}}],"additionalProperties":false},[{},"a"],[{"a":1},{"a":"x"},{"b":1}]]
+[{"not":{"type":["null","boolean"]}},[0,1,"",[],{}],[null,true,false]]
+[{"items":{"not":{"enum":[1,null]}}},[[],[true,2],[[1]]],[[1],[0,1.0],[null]]]
+[{"$ref":"#/$defs/pos","$defs":{"pos":{"type":"integer","exclusiveMinimum":0}}},[1,2.0],[0,-1,true,"1",null]]
+[{"definitions":{"s":{"type":"string"}},"items":{"$ref":"#/definitions/s"}},[[],["a"],{"definitions":1}],[[1],["a",null]]]
+[{"$defs":{"s":{"type":"string","minLength":2}},"properties":{"a":{"$ref":"#/$defs/s","maxLength":3,"description":"2 to 3"}}},[{"a":"ab"},{"a":"abc"},{}],[{"a":"a"},{"a":"abcd"},{"a":12}]]
+[{"$defs":{"base":{"properties":{"a":{"type":"integer"}},"required":["a"]}},"$ref":"#/$defs/base","properties":{"b":{"type":"string"}},"required":["b"]},[{"a":1,"b":""},{"a":1,"b":"","c":0}],[{"a":1},{"b":""},{"a":"1","b":""},{"a":1,"b":2}]]
+[{"$ref":"#/$defs/a","$defs":{"a":{"$ref":"#/$defs/b"},"b":{"type":"null"}}},[null],[0,"",{}]]
+[{"$defs":{"no":false,"unused":{"type":"null"}},"items":{"$ref":"#/$defs/no"}},[[],1],[[null],[0]]]
+[{"type":"array","items":{"$ref":"#"},"maxItems":2},[[],[[],[]],[[[[]]]]],[[1],[[],[],[]],[[[null]]],[[],[[[],[],[]]]],{}]]
+[{"properties":{"next":{"$ref":"#"},"v":{"type":"integer"}},"additionalProperties":false},[{},{"v":1,"next":{"v":2,"next":{"next":{}}}},{"next":null}],[{"next":{"v":"2"}},{"next":{"next":{"x":1}}},{"v":1,"next":{"v":true}}]]
+[{"$ref":"#/$defs/Node","$defs":{"Node":{"type":"object","properties":{"value":{"type":"number"},"children":{"type":"array","items":{"$ref":"#/$defs/Node"}}},"required":["value"],"additionalProperties":false}}},[{"value":1},{"value":1.5,"children":[]},{"value":0,"children":[{"value":1,"children":[{"value":2}]},{"value":3}]}],[{},{"value":1,"children":null},{"value":1,"children":[{}]},{"value":0,"children":[{"value":1,"children":[{"value":"2"}]}]},{"value":0,"children":[{"value":1,"extra":0}]}]]
+[{"$ref":"#/$defs/tree","$defs":{"tree":{"anyOf":[{"type":"null"},{"$ref":"#/$defs/branch"}]},"branch":{"type":"array","prefixItems":[{"$ref":"#/$defs/tree"},{"$ref":"#/$defs/tree"}],"minItems":2,"maxItems":2}}},[null,[null,null],[[null,null],[null,[null,null]]]],[[],[null],[null,[null]],[null,0],[[null,false],null],[null,null,null]]]
+[{"$ref":"#/$defs/json","$defs":{"json":{"oneOf":[{"type":["string","integer","null"]},{"type":"array","items":{"$ref":"#/$defs/json"}},{"type":"object","additionalProperties":{"$ref":"#/$defs/json"}}]}}},[null,1,{"a":[1,{"b":null}]},[[],{},[""]]],[true,1.5,[0.5],{"a":[1,{"b":false}]}]]
+[{"type":"string","format":"email","title":"E","default":5},["not an email",""],[5,null]]
+[{"$schema":"https://json-schema.org/draft/2020-12/schema","$comment":"a default fills in nothing","properties":{"a":{"type":"integer","default":1}},"required":["a"]},[{"a":2},"x"],[{},{"a":null},{"a":"1"}]]
+[{"type":"object","properties":{"location":{"type":"string","description":"City and country, e.g. Paris, France"},"units":{"type":"string","enum":["celsius","fahrenheit"],"default":"celsius"}},"required":["location"]},[{"location":"Paris"},{"location":"","units":"celsius"},{"location":"Oslo","days":3}],[{},{"units":"celsius"},{"location":null},{"location":"Oslo","units":"kelvin"},"Paris",["Paris"]]]
+[{"type":"object","properties":{"location":{"type":"string"},"units":{"type":["string","null"],"enum":["celsius","fahrenheit",null]}},"required":["location","units"],"additionalProperties":false},[{"location":"Rome","units":null},{"units":"fahrenheit","location":"Rome"}],[{"location":"Rome"},{"location":"Rome","units":"null"},{"location":"Rome","units":"Celsius"},{"location":"Rome","units":null,"days":1},{"Location":"Rome","units":null},{"location":5,"units":null}]]
+[{"type":"object","properties":{"u":{"type":["string","null"],"enum":["c","f"]}}},[{"u":"c"},{}],[{"u":null},{"u":""}]]
+[{"type":"object","properties":{},"required":[],"additionalProperties":false},[{}],[{"a":1},null,""]]
+[{"$defs":{"Unit":{"enum":["kg","lb"],"title":"Unit","type":"string"},"Item":{"properties":{"name":{"minLength":1,"title":"Name","type":"string"},"qty":{"default":1,"exclusiveMinimum":0,"title":"Qty","type":"integer"},"unit":{"anyOf":[{"$ref":"#/$defs/Unit"},{"type":"null"}],"default":null}},"required":["name"],"title":"Item","type":"object"}},"properties":{"items":{"items":{"$ref":"#/$defs/Item"},"minItems":1,"type":"array"}},"required":["items"],"title":"Order","type":"object"},[{"items":[{"name":"tea"}]},{"items":[{"name":"tea","qty":2.0,"unit":"kg"},{"name":"茶","unit":null}],"note":""}],[{"items":[]},{"items":[{"name":""}]},{"items":[{"name":"tea","qty":0}]},{"items":[{"name":"tea","qty":1.5}]},{"items":[{"qty":1}]},{},{"items":[{"name":"tea"},{"name":"tea","unit":"g"}]},{"items":{"name":"tea"}},{"items":"[{\"name\": \"tea\"}]"}]]
+[{"type":"object","properties":{"steps":{"type":"array","items":{"$ref":"#/$defs/step"}},"final_answer":{"type":"string"}},"$defs":{"step":{"type":"object","properties":{"explanation":{"type":"string"},"output":{"type":"string"}},"required":["explanation","output"],"additionalProperties":false}},"required":["steps","final_answer"],"additionalProperties":false},[{"steps":[],"final_answer":""},{"steps":[{"explanation":"e","output":"o"}],"final_answer":"x"}],[{"steps":[]},{"steps":[{"explanation":"e"}],"final_answer":"x"},{"steps":[{"explanation":"e","output":null}],"final_answer":"x"},{"steps":[{"explanation":"e","output":"o","n":1}],"final_answer":"x"},{"steps":[],"final_answer":"x","$defs":{}},{"steps":{},"final_answer":"x"},{"steps":[],"final_answer":null}]]
+[{"type":"object","properties":{"filter":{"anyOf":[{"type":"object","properties":{"op":{"const":"eq"},"value":{"type":["string","number","boolean"]}},"required":["op","value"],"additionalProperties":false},{"type":"object","properties":{"op":{"enum":["and","or"]},"of":{"type":"array","minItems":2}},"required":["op","of"],"additionalProperties":false},{"type":"null"}]},"limit":{"type":"integer","minimum":1,"maximum":100}},"required":["filter"],"additionalProperties":false},[{"filter":null},{"filter":{"op":"eq","value":false},"limit":100},{"filter":{"op":"or","of":[null,null]},"limit":1.0}],[{"filter":{}},{"filter":{"op":"eq","value":null}},{"filter":{"op":"and","of":[1]}},{"filter":{"op":"xor","of":[1,2]}},{"filter":{"op":"and","of":{"a":1}}},{"filter":{"op":"eq","value":1,"of":[1,2]}},{"filter":null,"limit":101},{"filter":null,"limit":0},{"filter":null,"x":1},{"filter":null,"limit":true},{"limit":5}]]
+""".strip().split("\n")
+
+
+@pytest.mark.parametrize("row", SCHEMAS)
+def test_a_value_fits_its_schema_or_does_not(row: str) -> None:
+    schema, fitting, others = json.loads(row)
+    assert [value for value in fitting if cp.Schema(schema).fault(value)] == []
+    assert [value for value in others if not cp.Schema(schema).fault(value)] == []
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3) | st.sampled_from(["#", "string", "object"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["type", "properties", "required", "items", "$ref", "anyOf", "enum", "multipleOf", "a"]), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(JSON_VALUES, JSON_VALUES)
+def test_no_schema_breaks_the_validator(schema: Any, value: Any) -> None:
+    assert isinstance(cp.Schema(schema).fault(value), str)
+
+
+def test_a_schema_that_refers_to_itself_without_end_is_given_up_on() -> None:
+    start = time.monotonic()
+    cp.Schema({"$ref": "#"}).fault(1)
+    cp.Schema({"anyOf": [{"$ref": "#"}, {"$ref": "#"}], "items": {"$ref": "#"}}).fault([[[1]]])
+    assert time.monotonic() - start < 2
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    ages: list[int]
+
+
+PERSON = '{"name": "Ann", "ages": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+    "said", [PERSON, f"Sure:\n```json\n{PERSON}\n```\nAnything else?", f'{{"a": 1}} or {{ {PERSON}']
+)
+def test_an_answer_is_parsed_into_a_clients_type(said: str, proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(said)
+    client, messages = proxy.client(), [{"role": "user", "content": "who"}]
+    asked: Any = {"model": "gpt-4o", "messages": messages, "response_format": Person}
+    assert client.chat.completions.parse(**asked).choices[0].message.parsed == Person(name="Ann", ages=[1, 2])
+    assert "JSON Schema" in weather.told() and '"ages"' in weather.told()
+    with client.chat.completions.stream(**asked) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == Person(name="Ann", ages=[1, 2])
+    assert client.responses.parse(model="gpt-4o", input="who", text_format=Person).output_parsed == Person(
+        name="Ann", ages=[1, 2]
+    )
+
+
+def test_json_that_does_not_fit_is_asked_for_again_once(proxy: Proxy, weather: Weather) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "p", "schema": Person.model_json_schema()}}
+    weather.turns.extend([["no json"], ['{"name": "Ann"}'], [PERSON], ["no"], ["no"]])
+    wrong = proxy.ask(response_format=schema)
+    assert error_of(wrong) == (502, "invalid_structured_output")
+    weather.turns.appendleft(['{"name": 5, "ages": []}'])
+    assert json.loads(proxy.say(response_format=schema)) == {"name": "Ann", "ages": [1, 2]}
+    assert '{"name": 5, "ages": []}' in weather.told() and "name is not of type string" in weather.told()
+    assert (
+        '"code":"invalid_structured_output"'
+        in proxy.ask(response_format={"type": "json_object"}, stream=True).text
+    )
+    weather.turns.extend([['Well: {"a": [1]} that is it']])
+    assert proxy.say(response_format={"type": "json_object"}) == '{"a": [1]}'
+
+
+def test_json_that_was_cut_for_length_is_passed_on_as_it_is(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.words, weather.details = ['{"a": '], "max_tokens"
+    choice = (
+        start("alice", auto_continue="0").ask(response_format={"type": "json_object"}).json()["choices"][0]
+    )
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] == '{"a": '
+
+
+def test_functions_and_a_shape_go_together(proxy: Proxy, weather: Weather) -> None:
+    options: dict[str, Any] = {"tools": [WEATHER_TOOL], "response_format": {"type": "json_object"}}
+    weather.turns.extend([in_pieces(f"Let me see {GOOD_CALL}"), in_pieces(f"It is {PERSON}")])
+    called = proxy.ask(**options).json()["choices"][0]
+    assert called["finish_reason"] == "tool_calls" and called["message"]["content"] == "Let me see "
+    assert proxy.say(**options) == PERSON
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_those_of_the_accounts_and_the_aliases(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob")
+    client = proxy.client()
+    for _ in range(3):
+        assert [model.id for model in client.models.list()] == [
+            "gpt-4o",
+            "gpt-4o-mini",
+            "o3",
+            "auto",
+            "gpt-3.5-turbo",
+        ]
+    assert weather.count("/models") == 1
+    assert client.models.retrieve("o3").id == "o3" and client.models.retrieve("g-abc").id == "g-abc"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("gpt-9")
+    assert missing.value.code == "model_not_found"
+    headers = {"Authorization": KEY}
+    engines = httpx.get(f"{proxy.url}/v1/engines", headers=headers).json()["data"]
+    assert engines[0]["object"] == "engine" and engines[0]["id"] == "gpt-4o"
+    assert httpx.get(f"{proxy.url}/v1/engines/o3", headers=headers).json()["id"] == "o3"
+    # Ten minutes later the upstream fails.
+    for account in proxy.app.pool.accounts():
+        account.models = (account.models[0] - 700, account.models[1])
+    weather.add("/models", status(500))
+    assert "o3" in [model.id for model in client.models.list()] and weather.count("/models") == 2
+    free = start(cp.LOGIN_FREE, folder="free")
+    assert [model.id for model in free.client().models.list()] == ["auto", "gpt-3.5-turbo"]
+
+
+def test_a_model_that_no_account_lists_is_refused_when_asked_for(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob", check_model="true")
+    assert error_of(proxy.ask(model="gpt-9")) == (404, "model_not_found")
+    assert not weather.count("/conversation")
+    for model in ("o3", "auto", "gpt-3.5-turbo", "g-abc"):
+        proxy.say(model=model)
+    careless = start("carol", check_model="false", folder="careless")
+    careless.say(model="gpt-9")
+
+
+# --- the Responses API -----------------------------------------------------------------------------------------------
+
+RESPONSE_TOOL: Any = {"type": "function", "name": "get_weather", "parameters": WEATHER_SCHEMA, "strict": True}
+THOUGHT = {
+    "author": {"role": "assistant"},
+    "content": {"content_type": "thoughts", "thoughts": [{"summary": "Hm", "content": "let me see"}]},
+}
+STREAM_EVENT: Any = pydantic.TypeAdapter(openai.types.responses.ResponseStreamEvent)
+
+
+def response_events(proxy: Proxy, **body: Any) -> list[dict[str, Any]]:
+    """The events of a streamed response, each checked against the openai package's type, numbers and nesting too."""
+    body = {"model": "gpt-4o", "input": "hi", "stream": True} | body
+    answer = httpx.post(f"{proxy.url}/v1/responses", json=body, headers={"Authorization": KEY}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    events = []
+    for block in answer.text.strip().split("\n\n"):
+        name, _, data = block.partition("\n")
+        value = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {value['type']}"
+        STREAM_EVENT.validate_python(value)
+        events.append(value)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    last = events[-1]["response"]
+    assert last["output"] == [
+        event["item"] for event in events if event["type"] == "response.output_item.done"
+    ]
+    return events
+
+
+def kinds_of(events: list[dict[str, Any]]) -> list[str]:
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    return [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+
+
+def test_a_streamed_response_has_its_events_in_order(proxy: Proxy, weather: Weather) -> None:
+    weather.before = [THOUGHT]
+    events = response_events(
+        proxy, instructions="Be brief.", metadata={"k": "v"}, reasoning={"effort": "high"}
+    )
+    assert kinds_of(events) == [
+        "created", "in_progress",
+        "output_item.added", "reasoning_summary_part.added", "reasoning_summary_text.delta",
+        "reasoning_summary_text.done", "reasoning_summary_part.done", "output_item.done",
+        "output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done",
+        "output_item.done", "completed",
+    ]  # fmt: skip
+    assert (
+        "".join(event["delta"] for event in events if event["type"].endswith("output_text.delta"))
+        == "Hello wide world."
+    )
+    response = events[-1]["response"]
+    assert (
+        response["status"] == "completed"
+        and response["metadata"] == {"k": "v"}
+        and response["instructions"] == "Be brief."
+    )
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
+    assert response["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+    assert weather.asked()["thinking_effort"] == "extended"
+    assert weather.asked()["messages"][0]["content"]["parts"] == ["Be brief."]
+
+
+def test_calls_in_a_response_are_items_of_their_own(proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(f"So: {GOOD_CALL}{GOOD_CALL}")
+    events = response_events(proxy, tools=[RESPONSE_TOOL])
+    assert kinds_of(events)[8:] == [
+        *[
+            "output_item.added",
+            "function_call_arguments.delta",
+            "function_call_arguments.done",
+            "output_item.done",
+        ]
+        * 2,
+        "completed",
+    ]
+    output = events[-1]["response"]["output"]
+    assert [item["type"] for item in output] == ["message", "function_call", "function_call"]
+    assert (
+        json.loads(output[1]["arguments"]) == {"city": "Paris", "unit": "c"}
+        and output[1]["status"] == "completed"
+    )
+
+
+def test_a_response_is_gone_on_from_with_its_files_and_calls(proxy: Proxy, weather: Weather) -> None:
+    client = proxy.client()
+    weather.turns.append(in_pieces(GOOD_CALL))
+    content: Any = [
+        {"type": "input_text", "text": "where"},
+        {"type": "input_image", "image_url": data_url(picture()), "detail": "auto"},
+    ]
+    first = client.responses.create(
+        model="gpt-4o",
+        input=[{"role": "user", "content": content}],
+        instructions="first",
+        tools=[RESPONSE_TOOL],
+    )
+    call: Any = first.output[0]
+    second = client.responses.create(
+        model="gpt-4o",
+        previous_response_id=first.id,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}],
+        tools=[RESPONSE_TOOL],
+        instructions="second",
+    )
+    assert second.output_text == "Hello wide world." and second.previous_response_id == first.id
+    messages = weather.asked()["messages"]
+    assert [one["author"]["role"] for one in messages] == ["system", "system", "user", "assistant", "tool"]
+    assert "first" not in weather.told() and "second" in weather.told()
+    assert f"Result of get_weather (call {call.call_id}):\nsunny" in weather.told()
+    assert messages[2]["metadata"]["attachments"] and weather.count("/files") == 1
+    client.responses.create(model="gpt-4o", previous_response_id=second.id, input="and now")
+    assert "Hello wide world." in weather.told() and "sunny" in weather.told()
+    assert client.responses.retrieve(first.id).output[0] == call
+    assert not client.files.list().data  # what came inside a message is no file of the Files API
+    client.responses.delete(first.id)
+    for id in (first.id, "resp_nonsense"):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.create(model="gpt-4o", previous_response_id=id, input="x")
+
+
+def test_a_response_is_kept_for_a_day_unless_told_otherwise(proxy: Proxy) -> None:
+    client = proxy.client()
+    loose = client.responses.create(model="gpt-4o", input="hi", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(loose.id)
+    kept = client.responses.create(model="gpt-4o", input="hi")
+    with client.responses.stream(model="gpt-4o", input="hi") as stream:
+        streamed = stream.get_final_response()
+    assert client.responses.retrieve(streamed.id).output_text == "Hello wide world."
+    with proxy.store.writing() as db:
+        db.execute("UPDATE responses SET made = made - 86401 WHERE id=?", (kept.id,))
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(kept.id)
+    proxy.store.prune(time.time())
+    assert len(proxy.store._rows("SELECT id FROM responses")) == 1
+
+
+def test_a_response_that_reaches_its_limit_is_incomplete(proxy: Proxy, weather: Weather) -> None:
+    weather.words = [" word"] * 50
+    whole = proxy.client().responses.create(model="gpt-4o", input="hi", max_output_tokens=5)
+    assert (
+        whole.status == "incomplete"
+        and whole.incomplete_details
+        and whole.incomplete_details.reason == "max_output_tokens"
+    )
+    events = response_events(proxy, max_output_tokens=5)
+    assert (
+        events[-1]["type"] == "response.incomplete"
+        and events[-1]["response"]["output"][0]["status"] == "incomplete"
+    )
+
+
+def test_a_response_that_breaks_off_ends_in_an_error_event(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", retry_times="0")
+    body = {"model": "m", "messages": [{"id": "u", "author": {"role": "user"}}]}
+    weather.add("/conversation", cut_stream(*list(weather.say(body, ["one", " two"]))[:4]))
+    with (
+        pytest.raises(openai.APIError, match="broke off"),
+        proxy.client().responses.stream(model="gpt-4o", input="hi") as stream,
+    ):
+        list(stream)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [5]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"model": None}, "model"),
+        ({"tools": [{"type": "computer"}]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": "x"}}, "text.format"),
+        ({"metadata": {"k": 5}}, "metadata"),
+        ({"truncation": "maybe"}, "truncation"),
+        ({"background": True}, "background"),
+        ({"reasoning": {"effort": 5}}, "reasoning.effort"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+    ],
+)
+def test_a_wrong_field_of_a_response_is_named(proxy: Proxy, body: dict[str, Any], param: str) -> None:
+    asked = {"model": "gpt-4o", "input": "hi"} | body
+    refused = httpx.post(f"{proxy.url}/v1/responses", json=asked, headers={"Authorization": KEY})
+    assert error_of(refused) == (400, "invalid_request_error") and refused.json()["error"]["param"] == param
+
+
+FIELD_NAMES = sorted(
+    {*cp.CHAT_FIELDS, *cp.RESPONSE_FIELDS, *cp.IMAGE_FIELDS, *cp.SPEECH_FIELDS}
+    | {"input", "stop", "tool_choice", "voice"}
+)
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    5,
+    0.5,
+    "",
+    "x",
+    [],
+    ["x"],
+    [{}],
+    {},
+    {"type": 5},
+    {"type": "function", "function": 5},
+    [[]],
+    {"a": {"b": None}},
+]
+
+
+@given(
+    st.sampled_from(["/v1/chat/completions", "/v1/responses", "/v1/images/generations", "/v1/audio/speech"]),
+    st.dictionaries(st.sampled_from(FIELD_NAMES), st.sampled_from(ODD_VALUES) | JSON_VALUES, max_size=3),
+)
+@hypothesis_settings(max_examples=300)
+def test_no_body_of_any_shape_is_our_fault(fuzzed: Proxy, path: str, changes: dict[str, Any]) -> None:
+    asked = {
+        "model": "gpt-4o",
+        "messages": [{"role": "user", "content": "x"}],
+        "input": "x",
+        "prompt": "x",
+    } | changes
+    answer = httpx.post(f"{fuzzed.url}{path}", content=json.dumps(asked), headers={"Authorization": KEY})
+    assert answer.status_code != 500, answer.text
+
+
+# --- images and speech -----------------------------------------------------------------------------------------------
+
+
+def test_images_are_drawn_side_by_side(proxy: Proxy, weather: Weather) -> None:
+    weather.obeys, together = True, threading.Barrier(4, timeout=10)
+
+    def wait(request: cp.Request) -> None:
+        together.wait()
+
+    weather.add("/conversation", *[wait] * 4)
+    drawn = proxy.client().images.generate(
+        model="dall-e-3", prompt="a cat", n=4, size="1792x1024", quality="hd"
+    )
+    assert drawn.data and len({image.url for image in drawn.data}) == 4
+    assert httpx.get(str(drawn.data[0].url)).content == cp.demo_image().read()
+    assert weather.asked()["system_hints"] == ["picture_v2"] and weather.asked()["model"] == "auto"
+    assert all(word in weather.told() for word in ("a cat", "1792x1024", "hd"))
+    inline = proxy.client().images.generate(model="gpt-image-1", prompt="a cat")
+    assert inline.data and base64.b64decode(inline.data[0].b64_json or "") == cp.demo_image().read()
+
+
+def test_an_image_is_drawn_from_others(proxy: Proxy, weather: Weather) -> None:
+    weather.obeys = True
+    drawn = proxy.client().images.edit(
+        model="dall-e-2",
+        prompt="a hat",
+        image=[("a.png", picture(5, 5)), ("b.png", picture(6, 6))],
+        mask=("m.png", picture(7, 7)),
+    )
+    assert drawn.data and drawn.data[0].url
+    parts = weather.asked()["messages"][0]["content"]["parts"]
+    assert (
+        [part["width"] for part in parts[:-1]] == [5, 6, 7] and "mask" in parts[-1] and "a hat" in parts[-1]
+    )
+
+
+def test_an_answer_without_an_image_is_an_error(start: Callable[..., Proxy], weather: Weather) -> None:
+    with pytest.raises(openai.InternalServerError) as refused:
+        start("alice").client().images.generate(prompt="a cat", n=2)
+    assert refused.value.status_code == 502 and "without an image" in refused.value.message
+
+
+def test_a_client_that_leaves_ends_all_its_drawings(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    weather.add("/conversation", *[weather.silence()] * 3)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{proxy.url}/v1/images/generations",
+            json={"prompt": "a cat", "n": 3},
+            headers={"Authorization": KEY},
+            timeout=1,
+        )
+    wait_until(lambda: len(weather.left) == 3)
+
+
+def untyped(proxy: Proxy) -> Any:
+    """The client for calls that are wrong on purpose."""
+    return proxy.client()
+
+
+def test_text_is_read_aloud(proxy: Proxy, weather: Weather) -> None:
+    weather.obeys, client = True, untyped(proxy)
+    with client.audio.speech.with_streaming_response.create(
+        model="tts-1", voice="nova", input="Read: this, please!"
+    ) as answer:
+        assert answer.headers["content-type"] == "audio/mpeg" and answer.read().startswith(b"\xff\xfb")
+    query = weather.last("/synthesize").query
+    assert (
+        query["voice"] == "maple"
+        and query["format"] == "mp3"
+        and query["message_id"]
+        and query["conversation_id"]
+    )
+    assert weather.asked()["messages"][-1]["content"]["parts"] == ["Read: this, please!"]
+    assert (
+        client.audio.speech.create(model="tts-1", voice="cove", input="x", response_format="wav").read()[:4]
+        == b"RIFF"
+    )
+    for options in (
+        {"response_format": "pcm"},
+        {"response_format": "flac"},
+        {"voice": "darth"},
+        {"input": ""},
+        {"input": "x" * 4097},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.audio.speech.create(**({"model": "tts-1", "voice": "alloy", "input": "x"} | options))
+    weather.obeys = False
+    weather.turns.extend([["Sure! Hello"], ["“Hello.”"]])
+    client.audio.speech.create(model="tts-1", voice="alloy", input="Hello")  # at the second attempt
+    with pytest.raises(openai.InternalServerError, match="word for word"):
+        client.audio.speech.create(model="tts-1", voice="alloy", input="Goodbye")
+
+
+def test_speech_is_written_down(proxy: Proxy, weather: Weather) -> None:
+    weather.obeys, client = True, untyped(proxy)
+    sound = ("a.mp3", b"sound" * 100_000, "audio/mpeg")
+    heard = "The demo upstream heard 500000 bytes of a.mp3."
+    assert client.audio.transcriptions.create(model="whisper-1", file=sound, language="en").text == heard
+    form = cp.parse_form(weather.last("/transcribe").headers, weather.last("/transcribe").body)
+    assert form["language"][0].text() == "en" and form["file"][0].content_type == "audio/mpeg"
+    assert (
+        client.audio.transcriptions.create(model="whisper-1", file=sound, response_format="text").strip()
+        == heard
+    )
+    verbose = client.audio.transcriptions.create(
+        model="whisper-1", file=sound, response_format="verbose_json", language="en"
+    )
+    assert verbose.text == heard and verbose.language == "en"
+    translated = client.audio.translations.create(model="whisper-1", file=sound)
+    assert translated.text == heard and "into English" in weather.told()
+    for options in ({"response_format": "srt"}, {"file": ("a.mp3", b"")}, {"language": "?"}):
+        with pytest.raises(openai.BadRequestError):
+            client.audio.transcriptions.create(**({"model": "whisper-1", "file": sound} | options))
+
+
+def test_what_the_upstream_has_not_is_said(proxy: Proxy) -> None:
+    for path in ("/v1/embeddings", "/v1/moderations", "/v1/images/variations", "/v1/fine_tuning/jobs"):
+        refused = httpx.post(f"{proxy.url}{path}", json={}, headers={"Authorization": KEY})
+        assert error_of(refused) == (404, "not_found") and "web upstream has no" in refused.text
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------
