@@ -4423,6 +4423,7 @@ class Function(NamedTuple):
 
 CALL_TAG, CALL_END = "<tool_call>", "</tool_call>"
 FUNCTIONS_LINE = "The functions, a JSON object a line:"
+SHAPE_LINE = "Answer with one JSON object"
 SCHEMA_LINE = "It must fit this JSON Schema:"
 
 
@@ -4517,6 +4518,12 @@ def parse_offer(functions: list[Any], where: str, choice: Any, parallel: Any) ->
         found[name] = Function(
             name, one.get("description") or "", one.get("parameters") or {"type": "object"}
         )
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        allowed = allowed if isinstance(allowed, dict) else {}
+        names = [one.get("function", one) for one in _dicts(allowed.get("tools"))]
+        found = {one["name"]: found[one["name"]] for one in _dicts(names) if one.get("name") in found}
+        choice = allowed.get("mode")
     if isinstance(choice, dict):
         named = choice.get("function")
         choice = (named if isinstance(named, dict) else choice).get("name")
@@ -4681,7 +4688,7 @@ class Shape:
 
     def instructions(self) -> str:
         """What the model is told of it."""
-        told = "Answer with one JSON object and nothing else: no prose around it, no code fence."
+        told = f"{SHAPE_LINE} and nothing else: no prose around it, no code fence."
         return told if self.schema is None else f"{told} {SCHEMA_LINE}\n{compact(self.schema)}"
 
 
@@ -5217,8 +5224,8 @@ class CompletionStream(Completion):
             if kind is Text and self._begun:  # once per token
                 append(f"{self._ahead}{quote(event[0])}{self._behind}")
                 continue
-            if not self._begun:
-                self._begin(pieces)
+            if not self._begun and kind is not Begin:
+                self._begin(pieces, None if kind is FunctionCall else "")
             if isinstance(event, Text):
                 append(f"{self._ahead}{quote(event.text)}{self._behind}")
             elif isinstance(event, Reasoning):
@@ -5229,9 +5236,9 @@ class CompletionStream(Completion):
                 self._end(pieces)
         return "".join(pieces).encode("utf-8", "replace"), len(pieces)
 
-    def _begin(self, pieces: list[str]) -> None:
+    def _begin(self, pieces: list[str], content: str | None) -> None:
         self._begun = True
-        pieces.append(self._chunk({"role": "assistant", "content": ""}, None))
+        pieces.append(self._chunk({"role": "assistant", "content": content}, None))
         here = f"<{self.id}>"  # in the place of the text, and nowhere else in a chunk
         self._ahead, self._behind = self._chunk({"content": here}, None).split(f'"{here}"')
 
@@ -5283,9 +5290,14 @@ class ResponseRequest:
 
 
 def parse_response(
-    body: Mapping[str, Any], earlier: tuple[Message, ...], names: Mapping[str, str], upload_by_url: bool
+    body: Mapping[str, Any],
+    earlier: tuple[Message, ...],
+    names: Mapping[str, str],
+    find_item: Callable[[str], dict[str, Any] | None],
+    upload_by_url: bool,
 ) -> ResponseRequest:
-    """A request of the Responses API that goes on from the messages of an earlier one; 400 names what is wrong."""
+    """A request of the Responses API that goes on from the messages of an earlier one; 400 names what is wrong.
+    `find_item` gives an item of a response that is kept."""
     check_types(body, RESPONSE_FIELDS)
     model = required(body, "model")
     if body.get("background"):
@@ -5298,7 +5310,7 @@ def parse_response(
     ):
         raise invalid("metadata", "`metadata` must have at most 16 strings of up to 512 characters.")
     names = dict(names)
-    messages = (*earlier, *parse_items(body.get("input"), names, upload_by_url))
+    messages = (*earlier, *parse_items(body.get("input"), names, find_item, upload_by_url))
     system = (Message("system", (body["instructions"],)),) if body.get("instructions") else ()
     text, reasoning, tools = body.get("text") or {}, body.get("reasoning") or {}, body.get("tools") or []
     check_types(text, {"format": _OBJECT}, "text.")
@@ -5343,7 +5355,9 @@ def _response_tools(tools: list[Any]) -> tuple[list[dict[str, Any]], tuple[str, 
     return functions, tuple(dict.fromkeys(hints))
 
 
-def parse_items(value: Any, names: dict[str, str], upload_by_url: bool) -> tuple[Message, ...]:
+def parse_items(
+    value: Any, names: dict[str, str], find_item: Callable[[str], dict[str, Any] | None], upload_by_url: bool
+) -> tuple[Message, ...]:
     """`input`: a string, or messages, calls and their results; `names` learns what was called under which id."""
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
@@ -5353,6 +5367,12 @@ def parse_items(value: Any, names: dict[str, str], upload_by_url: bool) -> tuple
     for i, item in enumerate(value):
         where = f"input[{i}]"
         kind = item.get("type", "message") if isinstance(item, dict) else None
+        if kind == "item_reference" and not (id := required(item, "id", f"{where}.")).startswith("rs_"):
+            if (item := find_item(id)) is None:
+                raise ApiError(
+                    "not_found", "There is no such item; they are kept for 24 hours.", f"{where}.id"
+                )
+            kind = item["type"]
         if kind == "message":
             found.append(_message(item, where, names, upload_by_url))
         elif kind == "function_call":
@@ -5362,7 +5382,7 @@ def parse_items(value: Any, names: dict[str, str], upload_by_url: bool) -> tuple
             id = required(item, "call_id", f"{where}.")
             output = _content(item.get("output"), f"{where}.output")
             found.append(Message("tool", (result_heading(names.get(id, ""), id), *output)))
-        elif kind != "reasoning":
+        elif kind not in ("reasoning", "item_reference"):
             text = f"`{where}` must be a message, function_call, function_call_output or reasoning item."
             raise invalid(where, f"{text} For what was said before use `previous_response_id`.")
     return tuple(found)
@@ -5446,7 +5466,7 @@ class ModelResponse(Answered):
 
     def _add(self, prefix: str, kind: str, **facts: Any) -> None:
         self._close()
-        id = f"{prefix}_{random.getrandbits(192):048x}"
+        id = f"{prefix}_{self.id.removeprefix('resp_')}{len(self.items):02x}"  # tells whose item it is
         self.items.append({"id": id, "type": kind, "status": "in_progress"} | facts)
         self._tell("response.output_item.added", output_index=len(self.items) - 1, item=self.items[-1])
 
@@ -6413,6 +6433,11 @@ class Keys:
 # ============================================================================================================
 
 HEARTBEAT_COMMENT = b": \n\n"
+# What OpenAI's API has and the web upstream has not, with everything below it.
+ABSENT = (
+    "/v1/embeddings", "/v1/moderations", "/v1/completions", "/v1/images/variations", "/v1/fine_tuning", "/v1/batches",
+    "/v1/vector_stores", "/v1/assistants", "/v1/threads", "/v1/uploads", "/v1/realtime", "/v1/conversations",
+)  # fmt: skip
 ROUTER = Router()
 
 
@@ -6436,18 +6461,22 @@ class App:
     def respond(self, request: Request) -> Reply | Stream:
         """Finds the route of a request, checks who may use it, and answers."""
         under_v1 = request.path.startswith("/v1/")
+        endpoint, failure = None, ApiError("not_found", "")
         try:
-            endpoint: Endpoint | None = ROUTER.find(request)
-        except ApiError:
-            if not under_v1 or not Keys.given(request).startswith("sk-"):
+            endpoint = ROUTER.find(request)
+        except ApiError as error:
+            failure = error
+            if not under_v1 or not (Keys.given(request).startswith("sk-") or request.path.startswith(ABSENT)):
                 raise
-            endpoint = None
         if endpoint is None or endpoint.access == "caller":
             self.keys.admit(request)
             if request.key and under_v1:
                 return relay(self, request)
+        if endpoint is None and request.path.startswith(ABSENT):
+            text = f"The ChatGPT web upstream has no {request.path}; requests with an `sk-` key go to OpenAI's API."
+            raise ApiError("not_found", text)
         if endpoint is None:
-            raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
+            raise failure
         if endpoint.access == "admin":
             self.keys.admit_admin(request)
         return endpoint.function(self, request)
@@ -6580,7 +6609,9 @@ def responses_create(app: App, request: Request) -> Reply | Stream:
     """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
     body = request.json()
     earlier, names = _earlier(app, request, body.get("previous_response_id"))
-    wanted = parse_response(body, earlier, names, app.settings.upload_by_url)
+    wanted = parse_response(
+        body, earlier, names, functools.partial(_kept_item, app, request), app.settings.upload_by_url
+    )
     answer, attempts = _asked(app, request, wanted.turn)
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
@@ -6622,6 +6653,13 @@ def _kept_response(app: App, request: Request, id: str, where: str | None = None
     raise ApiError("not_found", "There is no such response; they are kept for 24 hours.", where)
 
 
+def _kept_item(app: App, request: Request, id: str) -> dict[str, Any] | None:
+    """An item of a kept response, whose id begins with the response's."""
+    kept = app.store.response(f"resp_{id.partition('_')[2][:-2]}", request.owner, time.time())
+    items: list[dict[str, Any]] = json.loads(kept[0])["output"] if kept else []
+    return next((item for item in items if item["id"] == id), None)
+
+
 def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) -> dict[str, Any]:
     """What a later request needs to go on: the messages with their files as the account holds them, and the answer."""
 
@@ -6644,6 +6682,8 @@ def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) 
 @ROUTER.on("GET", "/v1/responses/{id}")
 def responses_retrieve(app: App, request: Request) -> Reply:
     """a response that is kept"""
+    if request.query.get("stream", "false") != "false":
+        raise invalid("stream", "`stream` must be false: a kept response is given whole.")
     return Reply(body=_kept_response(app, request, request.params["id"])[0].encode())
 
 
@@ -6879,6 +6919,7 @@ def images_edits(app: App, request: Request) -> Reply:
         name: _form_text(form, name) or None
         for name in ("prompt", "model", "size", "quality", "response_format")
     }
+    body["stream"] = _form_text(form, "stream").lower() in ("true", "1")
     count = _form_text(form, "n", "1")
     body["n"] = int(count) if re.fullmatch("[0-9]{1,3}", count) else 0
     images = [
@@ -7052,23 +7093,6 @@ def _written(form: str, task: str, text: str, language: str) -> Reply:
         else {}
     )
     return json_reply({"text": text} | verbose)
-
-
-# -- what there is not -------------------------------------------------------------------------------------------------
-
-ABSENT = (
-    "/v1/embeddings", "/v1/moderations", "/v1/completions", "/v1/images/variations", "/v1/fine_tuning/jobs", "/v1/batches",
-    "/v1/vector_stores", "/v1/assistants", "/v1/threads", "/v1/uploads",
-)  # fmt: skip
-
-
-@ROUTER.on("POST", *ABSENT)
-def absent(app: App, request: Request) -> Reply:
-    """404: the web upstream has no such thing"""
-    raise ApiError(
-        "not_found",
-        f"The ChatGPT web upstream has no {request.path}; an `sk-` key is passed on to OpenAI's API.",
-    )
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
@@ -7406,32 +7430,48 @@ class Demo:
             )
             for one in body.get("messages") or ()
         ]
-        told = "\n".join(text for role, text in texts if role == "system")
+        told = texts[0][1] if texts else ""  # where functions and shapes are told
         role, asked = texts[-1] if texts else ("user", "go on")
         if "picture_v2" in body.get("system_hints", ()):
-            file = self.keep(DemoFile(self._owner(request), "drawing.png", demo_image(), "multimodal"))
-            pointer = {"content_type": "image_asset_pointer", "asset_pointer": f"file-service://{file}"}
+            drawn = DemoFile(
+                self._owner(request), "drawing.png", demo_image(), "multimodal", mime="image/png"
+            )
+            pointer = {
+                "content_type": "image_asset_pointer",
+                "asset_pointer": f"file-service://{self.keep(drawn)}",
+            }
             content = {"content_type": "multimodal_text", "parts": [pointer | {"width": 64, "height": 64}]}
             drawing = {"author": {"role": "tool", "name": "dalle.text2im"}, "content": content}
             return self.say(body, ["Here", " it", " is."], before=[drawing])
-        if SCHEMA_LINE in told:
-            return self.say(body, [compact(sample(json.loads(told.partition(SCHEMA_LINE)[2])))])
-        if FUNCTIONS_LINE in told and role != "tool":
-            offered = [
-                json.loads(line) for line in told.partition(FUNCTIONS_LINE)[2].split("\n") if line[:1] == "{"
-            ]
-            wanted = [
-                one
-                for one in offered
-                if any(word in asked.lower() for word in one["name"].lower().split("_"))
-            ]
-            if wanted or "You must call" in told:
-                called = (wanted or offered)[0]
-                text = call_text(called["name"], compact(sample(called["parameters"])))
-                return self.say(body, re.findall(r".{1,7}", text))
+        if FUNCTIONS_LINE in told and (called := self._call(told, texts)):
+            return self.say(body, re.findall(r"(?s).{1,7}", called))
+        if SHAPE_LINE in told:
+            schema = told.partition(f"{SCHEMA_LINE}\n")[2]
+            return self.say(body, [compact(sample(decode(schema)[0]) if schema else {"demo": True})])
         if told.startswith(("Repeat the next message", "Translate the next message")):
             return self.say(body, re.findall(r"\s*\S+", asked))
         return self.say(body, re.findall(r"\s*\S+", DEMO_ANSWER.format(question=asked[:2000])))
+
+    @staticmethod
+    def _call(told: str, texts: list[tuple[str, str]]) -> str:
+        """The call that a model would make: of the function it must call, or of one that the question speaks of and
+        that it has not called yet; "" for none."""
+        lines = told.partition(f"{FUNCTIONS_LINE}\n")[2].partition("\n\n")[0]
+        offered = {one["name"]: one for one in map(json.loads, lines.split("\n"))}
+        last = max((i for i, (role, _) in enumerate(texts) if role == "user"), default=0)
+        made = set(re.findall(r'<tool_call>\{"name": "([^"]+)"', "\n".join(text for _, text in texts[last:])))
+        left = [name for name in offered if name not in made]
+        wanted = [
+            name for name in left if any(word in texts[last][1].lower() for word in name.lower().split("_"))
+        ]
+        must = re.search(r"You must call (\S+)", told)
+        if must and must[1] in offered:
+            wanted = [must[1]]
+        elif must:
+            wanted = wanted or left or list(offered)[-1:]
+        elif texts[-1][0] == "tool":
+            wanted = []
+        return call_text(wanted[0], compact(sample(offered[wanted[0]]["parameters"]))) if wanted else ""
 
     def say(
         self,

@@ -45,10 +45,13 @@ import httpx
 import openai
 import PIL.Image
 import pydantic
+import pydantic_ai
+import pydantic_ai.models.openai
 import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from pydantic_ai.providers.openai import OpenAIProvider
 
 import chatproxy as cp
 
@@ -3182,6 +3185,57 @@ def test_one_call_is_enough_when_more_are_not_wanted(proxy: Proxy, weather: Weat
     assert len(choice["message"]["tool_calls"]) == 1 and "one call at most" in weather.told()
 
 
+def test_only_allowed_functions_are_told(proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(TIME_CALL)
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    assert proxy.ask(tools=[WEATHER_TOOL, TIME_TOOL], tool_choice=choice).json()["choices"][0]["message"][
+        "tool_calls"
+    ]
+    assert "get_weather" not in weather.told() and "must call at least one" in weather.told()
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    ages: list[int]
+
+
+@pytest.mark.parametrize("kind", ["OpenAIChatModel", "OpenAIResponsesModel"])
+@pytest.mark.parametrize("output", [str, Person])
+def test_an_agent_calls_a_function_and_streams_its_answer(
+    kind: str, output: Any, proxy: Proxy, weather: Weather
+) -> None:
+    weather.obeys = True
+    provider = OpenAIProvider(base_url=f"{proxy.url}/v1", api_key=KEY)
+    agent: Any = pydantic_ai.Agent(
+        getattr(pydantic_ai.models.openai, kind)("gpt-4o", provider=provider), output_type=output
+    )
+    called = []
+
+    @agent.tool_plain
+    def get_weather(city: str, days: int) -> str:
+        """The weather of a city."""
+        called.append((city, days))
+        return "sunny-42"
+
+    async def drive() -> tuple[list[Any], list[Any]]:
+        async with agent.run_stream("What is the weather in Oslo?") as run:
+            return [piece async for piece in run.stream_output(debounce_by=None)], run.all_messages()
+
+    pieces, messages = asyncio.run(drive())
+    assert called == [("demo", 1)]
+    call, result = messages[1].parts[-1], messages[2].parts[0]
+    assert (call.part_kind, result.part_kind) == (
+        "tool-call",
+        "tool-return",
+    ) and call.tool_call_id == result.tool_call_id
+    assert (
+        pieces[-1] == Person(name="demo", ages=[1])
+        if output is Person
+        else len(pieces) > 5 and "sunny-42" in pieces[-1]
+    )
+
+
 def test_functions_that_may_not_be_called_are_not_told(proxy: Proxy, weather: Weather) -> None:
     weather.words = in_pieces(GOOD_CALL)
     assert proxy.say(tools=[WEATHER_TOOL], tool_choice="none") == GOOD_CALL
@@ -3387,11 +3441,6 @@ def test_a_schema_that_refers_to_itself_without_end_is_given_up_on() -> None:
     cp.Schema({"$ref": "#"}).fault(1)
     cp.Schema({"anyOf": [{"$ref": "#"}, {"$ref": "#"}], "items": {"$ref": "#"}}).fault([[[1]]])
     assert time.monotonic() - start < 2
-
-
-class Person(pydantic.BaseModel):
-    name: str
-    ages: list[int]
 
 
 PERSON = '{"name": "Ann", "ages": [1, 2]}'
@@ -3607,6 +3656,15 @@ def test_a_response_is_gone_on_from_with_its_files_and_calls(proxy: Proxy, weath
     client.responses.create(model="gpt-4o", previous_response_id=second.id, input="and now")
     assert "Hello wide world." in weather.told() and "sunny" in weather.told()
     assert client.responses.retrieve(first.id).output[0] == call
+    referred: Any = [{"type": "item_reference", "id": id} for id in (call.id, second.output[0].id, "rs_1")]
+    client.responses.create(model="gpt-4o", input=[*referred, {"role": "user", "content": "x"}])
+    assert [one["author"]["role"] for one in weather.asked()["messages"]] == [
+        "assistant",
+        "assistant",
+        "user",
+    ]
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="gpt-4o", input=[{"type": "item_reference", "id": "msg_1"}])
     assert not client.files.list().data  # what came inside a message is no file of the Files API
     client.responses.delete(first.id)
     for id in (first.id, "resp_nonsense"):
@@ -3667,7 +3725,8 @@ def test_a_response_that_breaks_off_ends_in_an_error_event(
         ({"input": None}, "input"),
         ({"input": []}, "input"),
         ({"input": [5]}, "input[0]"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id"),
+        ({"input": [{"type": "web_search_call"}]}, "input[0]"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"model": None}, "model"),
         ({"tools": [{"type": "computer"}]}, "tools[0]"),
@@ -3843,8 +3902,11 @@ def test_speech_is_written_down(proxy: Proxy, weather: Weather) -> None:
 
 def test_what_the_upstream_has_not_is_said(proxy: Proxy) -> None:
     for path in ("/v1/embeddings", "/v1/moderations", "/v1/images/variations", "/v1/fine_tuning/jobs"):
-        refused = httpx.post(f"{proxy.url}{path}", json={}, headers={"Authorization": KEY})
+        refused = httpx.request(
+            ("POST", "GET")["tun" in path], f"{proxy.url}{path}", headers={"Authorization": KEY}
+        )
         assert error_of(refused) == (404, "not_found") and "web upstream has no" in refused.text
+    assert error_of(httpx.post(f"{proxy.url}/v1/embeddings"))[0] == 401
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------
@@ -4702,12 +4764,21 @@ class Rig:
     proxy: Process
     nginx: Process | None
 
-    def load(self, server: Process, words: int, how: str = "", stream: bool = True, **more: Any) -> Load:
+    def load(
+        self,
+        server: Process,
+        words: int,
+        how: str = "",
+        stream: bool = True,
+        tools: bool = False,
+        **more: Any,
+    ) -> Load:
         """Asks for so many words: the proxy in OpenAI's terms, anyone else in the upstream's own."""
         text = f"words={words} {how}".strip()
         if server is self.proxy:
             messages = [{"role": "user", "content": text}]
-            body = json.dumps({"model": "gpt-4o", "stream": stream, "messages": messages})
+            offered = {"tools": [WEATHER_TOOL, TIME_TOOL]} if tools else {}
+            body = json.dumps({"model": "gpt-4o", "stream": stream, "messages": messages} | offered)
             return Load(server.port, "/v1/chat/completions", body, words, stream, **more)
         content = {"content_type": "text", "parts": [text]}
         message = {"id": "1", "author": {"role": "user"}, "content": content, "metadata": {}}
@@ -4874,6 +4945,30 @@ def case_stream(bench: Bench) -> list[Row]:
     return rows
 
 
+def case_tools(bench: Bench) -> list[Row]:
+    """CPU time of a stream with functions offered, none of which is called, against one without."""
+    costs: dict[bool, list[float]] = {False: [], True: []}
+    with bench.rig() as rig:
+        load: dict[str, Any] = {"words": 100, "how": "flush=1", "connections": 16, "requests": bench.many(50)}
+        for _ in range(3):
+            for tools, found in costs.items():
+                found.append(
+                    bench.measure(rig, rig.proxy, 5, tools=tools, **load)["cpu"]
+                    / (16 * load["requests"])
+                    * 1e3
+                )
+    plain, offered = (median(found) for found in costs.values())
+    ratio = offered / plain
+    return [
+        Row(
+            "stream of 100 words, functions offered",
+            f"{offered:.2f} ms, {ratio:.2f}x",
+            "1.3x without",
+            ratio <= 1.3,
+        )
+    ]
+
+
 def case_paced(bench: Bench) -> list[Row]:
     """CPU time of an event of many paced streams, the streams' beginning included, and memory."""
     with bench.rig(accounts=8) as rig:
@@ -4986,6 +5081,7 @@ def case_start(bench: Bench) -> list[Row]:
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "short": case_short,
     "stream": case_stream,
+    "tools": case_tools,
     "paced": case_paced,
     "thousand": case_thousand,
     "long": case_long,
