@@ -399,7 +399,9 @@ CAUSES = {
         400, "invalid_request_error", "body not JSON, wrong type or missing field; `param` names the field"
     ),
     "login_required": Cause(
-        400, "invalid_request_error", "a file needs a signed-in account, and only login-free ones are there"
+        400,
+        "invalid_request_error",
+        "files, images and speech need a signed-in account, and only login-free ones are there",
     ),
     "invalid_api_key": Cause(401, "invalid_request_error", "no or wrong key"),
     "not_found": Cause(404, "invalid_request_error", "route, conversation or file that does not exist"),
@@ -471,7 +473,7 @@ class Refusal(ApiError):
     """The upstream refused or failed a call before answering.
 
     `reason`, a key of REASONS, is what the pool needs to know; "rejected" is about this request, whoever asks, and
-    "dead" about a sign-in. `wait` is the pause a 429 asked for, in seconds.
+    "dead" about a sign-in. `wait` is the pause a 429 asked for, in seconds, `about` what it is for when not the model.
     """
 
     REASONS = {
@@ -483,13 +485,14 @@ class Refusal(ApiError):
         "silent": "upstream_timeout",
         "missing": "upstream_error",  # 404 or 405 of a call
         "unlisted": "model_not_found",  # by CHECK_MODEL
+        "forgotten": "not_found",  # a file that it once had
         "rejected": "invalid_request_error",
         "dead": "invalid_api_key",
     }
 
-    def __init__(self, reason: str, message: str, code: str = "", wait: float | None = None):
+    def __init__(self, reason: str, message: str, code: str = "", wait: float | None = None, about: str = ""):
         super().__init__(code or self.REASONS[reason], message)
-        self.reason, self.wait = reason, wait
+        self.reason, self.wait, self.about = reason, wait, about
 
 
 def errors_table() -> str:
@@ -741,19 +744,22 @@ class Blob:
         self._start, self.size = 0, len(data)
 
     def write(self, data: bytes) -> None:
-        """Appends; not to a part of another blob."""
-        if self._file is None and self.size + len(data) > MOST_IN_MEMORY:
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 # open as long as the blob lives
-            self._file.write(self._data)
-            self._data = b""
-        if self._file is None:
-            if isinstance(self._data, bytes):
-                self._data = bytearray(self._data)
-            self._data += data
-        else:
-            view = memoryview(data)
+        """Appends; not to a part of another blob. ApiError overloaded when there is no room."""
+        try:
+            if self._file is None and self.size + len(data) > MOST_IN_MEMORY:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 # open as long as the blob lives
+                self._file.write(self._data)
+                self._data = b""
+            if self._file is None:
+                self._data = bytearray(self._data) if isinstance(self._data, bytes) else self._data
+                self._data += data
+            view = memoryview(data if self._file else b"")
             while view:
-                view = view[self._file.write(view) :]
+                view = view[self._file.write(view) :]  # type: ignore[union-attr] # there is one if there is a view
+        except OSError as error:
+            log(logging.ERROR, "no room for a temporary file", reason=error.strerror)
+            text = "The server has no room for files just now; try again."
+            raise ApiError("overloaded", text, headers={"Retry-After": "30"}) from None
         self.size += len(data)
 
     def part(self, start: int, size: int) -> Blob:
@@ -810,7 +816,7 @@ class BlobReader:
 def image_facts(blob: Blob) -> tuple[str, int, int] | None:
     """An image's MIME type, width and height, read from the bytes of a PNG, JPEG, GIF or WebP; None for others."""
     head = blob.read(0, 40)
-    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR" and len(head) >= 24:
         return "image/png", *struct.unpack(">II", head[16:24])
     if head[:6] in (b"GIF87a", b"GIF89a") and len(head) >= 10:
         return "image/gif", *struct.unpack("<HH", head[6:10])
@@ -934,6 +940,7 @@ MIGRATIONS = (
 )
 # Seconds that a response is kept, and a file that came inside a message.
 RESPONSE_LIFE, LOOSE_FILE_LIFE = 86400.0, 7 * 86400.0
+MOST_RESPONSES = 256 << 20  # characters of kept responses; the oldest go first
 
 
 class StoreError(Exception):
@@ -1075,11 +1082,16 @@ class Store:
 
     def prune(self, now: float) -> None:
         """Forgets cool-downs that ended a day ago, conversations that nobody went on with for half a year, responses
-        and loose files whose time is over."""
+        and loose files whose time is over, and the oldest responses past MOST_RESPONSES."""
         with self.writing() as db:
             db.execute("DELETE FROM waits WHERE until < ?", (now - 86400,))
             db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
             db.execute("DELETE FROM responses WHERE made < ?", (now - RESPONSE_LIFE,))
+            sizes = "SELECT id, SUM(LENGTH(response) + LENGTH(items)) OVER (ORDER BY made DESC) AS size FROM responses"
+            db.execute(
+                f"DELETE FROM responses WHERE id IN (SELECT id FROM ({sizes}) WHERE size > ?)",
+                (MOST_RESPONSES,),
+            )
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
 
     def files(self, where: str, *values: Any) -> list[File]:
@@ -1091,6 +1103,11 @@ class Store:
         marks = ", ".join("?" * len(File._fields))
         with self.writing() as db:
             db.execute(f"INSERT OR REPLACE INTO files VALUES ({marks})", file)
+
+    def move_file(self, account: str, old: str, new: str) -> None:
+        """An account holds a file under another id upstream."""
+        with self.writing() as db:
+            db.execute("UPDATE files SET upstream=? WHERE account=? AND upstream=?", (new, account, old))
 
     def remove_file(self, id: str) -> None:
         with self.writing() as db:
@@ -1483,6 +1500,7 @@ class Handle:
             "PROXY": route.proxy.encode(),
             "NOSIGNAL": 1,
             "CONNECTTIMEOUT_MS": int(CONNECT_TIMEOUT * 1000),
+            "ACCEPT_ENCODING": b"gzip, deflate, br, zstd",  # as browsers say it; libcurl decodes
             "TCP_NODELAY": 1,
             "TCP_KEEPALIVE": 1,
             "UPLOAD_BUFFERSIZE": 16384,  # the default of 64 KiB stays with every handle
@@ -1515,6 +1533,10 @@ class Handle:
             lib.curl_slist_free_all(self._lines)
             lib.curl_slist_free_all(self._pinned)
             self._multi = self._easy = None
+
+    def as_it_comes(self) -> None:
+        """Does not decode answers from now on: what grows without bound as it is decoded cannot be counted in time."""
+        self._set(_options("ACCEPT_ENCODING")[0], ffi.NULL)
 
     def pin(self, address: str) -> None:
         """Connects to this address from now on, whatever host a URL names."""
@@ -1644,6 +1666,7 @@ class Call:
         self.handle, self._bytes, self._release = handle, handle.transfer(watch), release
         self._first = b""
         self.status, self.headers = 0, dict[str, str]()
+        self.body = Blob()  # if it is taken by `blobs`
 
     def __enter__(self) -> Call:
         return self
@@ -1677,6 +1700,13 @@ class Call:
             else:
                 parts.append(data)
         return Answer(self.status, self.headers, b"".join(parts))
+
+    def blobs(self) -> Generator[Blob | None, None, None]:
+        """The body's bytes so far as they come together in `body`, None for a heartbeat's time of silence."""
+        for data in self.rest():
+            if data is not None:
+                self.body.write(data)
+            yield None if data is None else self.body
 
 
 class Handles:
@@ -1724,9 +1754,13 @@ class Handles:
 
 FETCH_TIME = 30.0  # seconds for what a client's URL leads to, redirects included
 MOST_REDIRECTS = 5
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Azure's metadata service, in the midst of public addresses; those of others are link-local or private.
-_METADATA = ("168.63.129.16",)
+# What is not anybody's although its neighbours are: Azure's metadata service (others' are link-local or private), IETF
+# assignments (Oracle's metadata service among them), 6to4 relays, documentation.
+_INTERNAL = [
+    ipaddress.ip_network(one)
+    for one in ("168.63.129.16", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "2001:db8::/32")
+]
+_GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 
 
 def is_public(address: str) -> bool:
@@ -1736,12 +1770,14 @@ def is_public(address: str) -> bool:
     if isinstance(one, ipaddress.IPv6Address):
         if "%" in address:
             return False
-        inner = one.ipv4_mapped or one.sixtofour or (one.teredo and one.teredo[1])
-        if one in _NAT64 or int(one) >> 32 == 0:
-            inner = ipaddress.IPv4Address(int(one) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-    return one.is_global and not one.is_multicast and address not in _METADATA
+        if one.ipv4_mapped:
+            return is_public(str(one.ipv4_mapped))
+        inside = [one.sixtofour, one.teredo and one.teredo[1]]
+        if int(one) >> 32 & 0xFFFF == 0x5EFE:  # ISATAP
+            inside.append(ipaddress.IPv4Address(int(one) & 0xFFFFFFFF))
+        if one not in _GLOBAL_IPV6 or not all(is_public(str(inner)) for inner in inside if inner):
+            return False
+    return one.is_global and not one.is_multicast and not any(one in network for network in _INTERNAL)
 
 
 class Fetcher:
@@ -1753,7 +1789,7 @@ class Fetcher:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._resolving = ThreadPoolExecutor(8, thread_name_prefix="resolver")
+        self._resolving = ThreadPoolExecutor(32, thread_name_prefix="resolver")
 
     def fetched(self, url: str, where: str, watch: Watch) -> Patient[tuple[Blob, str, str]]:
         """The bytes, their MIME type ("" when unknown) and the URL's file name; a 400 for `where` names the host."""
@@ -1764,15 +1800,18 @@ class Fetcher:
                 host, port, name = self._parted(url)
                 blob, status, headers = yield from self._get(url, host, port, end, watch)
                 if status in (301, 302, 303, 307, 308) and headers.get("location"):
-                    url = urllib.parse.urljoin(url, headers["location"])
+                    with contextlib.suppress(ValueError):  # else the next round says what is wrong
+                        url = urllib.parse.urljoin(url, headers["location"])
                     continue
                 if status != 200:
                     raise ValueError(f"it answers with status {status}")
                 return blob, headers.get("content-type", "").partition(";")[0].strip().lower(), name
             raise ValueError("it redirects too often")
-        except Refusal as refused:
-            reason = refused.message if refused.reason != "silent" else "it did not answer in time"
-            raise invalid(where, f"Fetching from {host} failed: {reason}") from None
+        except Refusal as refused:  # whose words may tell of the proxy
+            reason = {"silent": "it did not answer in time", "unreachable": "it cannot be reached"}.get(
+                refused.reason
+            )
+            raise invalid(where, f"Fetching from {host} failed: {reason or 'it broke off'}.") from None
         except ValueError as error:
             raise invalid(where, f"Fetching from {host or 'a URL'} failed: {error}.") from None
 
@@ -1793,10 +1832,16 @@ class Fetcher:
         """What a host resolves to, IPv4 first; ValueError when any of it is private."""
         if self.settings.allow_private_urls and self.settings.export_proxy_url:
             return [""]  # the proxy may know names that this machine does not
+        with contextlib.suppress(ValueError):
+            if is_public(str(ipaddress.ip_address(host))):
+                return [""]  # it is an address
         asked = self._resolving.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
             found = yield from awaited(asked, watch, 10.0)
-        except (OSError, UnicodeError, TimeoutError):
+        except TimeoutError:
+            asked.cancel()
+            raise ValueError("its name takes too long to be resolved") from None
+        except (OSError, UnicodeError):
             raise ValueError("its name cannot be resolved") from None
         addresses = [str(row[4][0]) for row in sorted(found, key=lambda row: row[0] != socket.AF_INET)]
         if not self.settings.allow_private_urls and not all(map(is_public, addresses)):
@@ -1810,9 +1855,12 @@ class Fetcher:
         addresses = yield from self._addresses(host, port, watch)
         for address in addresses:
             handle = Handle(Route(self.settings.impersonate, next(iter(self.settings.export_proxy_url), "")))
+            handle.as_it_comes()
             if address:
                 handle.pin(address)
-            handle.prepare("GET", url, [b"Expect:"], None, max(0.1, end - time.monotonic()))
+            handle.prepare(
+                "GET", url, [b"Expect:", b"Accept-Encoding: identity"], None, max(0.1, end - time.monotonic())
+            )
             try:
                 with Call(handle, watch, handle.close) as call:
                     return (yield from self._taken(call, end))
@@ -1823,17 +1871,17 @@ class Fetcher:
 
     def _taken(self, call: Call, end: float) -> Patient[tuple[Blob, int, dict[str, str]]]:
         yield from call.start()
-        blob, most = Blob(), self.settings.max_body_mb << 20
-        for data in call.rest():
-            if data is None:
+        most = self.settings.max_body_mb << 20
+        if call.headers.get("content-encoding", "identity") != "identity":
+            raise ValueError("it answers compressed, although it was asked not to")
+        for blob in call.blobs():
+            if blob is None:
                 yield
-            else:
-                blob.write(data)
-            if blob.size > most:
+            elif blob.size > most:
                 raise ValueError(f"it is larger than MAX_BODY_MB allows ({most >> 20} MiB)")
             if time.monotonic() > end:
                 raise ValueError(f"it takes longer than {FETCH_TIME:g} seconds")
-        return blob, call.status, call.headers
+        return call.body, call.status, call.headers
 
 
 # ============================================================================================================
@@ -1971,7 +2019,7 @@ class Account:
 
 def login_required() -> ApiError:
     """What a login-free account cannot do."""
-    return ApiError("login_required", "Files need a signed-in account; add one, or call with its token.")
+    return ApiError("login_required", "This needs a signed-in account; add one, or call with its token.")
 
 
 class Pool:
@@ -2169,9 +2217,9 @@ class Pool:
                     for account in (self._accounts.get(holder),)
                     if account and account.row.state == "ready"
                 ]
-            elif signed_in:
+            if signed_in:
                 order = [account for account in order if account.row.kind != LOGIN_FREE]
-                if not order and self._turn_order:
+                if not order and any(one.row.kind == LOGIN_FREE for one in self._turn_order):
                     raise login_required()
             usable, size, first, stride = None, len(order), self._cursor, 1
             if self.settings.random_token and size:
@@ -2429,17 +2477,22 @@ ALIASES = {"auto": "auto", "gpt-3.5-turbo": "auto"}
 _GPT = re.compile(r"(?:gpt-4-gizmo-)?(g-[0-9A-Za-z_-]+)")
 
 
+def upstream_model(model: str, login_free: bool) -> str:
+    """The slug for a client's name of a model; GPTs run on the default one."""
+    plain = login_free or model.startswith("gpt-3.5") or _GPT.fullmatch(model)
+    return "auto" if plain else ALIASES.get(model, model)
+
+
 def conversation_body(
     question: Question, history_disabled: bool, login_free: bool, files: Mapping[Attachment, File]
 ) -> dict[str, Any]:
     """ "The conversation body"; `files` are the question's attachments as the account holds them."""
     gpt = _GPT.fullmatch(question.model)
-    plain = gpt or login_free or question.model.startswith("gpt-3.5")
     mode = {"kind": "gizmo_interaction", "gizmo_id": gpt[1]} if gpt else {"kind": "primary_assistant"}
     body = {
         "action": "continue" if question.continues else "next",
         "messages": [_message_body(message, files) for message in question.messages],
-        "model": "auto" if plain else ALIASES.get(question.model, question.model),
+        "model": upstream_model(question.model, login_free),
         "parent_message_id": question.parent or new_id(),
         "conversation_mode": mode,
         "history_and_training_disabled": history_disabled,
@@ -2524,6 +2577,8 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
         return Refusal("blocked", f"The upstream refuses this server's address ({status}); {advice}.")
     if status >= 500 or status < 400 or page:
         return Refusal("broken", f"The upstream failed with status {status}; try again.")
+    if "file" in code or (status == 404 and said.lower().startswith(": file")):
+        return Refusal("forgotten", "The upstream does not know this file any more; upload it again.")
     if status in (404, 405):
         if "conversation" in code or "conversation" in said.lower():
             return Refusal("rejected", "The upstream does not know this conversation.", "not_found")
@@ -2866,17 +2921,14 @@ class ChatGPT:
 
     def downloaded(self, account: Account, url: str, watch: Watch) -> Patient[Blob]:
         """A file's bytes."""
-        blob = Blob()
         with self.content(account, url, watch) as call:
             yield from call.start()
             if call.status != 200:
                 raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
-            for data in call.rest():
-                if data is None:
+            for blob in call.blobs():
+                if blob is None:
                     yield
-                else:
-                    blob.write(data)
-        return blob
+        return call.body
 
     def models(self, account: Account, watch: Watch) -> Patient[tuple[str, ...]]:
         """The slugs of the models that an account may use, read at most every MODELS_LIFE seconds; what is known stays
@@ -3179,7 +3231,7 @@ _MARK = re.compile(
     + "|".join(re.escape(_SANDBOX[:n]) for n in range(len(_SANDBOX) - 1, 0, -1))
     + r")\Z"
 )
-MOST_HELD = 2000  # characters that wait for a mark's end, or for what it refers to
+MOST_HELD = 4000  # characters that wait for a mark's end, or for what it refers to
 
 
 class Prose:
@@ -3226,7 +3278,7 @@ class Prose:
 
     @staticmethod
     def _sandbox(text: str, start: int, out: list[Event], last: bool) -> int | None:
-        path = re.compile(r"\(sandbox:([^\s()]*)(\)?)").match(text, start)
+        path = re.compile(r"\(sandbox:([^()\n]*)(\)?)").match(text, start)
         if path and path[2]:
             out += [Text("("), SandboxLink(path[1])]
             return path.end() - 1
@@ -3575,12 +3627,19 @@ def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
 # ============================================================================================================
 
 
+UPLOADS = "files"  # what the rate limits of uploads are counted under
+MOST_ATTACHMENTS = 100  # in a request
+_MIME = re.compile(r"[0-9A-Za-z_.+-]{1,100}/[0-9A-Za-z_.+-]{1,100}")
+
+
 class Files:
     """Files on their way to the accounts that need them: fetched from URLs, found again by content or id, uploaded."""
 
     def __init__(self, settings: Settings, pool: Pool, upstream: ChatGPT) -> None:
         self.pool, self.store, self.upstream = pool, pool.store, upstream
         self.fetcher = Fetcher(settings)
+        self._uploads_lock = threading.Lock()
+        self._uploads: dict[tuple[str, str], Future[None]] = {}  # under way, by account and content
 
     def find(self, id: str, owner: str, where: str | None = None) -> File:
         """A file by its id, if it is the owner's; else not_found."""
@@ -3608,9 +3667,7 @@ class Files:
         name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)[-200:]
         guessed = mimetypes.guess_type(name)[0] or ""
         mime = mime.partition(";")[0].strip().lower()
-        vague = mime in ("", "application/octet-stream", "binary/octet-stream") or not re.fullmatch(
-            r"[\w.+-]+/[\w.+-]+", mime
-        )
+        vague = mime in ("", "application/octet-stream", "binary/octet-stream") or not _MIME.fullmatch(mime)
         kind, width, height = facts or (guessed if vague else mime, 0, 0)
         if not kind:
             head = blob.read(0, 4096)
@@ -3626,20 +3683,54 @@ class Files:
             name = "file" + ({"text/plain": ".txt"}.get(kind) or mimetypes.guess_extension(kind) or "")
         return File("", owner, "", "", name, kind, blob.size, width, height, "", blob.digest(), time.time())
 
-    def placed(self, account: Account, file: File, blob: Blob | None, watch: Watch) -> Patient[File]:
-        """The file as an account holds it: as it is, known by its content, or uploaded now."""
+    def known(self, account: Account, file: File) -> File | None:
+        """The file as an account holds it already, by its place or its content."""
         if file.account == account.id:
             return file
         case = use_case(file.mime, file.width > 0)
-        for known in self.store.files("digest=? AND account=?", file.digest, account.id):
-            if use_case(known.mime, known.width > 0) == case:
-                if not known.purpose and known.used < time.time() - 3600:
-                    self.store.put_file(known._replace(used=time.time()))
-                return known._replace(name=file.name, mime=file.mime)
-        if blob is None:
-            blob = yield from self._bytes(file, watch)
-        id = yield from self.upstream.upload(account, blob, file.name, file.mime, case, watch)
+        for one in self.store.files("digest=? AND account=?", file.digest, account.id):
+            if use_case(one.mime, one.width > 0) == case:
+                if not one.purpose and one.used < time.time() - 3600:
+                    self.store.put_file(one._replace(used=time.time()))
+                return one._replace(name=file.name, mime=file.mime)
+        return None
+
+    def placed(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[File]:
+        """The file as an account holds it: known, or uploaded now, at a time by one of those who need it."""
+        key, mine = (account.id, file.digest), Future[None]()
+        with self._uploads_lock:
+            other = self._uploads.setdefault(key, mine)
+        try:
+            if other is not mine:
+                with contextlib.suppress(TimeoutError):
+                    yield from awaited(other, watch, self.upstream.silence)
+            if found := self.known(account, file):
+                return found
+            return (yield from self._uploaded(account, file, blob, watch))
+        finally:
+            if other is mine:
+                with self._uploads_lock:
+                    del self._uploads[key]
+                mine.set_result(None)
+
+    def _uploaded(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[File]:
+        wait = account.wait_for(UPLOADS, time.time())
+        if wait and self.upstream.settings.enable_limit:
+            raise Refusal("limited", "The upstream's limit for uploads is reached.", wait=wait, about=UPLOADS)
+        case = use_case(file.mime, file.width > 0)
+        try:
+            id = yield from self.upstream.upload(account, blob, file.name, file.mime, case, watch)
+        except Refusal as refused:
+            refused.about = UPLOADS
+            raise
         return self.kept(file._replace(account=account.id, upstream=id, purpose="", used=time.time()))
+
+    def renewed(self, account: Account, held: File, blob: Blob, watch: Watch) -> Patient[File]:
+        """Uploads again what the upstream has forgotten: all entries of it lead to the new one."""
+        case = use_case(held.mime, held.width > 0)
+        id = yield from self.upstream.upload(account, blob, held.name, held.mime, case, watch)
+        self.store.move_file(account.id, held.upstream, id)
+        return held._replace(upstream=id)
 
     def kept(self, file: File) -> File:
         """Stores a file under a new id."""
@@ -3651,20 +3742,16 @@ class Files:
         """The owner's own entry of a file that an account holds."""
         held = self.store.files("digest=? AND account=?", file.digest, account.id)
         mine = [one for one in held if one.owner == owner]
-        return mine[0] if mine else self.kept((held or [file])[0]._replace(owner=owner, purpose=""))
+        return (
+            mine[0]
+            if mine
+            else self.kept((held or [file])[0]._replace(owner=owner, purpose="", used=time.time()))
+        )
 
-    def forget(self, account: Account, file: File) -> None:
-        """What the account was thought to hold is not there any more."""
-        for known in self.store.files("digest=? AND account=? AND purpose=''", file.digest, account.id):
-            self.store.remove_file(known.id)
-
-    def _bytes(self, file: File, watch: Watch) -> Patient[Blob]:
+    def content(self, account: Account, file: File, watch: Watch) -> Patient[Blob]:
         """A file's bytes from the account that holds it."""
-        if (holder := self.pool.find(file.account)) is None:
-            raise ApiError("not_found", f"The account that held the file {file.id} is gone; upload it again.")
-        yield from self.upstream.token(holder, watch)
-        url = yield from self.upstream.file_url(holder, file.upstream, watch)
-        return (yield from self.upstream.downloaded(holder, url, watch))
+        url = yield from self.upstream.file_url(account, file.upstream, watch)
+        return (yield from self.upstream.downloaded(account, url, watch))
 
 
 # ============================================================================================================
@@ -3674,6 +3761,7 @@ class Files:
 # Reasons to go on to the next account, never after the upstream rejected the request itself.
 _NEXT_ACCOUNT = ("expired", "blocked", "limited", "broken", "unreachable", "unlisted")
 _LOOKED_UP = {Drawing, SandboxLink}
+MOST_LINKS = 20  # different files of one answer that are looked up
 
 
 Batches = Generator[list[Event] | None, None, None]
@@ -3685,7 +3773,10 @@ class Attempt:
     def __init__(self, question: Question, guest: Account | None, owner: str = "") -> None:
         """`guest` is the one account that is to answer, None the pool; `owner` is whose files the question may use."""
         self.question, self.guest, self.owner = question, guest, owner
-        self.holder: str | None = None  # the account that holds the conversation or a file
+        self.kept_by: str | None = None  # the account that holds the conversation
+        self.holder: str | None = (
+            None  # the one account that will do, for the conversation's or a file's sake
+        )
         self.signed_in = False  # whether a login-free account will not do
         self.materials: dict[Attachment, tuple[File, Blob | None]] = {}
         self.tried: list[Account] = []
@@ -3697,6 +3788,7 @@ class Attempt:
             None  # the call under way; it is ended when the client has its last words
         )
         self.kept = ""  # the conversation that is remembered for its account
+        self.links: dict[str, str] = {}  # URLs of the files that the model made, by path
 
 
 class Answers:
@@ -3715,17 +3807,32 @@ class Answers:
         """
         question = attempt.question
         if attempt.guest is None and question.conversation:
-            attempt.holder = self.pool.holder(question.conversation)
-        for one in question.attachments:
-            attempt.signed_in = True
-            attempt.materials[one] = file, _ = yield from self.files.gathered(one, attempt.owner, watch)
-            if attempt.guest is None:
-                attempt.holder = attempt.holder or file.account or None
+            attempt.holder = attempt.kept_by = self.pool.holder(question.conversation)
+        yield from self._gather(attempt, watch)
         try:
             yield from self._attempts(attempt, watch, lambda account: self._answer(account, attempt, watch))
         finally:
             if attempt.pieces:
                 attempt.pieces.close()
+
+    def _gather(self, attempt: Attempt, watch: Watch) -> Patient[None]:
+        """Makes ready what comes with a question, whichever account it will be."""
+        attachments, fetched = attempt.question.attachments, 0
+        if len(attachments) > MOST_ATTACHMENTS:
+            raise invalid(attachments[-1].where, f"A request may have at most {MOST_ATTACHMENTS} files.")
+        for one in attachments:
+            attempt.signed_in = True
+            if one not in attempt.materials:
+                attempt.materials[one] = yield from self.files.gathered(one, attempt.owner, watch)
+            file = attempt.materials[one][0]
+            fetched += file.size if one.url else 0
+            if fetched > self.settings.max_body_mb << 20:
+                raise invalid(
+                    one.where,
+                    f"The URLs of a request lead to more than MAX_BODY_MB ({self.settings.max_body_mb} MiB).",
+                )
+            if attempt.guest is None:
+                attempt.holder = attempt.holder or file.account or None
 
     def do(
         self,
@@ -3772,7 +3879,7 @@ class Answers:
 
     def _learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
         """What a refusal means for its account."""
-        model = attempt.question.model
+        model = refused.about or attempt.question.model
         expired = refused.reason == "expired" and account.row.state == "ready"
         if refused.reason == "limited" or (expired and (account.renewable or account.row.kind == LOGIN_FREE)):
             # A token that is refused although it was just renewed: the account is not dead, but left alone a while.
@@ -3792,7 +3899,7 @@ class Answers:
             account = self._lease(attempt)
         except ApiError as none:
             raise (none if reason in ("expired", "limited") else refused) from None
-        if account in attempt.tried and reason == "blocked":
+        if account in attempt.tried and reason in ("blocked", "unlisted"):
             raise refused
         self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
         return account
@@ -3818,18 +3925,18 @@ class Answers:
             except Refusal as refused:
                 if attempt.begun and (over := decoder.finish()):
                     yield [
-                        *(yield from self._rest(account, decoder, watch)),
+                        *(yield from self._rest(account, attempt, decoder, watch)),
                         over,
                     ]  # only a second saying so is missing
                     return
                 if not continuation:
                     raise
                 self._learn(account, attempt, refused)  # what there is of the answer stays good
-                rest = yield from self._rest(account, decoder, watch)
+                rest = yield from self._rest(account, attempt, decoder, watch)
                 yield [*rest, Finish("length", decoder.conversation, decoder.message)]
                 return
             finish = self._finished(decoder)
-            events = [*events, *(yield from self._rest(account, decoder, watch))]
+            events = [*events, *(yield from self._rest(account, attempt, decoder, watch))]
             if finish.reason != "length" or not finish.conversation or not finish.message:
                 break
             if continuation < self.settings.auto_continue:
@@ -3846,8 +3953,10 @@ class Answers:
                 decoder.renew()
         yield [*events, finish]
 
-    def _rest(self, account: Account, decoder: Decoder, watch: Watch) -> Patient[list[Event]]:
-        return (yield from self._looked_up(account, decoder, decoder.rest(), watch))
+    def _rest(
+        self, account: Account, attempt: Attempt, decoder: Decoder, watch: Watch
+    ) -> Patient[list[Event]]:
+        return (yield from self._looked_up(account, attempt, decoder, decoder.rest(), watch))
 
     @staticmethod
     def _finished(decoder: Decoder) -> Finish:
@@ -3886,10 +3995,10 @@ class Answers:
         upstream, spare, known = self.upstream, True, True
         if self.settings.check_model and not attempt.continuing:
             yield from self._check_model(account, question.model, watch)
+        files = {}
+        for one in question.attachments:
+            files[one] = yield from self._placed(account, attempt, one, watch)
         while True:
-            files = {}
-            for one in question.attachments:
-                files[one] = yield from self.files.placed(account, *attempt.materials[one], watch)
             needs = (yield from upstream.spare(account, watch)) if spare else None
             spare = needs is not None
             if needs is None:
@@ -3901,16 +4010,33 @@ class Answers:
                     raise
                 if refused.reason == "blocked" and spare:
                     spare = False  # the upstream may have forgotten what was prepared
-                elif refused.reason in ("rejected", "missing") and files and known:
-                    known = False  # and files that it once was given
-                    for file in files.values():
-                        self.files.forget(account, file)
+                elif refused.reason == "forgotten" and files and known:
+                    known = False
+                    for one, file in files.items():
+                        if blob := attempt.materials[one][1]:
+                            files[one] = yield from self.files.renewed(account, file, blob, watch)
                 else:
                     raise
 
+    def _placed(
+        self, account: Account, attempt: Attempt, attachment: Attachment, watch: Watch
+    ) -> Patient[File]:
+        """A question's file as the account holds it, its bytes got from the account that has it if that is another."""
+        file, blob = attempt.materials[attachment]
+        if found := self.files.known(account, file):
+            return found
+        if blob is None:
+            try:
+                get = functools.partial(self.files.content, file=file, watch=watch)
+                blob = yield from self.do("downloads", None, get, watch, file.account)
+            except ApiError as error:  # what befell that account is not this one's fault
+                raise ApiError(error.code, error.message, attachment.where, error.headers) from None
+            attempt.materials[attachment] = file, blob
+        return (yield from self.files.placed(account, file, blob, watch))
+
     def _check_model(self, account: Account, model: str, watch: Watch) -> Patient[None]:
         """CHECK_MODEL: refuses what the account does not list, unless the list cannot be had."""
-        if model in ALIASES or _GPT.fullmatch(model):
+        if upstream_model(model, account.row.kind == LOGIN_FREE) == "auto":
             return
         try:
             listed = yield from self.upstream.models(account, watch)
@@ -3942,7 +4068,7 @@ class Answers:
             if decoder.conversation != attempt.kept:
                 self._keep(account, attempt, decoder.conversation)
             if not _LOOKED_UP.isdisjoint(map(type, events)):
-                events = yield from self._looked_up(account, decoder, events, watch)
+                events = yield from self._looked_up(account, attempt, decoder, events, watch)
             if decoder.done:
                 return events
             now = time.monotonic()
@@ -3952,21 +4078,23 @@ class Answers:
         return []
 
     def _looked_up(
-        self, account: Account, decoder: Decoder, events: list[Event], watch: Watch
+        self, account: Account, attempt: Attempt, decoder: Decoder, events: list[Event], watch: Watch
     ) -> Patient[list[Event]]:
         """The events with URLs for what the model drew and made."""
         out: list[Event] = []
         for event in events:
             if isinstance(event, SandboxLink):
-                ask = functools.partial(
-                    self.upstream.sandbox_url,
+                here = (
                     account,
                     decoder.conversation,
                     decoder.message,
-                    event.path,
+                    urllib.parse.unquote(event.path),
                     watch,
                 )
-                out.append(Text((yield from self._url(account, ask, watch)) or f"sandbox:{event.path}"))
+                if event.path not in attempt.links and len(attempt.links) < MOST_LINKS:
+                    ask = functools.partial(self.upstream.sandbox_url, *here)
+                    attempt.links[event.path] = yield from self._url(account, ask, watch)
+                out.append(Text(attempt.links.get(event.path) or f"sandbox:{event.path}"))
             elif isinstance(event, Drawing):
                 scheme, _, id = event.pointer.partition("#")[0].partition("://")
                 conversation = decoder.conversation if scheme == "sediment" else ""
@@ -4006,7 +4134,7 @@ class Answers:
     def _keep(self, account: Account, attempt: Attempt, conversation: str) -> None:
         """Remembers who holds a conversation before its id is given out."""
         attempt.kept = conversation
-        if not self.settings.history_disabled and not attempt.guest and attempt.holder != account.id:
+        if not self.settings.history_disabled and not attempt.guest and attempt.kept_by != account.id:
             self.pool.hold(conversation, account)
 
 
@@ -4047,6 +4175,36 @@ def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+MOST_DEEP = 100  # levels of JSON
+
+
+def read_json(text: str | bytes | bytearray) -> Any:
+    """Parses JSON as it is defined, and no deeper than MOST_DEEP, which recursion stands; ValueError for anything else."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    return _not_too_deep(value)
+
+
+def _not_too_deep(value: Any) -> Any:
+    level = [value]
+    for _ in range(MOST_DEEP):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if type(one) is dict else one if type(one) is list else ())
+            if type(inner) in (dict, list)
+        ]
+        if not level:
+            return value
+    raise ValueError("too deep")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
 class Schema:
     """A JSON Schema (draft 2020-12) as far as functions and structured output need it: types, enum, const, objects,
     arrays, lengths, ranges, local references, allOf, anyOf, oneOf and not.
@@ -4054,12 +4212,12 @@ class Schema:
     `pattern` and `format` are annotations here: a client's regular expression could hold up the whole process.
     """
 
-    MOST_CHECKS = 100_000  # after which the rest counts as fitting: references can branch without end
-    MOST_DEEP = 100
+    MOST_CHECKS = 20_000  # after which the rest counts as fitting: references can branch without end
 
     def __init__(self, schema: Any) -> None:
         self._root = schema
         self._left = self.MOST_CHECKS
+        self._enums: dict[int, set[Any]] = {}  # what the enums allow, by the identity of their lists
 
     def fault(self, value: Any) -> str:
         """Why a value does not fit, with the path to the place; "" when it fits."""
@@ -4070,7 +4228,7 @@ class Schema:
         self._left -= 1
         if schema is False:
             return f"{where} is not allowed"
-        if not isinstance(schema, dict) or self._left < 0 or depth > self.MOST_DEEP:
+        if not isinstance(schema, dict) or self._left < 0 or depth > MOST_DEEP:
             return ""
         for check in (self._alone, self._in_range, self._in_object, self._in_array, self._in_branches):
             if fault := check(value, schema, where, depth + 1):
@@ -4087,12 +4245,14 @@ class Schema:
         )
         if known and not any(_SCHEMA_TYPES[kind](value) for kind in known):
             return f"{where} is not of type {' or '.join(known)}"
-        if isinstance(choices := schema.get("enum"), list) and _canonical(value) not in map(
-            _canonical, choices
-        ):
-            return f"{where} is none of {compact(choices)}"
+        if isinstance(choices := schema.get("enum"), list):
+            if id(choices) not in self._enums:
+                self._left -= len(choices)
+                self._enums[id(choices)] = set(map(_canonical, choices))
+            if _canonical(value) not in self._enums[id(choices)]:
+                return f"{where} is none of {compact(choices[:20])[:300]}"
         if "const" in schema and _canonical(value) != _canonical(schema["const"]):
-            return f"{where} is not {compact(schema['const'])}"
+            return f"{where} is not {compact(schema['const'])[:300]}"
         return ""
 
     def _in_range(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
@@ -4106,8 +4266,11 @@ class Schema:
                 return f"{where} is not above exclusiveMinimum"
             if value >= _bound(schema, "exclusiveMaximum", math.inf) and value != math.inf:
                 return f"{where} is not below exclusiveMaximum"
-            if value % (step := _bound(schema, "multipleOf", math.inf)) and step != math.inf:
-                return f"{where} is not a multiple of {step}"
+            step = _bound(schema, "multipleOf", 0)
+            exact = isinstance(value, int) and isinstance(step, int)
+            with contextlib.suppress(OverflowError):  # past what a float can hold nobody can tell
+                if step and (value % step if exact else abs(value / step - round(value / step)) > 1e-9):
+                    return f"{where} is not a multiple of {step}"
         return ""
 
     def _in_object(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
@@ -4115,13 +4278,15 @@ class Schema:
             return ""
         given = schema.get("properties")
         properties = given if isinstance(given, dict) else {}
+        if "patternProperties" in schema:  # whose names are not looked at
+            schema = {name: one for name, one in schema.items() if name != "additionalProperties"}
         others = schema.get("additionalProperties", True)
         for name in _listed(schema, "required"):
             if isinstance(name, str) and name not in value:
                 return f"{where} has no {name}"
         for name, one in value.items():
             if name not in properties and others is False:
-                return f"{where} must not have {name}"
+                return f"{where} must not have {name[:100]}"
             inner = name if where == "it" else f"{where}.{name}"
             if fault := self._fault(one, properties.get(name, others), inner, depth):
                 return fault
@@ -4147,7 +4312,7 @@ class Schema:
         if branches := _listed(schema, "anyOf"):
             faults = [self._fault(value, one, where, depth) for one in branches]
             if all(faults):
-                return f"{where} fits no branch of anyOf ({'; '.join(faults[:5])})"
+                return f"{where} fits no branch of anyOf ({'; '.join(faults[:5])[:300]})"
         if branches := _listed(schema, "oneOf"):
             fits = sum(not self._fault(value, one, where, depth) for one in branches)
             if fits != 1:
@@ -4172,7 +4337,7 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, dict):
         return frozenset((name, _canonical(one)) for name, one in value.items())
     if isinstance(value, list):
-        return tuple(map(_canonical, value))
+        return tuple([_canonical(one) for one in value])
     return (type(value) is bool, value)
 
 
@@ -4181,41 +4346,76 @@ def _canonical(value: Any) -> Any:
 # ============================================================================================================
 
 
+MOST_ITEMS = 1_000_000  # commas in a body: reading more would hold up everybody
+
+
 def parse_object(body: Blob) -> dict[str, Any]:
-    """A request's body as a JSON object."""
+    """A request's body as a JSON object, without lone surrogates, which nobody could send on."""
+    mark, blobs = f"@{secrets.token_hex(8)}:", list[Blob]()
+    data = body.read() if body.size <= MOST_IN_MEMORY else _lifted(body, mark, blobs)
     try:
-        value = json.loads(body.read()) if body.size <= MOST_IN_MEMORY else _lifted(body)
-    except (ValueError, RecursionError):
+        value = read_json(data) if data.count(b",") <= MOST_ITEMS else None
+    except ValueError:
         raise invalid(None, "The body is not valid JSON; send one JSON object.") from None
     if not isinstance(value, dict):
-        raise invalid(None, "The body is not a JSON object; send one.")
+        raise invalid(None, "The body is not a JSON object of a usual size; send one.")
+    if b"\\ud" in data or b"\\uD" in data:
+        value = _changed(
+            value, lambda text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        )
+    if blobs:
+        value = {
+            name: _changed(one, functools.partial(_with_blob, mark, blobs, name in ("messages", "input")))
+            for name, one in value.items()
+        }
     return value
 
 
+def _changed(value: Any, change: Callable[[str], Any]) -> Any:
+    """Parsed JSON with its strings changed."""
+    if isinstance(value, dict):
+        return {str(change(name)): _changed(one, change) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_changed(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
+
+
 class InlineFile(str):
-    """A data: URL of a large body: the text ends before the base64, `blob` has the bytes."""
+    """A file in a large body: the text ends before the base64, `blob` has the bytes."""
 
     blob: Blob
 
 
-_INLINE = re.compile(rb'"(?:url|image_url|file_data)"\s*:\s*"data:[^",\\]{0,200};base64,\Z')
+_INLINE = re.compile(
+    rb'(?<!\\)"(?:url|image_url|file_data)"\s{0,20}:\s{0,20}"data:[^",\\]{0,200};base64,'
+    rb'|(?<!\\)"file_data"\s{0,20}:\s{0,20}"(?=[0-9A-Za-z+/]{64})'
+)
 _NOT_BASE64 = re.compile(rb"[^0-9A-Za-z+/=]")
+MOST_LIFTED = 200
 
 
-def _lifted(body: Blob) -> Any:
-    """Parses a large body with the files in it decoded on their way: as text they would stand in memory three times."""
-    mark, blobs, rest, at = f"@{secrets.token_hex(8)}:", list[Blob](), bytearray(), 0
-    while (start := body.find(b";base64,", at) + 8) >= 8:
-        rest += body.read(at, start - at)
-        at = start
-        if _INLINE.search(rest, max(0, len(rest) - 300)) and (found := _decoded_run(body, start)):
+def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
+    """A large body with the files in it decoded on their way into `blobs`, and in their places the mark and their
+    numbers: as text they would stand in memory three times."""
+    rest, at, reach = bytearray(), 0, 512
+    while at < body.size:
+        window = body.read(at, PIECE)
+        escaped = rest[-1:] == b"\\"  # then the window's first character is no quote
+        match = _INLINE.search(window, int(escaped)) if len(blobs) < MOST_LIFTED else None
+        if match is None:
+            step = (
+                len(window) if at + PIECE >= body.size else PIECE - reach
+            )  # a name may be cut by the window's end
+            rest += window[:step]
+            at += step
+            continue
+        rest += window[: match.end()]
+        at += match.end()
+        if found := _decoded_run(body, at):
             rest += f"{mark}{len(blobs)}".encode()
             blobs.append(found[0])
             at = found[1]
-    rest += body.read(at)
-    text = rest.decode()
-    del rest
-    return _with_blobs(json.loads(text), mark, blobs) if blobs else json.loads(text)
+    return rest
 
 
 def _decoded_run(body: Blob, start: int) -> tuple[Blob, int] | None:
@@ -4233,15 +4433,13 @@ def _decoded_run(body: Blob, start: int) -> tuple[Blob, int] | None:
     return None
 
 
-def _with_blobs(value: Any, mark: str, blobs: list[Blob]) -> Any:
-    """The parsed body with its marks made InlineFiles."""
-    if isinstance(value, dict):
-        return {name: _with_blobs(one, mark, blobs) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_with_blobs(one, mark, blobs) for one in value]
-    if not isinstance(value, str) or mark not in value:
-        return value
-    head, _, number = value.partition(mark)
+def _with_blob(mark: str, blobs: list[Blob], keep: bool, text: str) -> str:
+    """A string with the mark of a blob as an InlineFile; where none is expected, as it was."""
+    head, found, number = text.partition(mark)
+    if not found:
+        return text
+    if not keep:
+        return head + base64.b64encode(blobs[int(number)].read()).decode()
     file = InlineFile(head)
     file.blob = blobs[int(number)]
     return file
@@ -4377,10 +4575,12 @@ def _file_part(given: Mapping[str, Any], where: str) -> Attachment:
     name = given.get("filename") or ""
     if url := given.get("file_url"):
         return replace(_from_url(url, where), name=name)
-    if data := given.get("file_data"):
-        return replace(
-            _from_url(data if data.startswith("data:") else f"data:;base64,{data}", where), name=name
-        )
+    data = given.get("file_data")
+    if isinstance(data, str) and data.startswith("data:"):
+        return replace(_from_url(data, where), name=name)
+    if data or isinstance(data, InlineFile):
+        blob = data.blob if isinstance(data, InlineFile) else _unbased(data, 0, where)
+        return Attachment(where, name=name, blob=blob)
     raise invalid(where, f"`{where}` must have a `file_id`, or `file_data` with a `filename`.")
 
 
@@ -4389,7 +4589,7 @@ _DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?;base64,")
 
 def _from_url(url: str, where: str, image: bool = False) -> Attachment:
     """A file by its URL: a data: URL is its bytes."""
-    if url.startswith(("http://", "https://")):
+    if url[:8].lower().startswith(("http://", "https://")):
         return Attachment(where, image, url=url)
     if not (match := _DATA_URL.match(url)):
         raise invalid(where, f"`{where}` must be an http://, https:// or base64 data: URL.")
@@ -4400,7 +4600,7 @@ def _from_url(url: str, where: str, image: bool = False) -> Attachment:
 def _unbased(text: str, start: int, where: str) -> Blob:
     """The bytes of base64 from `start` on, decoded in pieces."""
     if re.compile(r"\s").search(text, start):
-        text, start = re.sub(r"\s", "", text[start:]), 0
+        text, start = "".join(text[start:].split()), 0
     blob = Blob()
     try:
         for at in range(start, len(text), PIECE):
@@ -4506,7 +4706,9 @@ def _calls_made(message: Mapping[str, Any], where: str, names: dict[str, str]) -
     return tuple(call_text(call["name"], str(call.get("arguments") or "")) for call in calls if call)
 
 
-def parse_offer(functions: list[Any], where: str, choice: Any, parallel: Any) -> Offer | None:
+def parse_offer(
+    functions: list[Any], where: str, choice: Any, parallel: Any, field: str = "tool_choice"
+) -> Offer | None:
     """The functions of a request, each {"name", "description"?, "parameters"?}; None when none may be called."""
     found = {}
     for i, one in enumerate(functions):
@@ -4522,17 +4724,21 @@ def parse_offer(functions: list[Any], where: str, choice: Any, parallel: Any) ->
         allowed = choice.get("allowed_tools", choice)
         allowed = allowed if isinstance(allowed, dict) else {}
         names = [one.get("function", one) for one in _dicts(allowed.get("tools"))]
-        found = {one["name"]: found[one["name"]] for one in _dicts(names) if one.get("name") in found}
+        found = {
+            one["name"]: found[one["name"]]
+            for one in _dicts(names)
+            if isinstance(one.get("name"), str) and one["name"] in found
+        }
         choice = allowed.get("mode")
     if isinstance(choice, dict):
         named = choice.get("function")
         choice = (named if isinstance(named, dict) else choice).get("name")
-        if choice not in found:
-            raise invalid("tool_choice", "`tool_choice` must name one of the functions offered.")
+        if not isinstance(choice, str) or choice not in found:
+            raise invalid(field, f"`{field}` must name one of the functions offered.")
     elif choice not in (None, "auto", "none", "required"):
-        raise invalid("tool_choice", "`tool_choice` must be auto, none, required or a function.")
+        raise invalid(field, f"`{field}` must be auto, none, required or a function.")
     elif choice == "required" and not found:
-        raise invalid("tool_choice", "`tool_choice` is required, but no function is offered.")
+        raise invalid(field, f"`{field}` is required, but no function is offered.")
     return Offer(found, choice or "auto", parallel is not False) if found and choice != "none" else None
 
 
@@ -4543,20 +4749,27 @@ class CallScanner:
     `complaint` says why and nothing is; a `last` scanner then passes on as text what it held back.
     """
 
-    def __init__(self, offer: Offer, last: bool, repeats: bool) -> None:
-        """`repeats`: the client has the text before the calls from an answer that is being given again."""
-        self._offer, self._last, self._repeats = offer, last, repeats
+    MOST_TRIES = 16  # end tags at which a call may end: they may stand in a string of its arguments
+
+    def __init__(self, offer: Offer, last: bool = False, told: str = "") -> None:
+        """`told` is what the client has of an answer that is being given again."""
+        self._offer, self._last, self._told = offer, last, told
         self._patient = last or offer.choice != "auto"  # text too waits until it is clear what becomes of it
         self._start = ""  # what may be the beginning of a tag
         self._inside: list[str] | None = None  # what has come of a call
         self._tail = ""  # its last characters, in which an end tag may have begun
+        self._tried, self._from = 0, 0  # end tags tried, and where the next may begin
         self._calls: list[dict[str, Any]] = []
         self._fault = ""  # what is wrong with one of them
         self._text: list[str] = []  # before any call
         self._raw: list[str] = []  # everything from the first call on
         self.complaint = ""
-        self.over = False  # whether the rest of the answer does not matter
-        self.told = False  # whether the client has some of the text
+        self.over = False  # whether the answer has been passed on, whatever follows
+
+    @property
+    def told(self) -> str:
+        """What the client has of the text."""
+        return "" if self._patient else "".join(self._text)
 
     def said(self) -> str:
         """The whole answer as the model wrote it."""
@@ -4566,85 +4779,83 @@ class CallScanner:
         """What of a batch of events can be passed on."""
         out: list[Event] = []
         for event in events:
+            if self.over:
+                break
             if type(event) is not Text:
                 if isinstance(event, Finish):
-                    self.finish(event, out)
+                    self._finish(event, out)
                 else:
                     out.append(event)
             elif self._patient or self._start or self._raw or "<" in event.text:  # else once per token
                 if self._raw:
                     self._raw.append(event.text)
-                if not self.over:
-                    self._take(event.text, out)
+                self._take(event.text, out)
             else:
                 self._text.append(event.text)
-                self.told = True
                 out.append(event)
         return out
 
     def _take(self, text: str, out: list[Event]) -> None:
-        if self._inside is not None:
-            self._inside.append(text)
-            end, self._tail = self._tail + text, (self._tail + text)[1 - len(CALL_END) :]
-            if CALL_END in end:
-                self._close("".join(self._inside), out)
-            return
-        text, self._start = self._start + text, ""
-        start = text.find(CALL_TAG)
-        if start >= 0:
-            self._before(text[:start], out)
-            if self.over:
+        """Text of which some may be a call."""
+        while text and not self.over:
+            if self._inside is not None:
+                self._inside.append(text)
+                ended, self._tail = self._tail + text, (self._tail + text)[1 - len(CALL_END) :]
+                text = self._close("".join(self._inside), out) if CALL_END in ended else ""
+                continue
+            text, self._start = self._start + text, ""
+            start = text.find(CALL_TAG)
+            if start < 0:
+                sizes = range(min(len(CALL_TAG) - 1, len(text)), 0, -1)
+                held = next((size for size in sizes if CALL_TAG.startswith(text[-size:])), 0)
+                self._start = text[len(text) - held :]
+                self._before(text[: len(text) - held], out)
                 return
+            self._before(text[:start], out)
             self._raw = self._raw or [text[start:]]
-            self._inside, self._tail = [], ""
-            if start + len(CALL_TAG) < len(text):
-                self._take(text[start + len(CALL_TAG) :], out)
-            return
-        sizes = range(min(len(CALL_TAG) - 1, len(text)), 0, -1)
-        held = next((size for size in sizes if CALL_TAG.startswith(text[-size:])), 0)
-        self._start = text[len(text) - held :]
-        self._before(text[: len(text) - held], out)
+            self._inside, self._tail, self._tried, self._from = [], "", 0, 0
+            text = text[start + len(CALL_TAG) :]
 
     def _before(self, text: str, out: list[Event]) -> None:
-        """Text outside of calls: after one it ends the answer."""
-        if not text:
-            return
+        """Text outside of calls: after one that is right it ends the answer."""
         if self._calls:
-            self.over = not self._fault and bool(text.strip())
-            return
-        self._text.append(text)
-        if not self._patient:
-            self.told = True
-            out.append(Text(text))
+            if text.strip() and not self._fault:
+                self._finish(Finish("stop"), out)
+        elif text:
+            self._text.append(text)
+            if not self._patient:
+                out.append(Text(text))
 
-    def _close(self, body: str, out: list[Event]) -> None:
-        """An end tag has come: it may stand in a string of the arguments."""
-        end = -1
-        while (end := body.find(CALL_END, end + 1)) >= 0:
+    def _close(self, body: str, out: list[Event]) -> str:
+        """An end tag has come: what follows the call, "" while it goes on."""
+        while self._tried < self.MOST_TRIES and (end := body.find(CALL_END, self._from)) >= 0:
+            self._tried, self._from = self._tried + 1, end + 1
             if (call := self._parsed(body[:end])) is not None:
-                rest, self._inside = body[end + len(CALL_END) :], None
+                self._inside = None
                 self._calls.append(call)
                 self._fault = self._fault or self._offer.fault(call)
-                self.over = not self._offer.parallel and not self._fault
-                if rest and not self.over:
-                    self._take(rest, out)
-                return
+                if not self._offer.parallel and not self._fault:
+                    self._finish(Finish("stop"), out)
+                return body[end + len(CALL_END) :]
+        return ""
 
     @staticmethod
     def _parsed(text: str) -> dict[str, Any] | None:
         """A call's JSON object, also from within a code fence; None when it is none (yet)."""
-        text = re.sub(r"\A\s*```\w*\s*|\s*```\s*\Z", "", text)
+        text = text.strip()
+        if text.startswith("```"):
+            text = re.sub(r"\A```\w*", "", text).removesuffix("```")
         try:
-            call = json.loads(text)
-            if isinstance(call, dict) and isinstance(call.get("arguments", ""), str):
-                call["arguments"] = json.loads(call.get("arguments") or "{}")
-        except (ValueError, RecursionError):
+            call = read_json(text)
+            if isinstance(call, dict) and not isinstance(call.get("arguments"), (dict, list)):
+                call["arguments"] = read_json(str(call.get("arguments") or "{}"))
+        except ValueError:
             return None
         return call if isinstance(call, dict) else None
 
-    def finish(self, event: Finish, out: list[Event]) -> None:
+    def _finish(self, event: Finish, out: list[Event]) -> None:
         """The answer is over, or what follows does not matter: passes on the calls, or complains."""
-        fault = self._fault
+        self.over, fault = True, self._fault
         if self._inside is not None:
             if (call := self._parsed("".join(self._inside))) is not None:
                 self._calls.append(call)  # only the end tag is missing
@@ -4655,26 +4866,26 @@ class CallScanner:
             fault = "a function had to be called"
         if fault and event.reason == "stop" and not self._last:
             self.complaint = f"Your answer cannot be used: {fault}. Write the whole call again, as described, and nothing else."
-            return
-        if fault or not self._calls:
-            self._as_text(out)
-            out.append(event)
-            return
-        if self._patient and not self._repeats and self._text:
-            out.append(Text("".join(self._text)))
-        out += [
-            FunctionCall(f"call_{random.getrandbits(96):024x}", call["name"], compact(call["arguments"]))
-            for call in self._calls
-        ]
-        out.append(event._replace(reason="tool_calls"))
+        elif fault or not self._calls:
+            self.as_text(out, event)
+        else:
+            if self._patient and not self._told and self._text:
+                out.append(Text("".join(self._text)))
+            out += [
+                FunctionCall(f"call_{random.getrandbits(96):024x}", call["name"], compact(call["arguments"]))
+                for call in self._calls
+            ]
+            out.append(event._replace(reason="tool_calls"))
 
-    def _as_text(self, out: list[Event]) -> None:
-        """Passes on what was held back unchanged."""
-        held = "".join(self._raw) or self._start
-        if self._patient and not (self._repeats and self._raw):
-            held = "".join(self._text) + held
-        if held:
-            out.append(Text(held))
+    def as_text(self, out: list[Event], event: Finish) -> None:
+        """Passes on unchanged what the client has not got."""
+        text = self.said() + ("" if self._raw else self._start)
+        told = self.told or self._told
+        if text.startswith(told):
+            text = text[len(told) :]
+        elif self._raw:
+            text = "".join(self._raw)
+        out += [Text(text), event] if text else [event]
 
 
 # -- structured output -------------------------------------------------------------------------------------------------
@@ -4707,40 +4918,46 @@ def parse_shape(value: Any, where: str) -> Shape | None:
     return Shape(schema)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-_decode_strictly = json.JSONDecoder(parse_constant=_no_constant).raw_decode
+_raw_decode = json.JSONDecoder(parse_constant=_no_constant).raw_decode
 MOST_STARTS = 64  # places of a text at which JSON is looked for
 
 
 def find_json(text: str, schema: Mapping[str, Any] | None) -> tuple[str, str]:
-    """The first JSON object (or array, where a schema allows one) in a text that fits, or "" and why there is none."""
+    """The first JSON object (or array, where a schema allows one) in a text that fits, or "" and why there is none.
+
+    What stands inside of brackets is never taken for the whole, even when that is not valid."""
     fault, at = "there is no JSON object in it", 0
-    starts = re.compile(r"\{" if schema is None else r"[{\[]")
     for _ in range(MOST_STARTS):
-        if not (match := starts.search(text, at)):
+        if not (match := re.compile(r"[{\[]").search(text, at)):
             break
         try:
-            value, end = _decode_strictly(text, match.start())
+            value, at = _raw_decode(text, match.start())
+            wrong = Schema({"type": "object"} if schema is None else schema).fault(_not_too_deep(value))
+            if not wrong:
+                return text[match.start() : at], ""
+            fault = f"it does not fit the schema: {wrong}"
         except (ValueError, RecursionError):
-            at = match.end()
-            continue
-        wrong = Schema(schema).fault(value) if schema is not None else ""
-        if not wrong:
-            return text[match.start() : end], ""
-        fault, at = f"it does not fit the schema: {wrong}", end
+            fault, at = "its JSON is not valid", _closing(text, match.start())
     return "", fault
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` is closed; the text's end when it is not."""
+    depth = 0
+    for match in re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]').finditer(text, start):
+        depth += (match[0] in "{[") - (match[0] in "}]")
+        if not depth:
+            return match.end()
+    return len(text)
 
 
 class ShapeScanner:
     """Holds an answer back until it is whole, and passes on its JSON without what stands around it; else `complaint`
     says what is wrong, or a `last` scanner fails with invalid_structured_output."""
 
-    over = told = False
+    told, over = "", False
 
-    def __init__(self, shape: Shape, last: bool) -> None:
+    def __init__(self, shape: Shape, last: bool = False) -> None:
         self._shape, self._last = shape, last
         self._text: list[str] = []
         self.complaint = ""
@@ -4780,29 +4997,46 @@ class ShapeScanner:
 # -- the one path of every API -----------------------------------------------------------------------------------------
 
 
+def instructed(
+    messages: tuple[Message, ...], offer: Offer | None, shape: Shape | None
+) -> tuple[Message, ...]:
+    """The messages, and before them what the model must know of the client's functions and shape."""
+    told = [one.instructions() for one in (offer, shape) if one]
+    return (Message("system", ("\n\n".join(told),)), *messages) if told else messages
+
+
 def exchange(turn: Turn, ask: Callable[[Question], Batches], heartbeat: float) -> Batches:
     """The answer to a turn, as `ask` gives it, with the client's functions and shape seen to: what cannot be used is
     asked for again, once, without the client's noticing."""
-    told = [one.instructions() for one in (turn.offer, turn.shape) if one]
-    if not told:
+    scanners: list[CallScanner | ShapeScanner] = [CallScanner(turn.offer)] if turn.offer else []
+    scanners += [ShapeScanner(turn.shape)] if turn.shape else []
+    if not scanners:
         yield from ask(turn.question)
         return
-    question = replace(
-        turn.question, messages=(Message("system", ("\n\n".join(told),)), *turn.question.messages)
-    )
-    repeats = False
-    for last in (False, True):
-        scanners: list[CallScanner | ShapeScanner] = []
-        if turn.offer:
-            scanners.append(CallScanner(turn.offer, last, repeats))
-        if turn.shape:
-            scanners.append(ShapeScanner(turn.shape, last))
-        yield from _scanned(scanners, ask(question), heartbeat)
-        if not (complaint := next((one.complaint for one in scanners if one.complaint), "")):
-            return
-        repeats = repeats or (scanners[0].told and len(scanners) == 1)
-        said = Message("assistant", (scanners[0].said(),))
-        question = replace(question, messages=(*question.messages, said, Message("system", (complaint,))))
+    yield from _scanned(scanners, ask(turn.question), heartbeat)
+    if not (complaint := next((one.complaint for one in scanners if one.complaint), "")):
+        return
+    first = scanners[0]
+    told = first.told if len(scanners) == 1 else ""
+    said = (Message("assistant", (first.said(),)), Message("system", (complaint,)))
+    scanners = [CallScanner(turn.offer, True, told)] if turn.offer else []
+    scanners += [ShapeScanner(turn.shape, True)] if turn.shape else []
+    again = replace(turn.question, messages=(*turn.question.messages, *said))
+    try:
+        yield from _scanned(scanners, _words(ask(again)), heartbeat)
+    except ApiError:
+        if turn.shape or not isinstance(first, CallScanner):
+            raise
+        out: list[Event] = []
+        first.as_text(out, Finish("stop"))
+        yield out
+
+
+def _words(answer: Batches) -> Batches:
+    """An answer that is given again without what the client has from the first one."""
+    with contextlib.closing(answer):
+        for events in answer:
+            yield [event for event in events if isinstance(event, (Text, Finish))] if events else None
 
 
 def _scanned(scanners: list[CallScanner | ShapeScanner], answer: Batches, heartbeat: float) -> Batches:
@@ -4812,17 +5046,11 @@ def _scanned(scanners: list[CallScanner | ShapeScanner], answer: Batches, heartb
         for events in answer:
             for scanner in scanners if events else ():
                 events = scanner.feed(events or [])
-            over = scanners[0].over
-            if over and not (events and type(events[-1]) is Finish):
-                events = events or []
-                scanners[0].finish(Finish("stop"), events)
-                for scanner in scanners[1:]:
-                    events = scanner.feed(events)
             now = time.monotonic()
             if events or now - sent >= heartbeat:
                 sent = now
                 yield events or None
-            if over:
+            if scanners[0].over:
                 return
 
 
@@ -4860,9 +5088,9 @@ _EFFORTS |= {"xhigh": "max", "max": "max"}
 
 
 def _effort(value: Any, where: str) -> str:
-    if value is not None and value not in _EFFORTS:
+    if value is not None and (not isinstance(value, str) or value not in _EFFORTS):
         raise invalid(where, f"`{where}` must be one of {', '.join(_EFFORTS)}.")
-    return _EFFORTS.get(value, "")
+    return _EFFORTS.get(value or "", "")
 
 
 def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: bool = False) -> Turn:
@@ -4891,12 +5119,13 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         ):
             raise invalid(f"tools[{i}]", f"`tools[{i}]` must be a function; the upstream has no other tools.")
     if legacy:
-        offer = parse_offer(body["functions"], "functions", body.get("function_call"), False)
+        offer = parse_offer(body["functions"], "functions", body.get("function_call"), False, "function_call")
     else:
         functions = [tool["function"] for tool in tools]
         offer = parse_offer(functions, "tools", body.get("tool_choice"), body.get("parallel_tool_calls"))
+    shape = parse_shape(body.get("response_format"), "response_format")
     question = Question(
-        parse_messages(messages, upload_by_url),
+        instructed(parse_messages(messages, upload_by_url), offer, shape),
         model,
         conversation,
         body.get("parent_message_id") if conversation else None,
@@ -4910,7 +5139,7 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         _limit(body, "max_completion_tokens", "max_tokens"),
         _stops(body.get("stop")),
         offer,
-        parse_shape(body.get("response_format"), "response_format"),
+        shape,
         bool(options.get("include_usage")),
         legacy,
     )
@@ -4956,7 +5185,10 @@ _COMMON_HAN = frozenset(
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many o200k_base tokens a text is, in one pass (two if it is not all ASCII)."""
+    """About how many o200k_base tokens a text is, in one pass (two if it is not all ASCII); in slices, between which
+    others get their turn."""
+    if len(text) > PIECE:
+        return sum(estimate_tokens(text[at : at + PIECE]) for at in range(0, len(text), PIECE))
     tokens = float(len(_PIECE.findall(text)))
     if not text.isascii():
         for char, count in Counter("".join(_NOT_ASCII.findall(text))).items():
@@ -5074,7 +5306,7 @@ class Trimmer:
 def _as_text(event: Event) -> Event:
     """What is no text, as Markdown: code and its output in a fence that they cannot end, a drawing as an image."""
     if isinstance(event, ToolUse):
-        runs = re.findall(r"(?m)^\s*(`{3,})", event.text)
+        runs = re.findall("`{3,}", event.text)
         fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
         end = "" if event.text.endswith("\n") else "\n"
         return Text(f"\n{fence}{event.language}\n{event.text}{end}{fence}\n\n")
@@ -5139,8 +5371,7 @@ class Answered:
         """Tokens of the prompt, the answer (reasoning included) and the reasoning: four more a message (its frame and
         role) and three for the answer, as the chat format has them."""
         count, messages = self._tokens.count, self.turn.question.messages
-        told = [one.instructions() for one in (self.turn.offer, self.turn.shape) if one]
-        prompt = sum(count(message.text) + 4 for message in messages) + sum(map(count, told)) + 3
+        prompt = sum(count(message.text) + 4 for message in messages) + 3
         answer, reasoning = count(self.text), count("".join(self._reasoning))
         if self.turn.limit is not None:
             answer = min(answer, self.turn.limit)
@@ -5215,19 +5446,21 @@ class CompletionStream(Completion):
     _ahead = _behind = ""
     _called = 0
 
+    @property
+    def _at_once(self) -> bool:
+        """Whether the client can be told that the answer begins before it is known whether it is text."""
+        return self.turn.offer is None or self.turn.shape is not None
+
     def feed(self, events: list[Event]) -> tuple[bytes, int]:
         """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
         pieces: list[str] = []
         append, quote = pieces.append, json.encoder.encode_basestring
         for event in self.take(events):
             kind = type(event)
-            if kind is Text and self._begun:  # once per token
-                append(f"{self._ahead}{quote(event[0])}{self._behind}")
-                continue
-            if not self._begun and kind is not Begin:
+            if not self._begun and (kind is not Begin or self._at_once):
                 self._begin(pieces, None if kind is FunctionCall else "")
-            if isinstance(event, Text):
-                append(f"{self._ahead}{quote(event.text)}{self._behind}")
+            if kind is Text:  # once per token
+                append(f"{self._ahead}{quote(event[0])}{self._behind}")
             elif isinstance(event, Reasoning):
                 append(self._chunk({"reasoning_content": event.text}, None))
             elif isinstance(event, FunctionCall):
@@ -5298,7 +5531,6 @@ def parse_response(
 ) -> ResponseRequest:
     """A request of the Responses API that goes on from the messages of an earlier one; 400 names what is wrong.
     `find_item` gives an item of a response that is kept."""
-    check_types(body, RESPONSE_FIELDS)
     model = required(body, "model")
     if body.get("background"):
         raise invalid("background", "`background` must be false: a response is made while you wait.")
@@ -5316,16 +5548,21 @@ def parse_response(
     check_types(text, {"format": _OBJECT}, "text.")
     functions, hints = _response_tools(tools)
     parallel = body.get("parallel_tool_calls")
+    offer = parse_offer(functions, "tools", body.get("tool_choice"), parallel)
+    shape = parse_shape(text.get("format"), "text.format")
     question = Question(
-        (*system, *messages), model, effort=_effort(reasoning.get("effort"), "reasoning.effort"), hints=hints
+        instructed((*system, *messages), offer, shape),
+        model,
+        effort=_effort(reasoning.get("effort"), "reasoning.effort"),
+        hints=hints,
     )
     turn = Turn(
         question,
         model,
         bool(body.get("stream")),
         _limit(body, "max_output_tokens"),
-        offer=parse_offer(functions, "tools", body.get("tool_choice"), parallel),
-        shape=parse_shape(text.get("format"), "text.format"),
+        offer=offer,
+        shape=shape,
     )
     echo = {
         name: body.get(name) for name in ("instructions", "max_output_tokens", "previous_response_id", "user")
@@ -5388,6 +5625,37 @@ def parse_items(
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class _Growth:
+    """How an item that grows is told: the prefix of its id, its type, the field with its one part, that part's type,
+    the events of the part and of its text, the name of the part's index, and what items, parts and texts have more."""
+
+    prefix: str
+    item: str
+    field: str
+    type: str
+    part: str
+    text: str
+    index: str
+    facts: Mapping[str, Any]
+    parts: Mapping[str, Any]
+    more: Mapping[str, Any]
+
+    def whole(self, text: str) -> dict[str, Any]:
+        """The part."""
+        return {"type": self.type, "text": text, **self.parts}
+
+
+_MESSAGE = _Growth(
+    "msg", "message", "content", "output_text", "response.content_part", "response.output_text", "content_index",
+    {"role": "assistant", "content": []}, {"annotations": [], "logprobs": []}, {"logprobs": []},
+)  # fmt: skip
+_REASONING = _Growth(
+    "rs", "reasoning", "summary", "summary_text", "response.reasoning_summary_part",
+    "response.reasoning_summary_text", "summary_index", {"summary": []}, {}, {},
+)  # fmt: skip
+
+
 class ModelResponse(Answered):
     """An answer as a `response`, and as the events of one that is streamed: items open, grow and close one after the
     other, and every event has the next sequence number."""
@@ -5398,9 +5666,10 @@ class ModelResponse(Answered):
         """`keep` is called with the finished response before the client is told that it is."""
         super().__init__(request.turn, tokens)
         self.request, self._keep = request, keep
-        self.id = f"resp_{random.getrandbits(192):048x}"
+        self.id = f"resp_{secrets.token_hex(24)}"  # who has it, has the response
         self.items: list[dict[str, Any]] = []
-        self._open: list[str] | None = None  # the text of the last item, while it grows
+        self._open: _Growth | None = None  # what the last item is, while it grows
+        self._grown: list[str] = []
         self._pieces: list[str] = []
         self._number = -1
         self._ahead = ""
@@ -5434,34 +5703,30 @@ class ModelResponse(Answered):
 
     def feed(self, events: list[Event]) -> tuple[bytes, int]:
         """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
-        self._pieces = pieces = []
-        quote = json.encoder.encode_basestring
+        self._pieces = []
         for event in self.take(events):
-            if type(event) is Text and self._ahead and self._open is not None:  # once per token
-                self._number += 1
-                self._open.append(event[0])
-                pieces.append(f'{self._ahead}{self._number},"delta":{quote(event[0])}}}\n\n')
-                continue
+            kind = type(event)
             if self._number < 0:
                 self._tell("response.created", response=self.whole())
                 self._tell("response.in_progress", response=self.whole())
-            if isinstance(event, Text):
-                self._message(event.text)
-            elif isinstance(event, Reasoning):
-                self._think(event.text)
+            if kind is Text:
+                self._grow(_MESSAGE, event[0])
+            elif kind is Reasoning:
+                self._grow(_REASONING, event[0])
             elif isinstance(event, FunctionCall):
                 self._call(event)
             elif isinstance(event, Finish):
                 self._end()
-        return "".join(pieces).encode("utf-8", "replace"), len(pieces)
+        return "".join(self._pieces).encode("utf-8", "replace"), len(self._pieces)
 
     def _tell(self, kind: str, **facts: Any) -> None:
         self._number += 1
         event = {"type": kind, "sequence_number": self._number} | facts
         self._pieces.append(f"event: {kind}\ndata: {compact(event)}\n\n")
 
-    def _place(self, **inner: int) -> dict[str, Any]:
-        """Where the open item stands."""
+    def _place(self) -> dict[str, Any]:
+        """Where the last item stands."""
+        inner = {self._open.index: 0} if self._open else {}
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1} | inner
 
     def _add(self, prefix: str, kind: str, **facts: Any) -> None:
@@ -5470,30 +5735,36 @@ class ModelResponse(Answered):
         self.items.append({"id": id, "type": kind, "status": "in_progress"} | facts)
         self._tell("response.output_item.added", output_index=len(self.items) - 1, item=self.items[-1])
 
-    def _message(self, text: str) -> None:
-        """Text: goes on with the message under way, or begins one."""
-        if self._open is None or self.items[-1]["type"] != "message":
-            self._add("msg", "message", role="assistant", content=[])
-            self._open = []
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            self._tell("response.content_part.added", **self._place(content_index=0), part=part)
-            kind = "response.output_text.delta"
-            event = {"type": kind} | self._place(content_index=0) | {"logprobs": []}
-            self._ahead = f'event: {kind}\ndata: {compact(event)[:-1]},"sequence_number":'
-        self._number += 1
-        self._open.append(text)
-        self._pieces.append(
-            f'{self._ahead}{self._number},"delta":{json.dumps(text, ensure_ascii=False)}}}\n\n'
-        )
+    def _begin(self, kind: _Growth) -> None:
+        """Opens an item that grows."""
+        self._add(kind.prefix, kind.item, **kind.facts)
+        self._open, self._grown = kind, []
+        self._tell(f"{kind.part}.added", **self._place(), part=kind.whole(""))
+        event = {"type": f"{kind.text}.delta"} | self._place() | dict(kind.more)
+        self._ahead = f'event: {kind.text}.delta\ndata: {compact(event)[:-1]},"sequence_number":'
 
-    def _think(self, text: str) -> None:
-        if self._open is None or self.items[-1]["type"] != "reasoning":
-            self._add("rs", "reasoning", summary=[])
-            self._open = []
-            part = {"type": "summary_text", "text": ""}
-            self._tell("response.reasoning_summary_part.added", **self._place(summary_index=0), part=part)
-        self._open.append(text)
-        self._tell("response.reasoning_summary_text.delta", **self._place(summary_index=0), delta=text)
+    def _grow(self, kind: _Growth, text: str) -> None:
+        """Text for the item of this kind; once per token."""
+        if self._open is not kind:
+            self._begin(kind)
+        self._number += 1
+        self._grown.append(text)
+        quoted = json.encoder.encode_basestring(text)
+        self._pieces.append(f'{self._ahead}{self._number},"delta":{quoted}}}\n\n')
+
+    def _close(self, status: str = "completed") -> None:
+        """Ends the item that grows."""
+        if (kind := self._open) is None:
+            return
+        text, place = "".join(self._grown), self._place()
+        self._tell(f"{kind.text}.done", **place, text=text, **kind.more)
+        self._tell(f"{kind.part}.done", **place, part=kind.whole(text))
+        self._open = None
+        self._done({kind.field: [kind.whole(text)], "status": status})
+
+    def _done(self, facts: Mapping[str, Any]) -> None:
+        self.items[-1] |= facts
+        self._tell("response.output_item.done", output_index=len(self.items) - 1, item=self.items[-1])
 
     def _call(self, call: FunctionCall) -> None:
         self._add("fc", "function_call", call_id=call.id, name=call.name, arguments="")
@@ -5501,34 +5772,12 @@ class ModelResponse(Answered):
             self._tell("response.function_call_arguments.delta", **self._place(), delta=piece)
         done = {"name": call.name, "arguments": call.arguments}
         self._tell("response.function_call_arguments.done", **self._place(), **done)
-        self.items[-1] |= {"arguments": call.arguments, "status": "completed"}
-        self._tell("response.output_item.done", output_index=len(self.items) - 1, item=self.items[-1])
-
-    def _close(self, status: str = "completed") -> None:
-        """Ends the item that grows."""
-        if self._open is None:
-            return
-        text, self._open, self._ahead = "".join(self._open), None, ""
-        item = self.items[-1]
-        if item["type"] == "message":
-            place, part = (
-                self._place(content_index=0),
-                {"type": "output_text", "text": text, "annotations": [], "logprobs": []},
-            )
-            self._tell("response.output_text.done", **place, text=text, logprobs=[])
-            self._tell("response.content_part.done", **place, part=part)
-            item |= {"content": [part], "status": status}
-        else:
-            place, part = self._place(summary_index=0), {"type": "summary_text", "text": text}
-            self._tell("response.reasoning_summary_text.done", **place, text=text)
-            self._tell("response.reasoning_summary_part.done", **place, part=part)
-            item |= {"summary": [part], "status": status}
-        self._tell("response.output_item.done", output_index=len(self.items) - 1, item=item)
+        self._done({"arguments": call.arguments, "status": "completed"})
 
     def _end(self) -> None:
         self._status = "incomplete" if self._reason in ("length", "content_filter") else "completed"
         if not any(item["type"] != "reasoning" for item in self.items):
-            self._message("")  # an answer without a word is a message all the same
+            self._begin(_MESSAGE)  # an answer without a word is a message all the same
         self._close(self._status)
         response = self.whole()
         self._keep(self, response)
@@ -6041,7 +6290,7 @@ def head_bytes(reply: Reply | Stream, version: str, connection: str, extra: str 
     lines += [f"{name}: {value}" for name, value in reply.headers.items()]
     return (
         "\r\n".join([*lines, f"Date: {_date(int(time.time()))}", "Server: chatproxy"]) + f"\r\n{extra}\r\n"
-    ).encode("latin-1")
+    ).encode("latin-1", "replace")
 
 
 @functools.lru_cache(2)
@@ -6560,6 +6809,7 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
 
     def ask(question: Question) -> Batches:
         attempts.append(Attempt(question, request.guest, request.owner))
+        attempts[-1].materials = attempts[0].materials  # what has been fetched is not fetched again
         return app.answers.ask(attempts[-1], request.watch)
 
     return exchange(turn, ask, request.watch.heartbeat), attempts
@@ -6608,6 +6858,7 @@ def chat_completions(app: App, request: Request) -> Reply | Stream:
 def responses_create(app: App, request: Request) -> Reply | Stream:
     """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
     body = request.json()
+    check_types(body, RESPONSE_FIELDS)
     earlier, names = _earlier(app, request, body.get("previous_response_id"))
     wanted = parse_response(
         body, earlier, names, functools.partial(_kept_item, app, request), app.settings.upload_by_url
@@ -6631,12 +6882,18 @@ def responses_create(app: App, request: Request) -> Reply | Stream:
     return json_reply(response.whole())
 
 
+MOST_EARLIER = 4 << 20  # characters
+
+
 def _earlier(app: App, request: Request, id: Any) -> tuple[tuple[Message, ...], dict[str, str]]:
     """The messages that a response can be gone on from, and what was called in them."""
     if id is None:
         return (), {}
     where = "previous_response_id"
-    kept = json.loads(_kept_response(app, request, str(id), where)[1])
+    items = _kept_response(app, request, str(id), where)[1]
+    if len(items) > MOST_EARLIER:
+        raise ApiError("request_too_large", "What was said before has become too long; begin anew.", where)
+    kept = json.loads(items)
     messages = tuple(
         Message(
             one["role"],
@@ -6711,55 +6968,36 @@ def _listed_models(app: App, request: Request) -> dict[str, int]:
         try:
             slugs = patiently(app.answers.do("models", request.guest, read, request.watch, account.id))
         except ApiError as error:
-            failure = error
-            continue
+            failure, slugs = error, account.models[1]
         found |= dict.fromkeys(slugs, int(account.models[0] or now))
     if failure and not found:
         raise failure
     return found | {name: int(now) for name in ALIASES if name not in found}
 
 
-def _model(id: str, created: int) -> dict[str, Any]:
+def _model(request: Request, id: str, created: int) -> dict[str, Any]:
+    """A model in the shape of its route."""
+    if "engines" in request.route:
+        return {"id": id, "object": "engine", "created": created, "owner": "openai", "ready": True}
     return {"id": id, "object": "model", "created": created, "owned_by": "openai"}
 
 
-def _engine(id: str, created: int) -> dict[str, Any]:
-    return {"id": id, "object": "engine", "created": created, "owner": "openai", "ready": True}
+@ROUTER.on("GET", "/v1/models", "/v1/engines")
+def models_list(app: App, request: Request) -> Reply:
+    """the models of the pool's accounts (or the caller's), and the aliases"""
+    models = _listed_models(app, request)
+    return json_reply({"object": "list", "data": [_model(request, *one) for one in models.items()]})
 
 
-def _one_model(app: App, request: Request) -> tuple[str, int]:
+@ROUTER.on("GET", "/v1/models/{id}", "/v1/engines/{id}")
+def models_retrieve(app: App, request: Request) -> Reply:
+    """one of the models, or any GPT by its `g-…`"""
     id, models = request.params["id"], _listed_models(app, request)
     if id not in models and not _GPT.fullmatch(id):
         raise ApiError(
             "model_not_found", "There is no such model; GET /v1/models lists those there are.", "model"
         )
-    return id, models.get(id, int(time.time()))
-
-
-@ROUTER.on("GET", "/v1/models")
-def models_list(app: App, request: Request) -> Reply:
-    """the models of the pool's accounts (or the caller's), and the aliases"""
-    models = _listed_models(app, request)
-    return json_reply({"object": "list", "data": [_model(*one) for one in models.items()]})
-
-
-@ROUTER.on("GET", "/v1/models/{id}")
-def models_retrieve(app: App, request: Request) -> Reply:
-    """one of the models, or any GPT by its `g-…`"""
-    return json_reply(_model(*_one_model(app, request)))
-
-
-@ROUTER.on("GET", "/v1/engines")
-def engines_list(app: App, request: Request) -> Reply:
-    """the same as engines, for old clients"""
-    models = _listed_models(app, request)
-    return json_reply({"object": "list", "data": [_engine(*one) for one in models.items()]})
-
-
-@ROUTER.on("GET", "/v1/engines/{id}")
-def engines_retrieve(app: App, request: Request) -> Reply:
-    """one of the engines"""
-    return json_reply(_engine(*_one_model(app, request)))
+    return json_reply(_model(request, id, models.get(id, int(time.time()))))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -6802,8 +7040,14 @@ def files_create(app: App, request: Request) -> Reply:
     # Beside the owner's other files, so that one account can answer what uses several.
     before = app.store.files("owner=? AND purpose!=''", owner)
     beside = app.pool.find(before[0].account) if before else None
-    holder = beside.id if beside and beside.state(time.time()) == "ready" else None
-    held = patiently(app.answers.do("files", request.guest, place, request.watch, holder))
+    preferred = [beside.id] if beside and beside.state(time.time()) == "ready" else []
+    for holder in (*preferred, None):
+        try:
+            held = patiently(app.answers.do(UPLOADS, request.guest, place, request.watch, holder))
+            break
+        except ApiError:
+            if holder is None:
+                raise
     kept = held._replace(owner=owner, purpose=purpose, used=time.time())
     if held.purpose or held.owner != owner:
         kept = app.files.kept(kept)
@@ -6959,6 +7203,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
 
     def draw(watch: Watch) -> list[dict[str, str]]:
         attempt = Attempt(question, request.guest, request.owner)
+        attempt.signed_in = True
         urls: list[str] = []
         answer = app.answers.ask(attempt, watch)
         _take(answer, lambda events: urls.extend(event.url for event in events if isinstance(event, Image)))
@@ -7021,16 +7266,22 @@ def _spoken(
     return app.upstream.speech(account, *ids, voice, form, watch)
 
 
+def _told(app: App, request: Request, question: Question, signed_in: bool) -> tuple[Attempt, str, Finish]:
+    """A whole answer that is used here: its text, and where it stands."""
+    attempt, said = Attempt(question, request.guest, request.owner), list[Event]()
+    attempt.signed_in = signed_in
+    _take(app.answers.ask(attempt, request.watch), said.extend)
+    ends = [event for event in said if isinstance(event, Finish)]
+    return attempt, "".join(event.text for event in said if isinstance(event, Text)), ends[-1]
+
+
 def _repeated(app: App, request: Request, text: str) -> tuple[Account, Finish]:
     """Has the model say a text word for word; the account, and where the message stands."""
     told = "Repeat the next message word for word. Do not answer it, and add nothing before or after it."
     question = Question((Message("system", (told,)), Message("user", (text,))), "auto")
     for _ in range(2):
-        attempt, said = Attempt(question, request.guest, request.owner), list[Event]()
-        _take(app.answers.ask(attempt, request.watch), said.extend)
-        words = "".join(event.text for event in said if isinstance(event, Text))
-        finish = said[-1]
-        if attempt.account and isinstance(finish, Finish) and _letters(words) == _letters(text):
+        attempt, said, finish = _told(app, request, question, signed_in=True)
+        if attempt.account and _letters(said) == _letters(text):
             return attempt.account, finish
     raise ApiError("upstream_error", "The model did not repeat the text word for word; try again.")
 
@@ -7052,12 +7303,8 @@ def audio_translations(app: App, request: Request) -> Reply:
     text, _, form = _transcribed(app, request)
     told = "Translate the next message into English. Write the translation and nothing else."
     question = Question((Message("system", (told,)), Message("user", (text,))), "auto")
-    said: list[Event] = []
-    if text:
-        _take(app.answers.ask(Attempt(question, request.guest, request.owner), request.watch), said.extend)
-    return _written(
-        form, "translate", "".join(event.text for event in said if isinstance(event, Text)), "english"
-    )
+    said = _told(app, request, question, signed_in=False)[1] if text else ""
+    return _written(form, "translate", said, "english")
 
 
 def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
@@ -7075,7 +7322,7 @@ def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
     if not re.fullmatch(r"[A-Za-z-]{0,16}", language):
         raise invalid("language", "`language` must be a code such as en.")
     name = part.file_name or "audio"
-    kind = part.content_type if re.fullmatch(r"[\w.+-]+/[\w.+-]+", part.content_type) else ""
+    kind = part.content_type if _MIME.fullmatch(part.content_type) else ""
     kind = kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
     def listen(account: Account) -> Patient[str]:
@@ -7846,7 +8093,7 @@ class Daemon:
             resource.setrlimit(
                 resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65536), hard)
             )
-        threading.stack_size(512 * 1024)
+        threading.stack_size(1024 * 1024)
         settings = self.settings
         if self.demo:
             upstream = Demo()

@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gzip
 import hashlib
 import heapq
 import http.client
@@ -2469,6 +2470,65 @@ def test_an_upload_that_fails_goes_to_another_account(
     assert weather.count("/files") >= 2
 
 
+def test_a_limit_for_uploads_leaves_chats_alone(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy, asked = start("alice"), [part_message("what", image_part(data_url(picture())))]
+    weather.add("/files", status(429, {"detail": {"clears_in": 1000}}))
+    limited = proxy.ask(messages=asked)
+    assert error_of(limited) == (429, "rate_limit_exceeded") and int(limited.headers["retry-after"]) > 900
+    proxy.say()
+    assert error_of(proxy.ask(messages=asked))[0] == 429 and weather.count("/files") == 1
+
+
+def test_what_befalls_a_files_holder_is_not_blamed_on_who_asks(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    alice = cp.demo_token("alice")
+    proxy = start(alice, "bob", random_token="false")
+    client = proxy.client()
+    first = client.files.create(file=("1.txt", b"one"), purpose="user_data")
+    holder = proxy.app.pool.find(proxy.store.files("id=?", first.id)[0].account)
+    other = next(account for account in proxy.app.pool.accounts() if account is not holder)
+    assert holder
+    weather.dead.add(holder.row.access_token)
+    second = client.files.create(file=("2.txt", b"two"), purpose="user_data")  # the first choice is dead
+    assert proxy.store.files("id=?", second.id)[0].account == other.id
+    asked = [part_message(*({"type": "file", "file": {"file_id": one.id}} for one in (second, first)))]
+    assert proxy.ask(messages=asked).status_code in (404, 503)
+    assert other.state(time.time()) == "ready" and holder.state(time.time()) == "expired"
+
+
+def test_the_same_bytes_at_the_same_time_are_uploaded_once(proxy: Proxy, weather: Weather) -> None:
+    asked = [part_message("what", image_part(data_url(picture(90, 90))))]
+    with concurrent.futures.ThreadPoolExecutor(6) as executor:
+        list(executor.map(lambda _: proxy.say(messages=asked), range(6)))
+    assert weather.count("/files") == 1
+
+
+def test_a_conversation_with_a_file_stays_where_it_was_begun(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob", "carol", history_disabled="false")
+    file = proxy.client().files.create(file=("1.txt", b"one"), purpose="user_data")
+    asked = [part_message({"type": "file", "file": {"file_id": file.id}})]
+    id = proxy.ask(messages=asked).json()["conversation_id"]
+    assert proxy.app.pool.holder(id) == proxy.store.files("id=?", file.id)[0].account
+
+
+def test_a_request_may_not_bring_files_without_end(proxy: Proxy, weather: Weather) -> None:
+    refused = proxy.ask(messages=[part_message(*[image_part(data_url(picture()))] * 101)])
+    assert error_of(refused) == (400, "invalid_request_error") and not weather.count("/files")
+
+
+def test_a_compressed_upstream_is_understood(proxy: Proxy, weather: Weather) -> None:
+    def compressed(request: cp.Request) -> cp.Reply:
+        body = gzip.compress(b"".join(weather.say(request.json(), ["packed"])))
+        return cp.Reply(200, body, "text/event-stream", {"Content-Encoding": "gzip"})
+
+    weather.add("/conversation", compressed)
+    assert proxy.say() == "packed"
+    assert weather.last("/conversation").headers["accept-encoding"] == "gzip, deflate, br, zstd"
+
+
 def test_a_picture_that_is_none_is_refused(proxy: Proxy, weather: Weather) -> None:
     for url, where in (
         (data_url(b"not a picture"), "messages[0].content[0].image_url"),
@@ -2567,6 +2627,14 @@ def test_lifting_files_out_of_a_body_changes_nothing(files: list[tuple[bool, byt
         ("224.0.0.1", False),
         ("255.255.255.255", False),
         ("240.0.0.1", False),
+        ("192.0.0.192", False),
+        ("198.51.100.1", False),
+        ("64:ff9b:1::a9fe:a9fe", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("2001:4860::5efe:127.0.0.1", False),
+        ("fec0::1", False),
+        ("3fff::1", False),
+        ("4000::1", False),
         ("::", False),
         ("::1", False),
         ("::127.0.0.1", False),
@@ -2757,6 +2825,7 @@ def test_files_of_two_accounts_come_together(start: Callable[..., Proxy], weathe
     proxy.app.pool.told_to_wait(holder, "files", 1000)
     second = client.files.create(file=("2.txt", b"two"), purpose="user_data")
     assert proxy.store.files("id=?", second.id)[0].account != holder.id
+    holder.waits = {}
     proxy.say(
         messages=[part_message(*({"type": "file", "file": {"file_id": one.id}} for one in (first, second)))]
     )
@@ -2982,6 +3051,15 @@ def test_a_sandbox_file_becomes_a_link(start: Callable[..., Proxy], weather: Wea
     said = text_of(proxy.stream()[0])
     match = re.fullmatch(r"Get \[it\]\((http[^ ]+)\), or \(sandbox it\)\.", said)
     assert match and httpx.get(match[1]).content.startswith(b"made by ")
+    weather.words = [
+        "[a](sandbox:/mnt/data/my%20a.csv) [b](sandbox:/mnt/data/my%20a.csv) [c](sandbox:/mnt/data/b c.csv)"
+    ]
+    seen = weather.count("/interpreter/download")
+    assert (
+        proxy.say().count("/blob/") == 3 and weather.count("/interpreter/download") == seen + 2
+    )  # each once
+    assert {one.name for one in weather.files.values()} == {"a.csv", "my a.csv", "b c.csv"}
+    weather.words = ["Get [it](sandbox:/mnt/data/a.csv), or (sandbox it)."]
     weather.add("/interpreter/download", *[status(404)] * 3)
     assert proxy.say() == "Get [it](sandbox:/mnt/data/a.csv), or (sandbox it)."
 
@@ -3173,10 +3251,40 @@ def test_a_wrong_call_is_asked_for_again_once_and_then_is_text(
     assert weather.count("/conversation") == 4
 
 
+def test_a_second_asking_that_fails_leaves_the_first_answer(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy, bad = start("alice", retry_times="0"), "I look. <tool_call>oh no"
+    weather.turns.append(in_pieces(bad))
+    weather.add("/conversation", lambda request: None, status(500))
+    assert text_of(proxy.stream(tools=[WEATHER_TOOL])[0]) == bad
+
+
+def test_a_hostile_call_costs_little(proxy: Proxy, weather: Weather) -> None:
+    for text in (
+        "<tool_call>" + "</tool_call>" * 2000,
+        "<tool_call>" + " " * 50_000 + "```",
+        "<tool_call>{" + '"</tool_call>' * 2000,
+    ):
+        start = time.process_time()
+        run_scanner(text, list(range(0, len(text), 12)), "auto", True)
+        assert time.process_time() - start < 1
+    calls = GOOD_CALL * 500
+    assert len(run_scanner(calls, [], "auto", False)[0][1]) == 500
+    start = time.process_time()
+    cp._as_text(cp.ToolUse("python", "\n" * 100_000))
+    assert time.process_time() - start < 0.5
+
+
 def test_text_before_a_call_is_not_said_twice(proxy: Proxy, weather: Weather) -> None:
     weather.turns.extend([in_pieces("I look. <tool_call>oh no"), in_pieces(f"I look. {GOOD_CALL}")])
     chunks, _ = proxy.stream(tools=[WEATHER_TOOL])
     assert text_of(chunks) == "I look. " and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    weather.before = [
+        {"author": {"role": "tool"}, "content": {"content_type": "execution_output", "text": "1"}}
+    ]
+    weather.turns.extend([in_pieces("I look. <tool_call>oh no"), in_pieces("I look. It is 5.")])
+    assert text_of(proxy.stream(tools=[WEATHER_TOOL])[0]) == "\n```\n1\n```\n\nI look. It is 5."
 
 
 def test_one_call_is_enough_when_more_are_not_wanted(proxy: Proxy, weather: Weather) -> None:
@@ -3299,20 +3407,18 @@ CALL_PIECES = [
 ]
 
 
-def run_scanner(text: str, cuts: list[int], choice: str, last: bool, repeats: bool) -> tuple[list[Any], str]:
+def run_scanner(text: str, cuts: list[int], choice: str, last: bool) -> tuple[list[Any], str]:
     functions = {one["function"]["name"]: one["function"] for one in (WEATHER_TOOL, TIME_TOOL)}
     offer = cp.Offer(
         {name: cp.Function(name, "", one.get("parameters", {})) for name, one in functions.items()},
         choice,
         True,
     )
-    scanner, out, start = cp.CallScanner(offer, last, repeats), list[cp.Event](), 0
+    scanner, out, start = cp.CallScanner(offer, last), list[cp.Event](), 0
     for cut in [*sorted(cut % (len(text) + 1) for cut in cuts), len(text)]:
         out += scanner.feed([cp.Text(text[start:cut])])
         start = cut
-        if scanner.over:
-            break
-    scanner.finish(cp.Finish("stop"), out)
+    out += scanner.feed([cp.Finish("stop")])
     said = "".join(one.text for one in out if isinstance(one, cp.Text))
     calls = [(one.name, one.arguments) for one in out if isinstance(one, cp.FunctionCall)]
     ends = [one.reason for one in out if isinstance(one, cp.Finish)]
@@ -3329,8 +3435,8 @@ def run_scanner(text: str, cuts: list[int], choice: str, last: bool, repeats: bo
 def test_calls_are_found_the_same_under_any_split(
     text: str, cuts: list[int], choice: str, last: bool
 ) -> None:
-    found = run_scanner(text, cuts, choice, last, False)
-    assert found == run_scanner(text, [], choice, last, False)
+    found = run_scanner(text, cuts, choice, last)
+    assert found == run_scanner(text, [], choice, last)
     (said, calls, ends), complaint = found
     assert bool(ends) != bool(complaint)
     if last and not calls:
@@ -3436,8 +3542,21 @@ def test_no_schema_breaks_the_validator(schema: Any, value: Any) -> None:
     assert isinstance(cp.Schema(schema).fault(value), str)
 
 
+def test_deep_json_and_deep_schemas_kill_nobody(proxy: Proxy, weather: Weather) -> None:
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    shape = {"type": "json_schema", "json_schema": {"schema": {"const": deep}}}
+    assert error_of(proxy.ask(response_format=shape)) == (400, "invalid_request_error")
+    weather.words = ["[" * 900 + "]" * 900]
+    enum = {"type": "json_schema", "json_schema": {"schema": {"enum": [[1]]}}}
+    assert error_of(proxy.ask(response_format=enum)) == (502, "invalid_structured_output")
+
+
 def test_a_schema_that_refers_to_itself_without_end_is_given_up_on() -> None:
     start = time.monotonic()
+    many = {"$defs": {"e": {"enum": list(range(100_000))}}, "anyOf": [{"$ref": "#/$defs/e"}] * 1000}
+    assert len(cp.Schema(many).fault("x")) < 1000
     cp.Schema({"$ref": "#"}).fault(1)
     cp.Schema({"anyOf": [{"$ref": "#"}, {"$ref": "#"}], "items": {"$ref": "#"}}).fault([[[1]]])
     assert time.monotonic() - start < 2
@@ -3447,7 +3566,7 @@ PERSON = '{"name": "Ann", "ages": [1, 2]}'
 
 
 @pytest.mark.parametrize(
-    "said", [PERSON, f"Sure:\n```json\n{PERSON}\n```\nAnything else?", f'{{"a": 1}} or {{ {PERSON}']
+    "said", [PERSON, f"Sure:\n```json\n{PERSON}\n```\nAnything else?", f'[1], {{"a": 1}} or {{no}} {PERSON}']
 )
 def test_an_answer_is_parsed_into_a_clients_type(said: str, proxy: Proxy, weather: Weather) -> None:
     weather.words = in_pieces(said)
@@ -3488,6 +3607,22 @@ def test_json_that_was_cut_for_length_is_passed_on_as_it_is(
     assert choice["finish_reason"] == "length" and choice["message"]["content"] == '{"a": '
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"user": {"name": "x"}, "age": 3,}', ""),
+        ('{"items": [{"id": 1}, {"id": ', ""),
+        ('[{"a": 1}, {"b": 2}]', ""),
+        ('{"a": NaN}', ""),
+        ('see [1], {here} and {"a": "}{"}', '{"a": "}{"}'),
+        ("[" * 100_000, ""),
+        ('{"a": ' * 500 + "1" + "}" * 500, ""),
+    ],
+)
+def test_a_piece_of_broken_json_is_never_taken_for_the_whole(text: str, found: str) -> None:
+    assert cp.find_json(text, None)[0] == found
+
+
 def test_functions_and_a_shape_go_together(proxy: Proxy, weather: Weather) -> None:
     options: dict[str, Any] = {"tools": [WEATHER_TOOL], "response_format": {"type": "json_object"}}
     weather.turns.extend([in_pieces(f"Let me see {GOOD_CALL}"), in_pieces(f"It is {PERSON}")])
@@ -3526,6 +3661,10 @@ def test_models_are_those_of_the_accounts_and_the_aliases(
         account.models = (account.models[0] - 700, account.models[1])
     weather.add("/models", status(500))
     assert "o3" in [model.id for model in client.models.list()] and weather.count("/models") == 2
+    for account in proxy.app.pool.accounts():
+        account.models = (account.models[0] - 700, account.models[1])
+        proxy.app.pool.told_to_wait(account, "models", 1000)
+    assert "o3" in [model.id for model in client.models.list()]
     free = start(cp.LOGIN_FREE, folder="free")
     assert [model.id for model in free.client().models.list()] == ["auto", "gpt-3.5-turbo"]
 
@@ -3751,6 +3890,7 @@ FIELD_NAMES = sorted(
     | {"input", "stop", "tool_choice", "voice"}
 )
 ODD_VALUES: list[Any] = [
+    "\ud800",
     None,
     True,
     5,
@@ -3898,6 +4038,18 @@ def test_speech_is_written_down(proxy: Proxy, weather: Weather) -> None:
     for options in ({"response_format": "srt"}, {"file": ("a.mp3", b"")}, {"language": "?"}):
         with pytest.raises(openai.BadRequestError):
             client.audio.transcriptions.create(**({"model": "whisper-1", "file": sound} | options))
+
+
+def test_login_free_accounts_neither_draw_nor_speak(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.obeys = True
+    client = untyped(start(cp.LOGIN_FREE, "alice"))
+    for _ in range(4):
+        client.images.generate(prompt="a cat")
+        client.audio.speech.create(model="tts-1", voice="alloy", input="x")
+    assert not any("backend-anon" in call for call in weather.calls)
+    with pytest.raises(openai.BadRequestError) as refused:
+        untyped(start(cp.LOGIN_FREE, folder="free")).images.generate(prompt="a cat")
+    assert refused.value.code == "login_required"
 
 
 def test_what_the_upstream_has_not_is_said(proxy: Proxy) -> None:
