@@ -3278,7 +3278,7 @@ class Prose:
 
     @staticmethod
     def _sandbox(text: str, start: int, out: list[Event], last: bool) -> int | None:
-        path = re.compile(r"\(sandbox:([^()\n]*)(\)?)").match(text, start)
+        path = re.compile("\\(sandbox:([^()\n\ue200-\ue2ff]*)(\\)?)").match(text, start)
         if path and path[2]:
             out += [Text("("), SandboxLink(path[1])]
             return path.end() - 1
