@@ -802,10 +802,12 @@ class BlobReader:
 
     def __init__(self, blob: Blob) -> None:
         self._blob, self._at = blob, 0
+        self.used = time.monotonic()  # when bytes were last taken
 
     def read(self, size: int) -> bytes:
         data = self._blob.read(self._at, size)
         self._at += len(data)
+        self.used = time.monotonic()
         return data
 
     def seek(self, offset: int, origin: int = 0) -> None:
@@ -1487,6 +1489,8 @@ class Handle:
         self._error = ffi.new("char[]", 256)
         self._kept: list[Any] = []  # what libcurl points to
         self._lines = self._pinned = ffi.NULL
+        self._sent: Any = None  # the body, or libcurl's way to the reader of one that is not held in memory
+        self._reader: BlobReader | None = None
         self._url, self._posts, self._method, self._plain = "", False, "", False
         self.silence = 0.0  # seconds without a byte that end the call
         self.once_sent: Callable[[], None] | None = None  # called when the next call is on its way
@@ -1555,14 +1559,19 @@ class Handle:
                 # An impersonated handle would ask a plain server for HTTP/2 by `Upgrade: h2c`, which many mishandle.
                 self._set(_VERSION, int(CurlHttpVersion.V1_1 if plain else CurlHttpVersion.V2TLS))
                 self._plain = plain
-        if body is not None:
-            self._sent: Any = body
-            if isinstance(body, Blob):
-                self._sent = ffi.new_handle(_Sink(BlobReader(body)))
-                self._set(_READDATA, self._sent)
-                self._set(_SEEKDATA, self._sent)
-            self._set(_POSTSIZE, body.size if isinstance(body, Blob) else len(body))
-            self._set(_POSTFIELDS, ffi.NULL if isinstance(body, Blob) else ffi.from_buffer(body))
+        if isinstance(body, Blob) and body.size <= MOST_IN_MEMORY:
+            body = body.read()
+        if isinstance(body, Blob):
+            self._reader = BlobReader(body)
+            self._sent = ffi.new_handle(_Sink(self._reader))
+            self._set(_POSTSIZE, body.size)
+            self._set(_POSTFIELDS, ffi.NULL)
+            self._set(_READDATA, self._sent)
+            self._set(_SEEKDATA, self._sent)
+        elif body is not None:
+            self._sent = body
+            self._set(_POSTSIZE, len(body))
+            self._set(_POSTFIELDS, ffi.from_buffer(body))
         if self._posts != (body is not None):
             self._posts = body is not None
             self._set(_POST if self._posts else _GET, 1)
@@ -1613,6 +1622,8 @@ class Handle:
                     body.clear()
                     heard = signed = now
                     yield data
+                elif self._reader and self._reader.used > heard:
+                    heard = self._reader.used  # an upload goes on
                 elif now - heard > self.silence and running[0]:
                     raise Refusal(
                         "silent", f"The upstream was silent for {self.silence:g} seconds; try again."
@@ -1630,6 +1641,10 @@ class Handle:
                 lib.curl_multi_perform(multi, running)
             lib.curl_multi_remove_handle(multi, self._easy)
             self.used = time.monotonic()
+            if self._reader:  # whose blob is not to live as long as the handle
+                self._set(_READDATA, ffi.NULL)
+                self._set(_SEEKDATA, ffi.NULL)
+                self._reader = self._sent = None
             if self._hears:
                 self._hears = False
                 self._set(_VERBOSE, 0)
@@ -4181,10 +4196,11 @@ MOST_DEEP = 100  # levels of JSON
 def read_json(text: str | bytes | bytearray) -> Any:
     """Parses JSON as it is defined, and no deeper than MOST_DEEP, which recursion stands; ValueError for anything else."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        if not isinstance(text, str):
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        return _not_too_deep(_DECODER.decode(text))
     except RecursionError:
         raise ValueError("too deep") from None
-    return _not_too_deep(value)
 
 
 def _not_too_deep(value: Any) -> Any:
@@ -4203,6 +4219,9 @@ def _not_too_deep(value: Any) -> Any:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 class Schema:
@@ -4351,7 +4370,7 @@ MOST_ITEMS = 1_000_000  # commas in a body: reading more would hold up everybody
 
 def parse_object(body: Blob) -> dict[str, Any]:
     """A request's body as a JSON object, without lone surrogates, which nobody could send on."""
-    mark, blobs = f"@{secrets.token_hex(8)}:", list[Blob]()
+    mark, blobs = f"@{random.getrandbits(64):016x}:", list[Blob]()
     data = body.read() if body.size <= MOST_IN_MEMORY else _lifted(body, mark, blobs)
     try:
         value = read_json(data) if data.count(b",") <= MOST_ITEMS else None
@@ -4454,7 +4473,7 @@ CHAT_FIELDS: Types = {
     "temperature": _NUMBER, "top_p": _NUMBER, "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER,
     "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST, "response_format": _OBJECT,
     "max_tokens": _INTEGER, "max_completion_tokens": _INTEGER, "conversation_id": _TEXT, "parent_message_id": _TEXT,
-    "parallel_tool_calls": _FLAG, "reasoning_effort": _TEXT, "web_search_options": _OBJECT,
+    "parallel_tool_calls": _FLAG, "reasoning_effort": _TEXT, "web_search_options": _OBJECT, "modalities": _LIST,
 }  # fmt: skip
 
 
@@ -4918,7 +4937,6 @@ def parse_shape(value: Any, where: str) -> Shape | None:
     return Shape(schema)
 
 
-_raw_decode = json.JSONDecoder(parse_constant=_no_constant).raw_decode
 MOST_STARTS = 64  # places of a text at which JSON is looked for
 
 
@@ -4931,7 +4949,7 @@ def find_json(text: str, schema: Mapping[str, Any] | None) -> tuple[str, str]:
         if not (match := re.compile(r"[{\[]").search(text, at)):
             break
         try:
-            value, at = _raw_decode(text, match.start())
+            value, at = _DECODER.raw_decode(text, match.start())
             wrong = Schema({"type": "object"} if schema is None else schema).fault(_not_too_deep(value))
             if not wrong:
                 return text[match.start() : at], ""
@@ -5102,6 +5120,10 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         raise invalid("model", "`model` is missing; name one, such as gpt-4o or auto.")
     if body.get("n") not in (None, 1):
         raise invalid("n", "`n` must be 1: the upstream gives one answer a request.")
+    if "audio" in (body.get("modalities") or ()):
+        raise invalid(
+            "modalities", "`modalities` must be text alone; use POST /v1/audio/speech to have text read."
+        )
     if body.get("logprobs"):
         raise invalid("logprobs", "`logprobs` must be false: the upstream gives none.")
     options = body.get("stream_options") or {}

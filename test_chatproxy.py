@@ -2291,6 +2291,16 @@ def test_tiktoken_counts_when_it_is_there(tmp_path: pathlib.Path) -> None:
         assert answer["usage"]["completion_tokens"] == len(answer["choices"][0]["message"]["content"])
 
 
+def test_an_sk_key_passes_bodies_of_any_size_on(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start(authorization="")
+    for body in (b"", b"x", b"y" * (3 << 20)):
+        weather.add("/v1/files", lambda request: cp.json_reply({"bytes": request.body.size}))
+        headers = {"Authorization": "Bearer sk-mine", "Content-Type": "multipart/form-data; boundary=b"}
+        assert httpx.post(f"{proxy.url}/v1/files", content=body, headers=headers).json() == {
+            "bytes": len(body)
+        }
+
+
 def test_what_the_upstream_cannot_honour_is_accepted_and_ignored(proxy: Proxy) -> None:
     answer = proxy.ask(
         temperature=0.1, top_p=1, seed=7, presence_penalty=0.5, frequency_penalty=1, logit_bias={"5": 1},
@@ -2517,6 +2527,27 @@ def test_a_conversation_with_a_file_stays_where_it_was_begun(
 def test_a_request_may_not_bring_files_without_end(proxy: Proxy, weather: Weather) -> None:
     refused = proxy.ask(messages=[part_message(*[image_part(data_url(picture()))] * 101)])
     assert error_of(refused) == (400, "invalid_request_error") and not weather.count("/files")
+
+
+def test_a_slow_upload_is_no_silence(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy, taken = start("alice", upstream_timeout="2"), bytearray()
+
+    def take(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        with client:
+            while not taken.endswith(b"END"):
+                time.sleep(0.02)
+                taken.extend(client.recv(65536))
+            client.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        threading.Thread(target=take, args=(listener,), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        weather.add("/files", status(200, {"file_id": "file-1", "upload_url": url}))
+        weather.add("/uploaded", status(200, {"status": "success"}))
+        file = proxy.client().files.create(file=("a.bin", os.urandom(12 << 20) + b"END"), purpose="user_data")
+    assert file.bytes == (12 << 20) + 3 and len(taken) > file.bytes
 
 
 def test_a_compressed_upstream_is_understood(proxy: Proxy, weather: Weather) -> None:
