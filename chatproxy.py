@@ -386,63 +386,39 @@ def settings_table() -> str:
 # ============================================================================================================
 
 
-class Cause(NamedTuple):
-    """A row of the error table: what a code means and the HTTP status it has."""
-
-    status: int
-    kind: str
-    meaning: str
-
-
+# What each code means, and the HTTP status it has.
 CAUSES = {
-    "invalid_request_error": Cause(
-        400, "invalid_request_error", "body not JSON, wrong type or missing field; `param` names the field"
-    ),
-    "login_required": Cause(
+    "invalid_request_error": (400, "body not JSON, wrong type or missing field; `param` names the field"),
+    "login_required": (
         400,
-        "invalid_request_error",
         "files, images and speech need a signed-in account, and only login-free ones are there",
     ),
-    "invalid_api_key": Cause(401, "invalid_request_error", "no or wrong key"),
-    "not_found": Cause(404, "invalid_request_error", "route, conversation or file that does not exist"),
-    "model_not_found": Cause(404, "invalid_request_error", "model that does not exist"),
-    "method_not_allowed": Cause(
-        405, "invalid_request_error", "known route, other method; `Allow` names those it has"
+    "invalid_api_key": (401, "no or wrong key"),
+    "not_found": (404, "route, conversation or file that does not exist"),
+    "model_not_found": (404, "model that does not exist"),
+    "method_not_allowed": (405, "known route, other method; `Allow` names those it has"),
+    "request_timeout": (408, "client too slow to send its request"),
+    "request_too_large": (413, "body over MAX_BODY_MB, or a prompt too long for the upstream"),
+    "uri_too_long": (414, "URL over its limit"),
+    "expectation_failed": (417, "an `Expect` other than `100-continue`"),
+    "headers_too_large": (431, "headers over their limit"),
+    "rate_limit_exceeded": (429, "every usable account is waiting out a limit; `Retry-After`"),
+    "upstream_blocked": (403, "the upstream refuses this address (Cloudflare page, unusual activity)"),
+    "arkose_required": (403, "the upstream wants an Arkose token and no service provides one"),
+    "proof_of_work_too_hard": (403, "the upstream asks a harder proof than POW_DIFFICULTY allows"),
+    "internal_error": (500, "a fault of chatproxy itself; the log has it under the request id"),
+    "upstream_error": (502, "upstream unreachable, 5xx, or an answer cut off"),
+    "invalid_structured_output": (
+        502,
+        "the model twice gave no JSON that `response_format` or `text.format` allows",
     ),
-    "request_timeout": Cause(408, "invalid_request_error", "client too slow to send its request"),
-    "request_too_large": Cause(
-        413, "invalid_request_error", "body over MAX_BODY_MB, or a prompt too long for the upstream"
-    ),
-    "uri_too_long": Cause(414, "invalid_request_error", "URL over its limit"),
-    "expectation_failed": Cause(417, "invalid_request_error", "an `Expect` other than `100-continue`"),
-    "headers_too_large": Cause(431, "invalid_request_error", "headers over their limit"),
-    "rate_limit_exceeded": Cause(
-        429, "rate_limit_error", "every usable account is waiting out a limit; `Retry-After`"
-    ),
-    "upstream_blocked": Cause(
-        403, "upstream_error", "the upstream refuses this address (Cloudflare page, unusual activity)"
-    ),
-    "arkose_required": Cause(
-        403, "upstream_error", "the upstream wants an Arkose token and no service provides one"
-    ),
-    "proof_of_work_too_hard": Cause(
-        403, "upstream_error", "the upstream asks a harder proof than POW_DIFFICULTY allows"
-    ),
-    "internal_error": Cause(
-        500, "server_error", "a fault of chatproxy itself; the log has it under the request id"
-    ),
-    "upstream_error": Cause(502, "upstream_error", "upstream unreachable, 5xx, or an answer cut off"),
-    "invalid_structured_output": Cause(
-        502, "upstream_error", "the model twice gave no JSON that `response_format` or `text.format` allows"
-    ),
-    "no_account": Cause(
-        503, "server_error", "no account in the pool can answer (none, or all expired); `Retry-After`"
-    ),
-    "overloaded": Cause(
-        503, "server_error", "more connections than MAX_CONNECTIONS, or shutting down; `Retry-After`"
-    ),
-    "upstream_timeout": Cause(504, "upstream_error", "upstream silent"),
+    "no_account": (503, "no account in the pool can answer (none, or all expired); `Retry-After`"),
+    "overloaded": (503, "more connections than MAX_CONNECTIONS, or shutting down; `Retry-After`"),
+    "upstream_timeout": (504, "upstream silent"),
 }
+# The `type` of an error by its status.
+KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+KINDS |= dict.fromkeys((403, 502, 504), "upstream_error")
 
 
 class ApiError(Exception):
@@ -456,17 +432,27 @@ class ApiError(Exception):
 
     @property
     def status(self) -> int:
-        return CAUSES[self.code].status
+        return CAUSES[self.code][0]
 
     def body(self) -> dict[str, Any]:
         """OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
-        kind = CAUSES[self.code].kind
+        kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def invalid(param: str | None, message: str) -> ApiError:
     """A 400 that names the field."""
     return ApiError("invalid_request_error", message, param)
+
+
+def unfit(param: str, message: str) -> ApiError:
+    """A 400 that begins with the field's name."""
+    return invalid(param, f"`{param}` {message}")
+
+
+def overloaded(message: str, wait: int = 5) -> ApiError:
+    """A 503 to come back from after `wait` seconds."""
+    return ApiError("overloaded", f"{message}; try again.", headers={"Retry-After": str(wait)})
 
 
 class Refusal(ApiError):
@@ -498,10 +484,8 @@ class Refusal(ApiError):
 def errors_table() -> str:
     """The README's table of errors, in Markdown."""
     lines = ["| status | code | cause |", "| --- | --- | --- |"]
-    lines += [
-        f"| {cause.status} | `{code}` | {cause.meaning} |"
-        for code, cause in sorted(CAUSES.items(), key=lambda row: row[1].status)
-    ]
+    rows = sorted(CAUSES.items(), key=lambda row: row[1][0])
+    lines += [f"| {status} | `{code}` | {meaning} |" for code, (status, meaning) in rows]
     return "\n".join(lines)
 
 
@@ -526,18 +510,14 @@ class TextFormatter(logging.Formatter):
     """`LEVEL message key=value …`; systemd's journal has the time already, a terminal gets it."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "%(levelname)-7s %(message)s"
-            if "JOURNAL_STREAM" in os.environ
-            else "%(asctime)s %(levelname)-7s %(message)s"
-        )
+        when = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+        super().__init__(f"{when}%(levelname)-7s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        facts = {name: str(value) for name, value in getattr(record, "facts", {}).items()}
-        plain = {
-            name: value if _PLAIN.fullmatch(value) else json.dumps(value) for name, value in facts.items()
-        }
-        return super().format(record) + "".join(f" {name}={value}" for name, value in plain.items())
+        line = super().format(record)
+        for name, value in getattr(record, "facts", {}).items():
+            line += f" {name}={value if _PLAIN.fullmatch(str(value)) else json.dumps(str(value))}"
+        return line
 
 
 _PLAIN = re.compile(r"[^\s\x00-\x20\x7f\"]+")  # what cannot be taken for a line or a fact of its own
@@ -612,14 +592,10 @@ class Metrics:
         plain |= {name: dict(read()) for name, read in self._gauges.items()}
         lines = []
         for name, series in sorted(plain.items()):
-            lines += [
-                f"# HELP {name} {self.HELP[name]}",
-                f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}",
-            ]
-            lines += [
-                f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}"
-                for labels, value in sorted(series.items())
-            ]
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {name} {self.HELP[name]}", f"# TYPE {name} {kind}"]
+            for labels, value in sorted(series.items()):
+                lines.append(f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}")
         for name, rows in sorted(histograms.items()):
             lines += [f"# HELP {name} {self.HELP[name]}", f"# TYPE {name} histogram"]
             for labels, row in sorted(rows.items()):
@@ -758,8 +734,7 @@ class Blob:
                 view = view[self._file.write(view) :]  # type: ignore[union-attr] # there is one if there is a view
         except OSError as error:
             log(logging.ERROR, "no room for a temporary file", reason=error.strerror)
-            text = "The server has no room for files just now; try again."
-            raise ApiError("overloaded", text, headers={"Retry-After": "30"}) from None
+            raise overloaded("The server has no room for files just now", 30) from None
         self.size += len(data)
 
     def part(self, start: int, size: int) -> Blob:
@@ -1000,6 +975,11 @@ class Store:
         with self._db_lock:
             return self._db.execute(query, values).fetchall()
 
+    def _write(self, query: str, *values: Any) -> int:
+        """One statement as a transaction; how many rows it changed."""
+        with self.writing() as db:
+            return db.execute(query, values).rowcount
+
     def close(self) -> None:
         with self._db_lock:
             self._db.close()
@@ -1036,8 +1016,7 @@ class Store:
     def update_account(self, id: str, **columns: Any) -> None:
         """Changes some columns of one account, so that two processes never undo each other's others."""
         assignments = ", ".join(f"{name}=?" for name in columns)
-        with self.writing() as db:
-            db.execute(f"UPDATE accounts SET {assignments} WHERE id=?", (*columns.values(), id))
+        self._write(f"UPDATE accounts SET {assignments} WHERE id=?", *columns.values(), id)
 
     def update_accounts(self, column: str, values: Mapping[str, str]) -> None:
         """Changes one column of many accounts, by id, in one transaction."""
@@ -1052,22 +1031,16 @@ class Store:
 
     def waits(self) -> list[tuple[str, str, float, int]]:
         """(account, model, until, strikes) of every cool-down, those that are over too: their strikes count on."""
-        return [
-            (row[0], row[1], row[2], row[3])
-            for row in self._rows("SELECT account, model, until, strikes FROM waits")
-        ]
+        rows = self._rows("SELECT account, model, until, strikes FROM waits")
+        return [(row[0], row[1], row[2], row[3]) for row in rows]
 
     def put_wait(self, account: str, model: str, until: float, strikes: int) -> None:
-        with self.writing() as db:
-            db.execute(
-                "INSERT INTO waits SELECT id, ?, ?, ? FROM accounts WHERE id=?"
-                " ON CONFLICT(account, model) DO UPDATE SET until=excluded.until, strikes=excluded.strikes",
-                (model, until, strikes, account),
-            )
+        query = "INSERT INTO waits SELECT id, ?, ?, ? FROM accounts WHERE id=? ON CONFLICT(account, model)"
+        changes = "DO UPDATE SET until=excluded.until, strikes=excluded.strikes"
+        self._write(f"{query} {changes}", model, until, strikes, account)
 
     def remove_wait(self, account: str, model: str) -> None:
-        with self.writing() as db:
-            db.execute("DELETE FROM waits WHERE account=? AND model=?", (account, model))
+        self._write("DELETE FROM waits WHERE account=? AND model=?", account, model)
 
     def conversation_account(self, id: str) -> str | None:
         """The id of the account that holds a conversation, None when it is not known."""
@@ -1075,12 +1048,9 @@ class Store:
         return rows[0][0] if rows else None
 
     def put_conversation(self, id: str, account: str) -> None:
-        with self.writing() as db:
-            db.execute(
-                "INSERT INTO conversations SELECT ?, id, ? FROM accounts WHERE id=?"
-                " ON CONFLICT(id) DO UPDATE SET account=excluded.account, used=excluded.used",
-                (id, time.time(), account),
-            )
+        query = "INSERT INTO conversations SELECT ?, id, ? FROM accounts WHERE id=? ON CONFLICT(id)"
+        changes = "DO UPDATE SET account=excluded.account, used=excluded.used"
+        self._write(f"{query} {changes}", id, time.time(), account)
 
     def prune(self, now: float) -> None:
         """Forgets cool-downs that ended a day ago, conversations that nobody went on with for half a year, responses
@@ -1090,10 +1060,8 @@ class Store:
             db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
             db.execute("DELETE FROM responses WHERE made < ?", (now - RESPONSE_LIFE,))
             sizes = "SELECT id, SUM(LENGTH(response) + LENGTH(items)) OVER (ORDER BY made DESC) AS size FROM responses"
-            db.execute(
-                f"DELETE FROM responses WHERE id IN (SELECT id FROM ({sizes}) WHERE size > ?)",
-                (MOST_RESPONSES,),
-            )
+            excess = f"SELECT id FROM ({sizes}) WHERE size > ?"
+            db.execute(f"DELETE FROM responses WHERE id IN ({excess})", (MOST_RESPONSES,))
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
 
     def files(self, where: str, *values: Any) -> list[File]:
@@ -1103,17 +1071,14 @@ class Store:
 
     def put_file(self, file: File) -> None:
         marks = ", ".join("?" * len(File._fields))
-        with self.writing() as db:
-            db.execute(f"INSERT OR REPLACE INTO files VALUES ({marks})", file)
+        self._write(f"INSERT OR REPLACE INTO files VALUES ({marks})", *file)
 
     def move_file(self, account: str, old: str, new: str) -> None:
         """An account holds a file under another id upstream."""
-        with self.writing() as db:
-            db.execute("UPDATE files SET upstream=? WHERE account=? AND upstream=?", (new, account, old))
+        self._write("UPDATE files SET upstream=? WHERE account=? AND upstream=?", new, account, old)
 
     def remove_file(self, id: str) -> None:
-        with self.writing() as db:
-            db.execute("DELETE FROM files WHERE id=?", (id,))
+        self._write("DELETE FROM files WHERE id=?", id)
 
     def response(self, id: str, owner: str, now: float) -> tuple[str, str] | None:
         """A response that is kept, as JSON: itself, and the items it can be gone on from."""
@@ -1121,26 +1086,20 @@ class Store:
         return next(((row[0], row[1]) for row in self._rows(query, id, owner, now - RESPONSE_LIFE)), None)
 
     def put_response(self, id: str, owner: str, response: str, items: str, now: float) -> None:
-        with self.writing() as db:
-            db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", (id, owner, response, items, now))
+        self._write("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", id, owner, response, items, now)
 
     def remove_response(self, id: str) -> None:
-        with self.writing() as db:
-            db.execute("DELETE FROM responses WHERE id=?", (id,))
+        self._write("DELETE FROM responses WHERE id=?", id)
 
     def users(self) -> list[User]:
-        return [
-            User(*row)
-            for row in self._rows("SELECT id, name, token_hash, added FROM users ORDER BY added, id")
-        ]
+        rows = self._rows("SELECT id, name, token_hash, added FROM users ORDER BY added, id")
+        return [User(*row) for row in rows]
 
     def put_user(self, user: User) -> None:
-        with self.writing() as db:
-            db.execute("INSERT INTO users (id, name, token_hash, added) VALUES (?, ?, ?, ?)", user)
+        self._write("INSERT INTO users (id, name, token_hash, added) VALUES (?, ?, ?, ?)", *user)
 
     def remove_user(self, id: str) -> bool:
-        with self.writing() as db:
-            return db.execute("DELETE FROM users WHERE id=?", (id,)).rowcount > 0
+        return self._write("DELETE FROM users WHERE id=?", id) > 0
 
 
 _ACCOUNT_COLUMNS = tuple(column.name for column in fields(AccountRow))
@@ -1455,21 +1414,9 @@ def _options(*names: str) -> tuple[int, ...]:
     return tuple(int(CurlOpt[name]) for name in names)
 
 
-_URL, _POSTFIELDS, _POSTSIZE, _READDATA, _SEEKDATA, _HTTPHEADER, _GET, _POST, _METHOD, _VERSION, _VERBOSE = (
-    _options(
-        "URL",
-        "POSTFIELDS",
-        "POSTFIELDSIZE_LARGE",
-        "READDATA",
-        "SEEKDATA",
-        "HTTPHEADER",
-        "HTTPGET",
-        "POST",
-        "CUSTOMREQUEST",
-        "HTTP_VERSION",
-        "VERBOSE",
-    )
-)
+_URL, _METHOD, _GET, _POST, _HTTPHEADER = _options("URL", "CUSTOMREQUEST", "HTTPGET", "POST", "HTTPHEADER")
+_POSTFIELDS, _POSTSIZE, _READDATA = _options("POSTFIELDS", "POSTFIELDSIZE_LARGE", "READDATA")
+_SEEKDATA, _VERSION, _VERBOSE = _options("SEEKDATA", "HTTP_VERSION", "VERBOSE")
 _HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
 
 
@@ -1625,9 +1572,8 @@ class Handle:
                 elif self._reader and self._reader.used > heard:
                     heard = self._reader.used  # an upload goes on
                 elif now - heard > self.silence and running[0]:
-                    raise Refusal(
-                        "silent", f"The upstream was silent for {self.silence:g} seconds; try again."
-                    )
+                    text = f"The upstream was silent for {self.silence:g} seconds; try again."
+                    raise Refusal("silent", text)
                 elif now - signed >= watch.heartbeat:
                     signed = now
                     yield None
@@ -1661,10 +1607,8 @@ class Handle:
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
         starts = [i for i, line in enumerate(self._head) if line.startswith(b"HTTP/")]
-        newest = (
-            b"".join(self._head[starts[-1] :] if starts else []).decode("latin-1").partition("\r\n\r\n")[0]
-        )
-        first, *lines = newest.split("\r\n")
+        newest = b"".join(self._head[starts[-1] :] if starts else []).partition(b"\r\n\r\n")[0]
+        first, *lines = newest.decode("latin-1").split("\r\n")
         headers: dict[str, str] = {}
         for line in lines:
             name, _, value = line.partition(":")
@@ -1823,10 +1767,9 @@ class Fetcher:
                 return blob, headers.get("content-type", "").partition(";")[0].strip().lower(), name
             raise ValueError("it redirects too often")
         except Refusal as refused:  # whose words may tell of the proxy
-            reason = {"silent": "it did not answer in time", "unreachable": "it cannot be reached"}.get(
-                refused.reason
-            )
-            raise invalid(where, f"Fetching from {host} failed: {reason or 'it broke off'}.") from None
+            reasons = {"silent": "it did not answer in time", "unreachable": "it cannot be reached"}
+            reason = reasons.get(refused.reason, "it broke off")
+            raise invalid(where, f"Fetching from {host} failed: {reason}.") from None
         except ValueError as error:
             raise invalid(where, f"Fetching from {host or 'a URL'} failed: {error}.") from None
 
@@ -1873,9 +1816,8 @@ class Fetcher:
             handle.as_it_comes()
             if address:
                 handle.pin(address)
-            handle.prepare(
-                "GET", url, [b"Expect:", b"Accept-Encoding: identity"], None, max(0.1, end - time.monotonic())
-            )
+            headers, left = [b"Expect:", b"Accept-Encoding: identity"], max(0.1, end - time.monotonic())
+            handle.prepare("GET", url, headers, None, left)
             try:
                 with Call(handle, watch, handle.close) as call:
                     return (yield from self._taken(call, end))
@@ -1975,6 +1917,11 @@ def recognise(line: str) -> AccountRow:
     return replace(row, id=f"{row.kind[:3]}-{digest[:10]}")
 
 
+def drawn_lot(id: str) -> int:
+    """A large number that stays the same for an id: which of several proxies or gateways it gets."""
+    return int(hashlib.sha256(id.encode()).hexdigest(), 16)
+
+
 class Wait(NamedTuple):
     """A cool-down for one model: over at `until` (Unix seconds), after `strikes` refusals in a row."""
 
@@ -2014,9 +1961,8 @@ class Account:
     def token_valid(self, now: float) -> bool:
         """Whether it can ask as it is; an access token without expiry counts until the upstream refuses it."""
         row = self.row
-        return row.kind == LOGIN_FREE or (
-            row.access_token != "" and (not row.expires or row.expires - TOKEN_LEEWAY > now)
-        )
+        current = not row.expires or row.expires - TOKEN_LEEWAY > now
+        return row.kind == LOGIN_FREE or (row.access_token != "" and current)
 
     def state(self, now: float) -> str:
         """ready, waiting, expired or dead, for people and metrics."""
@@ -2090,25 +2036,17 @@ class Pool:
     def _enliven(self, row: AccountRow, load: Counter[str]) -> Account:
         """Gives an account its part of the configuration: a proxy for life (the least used) and a gateway."""
         proxies, gateways = self.settings.proxy_url, self.settings.chatgpt_base_url
-        proxy, lot = (
-            row.proxy if row.proxy in proxies else "",
-            int(hashlib.sha256(row.id.encode()).hexdigest(), 16),
-        )
+        proxy, lot = row.proxy if row.proxy in proxies else "", drawn_lot(row.id)
         if proxies and not proxy:
             proxy = proxies[lot % len(proxies)] if row.guest else min(proxies, key=lambda one: load[one])
             load[proxy] += 1
         known = row.browser in browsers.BrowserType.__members__
-        return Account(
-            row,
-            Route(row.browser if known else self.settings.impersonate, proxy),
-            gateways[lot % len(gateways)],
-        )
+        route = Route(row.browser if known else self.settings.impersonate, proxy)
+        return Account(row, route, gateways[lot % len(gateways)])
 
     def _order(self) -> None:
         with self._accounts_lock:
-            self._turn_order = [
-                account for account in self._accounts.values() if account.row.state == "ready"
-            ]
+            self._turn_order = [one for one in self._accounts.values() if one.row.state == "ready"]
 
     def add(self, lines: Iterable[str]) -> tuple[list[AccountRow], list[str]]:
         """Stores the tokens, one a line (`#` begins a comment): the accounts, and why which line was left out.
@@ -2126,9 +2064,7 @@ class Pool:
             except ValueError as error:
                 faults.append(f"line {number}: {error}")
         with self._changes_lock:
-            rows = self.store.merge_accounts(
-                lambda known: [self._merged(row, known) for row in found.values()]
-            )
+            rows = self.store.merge_accounts(lambda known: [self._merged(r, known) for r in found.values()])
             self.reload()
         return rows, faults
 
@@ -2140,17 +2076,8 @@ class Pool:
             return replace(old, guest=0)
         if old.kind == ACCESS and old.state == "ready" and old.expires > row.expires:
             return replace(old, guest=0)
-        email, plan = row.email or old.email, row.plan or old.plan
-        return replace(
-            row,
-            device=old.device,
-            browser=old.browser,
-            proxy=old.proxy,
-            cookies=old.cookies,
-            added=old.added,
-            email=email,
-            plan=plan,
-        )
+        kept = {name: getattr(old, name) for name in ("device", "browser", "proxy", "cookies", "added")}
+        return replace(row, **kept, email=row.email or old.email, plan=row.plan or old.plan)
 
     def guest(self, key: str) -> Account:
         """The account of a caller who brings a token (or none: `login-free`); ValueError when it is no token."""
@@ -2171,10 +2098,8 @@ class Pool:
             account = self._guests.get(row.id) or self._accounts.get(row.id)
         if account is None:
             with self._changes_lock:
-                kept = self.store.account(row.id)
-                fresh = replace(
-                    row, guest=1, device=device, browser=self.settings.impersonate, added=time.time()
-                )
+                kept, browser = self.store.account(row.id), self.settings.impersonate
+                fresh = replace(row, guest=1, device=device, browser=browser, added=time.time())
                 account = self._enliven(kept or fresh, Counter())
                 if row.kind == LOGIN_FREE and not kept:
                     self.store.merge_accounts(lambda known: [known.get(row.id) or fresh])
@@ -2227,14 +2152,11 @@ class Pool:
         with self._accounts_lock:
             order = self._turn_order
             if holder is not None:
-                order = [
-                    account
-                    for account in (self._accounts.get(holder),)
-                    if account and account.row.state == "ready"
-                ]
+                one = self._accounts.get(holder)
+                order = [one] if one and one.row.state == "ready" else []
             if signed_in:
                 order = [account for account in order if account.row.kind != LOGIN_FREE]
-                if not order and any(one.row.kind == LOGIN_FREE for one in self._turn_order):
+                if not order and any(account.row.kind == LOGIN_FREE for account in self._turn_order):
                     raise login_required()
             usable, size, first, stride = None, len(order), self._cursor, 1
             if self.settings.random_token and size:
@@ -2288,10 +2210,9 @@ class Pool:
     @staticmethod
     def _limited(wait: float) -> ApiError:
         seconds = max(1, math.ceil(wait))
-        text = (
-            f"The upstream's rate limit is reached for every usable account; try again in {seconds} seconds."
-        )
-        return ApiError("rate_limit_exceeded", text, headers={"Retry-After": str(seconds)})
+        text = "The upstream's rate limit is reached for every usable account; try again in"
+        headers = {"Retry-After": str(seconds)}
+        return ApiError("rate_limit_exceeded", f"{text} {seconds} seconds.", headers=headers)
 
     # -- what becomes of them --------------------------------------------------------------------------------
 
@@ -2430,12 +2351,8 @@ class Requirements:
 
     def headers(self) -> list[bytes]:
         """The `openai-sentinel-…` header lines."""
-        values = {
-            "chat-requirements-token": self.token,
-            "proof-token": self.proof,
-            "arkose-token": self.arkose,
-        }
-        return [f"openai-sentinel-{name}: {value}".encode() for name, value in values.items() if value]
+        values = {"chat-requirements": self.token, "proof": self.proof, "arkose": self.arkose}
+        return [f"openai-sentinel-{name}-token: {one}".encode() for name, one in values.items() if one]
 
 
 @dataclass(frozen=True)
@@ -2535,14 +2452,8 @@ def _message_body(message: Message, files: Mapping[Attachment, File]) -> dict[st
         parts = [part if isinstance(part, str) else _pointer(files[part]) for part in message.parts]
         content = {"content_type": "multimodal_text", "parts": [part for part in parts if part]}
         metadata = {"attachments": [_attachment_body(files[one]) for one in message.attachments]}
-    author = {"role": message.role}
-    return {
-        "id": new_id(),
-        "author": author,
-        "content": content,
-        "metadata": metadata,
-        "create_time": time.time(),
-    }
+    facts = {"id": new_id(), "author": {"role": message.role}, "create_time": time.time()}
+    return facts | {"content": content, "metadata": metadata}
 
 
 def _pointer(file: File) -> dict[str, Any] | None:
@@ -2565,9 +2476,9 @@ _DOCUMENTS = re.compile(
 )
 
 
-def use_case(mime: str, image: bool) -> str:
+def use_case(file: File) -> str:
     """ "Files": what a file is uploaded as."""
-    return "multimodal" if image else "my_files" if _DOCUMENTS.match(mime) else "ace_upload"
+    return "multimodal" if file.width else "my_files" if _DOCUMENTS.match(file.mime) else "ace_upload"
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
@@ -2613,6 +2524,11 @@ def _seconds(said: Any, headers: Mapping[str, str]) -> float | None:
             if math.isfinite(seconds := float(value or "")) and seconds >= 0:
                 return min(seconds, 30 * 86400.0)
     return None
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    """The objects in what should be a list of them."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
@@ -2701,18 +2617,15 @@ class ChatGPT:
                 cookies[key] = "" if ended else value
         account.cookies = {key: value for key, value in cookies.items() if value}
 
-    def _post(
-        self, name: str, account: Account, path: str, body: Mapping[str, Any], watch: Watch
-    ) -> Patient[dict[str, Any]]:
-        return (yield from self._object(name, account, "POST", path, compact(body).encode(), watch))
-
     def _object(
-        self, name: str, account: Account, method: str, path: str, body: bytes | Blob | None, watch: Watch,
+        self, name: str, account: Account, path: str, watch: Watch, body: Mapping[str, Any] | Blob | None = None,
         kind: str = "application/json",
     ) -> Patient[dict[str, Any]]:  # fmt: skip
-        """A call that answers with a JSON object; Refusal for anything but 2xx."""
+        """A call that answers with a JSON object, GET without a body and POST with one; Refusal for anything but 2xx."""
         url, headers = self._base(account) + path, self._headers(account, kind=kind)
-        answer = yield from self._answer(name, account, method, url, headers, body, watch)
+        method = "GET" if body is None else "POST"
+        data = compact(body).encode() if isinstance(body, Mapping) else body
+        answer = yield from self._answer(name, account, method, url, headers, data, watch)
         value = answer.object()
         if value is None or not 200 <= answer.status < 300:
             raise refusal(answer.status, answer.headers, answer.body)
@@ -2757,13 +2670,13 @@ class ChatGPT:
         path, newer, asked = "/sentinel/chat-requirements", (account.gateway, "sentinel"), {"p": token}
         if newer not in self._newer:
             try:
-                answer = yield from self._post("requirements", account, path, asked, watch)
+                answer = yield from self._object("requirements", account, path, watch, asked)
                 return (yield from self._satisfied(account, page, answer, watch))
             except Refusal as refused:
                 if refused.reason != "missing":
                     raise
         try:
-            answer = yield from self._post("requirements", account, f"{path}/prepare", asked, watch)
+            answer = yield from self._object("requirements", account, f"{path}/prepare", watch, asked)
         except Refusal as refused:
             if refused.reason == "missing":
                 self._newer.discard(newer)
@@ -2771,7 +2684,7 @@ class ChatGPT:
         self._newer.add(newer)
         ready = yield from self._satisfied(account, page, answer, watch)
         final = {"prepare_token": answer.get("prepare_token"), "proofofwork": ready.proof}
-        answer = yield from self._post("requirements", account, f"{path}/finalize", final, watch)
+        answer = yield from self._object("requirements", account, f"{path}/finalize", watch, final)
         return replace(ready, token=str(answer.get("token") or ""), expires=_expiry(answer))
 
     def _satisfied(
@@ -2792,9 +2705,8 @@ class ChatGPT:
 
     def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> Patient[str]:
         if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty):
-            raise Refusal(
-                "rejected", "The upstream asks a proof of work of an unknown kind.", "upstream_error"
-            )
+            text = "The upstream asks a proof of work of an unknown kind."
+            raise Refusal("rejected", text, "upstream_error")
         if harder(difficulty, limit := self.settings.pow_difficulty):
             text = f"The upstream asks a proof of difficulty {difficulty}; POW_DIFFICULTY={limit} allows none harder."
             raise Refusal("rejected", text, "proof_of_work_too_hard")
@@ -2809,10 +2721,8 @@ class ChatGPT:
         if not (url := self.settings.arkose_token_url):
             text = "The upstream wants an Arkose token; set ARKOSE_TOKEN_URL to a service that provides them."
             raise Refusal("rejected", text, "arkose_required")
-        body, token = compact({"blob": dx}).encode(), None
-        call = self.handles.call(
-            "arkose", Route("", ""), "POST", url, _JSON_HEADERS, body, watch, self.silence
-        )
+        body, route, token = compact({"blob": dx}).encode(), Route("", ""), None
+        call = self.handles.call("arkose", route, "POST", url, _JSON_HEADERS, body, watch, self.silence)
         with call, contextlib.suppress(Refusal):
             answer = yield from call.whole()
             token = (answer.object() or {}).get("token") if answer.status == 200 else None
@@ -2834,7 +2744,7 @@ class ChatGPT:
                     raise
         bare = {name: value for name, value in body.items() if name != "messages"}
         try:
-            answer = yield from self._post("conduit", account, "/f/conversation/prepare", bare, watch)
+            answer = yield from self._object("conduit", account, "/f/conversation/prepare", watch, bare)
             self._newer.add(newer)
             conduit = f"x-conduit-token: {answer.get('conduit_token') or ''}".encode()
             yield from self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
@@ -2865,26 +2775,21 @@ class ChatGPT:
 
     # -- files and voice ---------------------------------------------------------------------------------------
 
-    def upload(
-        self, account: Account, blob: Blob, name: str, mime: str, case: str, watch: Watch
-    ) -> Patient[str]:
+    def upload(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[str]:
         """ "Files": the id of a file that the account now holds, documents once they have been read there."""
-        asked = {"file_name": name, "file_size": blob.size, "use_case": case}
+        case = use_case(file)
+        asked = {"file_name": file.name, "file_size": blob.size, "use_case": case}
         asked |= {"timezone_offset_min": TIMEZONE_OFFSET_MIN, "reset_rate_limits": False}
-        made = yield from self._post("files", account, "/files", asked, watch)
+        made = yield from self._object("files", account, "/files", watch, asked)
         id, url = str(made.get("file_id") or ""), str(made.get("upload_url") or "")
         if not _FILE_ID.fullmatch(id) or not url.startswith(("https://", "http://")):
             raise Refusal("broken", "The upstream did not say where to upload a file; try again.")
-        headers = [
-            b"x-ms-blob-type: BlockBlob",
-            b"x-ms-version: 2020-04-08",
-            f"Content-Type: {mime}".encode(),
-        ]
-        headers += [b"Expect:", f"Origin: {account.gateway}".encode()]
+        headers = [b"x-ms-blob-type: BlockBlob", b"x-ms-version: 2020-04-08", b"Expect:"]
+        headers += [f"Content-Type: {file.mime}".encode(), f"Origin: {account.gateway}".encode()]
         answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch)
         if not 200 <= answer.status < 300:
             raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
-        yield from self._post("uploaded", account, f"/files/{id}/uploaded", {}, watch)
+        yield from self._object("uploaded", account, f"/files/{id}/uploaded", watch, {})
         if case == "my_files":
             yield from self._indexed(account, id, watch)
         return id
@@ -2893,25 +2798,20 @@ class ChatGPT:
         """Waits until the site has read a document."""
         end, pause = time.monotonic() + self.silence, 0.1
         while time.monotonic() < end:
-            said = yield from self._object("file", account, "GET", f"/files/{id}", None, watch)
+            said = yield from self._object("file", account, f"/files/{id}", watch)
             if (status := said.get("retrieval_index_status")) == "success":
                 return
             if status in ("failed", "error"):
-                raise Refusal(
-                    "rejected", "The upstream cannot read this document; send it in another format."
-                )
+                text = "The upstream cannot read this document; send it in another format."
+                raise Refusal("rejected", text)
             yield from paused(pause, watch)
             pause = min(pause * 1.5, 2.0)
         raise Refusal("silent", "The upstream took too long to read the document; try again.")
 
     def file_url(self, account: Account, id: str, watch: Watch, conversation: str = "") -> Patient[str]:
         """A short-lived URL for a file that the account holds; for `sediment` files the conversation's."""
-        path = (
-            f"/conversation/{conversation}/attachment/{id}/download"
-            if conversation
-            else f"/files/{id}/download"
-        )
-        return (yield from self._url("download", account, path, watch))
+        place = f"/conversation/{conversation}/attachment" if conversation else "/files"
+        return (yield from self._url("download", account, f"{place}/{id}/download", watch))
 
     def sandbox_url(
         self, account: Account, conversation: str, message: str, path: str, watch: Watch
@@ -2922,10 +2822,9 @@ class ChatGPT:
         return (yield from self._url("interpreter", account, address, watch))
 
     def _url(self, name: str, account: Account, path: str, watch: Watch) -> Patient[str]:
-        said = yield from self._object(name, account, "GET", path, None, watch)
-        if not isinstance(url := said.get("download_url"), str) or not url.startswith(
-            ("https://", "http://")
-        ):
+        said = yield from self._object(name, account, path, watch)
+        url = said.get("download_url")
+        if not isinstance(url, str) or not url.startswith(("https://", "http://")):
             raise Refusal("missing", "The upstream has no download for this file.", "not_found")
         return url
 
@@ -2952,18 +2851,13 @@ class ChatGPT:
         if time.time() - read < MODELS_LIFE:
             return slugs
         try:
-            said = yield from self._object("models", account, "GET", "/models", None, watch)
+            said = yield from self._object("models", account, "/models", watch)
         except Refusal:
             if not slugs:
                 raise
             account.models = (time.time() - MODELS_LIFE + 60, slugs)  # and tried again in a minute
             return slugs
-        listed = said.get("models")
-        slugs = tuple(
-            str(one["slug"])
-            for one in (listed if isinstance(listed, list) else ())
-            if isinstance(one, dict) and one.get("slug")
-        )
+        slugs = tuple(str(one["slug"]) for one in dicts(said.get("models")) if one.get("slug"))
         account.models = (time.time(), slugs)
         return slugs
 
@@ -2973,12 +2867,10 @@ class ChatGPT:
         """ "Voice": a message read aloud."""
         query = {"message_id": message, "conversation_id": conversation, "voice": voice, "format": form}
         url = f"{self._base(account)}/synthesize?{urllib.parse.urlencode(query)}"
-        answer = yield from self._answer(
-            "synthesize", account, "GET", url, self._headers(account), None, watch
-        )
-        if answer.status != 200 or not answer.headers.get("content-type", "").startswith(
-            ("audio/", "application/oct")
-        ):
+        headers = self._headers(account)
+        answer = yield from self._answer("synthesize", account, "GET", url, headers, None, watch)
+        kind = answer.headers.get("content-type", "")
+        if answer.status != 200 or not kind.startswith(("audio/", "application/oct")):
             raise refusal(answer.status, answer.headers, answer.body)
         return answer
 
@@ -2988,17 +2880,15 @@ class ChatGPT:
         """ "Voice": what is said in a recording."""
         mark, body = f"----chatproxy{secrets.token_hex(12)}", Blob()
         quoted = re.sub(r'[\x00-\x1f"\\]', "_", name)
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="{quoted}"\r\nContent-Type: {mime}\r\n\r\n'
-        body.write(head.encode())
+        head = f"--{mark}\r\nContent-Disposition: form-data; name="
+        body.write(f'{head}"file"; filename="{quoted}"\r\nContent-Type: {mime}\r\n\r\n'.encode())
         for piece in audio.pieces():
             body.write(piece)
         if language:
-            body.write(
-                f'\r\n--{mark}\r\nContent-Disposition: form-data; name="language"\r\n\r\n{language}'.encode()
-            )
+            body.write(f'\r\n{head}"language"\r\n\r\n{language}'.encode())
         body.write(f"\r\n--{mark}--\r\n".encode())
         kind = f"multipart/form-data; boundary={mark}"
-        said = yield from self._object("transcribe", account, "POST", "/transcribe", body, watch, kind)
+        said = yield from self._object("transcribe", account, "/transcribe", watch, body, kind)
         return str(said.get("text") or "")
 
     # -- prepared ahead --------------------------------------------------------------------------------------
@@ -3086,9 +2976,8 @@ class ChatGPT:
         dead = ""
         for client in [{"client_id": BROWSER_CLIENT}, ios] if secret.startswith("rt_") else [ios]:
             data = compact(body | client).encode()
-            answer = patiently(
-                self._answer("refresh", account, "POST", url, _JSON_HEADERS, data, self._nobody)
-            )
+            call = self._answer("refresh", account, "POST", url, _JSON_HEADERS, data, self._nobody)
+            answer = patiently(call)
             said = answer.object() or {}
             if answer.status == 200 and said.get("access_token"):
                 return str(said["access_token"]), str(said.get("refresh_token") or "") or None
@@ -3219,11 +3108,8 @@ class EventStream:
         block = b"".join([*self._parts, data[:cut]]) if self._parts else data[:cut]
         rest = data[cut:]
         self._parts, self._last = [rest] if rest else [], rest[-1:]
-        return [
-            found
-            for event in block.decode("utf-8", "replace").split("\n\n")
-            if (found := self._data(event)) is not None
-        ]
+        events = map(self._data, block.decode("utf-8", "replace").split("\n\n"))
+        return [data for data in events if data is not None]
 
     def _unix(self, data: bytes) -> bytes:
         """The same with line feeds for all three line ends, one that is cut in two included."""
@@ -3306,26 +3192,18 @@ class Prose:
     def _link(self, mark: str, start: int) -> str | None:
         """What a citation refers to, as Markdown links; "" when that is nothing, None when it is not known."""
         metadata = self.message.get("metadata")
-        for one in _dicts(_at(metadata, ("content_references",))):
+        for one in dicts(_at(metadata, ("content_references",))):
             if one.get("matched_text") == mark:
-                items = [*_dicts(one.get("items")), one]
-                links = [
-                    _markdown_link(item) for item in items if isinstance(item.get("url"), str) and item["url"]
-                ]
-                alt = one.get("alt")
-                return ", ".join(dict.fromkeys(links)) or (
-                    re.sub("[\ue200-\ue2ff]", "", alt) if isinstance(alt, str) else ""
-                )
-        for one in _dicts(_at(metadata, ("citations",))):
+                items = [item for item in (*dicts(one.get("items")), one) if isinstance(item.get("url"), str)]
+                links = dict.fromkeys(_markdown_link(item) for item in items if item["url"])
+                alt = one["alt"] if isinstance(one.get("alt"), str) else ""
+                return ", ".join(links) or re.sub("[\ue200-\ue2ff]", "", alt)
+        for one in dicts(_at(metadata, ("citations",))):
             here = one.get("start_ix")
             source = one.get("metadata")
             if isinstance(here, int) and start <= here < start + len(mark) and isinstance(source, dict):
                 return _markdown_link(source) if isinstance(source.get("url"), str) else ""
         return None
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _markdown_link(source: Mapping[str, Any]) -> str:
@@ -3415,13 +3293,9 @@ class _Growing:
             named = "" if not code else recipient if language == "unknown" else language
             if text.strip():
                 out.append(ToolUse(named if named.isalnum() else "", text))
-        for part in _dicts(content.get("parts")):
-            pointer = part.get("asset_pointer")
-            if (
-                part.get("content_type") == "image_asset_pointer"
-                and isinstance(pointer, str)
-                and pointer not in self.shown
-            ):
+        for part in dicts(content.get("parts")):
+            pointer, kind = part.get("asset_pointer"), part.get("content_type")
+            if kind == "image_asset_pointer" and isinstance(pointer, str) and pointer not in self.shown:
                 self.shown.add(pointer)
                 out.append(Drawing(pointer))
 
@@ -3438,10 +3312,8 @@ class _Growing:
         """The whole text so far. A recap ("Thought for 5 seconds") is a caption, not a thought."""
         content = self.raw["content"]
         if content.get("content_type") == "thoughts":
-            thoughts = [one for one in content.get("thoughts") or () if isinstance(one, dict)]
-            return "\n\n".join(
-                "\n".join(str(one[k]) for k in ("summary", "content") if one.get(k)) for one in thoughts
-            )
+            thoughts = [(one.get("summary"), one.get("content")) for one in dicts(content.get("thoughts"))]
+            return "\n\n".join("\n".join(str(part) for part in one if part) for one in thoughts)
         parts = content.get("parts")
         return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
 
@@ -3672,7 +3544,7 @@ class Files:
             mime, name = mime or said, name or named
         file = self.described(blob, name, mime, owner)
         if attachment.image and not file.width:
-            raise invalid(attachment.where, f"`{attachment.where}` is not a PNG, JPEG, GIF or WebP image.")
+            raise unfit(attachment.where, "is not a PNG, JPEG, GIF or WebP image.")
         return file, blob
 
     @staticmethod
@@ -3686,14 +3558,8 @@ class Files:
         kind, width, height = facts or (guessed if vague else mime, 0, 0)
         if not kind:
             head = blob.read(0, 4096)
-            kind = (
-                "application/pdf"
-                if head[:5] == b"%PDF-"
-                else "text/plain"
-                if head.isascii() and b"\0" not in head
-                else ""
-            )
-        kind = kind or "application/octet-stream"
+            plain = "text/plain" if head.isascii() and b"\0" not in head else "application/octet-stream"
+            kind = "application/pdf" if head[:5] == b"%PDF-" else plain
         if not name:
             name = "file" + ({"text/plain": ".txt"}.get(kind) or mimetypes.guess_extension(kind) or "")
         return File("", owner, "", "", name, kind, blob.size, width, height, "", blob.digest(), time.time())
@@ -3702,9 +3568,8 @@ class Files:
         """The file as an account holds it already, by its place or its content."""
         if file.account == account.id:
             return file
-        case = use_case(file.mime, file.width > 0)
         for one in self.store.files("digest=? AND account=?", file.digest, account.id):
-            if use_case(one.mime, one.width > 0) == case:
+            if use_case(one) == use_case(file):
                 if not one.purpose and one.used < time.time() - 3600:
                     self.store.put_file(one._replace(used=time.time()))
                 return one._replace(name=file.name, mime=file.mime)
@@ -3732,9 +3597,8 @@ class Files:
         wait = account.wait_for(UPLOADS, time.time())
         if wait and self.upstream.settings.enable_limit:
             raise Refusal("limited", "The upstream's limit for uploads is reached.", wait=wait, about=UPLOADS)
-        case = use_case(file.mime, file.width > 0)
         try:
-            id = yield from self.upstream.upload(account, blob, file.name, file.mime, case, watch)
+            id = yield from self.upstream.upload(account, file, blob, watch)
         except Refusal as refused:
             refused.about = UPLOADS
             raise
@@ -3742,8 +3606,7 @@ class Files:
 
     def renewed(self, account: Account, held: File, blob: Blob, watch: Watch) -> Patient[File]:
         """Uploads again what the upstream has forgotten: all entries of it lead to the new one."""
-        case = use_case(held.mime, held.width > 0)
-        id = yield from self.upstream.upload(account, blob, held.name, held.mime, case, watch)
+        id = yield from self.upstream.upload(account, held, blob, watch)
         self.store.move_file(account.id, held.upstream, id)
         return held._replace(upstream=id)
 
@@ -3756,12 +3619,9 @@ class Files:
     def owned(self, account: Account, file: File, owner: str) -> File:
         """The owner's own entry of a file that an account holds."""
         held = self.store.files("digest=? AND account=?", file.digest, account.id)
-        mine = [one for one in held if one.owner == owner]
-        return (
-            mine[0]
-            if mine
-            else self.kept((held or [file])[0]._replace(owner=owner, purpose="", used=time.time()))
-        )
+        if mine := [one for one in held if one.owner == owner]:
+            return mine[0]
+        return self.kept((held or [file])[0]._replace(owner=owner, purpose="", used=time.time()))
 
     def content(self, account: Account, file: File, watch: Watch) -> Patient[Blob]:
         """A file's bytes from the account that holds it."""
@@ -3780,28 +3640,32 @@ MOST_LINKS = 20  # different files of one answer that are looked up
 
 
 Batches = Generator[list[Event] | None, None, None]
+# Batches, and at the end those events that came together with it.
+Ending = Generator[list[Event] | None, None, list[Event]]
+Steps = Generator[Y | None, None, T]
+Work = Callable[[Account], Steps[Y, T]]
 
 
 class Attempt:
     """One question's way through the accounts: those tried, and what the client has of the answer."""
 
-    def __init__(self, question: Question, guest: Account | None, owner: str = "") -> None:
-        """`guest` is the one account that is to answer, None the pool; `owner` is whose files the question may use."""
-        self.question, self.guest, self.owner = question, guest, owner
+    def __init__(
+        self, question: Question, watch: Watch, guest: Account | None, owner: str, signed_in: bool = False
+    ) -> None:
+        """`guest` is the one account that is to answer, None the pool; `owner` is whose files the question may use, and
+        `signed_in` whether a login-free account will not do."""
+        self.question, self.watch, self.guest, self.owner = question, watch, guest, owner
+        self.signed_in = signed_in
         self.kept_by: str | None = None  # the account that holds the conversation
-        self.holder: str | None = (
-            None  # the one account that will do, for the conversation's or a file's sake
-        )
-        self.signed_in = False  # whether a login-free account will not do
+        self.holder: str | None = None  # the one account that will do: it has the conversation or a file
         self.materials: dict[Attachment, tuple[File, Blob | None]] = {}
         self.tried: list[Account] = []
         self.account: Account | None = None  # the one that is asked
         self.token = ""  # the access token of the call under way
+        self.decoder = Decoder()  # of the answer under way
         self.begun = False  # whether the client has anything of the answer
         self.continuing = False  # whether the call under way goes on with an answer
-        self.pieces: Pieces | None = (
-            None  # the call under way; it is ended when the client has its last words
-        )
+        self.pieces: Pieces | None = None  # the call under way; ended when the client has its last words
         self.kept = ""  # the conversation that is remembered for its account
         self.links: dict[str, str] = {}  # URLs of the files that the model made, by path
 
@@ -3809,13 +3673,11 @@ class Attempt:
 class Answers:
     """Asks the web upstream on behalf of the pool or of a guest: leases, retries, goes on with what was cut."""
 
-    def __init__(
-        self, settings: Settings, pool: Pool, upstream: ChatGPT, files: Files, metrics: Metrics
-    ) -> None:
-        self.settings, self.pool, self.upstream, self.metrics = settings, pool, upstream, metrics
-        self.files = files
+    def __init__(self, upstream: ChatGPT, files: Files) -> None:
+        self.upstream, self.files = upstream, files
+        self.settings, self.pool, self.metrics = upstream.settings, upstream.pool, upstream.metrics
 
-    def ask(self, attempt: Attempt, watch: Watch) -> Batches:
+    def ask(self, attempt: Attempt) -> Batches:
         """The answer as batches of events that came together, None for a heartbeat's time of silence; Finish is last.
 
         ApiError when no account could answer; after the first event, when the answer broke off.
@@ -3823,60 +3685,45 @@ class Answers:
         question = attempt.question
         if attempt.guest is None and question.conversation:
             attempt.holder = attempt.kept_by = self.pool.holder(question.conversation)
-        yield from self._gather(attempt, watch)
+        yield from self._gather(attempt)
         try:
-            yield from self._attempts(attempt, watch, lambda account: self._answer(account, attempt, watch))
+            yield from self._attempts(attempt, lambda account: self._answer(account, attempt))
         finally:
             if attempt.pieces:
                 attempt.pieces.close()
 
-    def _gather(self, attempt: Attempt, watch: Watch) -> Patient[None]:
+    def _gather(self, attempt: Attempt) -> Patient[None]:
         """Makes ready what comes with a question, whichever account it will be."""
-        attachments, fetched = attempt.question.attachments, 0
+        attachments, fetched, most = attempt.question.attachments, 0, self.settings.max_body_mb
         if len(attachments) > MOST_ATTACHMENTS:
             raise invalid(attachments[-1].where, f"A request may have at most {MOST_ATTACHMENTS} files.")
         for one in attachments:
             attempt.signed_in = True
             if one not in attempt.materials:
-                attempt.materials[one] = yield from self.files.gathered(one, attempt.owner, watch)
+                attempt.materials[one] = yield from self.files.gathered(one, attempt.owner, attempt.watch)
             file = attempt.materials[one][0]
             fetched += file.size if one.url else 0
-            if fetched > self.settings.max_body_mb << 20:
-                raise invalid(
-                    one.where,
-                    f"The URLs of a request lead to more than MAX_BODY_MB ({self.settings.max_body_mb} MiB).",
-                )
+            if fetched > most << 20:
+                text = f"The URLs of a request lead to more than MAX_BODY_MB ({most} MiB)."
+                raise invalid(one.where, text)
             if attempt.guest is None:
                 attempt.holder = attempt.holder or file.account or None
 
     def do(
-        self,
-        kind: str,
-        guest: Account | None,
-        work: Callable[[Account], Patient[T]],
-        watch: Watch,
-        holder: str | None = None,
+        self, kind: str, guest: Account | None, work: Work[None, T], watch: Watch, holder: str | None = None
     ) -> Patient[T]:
         """The result of some calls that need a signed-in account; `kind` is what its rate limits are counted under."""
-        attempt = Attempt(Question((), kind), guest)
-        attempt.holder, attempt.signed_in = holder if guest is None else None, True
-        return (
-            yield from self._attempts(
-                attempt,
-                watch,
-                lambda account: self._signed_in(account, attempt, lambda: work(account), watch),
-            )
-        )
+        attempt = Attempt(Question((), kind), watch, guest, "", signed_in=True)
+        attempt.holder = holder if guest is None else None
+        return (yield from self._attempts(attempt, lambda account: self._signed_in(account, attempt, work)))
 
-    def _attempts(
-        self, attempt: Attempt, watch: Watch, work: Callable[[Account], Generator[Y | None, None, T]]
-    ) -> Generator[Y | None, None, T]:
+    def _attempts(self, attempt: Attempt, work: Work[Y, T]) -> Steps[Y, T]:
         """Does the work on one account after another, until it is done or is not to be tried again."""
         account = self._lease(attempt)
         while True:
             if account in attempt.tried:
                 # On the same account again: a quarter of a second later, twice as long each time, at most 4 s.
-                yield from paused(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0), watch)
+                yield from paused(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0), attempt.watch)
             attempt.account = account
             try:
                 return (yield from work(account))
@@ -3926,73 +3773,47 @@ class Answers:
         text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "1"})
 
-    def _answer(self, account: Account, attempt: Attempt, watch: Watch) -> Batches:
+    def _answer(self, account: Account, attempt: Attempt) -> Batches:
         """The whole answer of one account, continued as often as AUTO_CONTINUE says."""
-        question, decoder, attempt.continuing = attempt.question, Decoder(), False
+        question, decoder = attempt.question, Decoder()
+        attempt.decoder, attempt.continuing = decoder, False
         for continuation in range(self.settings.auto_continue + 1):
             try:
-                events = yield from self._signed_in(
-                    account,
-                    attempt,
-                    functools.partial(self._turn, account, question, attempt, decoder, watch),
-                    watch,
-                )
+                turn = functools.partial(self._turn, attempt, question)
+                events = yield from self._signed_in(account, attempt, turn)
             except Refusal as refused:
-                if attempt.begun and (over := decoder.finish()):
-                    yield [
-                        *(yield from self._rest(account, attempt, decoder, watch)),
-                        over,
-                    ]  # only a second saying so is missing
+                if attempt.begun and (over := decoder.finish()):  # only a second saying so is missing
+                    yield [*(yield from self._looked_up(account, attempt, decoder.rest())), over]
                     return
                 if not continuation:
                     raise
                 self._learn(account, attempt, refused)  # what there is of the answer stays good
-                rest = yield from self._rest(account, attempt, decoder, watch)
+                rest = yield from self._looked_up(account, attempt, decoder.rest())
                 yield [*rest, Finish("length", decoder.conversation, decoder.message)]
                 return
-            finish = self._finished(decoder)
-            events = [*events, *(yield from self._rest(account, attempt, decoder, watch))]
+            if not (over := decoder.finish()):
+                raise Refusal("broken", "The upstream broke off its answer; try again.")
+            finish = over
+            events = [*events, *(yield from self._looked_up(account, attempt, decoder.rest()))]
             if finish.reason != "length" or not finish.conversation or not finish.message:
                 break
             if continuation < self.settings.auto_continue:
                 if events:
                     yield events
-                question = replace(
-                    question,
-                    messages=(),
-                    continues=True,
-                    conversation=finish.conversation,
-                    parent=finish.message,
-                )
+                question = replace(question, messages=(), continues=True)
+                question = replace(question, conversation=finish.conversation, parent=finish.message)
                 attempt.continuing = True
                 decoder.renew()
         yield [*events, finish]
 
-    def _rest(
-        self, account: Account, attempt: Attempt, decoder: Decoder, watch: Watch
-    ) -> Patient[list[Event]]:
-        return (yield from self._looked_up(account, attempt, decoder, decoder.rest(), watch))
-
-    @staticmethod
-    def _finished(decoder: Decoder) -> Finish:
-        if finish := decoder.finish():
-            return finish
-        raise Refusal("broken", "The upstream broke off its answer; try again.")
-
-    def _signed_in(
-        self,
-        account: Account,
-        attempt: Attempt,
-        work: Callable[[], Generator[Y | None, None, T]],
-        watch: Watch,
-    ) -> Generator[Y | None, None, T]:
+    def _signed_in(self, account: Account, attempt: Attempt, work: Work[Y, T]) -> Steps[Y, T]:
         """Does the work with a usable access token; once more with a renewed one if that was refused."""
         refused_token = ""
         while True:
-            yield from self.upstream.token(account, watch, refused_token)
+            yield from self.upstream.token(account, attempt.watch, refused_token)
             attempt.token = account.row.access_token
             try:
-                return (yield from work())
+                return (yield from work(account))
             except Refusal as refused:
                 alive = account.renewable and account.row.state == "ready"
                 over = attempt.begun and not attempt.continuing
@@ -4000,26 +3821,23 @@ class Answers:
                     raise
                 refused_token = attempt.token
 
-    def _turn(
-        self, account: Account, question: Question, attempt: Attempt, decoder: Decoder, watch: Watch
-    ) -> Generator[list[Event] | None, None, list[Event]]:
-        """One conversation call, made again once if fresh requirements, and once if fresh uploads, may help.
-
-        Returns the events that came together with the end.
-        """
-        upstream, spare, known = self.upstream, True, True
+    def _turn(self, attempt: Attempt, question: Question, account: Account) -> Ending:
+        """One conversation call, made again once if fresh requirements, and once if fresh uploads, may help."""
+        upstream, watch, spare, known = self.upstream, attempt.watch, True, True
+        login_free = account.row.kind == LOGIN_FREE
         if self.settings.check_model and not attempt.continuing:
             yield from self._check_model(account, question.model, watch)
         files = {}
         for one in question.attachments:
-            files[one] = yield from self._placed(account, attempt, one, watch)
+            files[one] = yield from self._placed(account, attempt, one)
         while True:
             needs = (yield from upstream.spare(account, watch)) if spare else None
             spare = needs is not None
             if needs is None:
                 needs = yield from upstream.requirements(account, watch)
+            body = conversation_body(question, self.settings.history_disabled, login_free, files)
             try:
-                return (yield from self._call(account, question, files, needs, attempt, decoder, watch))
+                return (yield from self._call(account, attempt, body, needs))
             except Refusal as refused:
                 if attempt.begun and not attempt.continuing:
                     raise
@@ -4033,21 +3851,19 @@ class Answers:
                 else:
                     raise
 
-    def _placed(
-        self, account: Account, attempt: Attempt, attachment: Attachment, watch: Watch
-    ) -> Patient[File]:
+    def _placed(self, account: Account, attempt: Attempt, attachment: Attachment) -> Patient[File]:
         """A question's file as the account holds it, its bytes got from the account that has it if that is another."""
         file, blob = attempt.materials[attachment]
         if found := self.files.known(account, file):
             return found
         if blob is None:
             try:
-                get = functools.partial(self.files.content, file=file, watch=watch)
-                blob = yield from self.do("downloads", None, get, watch, file.account)
+                get = functools.partial(self.files.content, file=file, watch=attempt.watch)
+                blob = yield from self.do("downloads", None, get, attempt.watch, file.account)
             except ApiError as error:  # what befell that account is not this one's fault
                 raise ApiError(error.code, error.message, attachment.where, error.headers) from None
             attempt.materials[attachment] = file, blob
-        return (yield from self.files.placed(account, file, blob, watch))
+        return (yield from self.files.placed(account, file, blob, attempt.watch))
 
     def _check_model(self, account: Account, model: str, watch: Watch) -> Patient[None]:
         """CHECK_MODEL: refuses what the account does not list, unless the list cannot be had."""
@@ -4062,19 +3878,8 @@ class Answers:
         if listed and model not in listed:
             raise Refusal("unlisted", "No account offers this model; GET /v1/models lists those there are.")
 
-    def _call(
-        self,
-        account: Account,
-        question: Question,
-        files: Mapping[Attachment, File],
-        needs: Requirements,
-        attempt: Attempt,
-        decoder: Decoder,
-        watch: Watch,
-    ) -> Generator[list[Event] | None, None, list[Event]]:
-        login_free = account.row.kind == LOGIN_FREE
-        body = conversation_body(question, self.settings.history_disabled, login_free, files)
-        last = time.monotonic()
+    def _call(self, account: Account, attempt: Attempt, body: dict[str, Any], needs: Requirements) -> Ending:
+        watch, decoder, last = attempt.watch, attempt.decoder, time.monotonic()
         attempt.pieces = self.upstream.conversation(account, body, needs, watch)
         for data in attempt.pieces:
             events = decoder.feed(data) if data else []
@@ -4083,7 +3888,7 @@ class Answers:
             if decoder.conversation != attempt.kept:
                 self._keep(account, attempt, decoder.conversation)
             if not _LOOKED_UP.isdisjoint(map(type, events)):
-                events = yield from self._looked_up(account, attempt, decoder, events, watch)
+                events = yield from self._looked_up(account, attempt, events)
             if decoder.done:
                 return events
             now = time.monotonic()
@@ -4092,28 +3897,21 @@ class Answers:
                 yield events or None
         return []
 
-    def _looked_up(
-        self, account: Account, attempt: Attempt, decoder: Decoder, events: list[Event], watch: Watch
-    ) -> Patient[list[Event]]:
+    def _looked_up(self, account: Account, attempt: Attempt, events: list[Event]) -> Patient[list[Event]]:
         """The events with URLs for what the model drew and made."""
-        out: list[Event] = []
+        upstream, watch, links, out = self.upstream, attempt.watch, attempt.links, list[Event]()
+        conversation, message = attempt.decoder.conversation, attempt.decoder.message
         for event in events:
             if isinstance(event, SandboxLink):
-                here = (
-                    account,
-                    decoder.conversation,
-                    decoder.message,
-                    urllib.parse.unquote(event.path),
-                    watch,
-                )
-                if event.path not in attempt.links and len(attempt.links) < MOST_LINKS:
-                    ask = functools.partial(self.upstream.sandbox_url, *here)
-                    attempt.links[event.path] = yield from self._url(account, ask, watch)
-                out.append(Text(attempt.links.get(event.path) or f"sandbox:{event.path}"))
+                if event.path not in links and len(links) < MOST_LINKS:
+                    path = urllib.parse.unquote(event.path)
+                    ask = functools.partial(upstream.sandbox_url, account, conversation, message, path, watch)
+                    links[event.path] = yield from self._url(account, ask, watch)
+                out.append(Text(links.get(event.path) or f"sandbox:{event.path}"))
             elif isinstance(event, Drawing):
                 scheme, _, id = event.pointer.partition("#")[0].partition("://")
-                conversation = decoder.conversation if scheme == "sediment" else ""
-                ask = functools.partial(self.upstream.file_url, account, id, watch, conversation)
+                place = conversation if scheme == "sediment" else ""
+                ask = functools.partial(upstream.file_url, account, id, watch, place)
                 if _FILE_ID.fullmatch(id) and (url := (yield from self._url(account, ask, watch))):
                     out.append(Image(url))
             else:
@@ -4123,19 +3921,14 @@ class Answers:
     @staticmethod
     def _url(account: Account, ask: Callable[[], Patient[str]], watch: Watch) -> Patient[str]:
         """A download URL, "" when there is none: what was just made may take the upstream a moment to find."""
-        for pause in (0.3, 1.0, 0.0):
+        code = ""
+        for pause in (0.0, 0.3, 1.0):
+            yield from paused(pause, watch)
             try:
                 return (yield from ask())
             except Refusal as refused:
-                if not pause:
-                    log(
-                        logging.WARNING,
-                        "a file of an answer cannot be had",
-                        account=account.name,
-                        code=refused.code,
-                    )
-            if pause:
-                yield from paused(pause, watch)
+                code = refused.code
+        log(logging.WARNING, "a file of an answer cannot be had", account=account.name, code=code)
         return ""
 
     def _begun(self, account: Account, attempt: Attempt) -> None:
@@ -4256,12 +4049,8 @@ class Schema:
 
     def _alone(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
         kinds = schema.get("type")
-        kinds = [kinds] if isinstance(kinds, str) else kinds
-        known = (
-            [kind for kind in kinds if isinstance(kind, str) and kind in _SCHEMA_TYPES]
-            if isinstance(kinds, list)
-            else []
-        )
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        known = [kind for kind in kinds if isinstance(kind, str) and kind in _SCHEMA_TYPES]
         if known and not any(_SCHEMA_TYPES[kind](value) for kind in known):
             return f"{where} is not of type {' or '.join(known)}"
         if isinstance(choices := schema.get("enum"), list):
@@ -4379,15 +4168,15 @@ def parse_object(body: Blob) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid(None, "The body is not a JSON object of a usual size; send one.")
     if b"\\ud" in data or b"\\uD" in data:
-        value = _changed(
-            value, lambda text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        )
-    if blobs:
-        value = {
-            name: _changed(one, functools.partial(_with_blob, mark, blobs, name in ("messages", "input")))
-            for name, one in value.items()
-        }
+        value = _changed(value, _without_surrogates)
+    for name, one in value.items() if blobs else ():
+        keep = name in ("messages", "input")
+        value[name] = _changed(one, functools.partial(_with_blob, mark, blobs, keep))
     return value
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _changed(value: Any, change: Callable[[str], Any]) -> Any:
@@ -4422,9 +4211,8 @@ def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
         escaped = rest[-1:] == b"\\"  # then the window's first character is no quote
         match = _INLINE.search(window, int(escaped)) if len(blobs) < MOST_LIFTED else None
         if match is None:
-            step = (
-                len(window) if at + PIECE >= body.size else PIECE - reach
-            )  # a name may be cut by the window's end
+            # A name may be cut by the window's end.
+            step = len(window) if at + PIECE >= body.size else PIECE - reach
             rest += window[:step]
             at += step
             continue
@@ -4483,14 +4271,14 @@ def check_types(body: Mapping[str, Any], types: Types, where: str = "") -> None:
         if value is not None and name in types:
             kinds, what = types[name]
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-                raise invalid(where + name, f"`{where}{name}` must be {what}.")
+                raise unfit(where + name, f"must be {what}.")
 
 
 def required(body: Mapping[str, Any], name: str, where: str = "") -> str:
     """A field that must be a string with something in it."""
     value = body.get(name)
     if not isinstance(value, str) or not value:
-        raise invalid(where + name, f"`{where}{name}` must be a string that is not empty.")
+        raise unfit(where + name, "must be a string that is not empty.")
     return value
 
 
@@ -4512,14 +4300,8 @@ class Turn:
 
 # -- messages and their parts ------------------------------------------------------------------------------------------
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES |= {"tool": "tool", "function": "tool"}
 _LEADING_URLS = re.compile(r"\s*((?:https?://\S+\s+)+)(.*)", re.DOTALL)
 
 
@@ -4531,10 +4313,10 @@ def parse_messages(values: list[Any], upload_by_url: bool) -> tuple[Message, ...
 
 def _message(value: Any, where: str, names: dict[str, str], upload_by_url: bool) -> Message:
     if not isinstance(value, dict):
-        raise invalid(where, f"`{where}` must be an object with `role` and `content`.")
+        raise unfit(where, "must be an object with `role` and `content`.")
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise invalid(f"{where}.role", f"`{where}.role` must be one of {', '.join(ROLES)}.")
+        raise unfit(f"{where}.role", f"must be one of {', '.join(ROLES)}.")
     parts = _content(value.get("content"), f"{where}.content", role == "assistant")
     if role == "assistant":
         parts += _calls_made(value, where, names)
@@ -4552,7 +4334,7 @@ def _content(content: Any, where: str, may_miss: bool = False) -> tuple[str | At
     if isinstance(content, str):
         return (content,)
     if not isinstance(content, list):
-        raise invalid(where, f"`{where}` must be a string or a list of content parts.")
+        raise unfit(where, "must be a string or a list of content parts.")
     return tuple(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
 
 
@@ -4562,7 +4344,7 @@ def _part(value: Any, where: str) -> str | Attachment:
     if kind in ("text", "input_text", "output_text", "refusal"):
         text = value.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
-            raise invalid(f"{where}.text", f"`{where}.text` must be a string.")
+            raise unfit(f"{where}.text", "must be a string.")
         return text
     if kind in ("image_url", "input_image"):
         given = value.get("image_url")
@@ -4570,21 +4352,17 @@ def _part(value: Any, where: str) -> str | Attachment:
         if kind == "input_image" and isinstance(id := value.get("file_id"), str):
             return Attachment(where, image=True, file=id)
         if not isinstance(url, str):
-            raise invalid(f"{where}.image_url", f"`{where}.image_url` must name a URL.")
+            raise unfit(f"{where}.image_url", "must name a URL.")
         return _from_url(url, f"{where}.image_url", image=True)
     if kind in ("file", "input_file"):
         given = value.get("file") if kind == "file" else value
         if isinstance(given, dict):
             return _file_part(given, where)
     if kind == "input_audio":
-        raise invalid(
-            where,
-            f"`{where}`: the upstream takes no audio in chats; use POST /v1/audio/transcriptions first.",
-        )
-    raise invalid(
-        where,
-        f"`{where}` must be a part of type text, image_url or file (input_text, input_image, input_file).",
-    )
+        text = "the upstream takes no audio in chats; use POST /v1/audio/transcriptions first."
+        raise invalid(where, f"`{where}`: {text}")
+    text = "must be a part of type text, image_url or file (input_text, input_image, input_file)."
+    raise unfit(where, text)
 
 
 def _file_part(given: Mapping[str, Any], where: str) -> Attachment:
@@ -4600,7 +4378,7 @@ def _file_part(given: Mapping[str, Any], where: str) -> Attachment:
     if data or isinstance(data, InlineFile):
         blob = data.blob if isinstance(data, InlineFile) else _unbased(data, 0, where)
         return Attachment(where, name=name, blob=blob)
-    raise invalid(where, f"`{where}` must have a `file_id`, or `file_data` with a `filename`.")
+    raise unfit(where, "must have a `file_id`, or `file_data` with a `filename`.")
 
 
 _DATA_URL = re.compile(r"data:([^;,]*)(?:;[^,]*)?;base64,")
@@ -4611,7 +4389,7 @@ def _from_url(url: str, where: str, image: bool = False) -> Attachment:
     if url[:8].lower().startswith(("http://", "https://")):
         return Attachment(where, image, url=url)
     if not (match := _DATA_URL.match(url)):
-        raise invalid(where, f"`{where}` must be an http://, https:// or base64 data: URL.")
+        raise unfit(where, "must be an http://, https:// or base64 data: URL.")
     blob = url.blob if isinstance(url, InlineFile) else _unbased(url, match.end(), where)
     return Attachment(where, image, mime=match[1], blob=blob)
 
@@ -4625,7 +4403,7 @@ def _unbased(text: str, start: int, where: str) -> Blob:
         for at in range(start, len(text), PIECE):
             blob.write(base64.b64decode(text[at : at + PIECE], validate=True))
     except ValueError:
-        raise invalid(where, f"`{where}` is not valid base64.") from None
+        raise unfit(where, "is not valid base64.") from None
     return blob
 
 
@@ -4660,11 +4438,8 @@ class Offer:
             "auto": "Call one whenever it helps to answer; otherwise answer as usual.",
             "required": "You must call at least one of them now, and write nothing else.",
         }.get(self.choice, f"You must call {self.choice} now, and write nothing else.")
-        several = (
-            "For several calls write several of these in a row."
-            if self.parallel
-            else "Write one call at most."
-        )
+        several = "For several calls write several of these in a row."
+        several = several if self.parallel else "Write one call at most."
         lines = [
             "You can call functions of the program through which you are asked. To call one, write exactly",
             f'{CALL_TAG}{{"name": "FUNCTION", "arguments": {{…}}}}{CALL_END}',
@@ -4672,19 +4447,14 @@ class Offer:
             f"call: the program stops reading there, and tells you the results in its next message. {must}",
             FUNCTIONS_LINE,
         ]
-        told = [
-            compact({"name": one.name, "description": one.description, "parameters": one.parameters})
-            for one in self.functions.values()
-        ]
-        return "\n".join([*lines, *told])
+        return "\n".join([*lines, *(compact(one._asdict()) for one in self.functions.values())])
 
     def fault(self, call: Mapping[str, Any]) -> str:
         """What is wrong with a call as the model wrote it, "" for nothing."""
         name, arguments = call.get("name"), call.get("arguments")
         if not isinstance(name, str) or name not in self.functions:
-            return (
-                f"there is no function of the name in the call; those there are: {', '.join(self.functions)}"
-            )
+            names = ", ".join(self.functions)
+            return f"there is no function of the name in the call; those there are: {names}"
         if self.choice not in ("auto", "required", name):
             return f"the function to be called is {self.choice}"
         if not isinstance(arguments, dict):
@@ -4709,18 +4479,13 @@ _FUNCTION_NAME = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
 def _calls_made(message: Mapping[str, Any], where: str, names: dict[str, str]) -> tuple[str, ...]:
     """The calls of an assistant's message, as the model wrote them."""
     made = message.get("tool_calls") or []
-    calls = (
-        [one.get("function") if isinstance(one, dict) else None for one in made]
-        if isinstance(made, list)
-        else [None]
-    )
+    made = made if isinstance(made, list) else [None]
+    calls = [one.get("function") if isinstance(one, dict) else None for one in made]
     if message.get("function_call"):
         calls.append(message["function_call"])
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise invalid(
-                f"{where}.tool_calls", f"`{where}.tool_calls` must be a list of calls of functions."
-            )
+            raise unfit(f"{where}.tool_calls", "must be a list of calls of functions.")
     names.update({str(one.get("id")): one["function"]["name"] for one in made})
     return tuple(call_text(call["name"], str(call.get("arguments") or "")) for call in calls if call)
 
@@ -4734,30 +4499,26 @@ def parse_offer(
         here = f"{where}[{i}]"
         name = one.get("name") if isinstance(one, dict) else None
         if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
-            raise invalid(f"{here}.name", f"`{here}.name` must be 1 to 128 letters, digits, _ and -.")
+            raise unfit(f"{here}.name", "must be 1 to 128 letters, digits, _ and -.")
         check_types(one, {"description": _TEXT, "parameters": _OBJECT}, f"{here}.")
-        found[name] = Function(
-            name, one.get("description") or "", one.get("parameters") or {"type": "object"}
-        )
+        parameters = one.get("parameters") or {"type": "object"}
+        found[name] = Function(name, one.get("description") or "", parameters)
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
         allowed = allowed if isinstance(allowed, dict) else {}
-        names = [one.get("function", one) for one in _dicts(allowed.get("tools"))]
-        found = {
-            one["name"]: found[one["name"]]
-            for one in _dicts(names)
-            if isinstance(one.get("name"), str) and one["name"] in found
-        }
+        tools = dicts([one.get("function", one) for one in dicts(allowed.get("tools"))])
+        names = [one["name"] for one in tools if isinstance(one.get("name"), str)]
+        found = {name: found[name] for name in names if name in found}
         choice = allowed.get("mode")
     if isinstance(choice, dict):
         named = choice.get("function")
         choice = (named if isinstance(named, dict) else choice).get("name")
         if not isinstance(choice, str) or choice not in found:
-            raise invalid(field, f"`{field}` must name one of the functions offered.")
+            raise unfit(field, "must name one of the functions offered.")
     elif choice not in (None, "auto", "none", "required"):
-        raise invalid(field, f"`{field}` must be auto, none, required or a function.")
+        raise unfit(field, "must be auto, none, required or a function.")
     elif choice == "required" and not found:
-        raise invalid(field, f"`{field}` is required, but no function is offered.")
+        raise unfit(field, "is required, but no function is offered.")
     return Offer(found, choice or "auto", parallel is not False) if found and choice != "none" else None
 
 
@@ -4890,10 +4651,9 @@ class CallScanner:
         else:
             if self._patient and not self._told and self._text:
                 out.append(Text("".join(self._text)))
-            out += [
-                FunctionCall(f"call_{random.getrandbits(96):024x}", call["name"], compact(call["arguments"]))
-                for call in self._calls
-            ]
+            for call in self._calls:
+                id = f"call_{random.getrandbits(96):024x}"
+                out.append(FunctionCall(id, call["name"], compact(call["arguments"])))
             out.append(event._replace(reason="tool_calls"))
 
     def as_text(self, out: list[Event], event: Finish) -> None:
@@ -4929,11 +4689,11 @@ def parse_shape(value: Any, where: str) -> Shape | None:
     if value["type"] == "json_object":
         return Shape(None)
     if value["type"] != "json_schema":
-        raise invalid(f"{where}.type", f"`{where}.type` must be text, json_object or json_schema.")
+        raise unfit(f"{where}.type", "must be text, json_object or json_schema.")
     given = value.get("json_schema", value)
     schema = given.get("schema") if isinstance(given, dict) else None
     if not isinstance(schema, dict):
-        raise invalid(where, f"`{where}` must have a JSON Schema in `schema`.")
+        raise unfit(where, "must have a JSON Schema in `schema`.")
     return Shape(schema)
 
 
@@ -5081,33 +4841,25 @@ def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     fits = isinstance(stops, list) and len(stops) <= 16
     if not fits or not all(isinstance(stop, str) and len(stop) <= 256 for stop in stops):
-        raise invalid(
-            "stop", "`stop` must be a string or a list of up to 16 strings of up to 256 characters."
-        )
+        raise unfit("stop", "must be a string or a list of up to 16 strings of up to 256 characters.")
     return tuple(stop for stop in stops if stop)
 
 
 def _limit(body: Mapping[str, Any], *names: str) -> int | None:
     name = next((name for name in names if body.get(name) is not None), None)
     if name is not None and body[name] < 1:
-        raise invalid(name, f"`{name}` must be 1 or more.")
+        raise unfit(name, "must be 1 or more.")
     return body[name] if name else None
 
 
 # How hard to think: the site has three steps.
-_EFFORTS = {
-    "none": "standard",
-    "minimal": "standard",
-    "low": "standard",
-    "medium": "standard",
-    "high": "extended",
-}
-_EFFORTS |= {"xhigh": "max", "max": "max"}
+_EFFORTS = dict.fromkeys(("none", "minimal", "low", "medium"), "standard")
+_EFFORTS |= {"high": "extended", "xhigh": "max", "max": "max"}
 
 
 def _effort(value: Any, where: str) -> str:
     if value is not None and (not isinstance(value, str) or value not in _EFFORTS):
-        raise invalid(where, f"`{where}` must be one of {', '.join(_EFFORTS)}.")
+        raise unfit(where, f"must be one of {', '.join(_EFFORTS)}.")
     return _EFFORTS.get(value or "", "")
 
 
@@ -5115,17 +4867,15 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
     """A chat completion request; 400 names what is wrong. What the web upstream cannot honour is accepted and ignored."""
     check_types(body, CHAT_FIELDS)
     if not (messages := body.get("messages")):
-        raise invalid("messages", "`messages` must be a list of at least one message.")
+        raise unfit("messages", "must be a list of at least one message.")
     if not (model := body.get("model")):
-        raise invalid("model", "`model` is missing; name one, such as gpt-4o or auto.")
+        raise unfit("model", "is missing; name one, such as gpt-4o or auto.")
     if body.get("n") not in (None, 1):
-        raise invalid("n", "`n` must be 1: the upstream gives one answer a request.")
+        raise unfit("n", "must be 1: the upstream gives one answer a request.")
     if "audio" in (body.get("modalities") or ()):
-        raise invalid(
-            "modalities", "`modalities` must be text alone; use POST /v1/audio/speech to have text read."
-        )
+        raise unfit("modalities", "must be text alone; use POST /v1/audio/speech to have text read.")
     if body.get("logprobs"):
-        raise invalid("logprobs", "`logprobs` must be false: the upstream gives none.")
+        raise unfit("logprobs", "must be false: the upstream gives none.")
     options = body.get("stream_options") or {}
     check_types(options, {"include_usage": _FLAG}, "stream_options.")
     conversation = body.get("conversation_id") or None
@@ -5134,12 +4884,8 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         raise invalid("conversation_id", text)
     tools, legacy = body.get("tools") or [], not body.get("tools") and bool(body.get("functions"))
     for i, tool in enumerate(tools):
-        if (
-            not isinstance(tool, dict)
-            or tool.get("type") != "function"
-            or not isinstance(tool.get("function"), dict)
-        ):
-            raise invalid(f"tools[{i}]", f"`tools[{i}]` must be a function; the upstream has no other tools.")
+        if _at(tool, ("type",)) != "function" or not isinstance(tool.get("function"), dict):
+            raise unfit(f"tools[{i}]", "must be a function; the upstream has no other tools.")
     if legacy:
         offer = parse_offer(body["functions"], "functions", body.get("function_call"), False, "function_call")
     else:
@@ -5406,9 +5152,8 @@ class Completion(Answered):
 
     def __init__(self, turn: Turn, tokens: Tokens, extras: bool) -> None:
         """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept."""
-        super().__init__(
-            turn, tokens, keeps_text=not turn.stream or turn.include_usage
-        )  # else nobody asks for it
+        # Else nobody asks for the text.
+        super().__init__(turn, tokens, keeps_text=not turn.stream or turn.include_usage)
         self._extras = extras
         self.id = f"chatcmpl-{random.getrandbits(112):028x}"
 
@@ -5435,21 +5180,18 @@ class Completion(Answered):
 
     def whole(self) -> dict[str, Any]:
         """A `chat.completion`."""
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": self.text or (None if self._calls else ""),
-            "refusal": None,
-        }
+        content = self.text or (None if self._calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
-        calls = [{"name": call.name, "arguments": call.arguments} for call in self._calls]
+        calls = []
+        for call in self._calls:
+            function = {"name": call.name, "arguments": call.arguments}
+            calls.append({"id": call.id, "type": "function", "function": function})
         if calls and self.turn.legacy:
-            message["function_call"] = calls[0]
+            message["function_call"] = calls[0]["function"]
         elif calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": function}
-                for call, function in zip(self._calls, calls, strict=True)
-            ]
+            message["tool_calls"] = calls
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason()}
         return self._frame("chat.completion") | {"choices": [choice], "usage": self.usage()}
 
@@ -5511,15 +5253,16 @@ class CompletionStream(Completion):
     def _end(self, pieces: list[str]) -> None:
         pieces.append(self._chunk({}, self.finish_reason()))
         if self.turn.include_usage:
-            pieces.append(
-                f"data: {compact(self._frame('chat.completion.chunk') | {'choices': [], 'usage': self.usage()})}\n\n"
-            )
+            pieces.append(self._event(choices=[], usage=self.usage()))
         pieces.append("data: [DONE]\n\n")
 
     def _chunk(self, delta: dict[str, Any], reason: str | None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         usage = {"usage": None} if self.turn.include_usage else {}
-        return f"data: {compact(self._frame('chat.completion.chunk') | {'choices': [choice]} | usage)}\n\n"
+        return self._event(choices=[choice], **usage)
+
+    def _event(self, **facts: Any) -> str:
+        return f"data: {compact(self._frame('chat.completion.chunk') | facts)}\n\n"
 
 
 # -- the Responses API -------------------------------------------------------------------------------------------------
@@ -5555,14 +5298,12 @@ def parse_response(
     `find_item` gives an item of a response that is kept."""
     model = required(body, "model")
     if body.get("background"):
-        raise invalid("background", "`background` must be false: a response is made while you wait.")
+        raise unfit("background", "must be false: a response is made while you wait.")
     if body.get("truncation") not in (None, "auto", "disabled"):
-        raise invalid("truncation", "`truncation` must be auto or disabled.")
+        raise unfit("truncation", "must be auto or disabled.")
     metadata = body.get("metadata") or {}
-    if len(metadata) > 16 or not all(
-        isinstance(value, str) and len(value) <= 512 for value in metadata.values()
-    ):
-        raise invalid("metadata", "`metadata` must have at most 16 strings of up to 512 characters.")
+    if len(metadata) > 16 or not all(isinstance(one, str) and len(one) <= 512 for one in metadata.values()):
+        raise unfit("metadata", "must have at most 16 strings of up to 512 characters.")
     names = dict(names)
     messages = (*earlier, *parse_items(body.get("input"), names, find_item, upload_by_url))
     system = (Message("system", (body["instructions"],)),) if body.get("instructions") else ()
@@ -5578,17 +5319,10 @@ def parse_response(
         effort=_effort(reasoning.get("effort"), "reasoning.effort"),
         hints=hints,
     )
-    turn = Turn(
-        question,
-        model,
-        bool(body.get("stream")),
-        _limit(body, "max_output_tokens"),
-        offer=offer,
-        shape=shape,
-    )
-    echo = {
-        name: body.get(name) for name in ("instructions", "max_output_tokens", "previous_response_id", "user")
-    }
+    limit = _limit(body, "max_output_tokens")
+    turn = Turn(question, model, bool(body.get("stream")), limit, offer=offer, shape=shape)
+    repeated = ("instructions", "max_output_tokens", "previous_response_id", "user")
+    echo = {name: body.get(name) for name in repeated}
     echo |= {"metadata": metadata, "parallel_tool_calls": parallel is not False, "tools": tools}
     echo |= {"reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")}}
     echo |= {name: 1.0 if body.get(name) is None else body[name] for name in ("temperature", "top_p")}
@@ -5608,9 +5342,7 @@ def _response_tools(tools: list[Any]) -> tuple[list[dict[str, Any]], tuple[str, 
         elif isinstance(kind, str) and kind.startswith("web_search"):
             hints.append("search")
         else:
-            raise invalid(
-                f"tools[{i}]", f"`tools[{i}]` must be of type function or web_search; there are no others."
-            )
+            raise unfit(f"tools[{i}]", "must be of type function or web_search; there are no others.")
     return functions, tuple(dict.fromkeys(hints))
 
 
@@ -5621,16 +5353,15 @@ def parse_items(
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise invalid("input", "`input` must be a string or a list of at least one item.")
+        raise unfit("input", "must be a string or a list of at least one item.")
     found = []
     for i, item in enumerate(value):
         where = f"input[{i}]"
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "item_reference" and not (id := required(item, "id", f"{where}.")).startswith("rs_"):
             if (item := find_item(id)) is None:
-                raise ApiError(
-                    "not_found", "There is no such item; they are kept for 24 hours.", f"{where}.id"
-                )
+                text = "There is no such item; they are kept for 24 hours."
+                raise ApiError("not_found", text, f"{where}.id")
             kind = item["type"]
         if kind == "message":
             found.append(_message(item, where, names, upload_by_url))
@@ -5703,10 +5434,8 @@ class ModelResponse(Answered):
         usage = None
         if self._status != "in_progress":
             prompt, answer, reasoning = self.counted()
-            usage = {
-                "input_tokens": prompt,
-                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            }
+            cached = {"cached_tokens": 0, "cache_write_tokens": 0}
+            usage = {"input_tokens": prompt, "input_tokens_details": cached}
             usage |= {"output_tokens": answer, "output_tokens_details": {"reasoning_tokens": reasoning}}
             usage |= {"total_tokens": prompt + answer}
         return {
@@ -5862,9 +5591,8 @@ def parse_form(headers: Mapping[str, str], body: Blob) -> dict[str, list[Part]]:
     if kind.lower().startswith("multipart/form-data"):
         return _multipart(kind, body)
     form: dict[str, list[Part]] = {}
-    for name, value in urllib.parse.parse_qsl(
-        body.read(0, MOST_IN_MEMORY).decode("utf-8", "replace"), keep_blank_values=True
-    ):
+    text = body.read(0, MOST_IN_MEMORY).decode("utf-8", "replace")
+    for name, value in urllib.parse.parse_qsl(text, keep_blank_values=True):
         form.setdefault(name, []).append(Part(None, "", Blob(value.encode())))
     return form
 
@@ -5920,19 +5648,13 @@ def _part_of(head: bytes, blob: Blob, wrong: Callable[[str], ApiError]) -> tuple
     headers = {}
     for line in lines:
         name, colon, value = line.partition(":")
-        if (
-            not colon
-            or not _TOKEN.fullmatch(name)
-            or name.lower() in headers
-            or re.search(r"[\x00-\x08\n-\x1f]", value)
-        ):
+        fits = colon and _TOKEN.fullmatch(name) and not re.search(r"[\x00-\x08\n-\x1f]", value)
+        if not fits or name.lower() in headers:
             raise wrong("a part's header line is malformed")
         headers[name.lower()] = value.strip()
     kind, _, rest = headers.get("content-disposition", "").partition(";")
-    given = {
-        m[1]: re.sub(r"\\(.)", r"\1", m[2]) if m[2] is not None else m[3]
-        for m in _PART_PARAM.finditer(";" + rest)
-    }
+    params = _PART_PARAM.finditer(";" + rest)
+    given = {m[1]: m[3] if m[2] is None else re.sub(r"\\(.)", r"\1", m[2]) for m in params}
     if kind.strip().lower() != "form-data" or "name" not in given:
         raise wrong("a part is not named form-data")
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "7bit", "8bit"):
@@ -6090,9 +5812,8 @@ class Wire:
     def body(self, headers: Mapping[str, str], most: int) -> Blob:
         """The request's body, by length or in chunks; request_too_large past `most` bytes."""
         start, read = time.monotonic(), 0
-        too_large = ApiError(
-            "request_too_large", f"The body is larger than MAX_BODY_MB allows ({most >> 20} MiB)."
-        )
+        text = f"The body is larger than MAX_BODY_MB allows ({most >> 20} MiB)."
+        too_large = ApiError("request_too_large", text)
 
         def more() -> bytes:
             nonlocal read
@@ -6173,9 +5894,7 @@ class Client(Watch):
         if self._poll.poll(0):
             raise ClientGone
         if self._server.ending:
-            raise ApiError(
-                "overloaded", "The server is shutting down; try again.", headers={"Retry-After": "5"}
-            )
+            raise overloaded("The server is shutting down")
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -6201,16 +5920,11 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = True
 
     def __init__(
-        self,
-        address: tuple[str, int],
-        respond: Callable[[Request], Reply | Stream],
-        settings: Settings,
-        metrics: Metrics,
-        quiet: bool = False,
-    ) -> None:
-        self.respond, self.settings, self.metrics = respond, settings, metrics
+        self, address: tuple[str, int], respond: Callable[[Request], Reply | Stream], settings: Settings,
+        metrics: Metrics, quiet: bool = False,
+    ) -> None:  # fmt: skip
+        self.respond, self.settings, self.metrics, self.quiet = respond, settings, metrics, quiet
         self.prefix = f"/{settings.api_prefix}" if settings.api_prefix else ""
-        self.quiet = quiet
         self.stopping = False  # no new requests
         self.ending = False  # open answers are to end
         self._open_lock = threading.Lock()
@@ -6243,10 +5957,10 @@ class Server(http.server.ThreadingHTTPServer):
                 return True
         self.metrics.add("chatproxy_requests_total", labels='route="none",status="503"')
         if not self.tls:
-            error = ApiError("overloaded", "Too many connections; try again.", headers={"Retry-After": "5"})
+            reply = error_reply(overloaded("Too many connections"))
             with contextlib.suppress(OSError):
                 request.settimeout(0)
-                request.send(head_bytes(error_reply(error), "1.1", "close") + error_reply(error).body)
+                request.send(head_bytes(reply, "1.1", "close") + reply.body)
                 request.shutdown(socket.SHUT_WR)
         return False
 
@@ -6296,10 +6010,8 @@ _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 def head_bytes(reply: Reply | Stream, version: str, connection: str, extra: str = "") -> bytes:
     """The head of an answer: whole ones have a length, streams to HTTP/1.1 clients are chunked."""
-    lines = [
-        f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, '')}",
-        f"Content-Type: {reply.content_type}",
-    ]
+    status = f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, '')}"
+    lines = [status, f"Content-Type: {reply.content_type}"]
     if isinstance(reply, Reply):
         if reply.status != 204:
             lines.append(f"Content-Length: {len(reply.body)}")
@@ -6310,9 +6022,8 @@ def head_bytes(reply: Reply | Stream, version: str, connection: str, extra: str 
     if connection:
         lines.append(f"Connection: {connection}")
     lines += [f"{name}: {value}" for name, value in reply.headers.items()]
-    return (
-        "\r\n".join([*lines, f"Date: {_date(int(time.time()))}", "Server: chatproxy"]) + f"\r\n{extra}\r\n"
-    ).encode("latin-1", "replace")
+    lines += [f"Date: {_date(int(time.time()))}", "Server: chatproxy", extra]
+    return ("\r\n".join(lines) + "\r\n").encode("latin-1", "replace")
 
 
 @functools.lru_cache(2)
@@ -6417,18 +6128,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _read(self, head: bytes) -> tuple[Request, bool]:
         """The whole request, and whether its connection may be kept."""
         method, target, version, headers = parse_head(head)
+        most = self.server.settings.max_body_mb << 20
         self.version, self.method = version[5:], method
         options = {word.strip().lower() for word in headers.get("connection", "").split(",")}
         keep = "close" not in options if version == "HTTP/1.1" else "keep-alive" in options
         if expected := headers.get("expect"):
             if expected.lower() != "100-continue":
                 raise ApiError("expectation_failed", "`Expect` may only be `100-continue`.")
-            if (
-                int(headers.get("content-length", 0)) <= self.server.settings.max_body_mb << 20
-                and version == "HTTP/1.1"
-            ):
+            if int(headers.get("content-length", 0)) <= most and version == "HTTP/1.1":
                 self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.wire.body(headers, self.server.settings.max_body_mb << 20)
+        body = self.wire.body(headers, most)
         if "://" in target.partition("?")[0]:  # absolute form, as sent to proxies
             try:
                 parts = urllib.parse.urlsplit(target)
@@ -6445,9 +6154,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _routed(self, request: Request) -> Reply | Stream:
         prefix = self.server.prefix
         if self.server.stopping:
-            raise ApiError(
-                "overloaded", "The server is shutting down; try again.", headers={"Retry-After": "5"}
-            )
+            raise overloaded("The server is shutting down")
         if prefix and not (request.path == prefix or request.path.startswith(prefix + "/")):
             raise ApiError("not_found", "There is nothing at this address.")
         request.path = request.path[len(prefix) :] or "/"
@@ -6528,13 +6235,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         level = logging.WARNING if status >= 500 else logging.INFO
         if not LOG.isEnabledFor(level) or self.server.quiet:
             return
-        facts: dict[str, Any] = {
-            "id": self.request_id,
-            "method": self.method or "-",
-            "route": route,
-            "status": status,
-        }
-        facts |= {"ms": round((time.monotonic() - self.start) * 1000, 1), "peer": self.peer}
+        facts: dict[str, Any] = {"id": self.request_id, "method": self.method or "-", "route": route}
+        facts |= {"status": status, "ms": round((time.monotonic() - self.start) * 1000, 1), "peer": self.peer}
         if request and request.asker:
             facts["as"] = request.asker
         if events:
@@ -6546,13 +6248,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
         log(level, "request", **facts)
 
 
+Respond = Callable[[Any, Request], Reply | Stream]  # of an App (or Demo) and what it is asked
+
+
 class Endpoint(NamedTuple):
     """A row of the route table. `access`: public, caller (an API key) or admin."""
 
     method: str
     path: str
     access: str
-    function: Callable[[Any, Request], Reply | Stream]
+    function: Respond
 
 
 class Router:
@@ -6563,12 +6268,10 @@ class Router:
         self._plain: dict[str, dict[str, Endpoint]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Endpoint]]] = []
 
-    def on(
-        self, method: str, *paths: str, access: str = "caller"
-    ) -> Callable[[Callable[[Any, Request], Reply | Stream]], Any]:
+    def on(self, method: str, *paths: str, access: str = "caller") -> Callable[[Respond], Any]:
         """Decorates the function that answers a method on some paths."""
 
-        def add(function: Callable[[Any, Request], Reply | Stream]) -> Any:
+        def add(function: Respond) -> Any:
             for path in paths:
                 endpoint = Endpoint(method, path, access, function)
                 self.endpoints.append(endpoint)
@@ -6600,11 +6303,8 @@ class Router:
         request.route = next(iter(methods.values())).path
         if endpoint is None:
             allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
-            raise ApiError(
-                "method_not_allowed",
-                f"Use {' or '.join(sorted(methods))} here.",
-                headers={"Allow": ", ".join(allowed)},
-            )
+            text, headers = f"Use {' or '.join(sorted(methods))} here.", {"Allow": ", ".join(allowed)}
+            raise ApiError("method_not_allowed", text, headers=headers)
         return endpoint
 
     def table(self) -> str:
@@ -6635,10 +6335,8 @@ class Keys:
 
     def reload(self) -> None:
         """Takes in the API users of the store."""
-        self._users = {
-            bytes.fromhex(user.token_hash): (f"user {user.name or user.id}", user.id)
-            for user in self.pool.store.users()
-        }
+        users = self.pool.store.users()
+        self._users = {bytes.fromhex(u.token_hash): (f"user {u.name or u.id}", u.id) for u in users}
 
     @staticmethod
     def given(request: Request) -> str:
@@ -6650,7 +6348,9 @@ class Keys:
         """Decides who answers: sets `guest` (None: the pool), `asker` and `owner`, or `key` for an `sk-` key; else
         invalid_api_key."""
         key = self.given(request)
-        if known := self._known(key):
+        # Digests are compared: how long that takes tells nothing of a key.
+        digest = self._digest(key)
+        if key and (known := self._keys.get(digest) or self._users.get(digest)):
             request.asker, request.owner = known
             return
         if not key:
@@ -6667,17 +6367,8 @@ class Keys:
                 request.guest = self.pool.guest(key)
                 request.asker, request.owner = request.guest.name, request.guest.id
                 return
-        raise ApiError(
-            "invalid_api_key",
-            "Incorrect API key provided: it is not known here; the server's AUTHORIZATION has the right ones.",
-        )
-
-    def _known(self, key: str) -> tuple[str, str] | None:
-        """Who a key belongs to, None for nobody. Digests are compared: how long that takes tells nothing of a key."""
-        if not key:
-            return None
-        digest = self._digest(key)
-        return self._keys.get(digest) or self._users.get(digest)
+        text = "it is not known here; the server's AUTHORIZATION has the right ones."
+        raise ApiError("invalid_api_key", f"Incorrect API key provided: {text}")
 
     def admit_admin(self, request: Request) -> None:
         """Admits the administrator's key; without any key set, clients of this machine: neither a web page in a browser
@@ -6692,10 +6383,8 @@ class Keys:
                     return
             raise ApiError("invalid_api_key", "Admin routes answer only this machine until ADMIN_KEY is set.")
         if not hmac.compare_digest(self._digest(key), self._digest(wanted)):
-            raise ApiError(
-                "invalid_api_key",
-                "The admin key is wrong or missing; send it as `Authorization: Bearer KEY`.",
-            )
+            text = "The admin key is wrong or missing; send it as `Authorization: Bearer KEY`."
+            raise ApiError("invalid_api_key", text)
         request.asker = "admin"
 
 
@@ -6724,10 +6413,9 @@ class App:
         self.keys = Keys(settings, self.pool, extra_keys)
         self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
         self.files = Files(settings, self.pool, self.upstream)
-        self.answers = Answers(settings, self.pool, self.upstream, self.files, self.metrics)
-        self.metrics.gauge(
-            "chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in self.pool.states().items()}
-        )
+        self.answers = Answers(self.upstream, self.files)
+        states = self.pool.states
+        self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
 
     def respond(self, request: Request) -> Reply | Stream:
         """Finds the route of a request, checks who may use it, and answers."""
@@ -6777,50 +6465,36 @@ class App:
 
 def relay(app: App, request: Request) -> Reply | Stream:
     """Passes a request with an `sk-` key on to OPENAI_API_URL, unchanged, and its answer back as it comes."""
-    passed = (
-        "content-type",
-        "accept",
-        "user-agent",
-        "openai-organization",
-        "openai-project",
-        "openai-beta",
-        "idempotency-key",
-    )
-    lines = [
-        f"{name}: {request.headers[name]}".encode("latin-1") for name in passed if name in request.headers
-    ]
+    passed = ("content-type", "accept", "user-agent", "openai-organization", "openai-project", "openai-beta")
+    given = {name: request.headers.get(name) for name in (*passed, "idempotency-key")}
+    lines = [f"{name}: {value}".encode("latin-1") for name, value in given.items() if value is not None]
     lines += [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
     url = app.settings.openai_api_url + request.target
     proxies, owner = app.settings.proxy_url, masked(request.key)
-    proxy = proxies[int(hashlib.sha256(owner.encode()).hexdigest(), 16) % len(proxies)] if proxies else ""
+    proxy = proxies[drawn_lot(owner) % len(proxies)] if proxies else ""
     request.route = request.route if request.route != "none" else "/v1/…"
     method = "GET" if request.method == "HEAD" else request.method
     body = request.body if request.body.size or method in ("POST", "PUT", "PATCH") else None
     if "content-type" not in request.headers:
         lines.append(b"Content-Type:")
-    stack = contextlib.ExitStack()
+    route, silence = Route("", proxy), float(app.settings.upstream_timeout)
     with contextlib.ExitStack() as guard:
-        silence = float(app.settings.upstream_timeout)
-        route = Route("", proxy)
         call = app.handles.call(owner, route, method, url, lines, body, request.watch, silence)
         guard.enter_context(call)
         patiently(call.start())
-        headers = {
-            name: value
-            for name, value in call.headers.items()
-            if name.startswith(("x-ratelimit-", "openai-")) or name == "retry-after"
-        }
+        named = ("x-ratelimit-", "openai-")
+        headers = {k: v for k, v in call.headers.items() if k.startswith(named) or k == "retry-after"}
         content_type = call.headers.get("content-type", "application/octet-stream")
         if request.method == "HEAD":
             return Reply(call.status, b"", content_type, headers)
         if content_type.startswith("text/event-stream"):
-            stack = guard.pop_all()
-            return Stream(_relayed(call, stack), call.status, content_type, headers)
+            guard.pop_all()
+            return Stream(_relayed(call), call.status, content_type, headers)
         return Reply(call.status, patiently(call.whole()).body, content_type, headers)
 
 
-def _relayed(call: Call, stack: contextlib.ExitStack) -> Sent:
-    with stack:
+def _relayed(call: Call) -> Sent:
+    with call:
         for data in call.rest():
             yield (HEARTBEAT_COMMENT, 0) if data is None else (data, data.count(b"\n\n"))
 
@@ -6830,9 +6504,9 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
     attempts: list[Attempt] = []
 
     def ask(question: Question) -> Batches:
-        attempts.append(Attempt(question, request.guest, request.owner))
+        attempts.append(Attempt(question, request.watch, request.guest, request.owner))
         attempts[-1].materials = attempts[0].materials  # what has been fetched is not fetched again
-        return app.answers.ask(attempts[-1], request.watch)
+        return app.answers.ask(attempts[-1])
 
     return exchange(turn, ask, request.watch.heartbeat), attempts
 
@@ -6882,19 +6556,14 @@ def responses_create(app: App, request: Request) -> Reply | Stream:
     body = request.json()
     check_types(body, RESPONSE_FIELDS)
     earlier, names = _earlier(app, request, body.get("previous_response_id"))
-    wanted = parse_response(
-        body, earlier, names, functools.partial(_kept_item, app, request), app.settings.upload_by_url
-    )
+    find = functools.partial(_kept_item, app, request)
+    wanted = parse_response(body, earlier, names, find, app.settings.upload_by_url)
     answer, attempts = _asked(app, request, wanted.turn)
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
         if wanted.store:
-            items = (
-                compact(_kept_turn(app, request.owner, response, attempts[-1]))
-                .encode("utf-8", "replace")
-                .decode()
-            )
-            text = compact(whole).encode("utf-8", "replace").decode()
+            turn = _kept_turn(app, request.owner, response, attempts[-1])
+            text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, turn))
             app.store.put_response(response.id, request.owner, text, items, time.time())
 
     response = ModelResponse(wanted, app.tokens, keep)
@@ -6916,14 +6585,11 @@ def _earlier(app: App, request: Request, id: Any) -> tuple[tuple[Message, ...], 
     if len(items) > MOST_EARLIER:
         raise ApiError("request_too_large", "What was said before has become too long; begin anew.", where)
     kept = json.loads(items)
-    messages = tuple(
-        Message(
-            one["role"],
-            tuple(part if isinstance(part, str) else Attachment(where, **part) for part in one["parts"]),
-        )
-        for one in kept["messages"]
-    )
-    return messages, kept["names"]
+    messages = []
+    for one in kept["messages"]:
+        parts = [part if isinstance(part, str) else Attachment(where, **part) for part in one["parts"]]
+        messages.append(Message(one["role"], tuple(parts)))
+    return tuple(messages), kept["names"]
 
 
 def _kept_response(app: App, request: Request, id: str, where: str | None = None) -> tuple[str, str]:
@@ -6950,11 +6616,10 @@ def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) 
 
     calls = [item for item in response.items if item["type"] == "function_call"]
     said = [response.text, *(call_text(call["name"], call["arguments"]) for call in calls)]
-    messages = [
-        {"role": one.role, "parts": [part(p) for p in one.parts]} for one in response.request.messages
-    ]
+    request = response.request
+    messages = [{"role": one.role, "parts": [part(p) for p in one.parts]} for one in request.messages]
     messages.append({"role": "assistant", "parts": [text for text in said if text]})
-    names = {**response.request.names, **{call["call_id"]: call["name"] for call in calls}}
+    names = {**request.names, **{call["call_id"]: call["name"] for call in calls}}
     return {"messages": messages, "names": names}
 
 
@@ -6962,7 +6627,7 @@ def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) 
 def responses_retrieve(app: App, request: Request) -> Reply:
     """a response that is kept"""
     if request.query.get("stream", "false") != "false":
-        raise invalid("stream", "`stream` must be false: a kept response is given whole.")
+        raise unfit("stream", "must be false: a kept response is given whole.")
     return Reply(body=_kept_response(app, request, request.params["id"])[0].encode())
 
 
@@ -7016,9 +6681,8 @@ def models_retrieve(app: App, request: Request) -> Reply:
     """one of the models, or any GPT by its `g-…`"""
     id, models = request.params["id"], _listed_models(app, request)
     if id not in models and not _GPT.fullmatch(id):
-        raise ApiError(
-            "model_not_found", "There is no such model; GET /v1/models lists those there are.", "model"
-        )
+        text = "There is no such model; GET /v1/models lists those there are."
+        raise ApiError("model_not_found", text, "model")
     return json_reply(_model(request, id, models.get(id, int(time.time()))))
 
 
@@ -7036,9 +6700,8 @@ def _form_file(form: Mapping[str, list[Part]], *names: str) -> list[Part]:
     """The files in fields of these names; at least one."""
     found = [part for name in names for part in form.get(name, []) if part.file_name is not None]
     if not found or not all(part.blob.size for part in found):
-        raise invalid(
-            names[0], f"Send the file in the form field `{names[0]}`, with a file name and not empty."
-        )
+        text = f"Send the file in the form field `{names[0]}`, with a file name and not empty."
+        raise invalid(names[0], text)
     return found
 
 
@@ -7053,7 +6716,7 @@ def files_create(app: App, request: Request) -> Reply:
     form = parse_form(request.headers, request.body)
     part, purpose, owner = _form_file(form, "file")[0], _form_text(form, "purpose"), request.owner
     if purpose not in PURPOSES:
-        raise invalid("purpose", f"`purpose` must be one of {', '.join(PURPOSES)}.")
+        raise unfit("purpose", f"must be one of {', '.join(PURPOSES)}.")
     file = app.files.described(part.blob, part.file_name or "", part.content_type, owner)
 
     def place(account: Account) -> Patient[File]:
@@ -7084,7 +6747,7 @@ def files_list(app: App, request: Request) -> Reply:
     query = request.query
     limit = query.get("limit", "10000")
     if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 10000:
-        raise invalid("limit", "`limit` must be a number from 1 to 10000.")
+        raise unfit("limit", "must be a number from 1 to 10000.")
     files = app.store.files("owner=? AND purpose!=''", request.owner)
     files = [file for file in files if query.get("purpose", file.purpose) == file.purpose]
     if query.get("order") == "asc":
@@ -7093,11 +6756,7 @@ def files_list(app: App, request: Request) -> Reply:
     if (after := query.get("after")) and after in ids:
         files = files[ids.index(after) + 1 :]
     page = [_file_object(file) for file in files[: int(limit)]]
-    ends = (
-        {"first_id": page[0]["id"], "last_id": page[-1]["id"]}
-        if page
-        else {"first_id": None, "last_id": None}
-    )
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return json_reply({"object": "list", "data": page, "has_more": len(files) > int(limit)} | ends)
 
 
@@ -7132,11 +6791,8 @@ def files_content(app: App, request: Request) -> Reply | Stream:
         return call
 
     call = patiently(app.answers.do("files", request.guest, begin, request.watch, file.account))
-    name = urllib.parse.quote(file.name)
-    headers = {
-        "Content-Disposition": f"attachment; filename*=UTF-8''{name}",
-        "X-Content-Type-Options": "nosniff",
-    }
+    place = f"attachment; filename*=UTF-8''{urllib.parse.quote(file.name)}"
+    headers = {"Content-Disposition": place, "X-Content-Type-Options": "nosniff"}
     return Stream(_bytes_of(call), content_type=file.mime, headers=headers)
 
 
@@ -7177,14 +6833,10 @@ def images_generations(app: App, request: Request) -> Reply:
 def images_edits(app: App, request: Request) -> Reply:
     """draws from the images in the form fields `image` (or `image[]`) and, where there is one, `mask`"""
     form = parse_form(request.headers, request.body)
-    parts, mask = (
-        _form_file(form, "image", "image[]"),
-        [part for part in form.get("mask", []) if part.blob.size],
-    )
-    body: dict[str, Any] = {
-        name: _form_text(form, name) or None
-        for name in ("prompt", "model", "size", "quality", "response_format")
-    }
+    parts = _form_file(form, "image", "image[]")
+    mask = [part for part in form.get("mask", []) if part.blob.size]
+    names = ("prompt", "model", "size", "quality", "response_format")
+    body: dict[str, Any] = {name: _form_text(form, name) or None for name in names}
     body["stream"] = _form_text(form, "stream").lower() in ("true", "1")
     count = _form_text(form, "n", "1")
     body["n"] = int(count) if re.fullmatch("[0-9]{1,3}", count) else 0
@@ -7203,19 +6855,18 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     prompt, n, size, quality = required(body, "prompt"), body.get("n"), body.get("size"), body.get("quality")
     n = 1 if n is None else n
     if not 1 <= n <= MOST_IMAGES:
-        raise invalid("n", f"`n` must be from 1 to {MOST_IMAGES}.")
+        raise unfit("n", f"must be from 1 to {MOST_IMAGES}.")
     if body.get("stream"):
-        raise invalid("stream", "`stream` must be false: the upstream gives images whole.")
+        raise unfit("stream", "must be false: the upstream gives images whole.")
     if size not in (None, "auto") and not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size):
-        raise invalid("size", "`size` must be WIDTHxHEIGHT or auto.")
+        raise unfit("size", "must be WIDTHxHEIGHT or auto.")
     if quality is not None and not re.fullmatch(r"[a-z]{1,16}", quality):
-        raise invalid("quality", "`quality` must be a word such as standard, hd, low, medium or high.")
+        raise unfit("quality", "must be a word such as standard, hd, low, medium or high.")
     model = body.get("model") or "auto"
-    form = body.get("response_format") or (
-        "b64_json" if model.startswith(("gpt-image", "chatgpt-image")) else "url"
-    )
+    usual = "b64_json" if model.startswith(("gpt-image", "chatgpt-image")) else "url"
+    form = body.get("response_format") or usual
     if form not in ("url", "b64_json"):
-        raise invalid("response_format", "`response_format` must be url or b64_json.")
+        raise unfit("response_format", "must be url or b64_json.")
     told = [f"{'Edit the image' if images else 'Draw one image'} as described:\n{prompt}", body.get("mask")]
     told.append(f"Size: {size}." if size not in (None, "auto") else None)
     told.append(f"Quality: {quality}." if quality not in (None, "auto") else None)
@@ -7224,10 +6875,9 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     question = Question((Message("user", (*images, text)),), model, hints=("picture_v2",))
 
     def draw(watch: Watch) -> list[dict[str, str]]:
-        attempt = Attempt(question, request.guest, request.owner)
-        attempt.signed_in = True
+        attempt = Attempt(question, watch, request.guest, request.owner, signed_in=True)
         urls: list[str] = []
-        answer = app.answers.ask(attempt, watch)
+        answer = app.answers.ask(attempt)
         _take(answer, lambda events: urls.extend(event.url for event in events if isinstance(event, Image)))
         if form == "url" or attempt.account is None:
             return [{"url": url} for url in urls]
@@ -7236,9 +6886,8 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
 
     data = [image for images in side_by_side([draw] * n, request.watch) for image in images]
     if not data:
-        raise ApiError(
-            "upstream_error", "The upstream answered without an image; say more clearly what to draw."
-        )
+        text = "The upstream answered without an image; say more clearly what to draw."
+        raise ApiError("upstream_error", text)
     return json_reply({"created": int(time.time()), "data": data[:n]})
 
 
@@ -7266,33 +6915,27 @@ def audio_speech(app: App, request: Request) -> Reply:
     voice = str(voice.get("id") if isinstance(voice, dict) else voice)
     form = body.get("response_format") or "mp3"
     if len(text) > MOST_SPOKEN:
-        raise invalid("input", f"`input` must have at most {MOST_SPOKEN} characters.")
+        raise unfit("input", f"must have at most {MOST_SPOKEN} characters.")
     if form not in SPEECH_FORMATS:
-        raise invalid("response_format", f"`response_format` must be one of {', '.join(SPEECH_FORMATS)}.")
+        raise unfit("response_format", f"must be one of {', '.join(SPEECH_FORMATS)}.")
     if voice not in VOICES and voice not in VOICES.values():
-        raise invalid("voice", f"`voice` must be one of {', '.join(sorted({*VOICES, *VOICES.values()}))}.")
+        raise unfit("voice", f"must be one of {', '.join(sorted({*VOICES, *VOICES.values()}))}.")
     if body.get("stream_format") not in (None, "audio"):
-        raise invalid("stream_format", "`stream_format` must be audio.")
+        raise unfit("stream_format", "must be audio.")
     account, finish = _repeated(app, request, text)
-    ids = (finish.conversation, finish.message)
-    read = functools.partial(
-        _spoken, app=app, ids=ids, voice=VOICES.get(voice, voice), form=form, watch=request.watch
-    )
+    ids, named = (finish.conversation, finish.message), VOICES.get(voice, voice)
+
+    def read(account: Account) -> Patient[Answer]:
+        return app.upstream.speech(account, *ids, named, form, request.watch)
+
     answer = patiently(app.answers.do("synthesize", request.guest, read, request.watch, account.id))
     return Reply(body=answer.body, content_type=answer.headers["content-type"])
 
 
-def _spoken(
-    account: Account, app: App, ids: tuple[str, str], voice: str, form: str, watch: Watch
-) -> Patient[Answer]:
-    return app.upstream.speech(account, *ids, voice, form, watch)
-
-
 def _told(app: App, request: Request, question: Question, signed_in: bool) -> tuple[Attempt, str, Finish]:
     """A whole answer that is used here: its text, and where it stands."""
-    attempt, said = Attempt(question, request.guest, request.owner), list[Event]()
-    attempt.signed_in = signed_in
-    _take(app.answers.ask(attempt, request.watch), said.extend)
+    attempt, said = Attempt(question, request.watch, request.guest, request.owner, signed_in), list[Event]()
+    _take(app.answers.ask(attempt), said.extend)
     ends = [event for event in said if isinstance(event, Finish)]
     return attempt, "".join(event.text for event in said if isinstance(event, Text)), ends[-1]
 
@@ -7332,17 +6975,14 @@ def audio_translations(app: App, request: Request) -> Reply:
 def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
     """What is said in the recording of a request, its language as given, and the format that is wanted."""
     form = parse_form(request.headers, request.body)
-    part, wanted, language = (
-        _form_file(form, "file")[0],
-        _form_text(form, "response_format", "json"),
-        _form_text(form, "language"),
-    )
+    part, language = _form_file(form, "file")[0], _form_text(form, "language")
+    wanted = _form_text(form, "response_format", "json")
     if wanted not in ("json", "text", "verbose_json"):
-        raise invalid("response_format", "`response_format` must be json, text or verbose_json.")
+        raise unfit("response_format", "must be json, text or verbose_json.")
     if _form_text(form, "stream").lower() in ("true", "1"):
-        raise invalid("stream", "`stream` must be false: the upstream gives the text whole.")
+        raise unfit("stream", "must be false: the upstream gives the text whole.")
     if not re.fullmatch(r"[A-Za-z-]{0,16}", language):
-        raise invalid("language", "`language` must be a code such as en.")
+        raise unfit("language", "must be a code such as en.")
     name = part.file_name or "audio"
     kind = part.content_type if _MIME.fullmatch(part.content_type) else ""
     kind = kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
@@ -7356,12 +6996,8 @@ def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
 def _written(form: str, task: str, text: str, language: str) -> Reply:
     if form == "text":
         return Reply(body=f"{text}\n".encode("utf-8", "replace"), content_type="text/plain; charset=utf-8")
-    verbose = (
-        {"task": task, "language": language, "duration": 0.0, "segments": []}
-        if form == "verbose_json"
-        else {}
-    )
-    return json_reply({"text": text} | verbose)
+    more = {"task": task, "language": language, "duration": 0.0, "segments": []}
+    return json_reply({"text": text} | (more if form == "verbose_json" else {}))
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
@@ -7415,11 +7051,8 @@ def demo_token(name: str, lifetime: float = 86400.0) -> str:
         "https://api.openai.com/profile": {"email": f"{name}@demo.example"},
         "https://api.openai.com/auth": auth,
     }
-    parts = [
-        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
-        for part in ({"alg": "none"}, said)
-    ]
-    return f"{parts[0]}.{parts[1]}.{'0' * 16}"
+    parts = [base64.urlsafe_b64encode(json.dumps(one).encode()).decode() for one in ({"alg": "none"}, said)]
+    return ".".join([*(part.rstrip("=") for part in parts), "0" * 16])
 
 
 def demo_image() -> Blob:
@@ -7430,12 +7063,8 @@ def demo_image() -> Blob:
 
     rows = b"".join(b"\0" + bytes((40, 255 - y * 3, y * 3)) * 64 for y in range(64))
     head = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
-    return Blob(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    chunks = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return Blob(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 def sample(schema: Any, root: Any = None, depth: int = 0) -> Any:
@@ -7479,6 +7108,8 @@ class Demo:
     token is dead. The attributes are its knobs; a subclass can replace `respond` or `answer` for worse weather.
     """
 
+    router = Router()
+
     def __init__(self) -> None:
         self.difficulty = "0fffff"
         self.algorithm = "sha3"
@@ -7497,34 +7128,8 @@ class Demo:
         self.url = ""
         self.calls: list[str] = []  # "METHOD /path" of every request, in order
         self._issued_lock = threading.Lock()
-        self._issued: dict[
-            str, tuple[float, str, str]
-        ] = {}  # requirements token → end of life, seed, difficulty
-        self.router = Router()
-        for method, path, function in (
-            ("GET", "/", Demo.start_page),
-            ("POST", "/{api}/sentinel/chat-requirements", Demo.chat_requirements),
-            ("POST", "/{api}/sentinel/chat-requirements/prepare", Demo.prepare_requirements),
-            ("POST", "/{api}/sentinel/chat-requirements/finalize", Demo.finalize_requirements),
-            ("POST", "/{api}/conversation", Demo.conversation),
-            ("POST", "/{api}/f/conversation/prepare", Demo.prepare_conversation),
-            ("POST", "/{api}/f/conversation", Demo.conversation),
-            ("GET", "/{api}/models", Demo.list_models),
-            ("POST", "/{api}/files", Demo.create_file),
-            ("PUT", "/upload/{id}", Demo.upload_file),
-            ("POST", "/{api}/files/{id}/uploaded", Demo.uploaded_file),
-            ("GET", "/{api}/files/{id}", Demo.file_status),
-            ("GET", "/{api}/files/{id}/download", Demo.file_download),
-            ("GET", "/{api}/conversation/{conversation}/attachment/{id}/download", Demo.file_download),
-            ("GET", "/{api}/conversation/{conversation}/interpreter/download", Demo.sandbox_download),
-            ("GET", "/blob/{id}", Demo.blob),
-            ("GET", "/{api}/synthesize", Demo.synthesize),
-            ("POST", "/{api}/transcribe", Demo.transcribe),
-            ("POST", "/oauth/token", Demo.oauth_token),
-            ("GET", "/api/auth/session", Demo.auth_session),
-            ("POST", "/v1/chat/completions", Demo.openai_completion),
-        ):
-            self.router.on(method, path)(function)
+        # Requirements token → end of life, seed, difficulty.
+        self._issued: dict[str, tuple[float, str, str]] = {}
 
     def listen(self) -> tuple[Server, str]:
         """Starts it on a free port of the loopback interface: the server, and its URL."""
@@ -7547,7 +7152,7 @@ class Demo:
                 return refused
             return endpoint.function(self, request)
         except ApiError as error:
-            return json_reply({"detail": error.message or "Not Found"}, error.status)
+            return _detail(error.status, error.message or "Not Found")
 
     def _refused(self, request: Request) -> Reply | None:
         """Who may call: an account's token on /backend-api, nobody's on /backend-anon."""
@@ -7555,32 +7160,28 @@ class Demo:
         if api is None:
             return None
         if api not in ("backend-api", "backend-anon"):
-            return json_reply({"detail": "Not Found"}, 404)
+            return _detail(404, "Not Found")
         if "oai-device-id" not in request.headers:
-            return json_reply({"detail": "Missing oai-device-id"}, 403)
+            return _detail(403, "Missing oai-device-id")
         if api == "backend-anon":
-            return json_reply({"detail": "Unauthorized"}, 401) if key else None
+            return _detail(401, "Unauthorized") if key else None
         try:
             expired = claims(key)["exp"] < time.time()
         except (ValueError, KeyError, TypeError):
             expired = True
         if expired or key in self.dead:
-            return json_reply(
-                {"detail": {"message": "Your authentication token has expired.", "code": "token_expired"}},
-                401,
-            )
+            text = "Your authentication token has expired."
+            return _detail(401, {"message": text, "code": "token_expired"})
         return None
 
     # -- one turn ------------------------------------------------------------------------------------------------------
 
+    @router.on("GET", "/")
     def start_page(self, request: Request) -> Reply:
         """The page whose scripts and build the fingerprint names."""
         page = '<!DOCTYPE html><html data-build="prod-demo1"><head><script src="/_next/static/chunks/app.js"></script></head></html>'
-        return Reply(
-            body=page.encode(),
-            content_type="text/html; charset=utf-8",
-            headers={"Set-Cookie": "oai-sc=demo; Path=/; Secure"},
-        )
+        headers = {"Set-Cookie": "oai-sc=demo; Path=/; Secure"}
+        return Reply(200, page.encode(), "text/html; charset=utf-8", headers)
 
     def _requirements(self, request: Request) -> dict[str, Any]:
         """The answer to chat-requirements, for a client whose own proof is right."""
@@ -7602,38 +7203,41 @@ class Demo:
     def _decoded(self, answer: str) -> list[Any] | None:
         """A proof's configuration; None when it is none."""
         try:
-            value = json.loads(
-                base64.b64decode(answer.removesuffix(ALGORITHMS[self.algorithm][1]), validate=True)
-            )
+            plain = answer.removesuffix(ALGORITHMS[self.algorithm][1])
+            value = json.loads(base64.b64decode(plain, validate=True))
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, list) and len(value) >= 15 and isinstance(value[3], int) else None
 
+    @router.on("POST", "/{api}/sentinel/chat-requirements")
     def chat_requirements(self, request: Request) -> Reply:
         """Requirements, first generation."""
         return json_reply(self._requirements(request))
 
+    @router.on("POST", "/{api}/sentinel/chat-requirements/prepare")
     def prepare_requirements(self, request: Request) -> Reply:
         """Requirements, newer generation: the token comes after the proof."""
         asked = self._requirements(request)
         return json_reply(asked | {"prepare_token": asked.pop("token")})
 
+    @router.on("POST", "/{api}/sentinel/chat-requirements/finalize")
     def finalize_requirements(self, request: Request) -> Reply:
         """Exchanges a prepare token and its proof for the token."""
         body = request.json()
         with self._issued_lock:
             issued = self._issued.pop(str(body.get("prepare_token")), None)
         if issued is None or not self._proved(issued, str(body.get("proofofwork"))):
-            return json_reply({"detail": "Proof of work failed"}, 403)
+            return _detail(403, "Proof of work failed")
         token = secrets.token_urlsafe(24)
         with self._issued_lock:
             self._issued[token] = (issued[0], "", "")
         return json_reply({"persona": "chatgpt-paid", "token": token, "expire_after": self.expire_after})
 
+    @router.on("POST", "/{api}/f/conversation/prepare")
     def prepare_conversation(self, request: Request) -> Reply:
         """A conduit for the conversation to come."""
         if "messages" in request.json():
-            return json_reply({"detail": "messages are not expected"}, 422)
+            return _detail(422, "messages are not expected")
         return json_reply({"status": "ok", "conduit_token": secrets.token_urlsafe(12)})
 
     def _proved(self, issued: tuple[float, str, str], proof: str) -> bool:
@@ -7651,39 +7255,31 @@ class Demo:
             return False
         if self.algorithm == "sha3":
             return hashlib.sha3_512((seed + answer).encode()).hexdigest()[: len(difficulty)] <= difficulty
-        return (
-            ALGORITHMS["fnv"][0](seed.encode()).first([answer.encode()], b"", bytes.fromhex(difficulty))
-            is not None
-        )
+        fnv = ALGORITHMS["fnv"][0](seed.encode())
+        return fnv.first([answer.encode()], b"", bytes.fromhex(difficulty)) is not None
 
+    @router.on("POST", "/{api}/conversation", "/{api}/f/conversation")
     def conversation(self, request: Request) -> Reply | Stream:
         """A turn, for a client that has met the requirements."""
         body, headers = request.json(), request.headers
         with self._issued_lock:
             issued = self._issued.pop(headers.get("openai-sentinel-chat-requirements-token", ""), None)
         if issued is None or not self._proved(issued, headers.get("openai-sentinel-proof-token", "")):
-            return json_reply({"detail": "Unusual activity has been detected from your device."}, 403)
+            return _detail(403, "Unusual activity has been detected from your device.")
         if self.arkose and headers.get("openai-sentinel-arkose-token") != "arkose-for-demo-blob":
-            return json_reply({"detail": "Unusual activity has been detected from your device."}, 403)
+            return _detail(403, "Unusual activity has been detected from your device.")
         if self.newer and "x-conduit-token" not in headers:
-            return json_reply({"detail": "x-conduit-token is missing"}, 422)
-        if (
-            body.get("action") not in ("next", "continue", "variant")
-            or not body.get("model")
-            or not body.get("parent_message_id")
-        ):
-            return json_reply({"detail": [{"loc": ["body"], "msg": "field required", "input": body}]}, 422)
+            return _detail(422, "x-conduit-token is missing")
+        whole = body.get("model") and body.get("parent_message_id")
+        if not whole or body.get("action") not in ("next", "continue", "variant"):
+            return _detail(422, [{"loc": ["body"], "msg": "field required", "input": body}])
         known = body.get("conversation_id")
         if known and known not in self.conversations:
-            return json_reply(
-                {"detail": {"code": "conversation_not_found", "message": "Conversation not found"}}, 404
-            )
+            return _detail(404, {"code": "conversation_not_found", "message": "Conversation not found"})
         for message in body.get("messages") or ():
             for one in message.get("metadata", {}).get("attachments", ()):
                 if self._held(request, one.get("id")) is None:
-                    return json_reply(
-                        {"detail": {"code": "file_not_found", "message": "File not found"}}, 404
-                    )
+                    return _detail(404, {"code": "file_not_found", "message": "File not found"})
         return Stream(self.frames(self.answer(request, body)))
 
     def frames(self, pieces: Iterable[bytes]) -> Sent:
@@ -7692,24 +7288,17 @@ class Demo:
 
     def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
         """The answer's bytes, event by event: a drawing, a call, JSON, or a few words, as the messages want it."""
-        texts = [
-            (
-                one["author"]["role"],
-                "\n".join(part for part in one["content"]["parts"] if isinstance(part, str)),
-            )
-            for one in body.get("messages") or ()
-        ]
+        texts = []
+        for one in body.get("messages") or ():
+            parts = [part for part in one["content"]["parts"] if isinstance(part, str)]
+            texts.append((one["author"]["role"], "\n".join(parts)))
         told = texts[0][1] if texts else ""  # where functions and shapes are told
         role, asked = texts[-1] if texts else ("user", "go on")
         if "picture_v2" in body.get("system_hints", ()):
-            drawn = DemoFile(
-                self._owner(request), "drawing.png", demo_image(), "multimodal", mime="image/png"
-            )
-            pointer = {
-                "content_type": "image_asset_pointer",
-                "asset_pointer": f"file-service://{self.keep(drawn)}",
-            }
-            content = {"content_type": "multimodal_text", "parts": [pointer | {"width": 64, "height": 64}]}
+            drawn = DemoFile(self._owner(request), "drawing.png", demo_image(), "multimodal", 0, "image/png")
+            place = f"file-service://{self.keep(drawn)}"
+            part = {"content_type": "image_asset_pointer", "asset_pointer": place, "width": 64, "height": 64}
+            content = {"content_type": "multimodal_text", "parts": [part]}
             drawing = {"author": {"role": "tool", "name": "dalle.text2im"}, "content": content}
             return self.say(body, ["Here", " it", " is."], before=[drawing])
         if FUNCTIONS_LINE in told and (called := self._call(told, texts)):
@@ -7730,9 +7319,8 @@ class Demo:
         last = max((i for i, (role, _) in enumerate(texts) if role == "user"), default=0)
         made = set(re.findall(r'<tool_call>\{"name": "([^"]+)"', "\n".join(text for _, text in texts[last:])))
         left = [name for name in offered if name not in made]
-        wanted = [
-            name for name in left if any(word in texts[last][1].lower() for word in name.lower().split("_"))
-        ]
+        asked = texts[last][1].lower()
+        wanted = [name for name in left if any(word in asked for word in name.lower().split("_"))]
         must = re.search(r"You must call (\S+)", told)
         if must and must[1] in offered:
             wanted = [must[1]]
@@ -7784,9 +7372,8 @@ class Demo:
         yield b'event: delta_encoding\ndata: "v1"\n\n'
         where = {"p": "", "o": "add"}
         for number, one in enumerate([*first, message]):
-            yield delta(
-                where | {"v": {"message": one, "conversation_id": conversation, "error": None}, "c": number}
-            )
+            whole = {"message": one, "conversation_id": conversation, "error": None}
+            yield delta(where | {"v": whole, "c": number})
             where = {}
         head: dict[str, Any] = {"p": "/message/content/parts/0", "o": "append"}
         for word in words:
@@ -7800,16 +7387,16 @@ class Demo:
     def _say_cumulative(
         self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
     ) -> Iterator[bytes]:
+        frame, text = {"conversation_id": conversation, "error": None}, ""
         for one in first:
-            yield _data({"message": one, "conversation_id": conversation, "error": None})
-        text = ""
+            yield _data({"message": one} | frame)
         for word in words:
             text += word
             message = message | {"content": {"content_type": "text", "parts": [text]}}
-            yield _data({"message": message, "conversation_id": conversation, "error": None})
+            yield _data({"message": message} | frame)
             time.sleep(self.pace)
         message = message | end | {"metadata": message["metadata"] | metadata}
-        yield _data({"message": message, "conversation_id": conversation, "error": None})
+        yield _data({"message": message} | frame)
 
     # -- files and voice -----------------------------------------------------------------------------------------------
 
@@ -7828,28 +7415,25 @@ class Demo:
         file = self.files.get(str(id))
         return file if file and file.blob is not None and file.owner == self._owner(request) else None
 
+    @router.on("GET", "/{api}/models")
     def list_models(self, request: Request) -> Reply:
         """The account's models."""
-        return json_reply(
-            {"models": [{"slug": slug, "title": slug, "max_tokens": 8191} for slug in self.models]}
-        )
+        models = [{"slug": slug, "title": slug, "max_tokens": 8191} for slug in self.models]
+        return json_reply({"models": models})
 
+    @router.on("POST", "/{api}/files")
     def create_file(self, request: Request) -> Reply:
         """Announces a file: where to upload it."""
         body = request.json()
         fits = isinstance(body.get("file_name"), str) and isinstance(body.get("file_size"), int)
-        if (
-            not fits
-            or body.get("use_case") not in ("multimodal", "my_files", "ace_upload")
-            or "api" not in request.params
-        ):
-            return json_reply({"detail": [{"loc": ["body"], "msg": "field required"}]}, 422)
+        if not fits or body.get("use_case") not in ("multimodal", "my_files", "ace_upload"):
+            return _detail(422, [{"loc": ["body"], "msg": "field required"}])
         file = DemoFile(self._owner(request), body["file_name"], None, body["use_case"], body["file_size"])
         id = self.keep(file)
-        return json_reply(
-            {"status": "success", "file_id": id, "upload_url": f"{self.url}/upload/{id}?sig=demo"}
-        )
+        url = f"{self.url}/upload/{id}?sig=demo"
+        return json_reply({"status": "success", "file_id": id, "upload_url": url})
 
+    @router.on("PUT", "/upload/{id}")
     def upload_file(self, request: Request) -> Reply:
         """The file store: takes the bytes, from whom it neither knows nor wants to know."""
         file, headers = self.files.get(request.params["id"]), request.headers
@@ -7860,34 +7444,35 @@ class Demo:
         file.blob, file.mime = request.body, headers.get("content-type", "")
         return Reply(201)
 
-    def uploaded_file(self, request: Request) -> Reply:
-        """Confirms that a file's bytes are there."""
-        if self._held(request, id := request.params["id"]) is None:
-            return json_reply({"detail": "File not found"}, 404)
-        return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}"})
-
+    @router.on("GET", "/{api}/files/{id}")
     def file_status(self, request: Request) -> Reply:
         """Whether a document has been read; the first question comes too early."""
         if (file := self._held(request, request.params["id"])) is None:
-            return json_reply({"detail": "File not found"}, 404)
+            return _detail(404, "File not found")
         status, file.asked = "success" if file.asked else "in_progress", True
         return json_reply({"id": request.params["id"], "name": file.name, "retrieval_index_status": status})
 
+    @router.on(
+        "GET", "/{api}/files/{id}/download", "/{api}/conversation/{conversation}/attachment/{id}/download"
+    )
+    @router.on("POST", "/{api}/files/{id}/uploaded")
     def file_download(self, request: Request) -> Reply:
-        """A file's short-lived URL."""
+        """A file's short-lived URL, once its bytes are there."""
         if self._held(request, id := request.params["id"]) is None:
-            return json_reply({"detail": "File not found"}, 404)
+            return _detail(404, "File not found")
         return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}?sig=demo"})
 
+    @router.on("GET", "/{api}/conversation/{conversation}/interpreter/download")
     def sandbox_download(self, request: Request) -> Reply:
         """The URL of a file that the model made."""
         path = request.query.get("sandbox_path", "")
         if request.params["conversation"] not in self.conversations or not path.startswith("/mnt/data/"):
-            return json_reply({"detail": "File not found"}, 404)
+            return _detail(404, "File not found")
         data = Blob(f"made by {request.query.get('message_id')}".encode())
         id = self.keep(DemoFile(self._owner(request), path.rpartition("/")[2], data, "ace_upload"))
         return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}?sig=demo"})
 
+    @router.on("GET", "/blob/{id}")
     def blob(self, request: Request) -> Reply | Stream:
         """A file's bytes, for whoever has the URL."""
         file = self.files.get(request.params["id"])
@@ -7895,50 +7480,48 @@ class Demo:
             return Reply(404)
         return Stream(self.frames(file.blob.pieces()), content_type=file.mime or "application/octet-stream")
 
+    @router.on("GET", "/{api}/synthesize")
     def synthesize(self, request: Request) -> Reply:
         """A message read aloud: silence, in the two formats that need no encoder."""
         form, query = request.query.get("format"), request.query
-        if (
-            query.get("conversation_id") not in self.conversations
-            or not query.get("message_id")
-            or not query.get("voice")
-        ):
-            return json_reply({"detail": "Message not found"}, 404)
+        known = query.get("conversation_id") in self.conversations
+        if not known or not query.get("message_id") or not query.get("voice"):
+            return _detail(404, "Message not found")
         if form == "mp3":
             return Reply(body=(b"\xff\xfb\x90\x00" + bytes(413)) * 20, content_type="audio/mpeg")
         if form != "wav":
-            return json_reply({"detail": "Unsupported format"}, 422)
-        head = struct.pack(
-            "<4sI4s4sIHHIIHH4sI", b"RIFF", 8036, b"WAVE", b"fmt ", 16, 1, 1, 8000, 8000, 1, 8, b"data", 8000
-        )
+            return _detail(422, "Unsupported format")
+        facts = (b"WAVE", b"fmt ", 16, 1, 1, 8000, 8000, 1, 8, b"data", 8000)
+        head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 8036, *facts)
         return Reply(body=head + b"\x80" * 8000, content_type="audio/wav")
 
+    @router.on("POST", "/{api}/transcribe")
     def transcribe(self, request: Request) -> Reply:
         """What is said in a recording: its name and size are all that is heard."""
         file = parse_form(request.headers, request.body).get("file")
         if not file or file[0].file_name is None:
-            return json_reply({"detail": [{"loc": ["body", "file"], "msg": "field required"}]}, 422)
-        return json_reply(
-            {"text": f"The demo upstream heard {file[0].blob.size} bytes of {file[0].file_name}."}
-        )
+            return _detail(422, [{"loc": ["body", "file"], "msg": "field required"}])
+        text = f"The demo upstream heard {file[0].blob.size} bytes of {file[0].file_name}."
+        return json_reply({"text": text})
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
+    @router.on("POST", "/oauth/token")
     def oauth_token(self, request: Request) -> Reply:
         """Exchanges a refresh token."""
         given = str(request.json().get("refresh_token"))
         with self._issued_lock:
             name = self.refresh_tokens.get(given)
             if name is None or given in self.dead:
-                return json_reply(
-                    {"error": "invalid_grant", "error_description": "Unknown or invalid refresh token."}, 403
-                )
+                text = "Unknown or invalid refresh token."
+                return json_reply({"error": "invalid_grant", "error_description": text}, 403)
             answer = {"access_token": demo_token(name), "expires_in": 86400, "token_type": "Bearer"}
             if self.rotate:
                 answer["refresh_token"] = f"rt_{secrets.token_urlsafe(40)}"
                 self.refresh_tokens[str(answer["refresh_token"])] = self.refresh_tokens.pop(given)
         return json_reply(answer)
 
+    @router.on("GET", "/api/auth/session")
     def auth_session(self, request: Request) -> Reply:
         """Tells a session's access token; {} when the session is over."""
         cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
@@ -7946,24 +7529,28 @@ class Demo:
         name = self.session_tokens.get("".join(cookies[piece] for piece in pieces))
         if name is None:
             return json_reply({})
-        return json_reply(
-            {"accessToken": demo_token(name), "expires": "2099-01-01T00:00:00.000Z", "user": {"name": name}}
-        )
+        facts = {"expires": "2099-01-01T00:00:00.000Z", "user": {"name": name}}
+        return json_reply({"accessToken": demo_token(name)} | facts)
 
+    @router.on("POST", "/v1/chat/completions")
     def openai_completion(self, request: Request) -> Reply | Stream:
         """api.openai.com in a nutshell, for `sk-` keys."""
         turn = parse_chat(request.json(), True)
         completion = CompletionStream(turn, Tokens(), False)
+        words = re.findall(r"\s*\S+", "This is the demo's stand-in for api.openai.com.")
         events: list[list[Event]] = [[Begin(turn.model, "", "")]]
-        events += [
-            [Text(word)] for word in re.findall(r"\s*\S+", "This is the demo's stand-in for api.openai.com.")
-        ]
+        events += [[Text(word)] for word in words]
         events.append([Finish("stop")])
         if turn.stream:
             return Stream(completion.feed(batch) for batch in events)
         for batch in events:
             completion.take(batch)
         return json_reply(completion.whole())
+
+
+def _detail(status: int, detail: Any) -> Reply:
+    """A refusal in the site's shape."""
+    return json_reply({"detail": detail}, status)
 
 
 def _data(value: Any) -> bytes:
@@ -7995,9 +7582,8 @@ def setting_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         for row in reversed(rows):
             meta = row.metadata
             boolean = meta["kind"] in (BOOLEAN, OFF)
-            shown = f"{meta['meaning']} [{row.name.upper()}" + (
-                f"={meta['default']}]" if meta["default"] else "]"
-            )
+            default = f"={meta['default']}" if meta["default"] else ""
+            shown = f"{meta['meaning']} [{row.name.upper()}{default}]"
             collected = click.option(
                 f"--{row.name.replace('_', '-')}",
                 row.name,
@@ -8040,23 +7626,20 @@ def cli() -> None:
     """
 
 
+DEMO_HELP = "Answer from an embedded stand-in, with a pool of its own; API key `demo` or none."
+OPEN_HELP = "Mean it: listen beyond this machine with neither key nor prefix."
+
+
 @cli.command()
-@click.option(
-    "--demo",
-    is_flag=True,
-    help="Answer from an embedded stand-in, with a pool of its own; API key `demo` or none.",
-)
-@click.option(
-    "--open", "anyone", is_flag=True, help="Mean it: listen beyond this machine with neither key nor prefix."
-)
+@click.option("--demo", is_flag=True, help=DEMO_HELP)
+@click.option("--open", "anyone", is_flag=True, help=OPEN_HELP)
 @setting_flags()
 def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
     """Run the server."""
     settings = settled(flags)
     if not anyone and not settings.authorization and not settings.api_prefix and not _loopback(settings.host):
-        fail(
-            f"HOST: {settings.host!r} cannot be used without a key; set AUTHORIZATION or API_PREFIX, or pass --open"
-        )
+        advice = "set AUTHORIZATION or API_PREFIX, or pass --open"
+        fail(f"HOST: {settings.host!r} cannot be used without a key; {advice}")
     start_logging(settings)
     os.umask(0o077)
     given = gather(flags, os.environ)["data_dir"].source != "default"
@@ -8067,12 +7650,10 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(solver.close)
         if demo:
-            folder = (
-                settings.data_dir
-                if given
-                else stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-demo-"))
-            )
-            settings = replace(settings, data_dir=folder, proxy_url=())
+            settings = replace(settings, proxy_url=())
+        if demo and not given:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-demo-"))
+            settings = replace(settings, data_dir=folder)
         code = Daemon(settings, solver, demo).run()
     sys.stderr.flush()
     os._exit(code)  # daemon threads may be in the middle of a call
@@ -8111,10 +7692,9 @@ class Daemon:
         """Serves until a signal says otherwise; the exit status."""
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(
-                resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65536), hard)
-            )
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         threading.stack_size(1024 * 1024)
         settings = self.settings
         if self.demo:
@@ -8122,9 +7702,8 @@ class Daemon:
             _, url = upstream.listen()
             settings = replace(settings, chatgpt_base_url=(url,), openai_auth_url=url, openai_api_url=url)
         store = opened(settings)
-        app = App(
-            settings, store, self.solver, [DEMO_KEY] if self.demo and not settings.authorization else []
-        )
+        keys = [DEMO_KEY] if self.demo and not settings.authorization else []
+        app = App(settings, store, self.solver, keys)
         if self.demo and not app.pool.accounts():
             app.pool.add([demo_token("demo")])
         server = self._bind(app)
@@ -8209,9 +7788,9 @@ def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...]) -> No
     A workspace id may follow a token after a comma. `login-free` adds an account without a token.
     """
     settings = settled(flags)
-    lines = [
-        line for token in tokens for line in (sys.stdin.read().splitlines() if token == "-" else [token])
-    ]
+    lines: list[str] = []
+    for token in tokens:
+        lines += sys.stdin.read().splitlines() if token == "-" else [token]
     rows, faults = Pool(settings, opened(settings)).add(lines)
     for row in rows:
         click.echo(f"{row.id}  {row.kind}  {row.email or '-'}  {row.plan or '-'}")
@@ -8228,10 +7807,8 @@ def accounts_list(flags: Mapping[str, str | None]) -> None:
     settings = settled(flags)
     pool, now = Pool(settings, opened(settings)), time.time()
     for account in pool.accounts():
-        row = account.row
-        click.echo(
-            f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {_state(account, now)}"
-        )
+        row, state = account.row, _state(account, now)
+        click.echo(f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {state}")
 
 
 def _state(account: Account, now: float) -> str:
@@ -8280,9 +7857,8 @@ def users_add(flags: Mapping[str, str | None], name: str) -> None:
 def users_list(flags: Mapping[str, str | None]) -> None:
     """List the API users: id, name, since when."""
     for user in opened(settled(flags)).users():
-        click.echo(
-            f"{user.id}  {user.name or '-':20}  {time.strftime('%Y-%m-%d', time.localtime(user.added))}"
-        )
+        since = time.strftime("%Y-%m-%d", time.localtime(user.added))
+        click.echo(f"{user.id}  {user.name or '-':20}  {since}")
 
 
 @users.command("remove")
