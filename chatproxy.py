@@ -169,7 +169,10 @@ KEY = Kind(_matching(r"[\x21-\x2b\x2d-\x7e]{1,4096}"), "printable ASCII without 
 KEYS = Kind(_several(KEY.parse), "keys of printable ASCII without spaces, separated by commas")
 PREFIX = Kind(lambda text: _matching(r"[0-9A-Za-z._~/-]+")(text).strip("/"), "letters, digits and . _ ~ - /")
 DIFFICULTY = Kind(lambda text: _matching(r"[0-9A-Fa-f]{1,32}")(text).lower(), "1 to 32 hexadecimal digits")
-EXISTING = Kind(lambda text: str(pathlib.Path(text).expanduser().resolve(strict=True)), "a file that exists")
+EXISTING = Kind(
+    lambda text: str(pathlib.Path(text).expanduser().resolve(strict=True)),
+    "a file that exists and may be read",
+)
 FOLDER = Kind(lambda text: str(pathlib.Path(text).expanduser().absolute()), "a folder")
 LANGUAGE = Kind(_matching(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*"), "a language tag such as en-US")
 BROWSER = Kind(
@@ -388,14 +391,17 @@ def settings_table() -> str:
 
 # What each code means, and the HTTP status it has.
 CAUSES = {
-    "invalid_request_error": (400, "body not JSON, wrong type or missing field; `param` names the field"),
+    "invalid_request_error": (
+        400,
+        "body not JSON, wrong type or missing field, a file or URL that cannot be had; `param` names it",
+    ),
     "login_required": (
         400,
         "files, images and speech need a signed-in account, and only login-free ones are there",
     ),
     "invalid_api_key": (401, "no or wrong key"),
     "not_found": (404, "route, conversation or file that does not exist"),
-    "model_not_found": (404, "model that does not exist"),
+    "model_not_found": (404, "model that nobody offers: with CHECK_MODEL, or when the upstream says so"),
     "method_not_allowed": (405, "known route, other method; `Allow` names those it has"),
     "request_timeout": (408, "client too slow to send its request"),
     "request_too_large": (413, "body over MAX_BODY_MB, or a prompt too long for the upstream"),
@@ -1564,13 +1570,13 @@ class Handle:
                 if now - checked >= 1.0:
                     checked = now
                     watch.check()
+                if self._reader:
+                    heard = max(heard, self._reader.used)  # an upload that goes on is no silence
                 if body:
                     data = body[0] if len(body) == 1 else b"".join(body)
                     body.clear()
                     heard = signed = now
                     yield data
-                elif self._reader and self._reader.used > heard:
-                    heard = self._reader.used  # an upload goes on
                 elif now - heard > self.silence and running[0]:
                     text = f"The upstream was silent for {self.silence:g} seconds; try again."
                     raise Refusal("silent", text)
@@ -1602,7 +1608,8 @@ class Handle:
         text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
         if self._head:
             raise Refusal("broken", f"The upstream broke off its answer: {text}")
-        raise Refusal("unreachable", f"The upstream could not be reached: {text}")
+        advice = "check this server's network, or PROXY_URL"
+        raise Refusal("unreachable", f"The upstream could not be reached ({text}); {advice}.")
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
@@ -1999,6 +2006,7 @@ class Pool:
         self._accounts_lock = threading.Lock()
         self._accounts: dict[str, Account] = {}
         self._turn_order: list[Account] = []  # those not set aside
+        self._signed_in: list[Account] = []  # those of them with a token
         self._cursor = 0
         self._guests: OrderedDict[str, Account] = OrderedDict()
         self.reload()
@@ -2047,6 +2055,7 @@ class Pool:
     def _order(self) -> None:
         with self._accounts_lock:
             self._turn_order = [one for one in self._accounts.values() if one.row.state == "ready"]
+            self._signed_in = [one for one in self._turn_order if one.row.kind != LOGIN_FREE]
 
     def add(self, lines: Iterable[str]) -> tuple[list[AccountRow], list[str]]:
         """Stores the tokens, one a line (`#` begins a comment): the accounts, and why which line was left out.
@@ -2141,23 +2150,26 @@ class Pool:
     # -- who answers -----------------------------------------------------------------------------------------
 
     def lease(
-        self, model: str, tried: Iterable[Account] = (), holder: str | None = None, signed_in: bool = False
+        self,
+        model: str,
+        tried: Iterable[Account] = (),
+        holder: str | None = None,
+        signed_in: bool = False,
+        besides: str = "",
     ) -> Account:
         """The account for the next attempt; ApiError rate_limit_exceeded, no_account or login_required when there is none.
 
         `holder` is the id of the one account that will do, `signed_in` leaves out login-free ones. Accounts already
-        tried come again only when all have been.
+        tried, or waiting for what is wanted `besides` the model, come only when there are no others.
         """
         now, tried = time.time(), list(tried)
         with self._accounts_lock:
-            order = self._turn_order
+            order = self._signed_in if signed_in else self._turn_order
             if holder is not None:
                 one = self._accounts.get(holder)
                 order = [one] if one and one.row.state == "ready" else []
-            if signed_in:
-                order = [account for account in order if account.row.kind != LOGIN_FREE]
-                if not order and any(account.row.kind == LOGIN_FREE for account in self._turn_order):
-                    raise login_required()
+            elif not order and self._turn_order:
+                raise login_required()
             usable, size, first, stride = None, len(order), self._cursor, 1
             if self.settings.random_token and size:
                 # Not one after the other: whoever stands behind a run of waiting ones would get their share too.
@@ -2167,14 +2179,19 @@ class Pool:
             for step in range(size):
                 account = order[(first + step * stride) % size]
                 if self._usable(account, model, now):
-                    if account not in tried and (account.token_valid(now) or account.retry_renewal[0] <= now):
+                    able = account.token_valid(now) or account.retry_renewal[0] <= now
+                    if able and account not in tried and not account.wait_for(besides, now):
                         self._cursor = (first + step + 1) % size
                         account.used = now
                         return account
                     usable = usable or account
             if usable is None:
-                raise self._none(order, model, now)
+                raise self._none(order, model, now, holder is not None)
             return usable
+
+    def signed_in(self) -> bool:
+        """Whether any account that is ready is not a login-free one."""
+        return bool(self._signed_in)
 
     def lease_guest(self, account: Account, model: str, signed_in: bool = False) -> Account:
         """The same for an account that cannot be replaced by another."""
@@ -2198,11 +2215,14 @@ class Pool:
             return self._limited(wait)
         return ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
 
-    def _none(self, order: list[Account], model: str, now: float) -> ApiError:
+    def _none(self, order: list[Account], model: str, now: float, held: bool) -> ApiError:
         """Why none of these accounts can answer; the lock is held."""
         waits = [wait for account in order if (wait := account.wait_for(model, now))]
         if waits and self.settings.enable_limit:
             return self._limited(min(waits))
+        if held:
+            text = "The account that holds this conversation or file can no longer answer; begin anew, or upload it again."
+            return ApiError("no_account", text, headers={"Retry-After": "30"})
         found = "has no accounts" if not self._accounts else "has only expired or dead accounts"
         text = f"The pool {found}; add one with `chatproxy.py accounts add`, and see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "30"})
@@ -2789,16 +2809,33 @@ class ChatGPT:
         answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch)
         if not 200 <= answer.status < 300:
             raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
-        yield from self._object("uploaded", account, f"/files/{id}/uploaded", watch, {})
+        # What is uploaded is not sent again for a hiccup of these two calls.
+        yield from self._insistently(
+            functools.partial(self._object, "uploaded", account, f"/files/{id}/uploaded", watch, {}), watch
+        )
         if case == "my_files":
             yield from self._indexed(account, id, watch)
         return id
+
+    @staticmethod
+    def _insistently(ask: Callable[[], Patient[T]], watch: Watch) -> Patient[T]:
+        """The result of a call, at the third attempt where the upstream fails."""
+        for pause in (0.3, 1.0):
+            try:
+                return (yield from ask())
+            except Refusal as refused:
+                if refused.reason not in ("broken", "unreachable"):
+                    raise
+            yield from paused(pause, watch)
+        return (yield from ask())
 
     def _indexed(self, account: Account, id: str, watch: Watch) -> Patient[None]:
         """Waits until the site has read a document."""
         end, pause = time.monotonic() + self.silence, 0.1
         while time.monotonic() < end:
-            said = yield from self._object("file", account, f"/files/{id}", watch)
+            said = yield from self._insistently(
+                functools.partial(self._object, "file", account, f"/files/{id}", watch), watch
+            )
             if (status := said.get("retrieval_index_status")) == "success":
                 return
             if status in ("failed", "error"):
@@ -2822,10 +2859,15 @@ class ChatGPT:
         return (yield from self._url("interpreter", account, address, watch))
 
     def _url(self, name: str, account: Account, path: str, watch: Watch) -> Patient[str]:
-        said = yield from self._object(name, account, path, watch)
-        url = said.get("download_url")
-        if not isinstance(url, str) or not url.startswith(("https://", "http://")):
-            raise Refusal("missing", "The upstream has no download for this file.", "not_found")
+        gone = Refusal("forgotten", "The upstream does not have this file any more.")
+        try:
+            said = yield from self._object(name, account, path, watch)
+        except Refusal as refused:
+            raise gone if refused.reason == "missing" else refused from None
+        if not isinstance(url := said.get("download_url"), str) or not url.startswith(
+            ("https://", "http://")
+        ):
+            raise gone
         return url
 
     def content(self, account: Account, url: str, watch: Watch) -> Call:
@@ -3059,9 +3101,10 @@ class Image(NamedTuple):
 
 
 class SandboxLink(NamedTuple):
-    """Stands in the text for the URL of a file that the model made."""
+    """Stands in the text of a message for the URL of a file that the model made."""
 
     path: str
+    message: str
 
 
 class FunctionCall(NamedTuple):
@@ -3126,13 +3169,18 @@ class EventStream:
 
 
 _SANDBOX = "(sandbox:"
-# What may not be passed on as it is: a citation's private-use characters, a sandbox link, what may be the start of one.
+_PRIVATE = "\ue000-\uf8ff\U000f0000-\U0010ffff"  # private use: what marks are made of
+# What may not be passed on as it is: a mark's characters, a sandbox link, what may be the start of one.
 _MARK = re.compile(
-    "[\ue200-\ue2ff]|\\(sandbox:|(?:"
+    f"[{_PRIVATE}]|\\(sandbox:|(?:"
     + "|".join(re.escape(_SANDBOX[:n]) for n in range(len(_SANDBOX) - 1, 0, -1))
     + r")\Z"
 )
-MOST_HELD = 4000  # characters that wait for a mark's end, or for what it refers to
+_SANDBOX_LINK = re.compile(  # with parentheses in its path, or a title behind it
+    rf'\(sandbox:((?:[^()\n{_PRIVATE}]|\([^()\n{_PRIVATE}]*\)){{0,1000}}?)(\s+"[^"\n]*")?\)'
+)
+# Characters that wait for a mark's source, and for a mark's end.
+MOST_HELD, MOST_OPEN = 100_000, 1000
 
 
 class Prose:
@@ -3143,19 +3191,28 @@ class Prose:
 
     def __init__(self, message: dict[str, Any]) -> None:
         self.message = message  # whose metadata has the sources
-        self.held = ""
+        self.held: list[str] = []
+        self._size, self._waits = 0, False  # of what is held; whether for a source, which text cannot bring
+
+    def add(self, text: str, end: int, out: list[Event]) -> None:
+        """More text, once per token where something is held; `end` is where in the message it ends."""
+        if self._waits and self._size < MOST_HELD:
+            self.held.append(text)
+            self._size += len(text)
+        else:
+            self.feed(text, end, out)
 
     def feed(self, text: str, end: int, out: list[Event], last: bool = False) -> None:
-        """Passes on what can be, with `last` everything; `end` is where in the message the text ends."""
-        text, at = self.held + text, 0
-        self.held = ""
+        """Passes on what can be, now that there is more text or a source; with `last` everything."""
+        text, at = "".join([*self.held, text]), 0
+        self.held, self._waits = [], False
         while match := _MARK.search(text, at):
             start = match.start()
             if start > at:
                 out.append(Text(text[at:start]))
-            after = self._mark(text, start, end - len(text), out, last or len(text) - start > MOST_HELD)
+            after = self._mark(text, start, end - len(text), out, last)
             if after is None:
-                self.held = text[start:]
+                self.held, self._size = [text[start:]], len(text) - start
                 return
             at = after
         if at < len(text):
@@ -3165,26 +3222,25 @@ class Prose:
         """Passes on what stands for the mark at `start`; where the text goes on, None when that is not known yet."""
         if text[start] == "(":
             return self._sandbox(text, start, out, last)
-        if text[start] != "\ue200":
-            return start + 1
         end = text.find("\ue201", start)
+        if text[start] != "\ue200" or (end < 0 and len(text) - start > MOST_OPEN):
+            return start + 1
         if end < 0:
             return re.compile(r"\S*").match(text, start).end() if last else None  # type: ignore[union-attr] # matches ""
         link = self._link(text[start : end + 1], before + start)
-        if link is None and not last:
+        if link is None and not last and len(text) - start <= MOST_HELD:
+            self._waits = True
             return None
         if link:
             out.append(Text(link))
         return end + 1
 
-    @staticmethod
-    def _sandbox(text: str, start: int, out: list[Event], last: bool) -> int | None:
-        path = re.compile("\\(sandbox:([^()\n\ue200-\ue2ff]*)(\\)?)").match(text, start)
-        if path and path[2]:
-            out += [Text("("), SandboxLink(path[1])]
-            return path.end() - 1
-        open_end = path is None or path.end() == len(text)  # more of it may come
-        if open_end and not last:
+    def _sandbox(self, text: str, start: int, out: list[Event], last: bool) -> int | None:
+        if link := _SANDBOX_LINK.match(text, start):
+            out += [Text("("), SandboxLink(link[1], str(self.message.get("id")))]
+            return link.end(1)
+        more = text[start : start + MOST_OPEN]
+        if not last and len(text) - start <= MOST_OPEN and not re.search(f"[\n{_PRIVATE}]", more):
             return None
         out.append(Text("("))
         return start + 1
@@ -3197,7 +3253,7 @@ class Prose:
                 items = [item for item in (*dicts(one.get("items")), one) if isinstance(item.get("url"), str)]
                 links = dict.fromkeys(_markdown_link(item) for item in items if item["url"])
                 alt = one["alt"] if isinstance(one.get("alt"), str) else ""
-                return ", ".join(links) or re.sub("[\ue200-\ue2ff]", "", alt)
+                return ", ".join(links) or re.sub(f"[{_PRIVATE}]", "", alt)
         for one in dicts(_at(metadata, ("citations",))):
             here = one.get("start_ix")
             source = one.get("metadata")
@@ -3206,12 +3262,16 @@ class Prose:
         return None
 
 
+def unmarked(text: str) -> str:
+    """A text without marks, where nothing can stand for them."""
+    return re.sub(f"\ue200[^\ue201]*\ue201|[{_PRIVATE}]", "", text)
+
+
 def _markdown_link(source: Mapping[str, Any]) -> str:
     """`[title](url)`; what would end either part early is escaped."""
     url = re.sub(r"[\s()<>]", lambda match: urllib.parse.quote(match[0], safe=""), source["url"])
     title = re.sub(r"\s+", " ", str(source.get("title") or urllib.parse.urlsplit(url).hostname or url))
-    title = re.sub("[\ue200-\ue2ff]", "", title)
-    return "[" + re.sub(r"([\[\]\\])", r"\\\1", title) + f"]({url})"
+    return "[" + re.sub(r"([\[\]\\])", r"\\\1", unmarked(title)) + f"]({url})"
 
 
 class _Growing:
@@ -3223,6 +3283,8 @@ class _Growing:
         self.sent = 0
         self.prose = Prose(message)
         self.shown: set[str] = set()  # what has been passed on that comes whole
+        self.thoughts: dict[tuple[int, str], int] = {}  # how much of each thought's summary and content
+        self.unended = ""  # of the thoughts, what may be the beginning of a mark
         self.changed = True  # whether its text may have grown otherwise than by `append`
         self._tail = io.StringIO()  # appended to part 0 since `raw` was last brought up to date
         self.kind = self._kind()
@@ -3232,7 +3294,7 @@ class _Growing:
         self._tail.write(more)
         self.sent += len(more)
         if self.prose.held or (("(" in more or not more.isascii()) and _MARK.search(more)):
-            self.prose.feed(more, self.sent, out)
+            self.prose.add(more, self.sent, out)
         else:
             out.append(Text(more))
 
@@ -3273,7 +3335,7 @@ class _Growing:
         """Passes on what has come otherwise than by `append`; with `over` all that is still held back."""
         kind = self.kind
         if kind is Reasoning:
-            if more := self._more():
+            if more := self._thought(over):
                 out.append(Reasoning(more))
             return
         if kind is Text:
@@ -3292,7 +3354,7 @@ class _Growing:
             code = content["content_type"] == "code"
             named = "" if not code else recipient if language == "unknown" else language
             if text.strip():
-                out.append(ToolUse(named if named.isalnum() else "", text))
+                out.append(ToolUse(named if named.isalnum() else "", unmarked(text)))
         for part in dicts(content.get("parts")):
             pointer, kind = part.get("asset_pointer"), part.get("content_type")
             if kind == "image_asset_pointer" and isinstance(pointer, str) and pointer not in self.shown:
@@ -3309,13 +3371,25 @@ class _Growing:
         return text
 
     def _text(self) -> str:
-        """The whole text so far. A recap ("Thought for 5 seconds") is a caption, not a thought."""
-        content = self.raw["content"]
-        if content.get("content_type") == "thoughts":
-            thoughts = [(one.get("summary"), one.get("content")) for one in dicts(content.get("thoughts"))]
-            return "\n\n".join("\n".join(str(part) for part in one if part) for one in thoughts)
-        parts = content.get("parts")
+        """The whole text so far."""
+        parts = self.raw["content"].get("parts")
         return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
+
+    def _thought(self, over: bool) -> str:
+        """What thoughts, or a recap of them, have grown by; a mark that may still be cut waits for its end."""
+        content = self.raw["content"]
+        thoughts = dicts(content.get("thoughts")) or [{"content": content.get("content")}]
+        more = self.unended
+        for i, one in enumerate(thoughts):
+            for name in ("summary", "content"):
+                text, had = str(one.get(name) or ""), self.thoughts.get((i, name), 0)
+                if len(text) > had:
+                    paragraph = "\n" if (i, "summary") in self.thoughts else "\n\n"
+                    more += ("" if had or not self.thoughts else paragraph) + text[had:]
+                    self.thoughts[i, name] = len(text)
+        open_mark = None if over else re.search("\ue200[^\ue201]{0,1000}\\Z", more)
+        self.unended = open_mark[0] if open_mark else ""
+        return unmarked(more[: len(more) - len(self.unended)])
 
     def ending(self) -> str:
         """Why it ended, "" while it has not: length or stop."""
@@ -3415,6 +3489,7 @@ class Decoder:
             self._current.grow(out, over=True)
         if known is not None:
             message.sent, message.prose, message.shown = known.sent, known.prose, known.shown
+            message.thoughts, message.unended = known.thoughts, known.unended
             message.prose.message = message.raw
         elif message.kind is Text and self._reason != "content_filter":
             self._reason = ""  # an earlier message's end was not the answer's
@@ -3515,6 +3590,7 @@ def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
 
 
 UPLOADS = "files"  # what the rate limits of uploads are counted under
+NO_IMAGE = "is not a PNG, JPEG, GIF or WebP image; send other files as `file` or `input_file`."
 MOST_ATTACHMENTS = 100  # in a request
 _MIME = re.compile(r"[0-9A-Za-z_.+-]{1,100}/[0-9A-Za-z_.+-]{1,100}")
 
@@ -3536,15 +3612,18 @@ class Files:
 
     def gathered(self, attachment: Attachment, owner: str, watch: Watch) -> Patient[tuple[File, Blob | None]]:
         """A message's file, and its bytes unless an account has it already; fetched if it is given by URL."""
-        if attachment.file:
-            return self.find(attachment.file, owner, attachment.where), None
         blob, mime, name = attachment.blob, attachment.mime, attachment.name
+        if attachment.file:
+            file = self.find(attachment.file, owner, attachment.where)
+            if attachment.image and not file.width:
+                raise unfit(attachment.where, NO_IMAGE)
+            return file, None
         if blob is None:
             blob, said, named = yield from self.fetcher.fetched(attachment.url, attachment.where, watch)
             mime, name = mime or said, name or named
         file = self.described(blob, name, mime, owner)
         if attachment.image and not file.width:
-            raise unfit(attachment.where, "is not a PNG, JPEG, GIF or WebP image.")
+            raise unfit(attachment.where, NO_IMAGE)
         return file, blob
 
     @staticmethod
@@ -3578,35 +3657,39 @@ class Files:
     def placed(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[File]:
         """The file as an account holds it: known, or uploaded now, at a time by one of those who need it."""
         key, mine = (account.id, file.digest), Future[None]()
-        with self._uploads_lock:
-            other = self._uploads.setdefault(key, mine)
-        try:
-            if other is not mine:
-                with contextlib.suppress(TimeoutError):
-                    yield from awaited(other, watch, self.upstream.silence)
+        while True:
             if found := self.known(account, file):
                 return found
-            return (yield from self._uploaded(account, file, blob, watch))
-        finally:
+            with self._uploads_lock:
+                other = self._uploads.setdefault(key, mine)
             if other is mine:
-                with self._uploads_lock:
-                    del self._uploads[key]
-                mine.set_result(None)
+                break
+            try:
+                yield from awaited(other, watch, self.upstream.silence)
+            except TimeoutError:
+                raise Refusal("silent", "An upload took too long; try again.", about=UPLOADS) from None
+        try:
+            id = yield from self._sent(account, file, blob, watch)
+            return self.kept(file._replace(account=account.id, upstream=id, purpose="", used=time.time()))
+        finally:
+            with self._uploads_lock:
+                del self._uploads[key]
+            mine.set_result(None)
 
-    def _uploaded(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[File]:
+    def _sent(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[str]:
+        """Uploads a file; what the account is told then is about uploads, not about a model."""
         wait = account.wait_for(UPLOADS, time.time())
         if wait and self.upstream.settings.enable_limit:
             raise Refusal("limited", "The upstream's limit for uploads is reached.", wait=wait, about=UPLOADS)
         try:
-            id = yield from self.upstream.upload(account, file, blob, watch)
+            return (yield from self.upstream.upload(account, file, blob, watch))
         except Refusal as refused:
             refused.about = UPLOADS
             raise
-        return self.kept(file._replace(account=account.id, upstream=id, purpose="", used=time.time()))
 
     def renewed(self, account: Account, held: File, blob: Blob, watch: Watch) -> Patient[File]:
         """Uploads again what the upstream has forgotten: all entries of it lead to the new one."""
-        id = yield from self.upstream.upload(account, held, blob, watch)
+        id = yield from self._sent(account, held, blob, watch)
         self.store.move_file(account.id, held.upstream, id)
         return held._replace(upstream=id)
 
@@ -3658,6 +3741,7 @@ class Attempt:
         self.signed_in = signed_in
         self.kept_by: str | None = None  # the account that holds the conversation
         self.holder: str | None = None  # the one account that will do: it has the conversation or a file
+        self.preferred: str | None = None  # the account to begin with, if it can be
         self.materials: dict[Attachment, tuple[File, Blob | None]] = {}
         self.tried: list[Account] = []
         self.account: Account | None = None  # the one that is asked
@@ -3667,7 +3751,7 @@ class Attempt:
         self.continuing = False  # whether the call under way goes on with an answer
         self.pieces: Pieces | None = None  # the call under way; ended when the client has its last words
         self.kept = ""  # the conversation that is remembered for its account
-        self.links: dict[str, str] = {}  # URLs of the files that the model made, by path
+        self.links: dict[SandboxLink, str] = {}  # URLs of the files that the model made
 
 
 class Answers:
@@ -3710,11 +3794,17 @@ class Answers:
                 attempt.holder = attempt.holder or file.account or None
 
     def do(
-        self, kind: str, guest: Account | None, work: Work[None, T], watch: Watch, holder: str | None = None
+        self,
+        kind: str,
+        guest: Account | None,
+        work: Work[None, T],
+        watch: Watch,
+        holder: str | None = None,
+        preferred: str | None = None,
     ) -> Patient[T]:
         """The result of some calls that need a signed-in account; `kind` is what its rate limits are counted under."""
         attempt = Attempt(Question((), kind), watch, guest, "", signed_in=True)
-        attempt.holder = holder if guest is None else None
+        attempt.holder, attempt.preferred = holder if guest is None else None, preferred
         return (yield from self._attempts(attempt, lambda account: self._signed_in(account, attempt, work)))
 
     def _attempts(self, attempt: Attempt, work: Work[Y, T]) -> Steps[Y, T]:
@@ -3737,7 +3827,14 @@ class Answers:
         model = attempt.question.model
         if attempt.guest:
             return self.pool.lease_guest(attempt.guest, model, attempt.signed_in)
-        return self.pool.lease(model, attempt.tried, attempt.holder, attempt.signed_in)
+        if attempt.preferred and not attempt.holder and not attempt.tried:
+            with contextlib.suppress(ApiError):
+                return self.pool.lease(model, (), attempt.preferred, attempt.signed_in)
+        uploads = UPLOADS if any(blob for _, blob in attempt.materials.values()) else ""
+        signed_in = attempt.signed_in
+        if not signed_in and (upstream_model(model, False) != "auto" or _GPT.fullmatch(model)):
+            signed_in = self.pool.signed_in()  # login-free accounts have no model but one
+        return self.pool.lease(model, attempt.tried, attempt.holder, signed_in, uploads)
 
     def _learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
         """What a refusal means for its account."""
@@ -3761,7 +3858,9 @@ class Answers:
             account = self._lease(attempt)
         except ApiError as none:
             raise (none if reason in ("expired", "limited") else refused) from None
-        if account in attempt.tried and reason in ("blocked", "unlisted"):
+        if account in attempt.tried and (
+            reason in ("blocked", "unlisted") or (refused.about and reason == "limited")
+        ):
             raise refused
         self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
         return account
@@ -3867,8 +3966,10 @@ class Answers:
 
     def _check_model(self, account: Account, model: str, watch: Watch) -> Patient[None]:
         """CHECK_MODEL: refuses what the account does not list, unless the list cannot be had."""
-        if upstream_model(model, account.row.kind == LOGIN_FREE) == "auto":
+        if upstream_model(model, False) == "auto":
             return
+        if account.row.kind == LOGIN_FREE:
+            raise Refusal("unlisted", "Login-free accounts have no model but auto.")
         try:
             listed = yield from self.upstream.models(account, watch)
         except Refusal as refused:
@@ -3900,14 +4001,14 @@ class Answers:
     def _looked_up(self, account: Account, attempt: Attempt, events: list[Event]) -> Patient[list[Event]]:
         """The events with URLs for what the model drew and made."""
         upstream, watch, links, out = self.upstream, attempt.watch, attempt.links, list[Event]()
-        conversation, message = attempt.decoder.conversation, attempt.decoder.message
+        conversation = attempt.decoder.conversation
         for event in events:
             if isinstance(event, SandboxLink):
-                if event.path not in links and len(links) < MOST_LINKS:
-                    path = urllib.parse.unquote(event.path)
-                    ask = functools.partial(upstream.sandbox_url, account, conversation, message, path, watch)
-                    links[event.path] = yield from self._url(account, ask, watch)
-                out.append(Text(links.get(event.path) or f"sandbox:{event.path}"))
+                if event not in links and len(links) < MOST_LINKS:
+                    made = (event.message, urllib.parse.unquote(event.path))
+                    ask = functools.partial(upstream.sandbox_url, account, conversation, *made, watch)
+                    links[event] = yield from self._url(account, ask, watch)
+                out.append(Text(links.get(event) or f"sandbox:{event.path}"))
             elif isinstance(event, Drawing):
                 scheme, _, id = event.pointer.partition("#")[0].partition("://")
                 place = conversation if scheme == "sediment" else ""
@@ -4140,6 +4241,22 @@ class Schema:
         return found
 
 
+def unknown_type(schema: Any) -> str:
+    """A `type` within a schema that JSON has not, "" for none."""
+    if isinstance(schema, list):
+        return next(filter(None, map(unknown_type, schema)), "")
+    if not isinstance(schema, dict):
+        return ""
+    kinds = schema.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if not isinstance(kind, str) or kind not in _SCHEMA_TYPES:
+            return str(kind)[:100]
+    named = [schema.get(name) for name in ("properties", "$defs", "definitions")]
+    inner = [one for some in named if isinstance(some, dict) for one in some.values()]
+    inner += [schema.get(name) for name in ("items", "prefixItems", "additionalProperties", "not")]
+    return unknown_type([*inner, *(schema.get(name) for name in ("anyOf", "oneOf", "allOf"))])
+
+
 def _canonical(value: Any) -> Any:
     """Hashable, and equal for what JSON holds equal: 1 and 1.0, but not 1 and true."""
     if isinstance(value, dict):
@@ -4302,7 +4419,7 @@ class Turn:
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 ROLES |= {"tool": "tool", "function": "tool"}
-_LEADING_URLS = re.compile(r"\s*((?:https?://\S+\s+)+)(.*)", re.DOTALL)
+_LEADING_URLS = re.compile(r"\s*((?:https?://\S+(?:\s+|\Z))+)(.*)", re.DOTALL)
 
 
 def parse_messages(values: list[Any], upload_by_url: bool) -> tuple[Message, ...]:
@@ -4499,9 +4616,11 @@ def parse_offer(
         here = f"{where}[{i}]"
         name = one.get("name") if isinstance(one, dict) else None
         if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
-            raise unfit(f"{here}.name", "must be 1 to 128 letters, digits, _ and -.")
+            raise unfit(f"{here}.name", "must be 1 to 128 letters, digits and . _ : -.")
         check_types(one, {"description": _TEXT, "parameters": _OBJECT}, f"{here}.")
         parameters = one.get("parameters") or {"type": "object"}
+        if kind := unknown_type(one.get("parameters")):
+            raise unfit(f"{here}.parameters", f"is no JSON Schema: there is no type {kind}.")
         found[name] = Function(name, one.get("description") or "", parameters)
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
@@ -4694,6 +4813,8 @@ def parse_shape(value: Any, where: str) -> Shape | None:
     schema = given.get("schema") if isinstance(given, dict) else None
     if not isinstance(schema, dict):
         raise unfit(where, "must have a JSON Schema in `schema`.")
+    if kind := unknown_type(schema):
+        raise unfit(where, f"has no JSON Schema: there is no type {kind}.")
     return Shape(schema)
 
 
@@ -5297,6 +5418,9 @@ def parse_response(
     """A request of the Responses API that goes on from the messages of an earlier one; 400 names what is wrong.
     `find_item` gives an item of a response that is kept."""
     model = required(body, "model")
+    for name in ("conversation", "prompt"):
+        if body.get(name) is not None:
+            raise unfit(name, "must be absent: nothing of the kind is kept here; see `previous_response_id`.")
     if body.get("background"):
         raise unfit("background", "must be false: a response is made while you wait.")
     if body.get("truncation") not in (None, "auto", "disabled"):
@@ -6367,7 +6491,7 @@ class Keys:
                 request.guest = self.pool.guest(key)
                 request.asker, request.owner = request.guest.name, request.guest.id
                 return
-        text = "it is not known here; the server's AUTHORIZATION has the right ones."
+        text = "send one of the server's AUTHORIZATION, an API user's token, or your own."
         raise ApiError("invalid_api_key", f"Incorrect API key provided: {text}")
 
     def admit_admin(self, request: Request) -> None:
@@ -6506,6 +6630,8 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
     def ask(question: Question) -> Batches:
         attempts.append(Attempt(question, request.watch, request.guest, request.owner))
         attempts[-1].materials = attempts[0].materials  # what has been fetched is not fetched again
+        if first := attempts[0].account:
+            attempts[-1].preferred = first.id  # nor uploaded
         return app.answers.ask(attempts[-1])
 
     return exchange(turn, ask, request.watch.heartbeat), attempts
@@ -6562,7 +6688,10 @@ def responses_create(app: App, request: Request) -> Reply | Stream:
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
         if wanted.store:
-            turn = _kept_turn(app, request.owner, response, attempts[-1])
+            asked = next(
+                one for one in reversed(attempts) if one.account
+            )  # the last one that got as far as that
+            turn = _kept_turn(app, request.owner, response, asked)
             text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, turn))
             app.store.put_response(response.id, request.owner, text, items, time.time())
 
@@ -6643,23 +6772,30 @@ def responses_delete(app: App, request: Request) -> Reply:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
+MOST_ASKED = 20  # accounts for their models
+
+
 def _listed_models(app: App, request: Request) -> dict[str, int]:
-    """The models that the caller may name, and when they were listed: those of one account of every plan, the aliases."""
+    """The models that the caller may name, and when they were listed: those of the pool's accounts (of a large pool at
+    least one of every plan), and the aliases."""
     accounts = [request.guest] if request.guest else app.pool.accounts()
-    now = time.time()
-    able = {one.row.plan: one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"}
-    found: dict[str, int] = {}
-    failure: ApiError | None = None
-    for account in able.values():
-        read = functools.partial(app.upstream.models, watch=request.watch)
+    able = [one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"]
+    plans = {one.row.plan: one for one in able}
+    asked = list(dict.fromkeys([*plans.values(), *able]))[:MOST_ASKED]
+
+    def read(account: Account, watch: Watch) -> Account:
+        ask = functools.partial(app.upstream.models, watch=watch)
         try:
-            slugs = patiently(app.answers.do("models", request.guest, read, request.watch, account.id))
-        except ApiError as error:
-            failure, slugs = error, account.models[1]
-        found |= dict.fromkeys(slugs, int(account.models[0] or now))
-    if failure and not found:
-        raise failure
-    return found | {name: int(now) for name in ALIASES if name not in found}
+            patiently(app.answers.do("models", request.guest, ask, watch, account.id))
+        except ApiError:
+            if not account.models[1]:  # else what it is known to offer stays listed
+                raise
+        return account
+
+    if asked:
+        side_by_side([functools.partial(read, one) for one in asked], request.watch)
+    found = {name: int(account.models[0]) for account in able for name in account.models[1]}
+    return found | {name: int(time.time()) for name in ALIASES if name not in found}
 
 
 def _model(request: Request, id: str, created: int) -> dict[str, Any]:
@@ -6725,14 +6861,8 @@ def files_create(app: App, request: Request) -> Reply:
     # Beside the owner's other files, so that one account can answer what uses several.
     before = app.store.files("owner=? AND purpose!=''", owner)
     beside = app.pool.find(before[0].account) if before else None
-    preferred = [beside.id] if beside and beside.state(time.time()) == "ready" else []
-    for holder in (*preferred, None):
-        try:
-            held = patiently(app.answers.do(UPLOADS, request.guest, place, request.watch, holder))
-            break
-        except ApiError:
-            if holder is None:
-                raise
+    preferred = beside.id if beside else None
+    held = patiently(app.answers.do(UPLOADS, request.guest, place, request.watch, preferred=preferred))
     kept = held._replace(owner=owner, purpose=purpose, used=time.time())
     if held.purpose or held.owner != owner:
         kept = app.files.kept(kept)
@@ -6790,7 +6920,7 @@ def files_content(app: App, request: Request) -> Reply | Stream:
             guard.pop_all()
         return call
 
-    call = patiently(app.answers.do("files", request.guest, begin, request.watch, file.account))
+    call = patiently(app.answers.do("downloads", request.guest, begin, request.watch, file.account))
     place = f"attachment; filename*=UTF-8''{urllib.parse.quote(file.name)}"
     headers = {"Content-Disposition": place, "X-Content-Type-Options": "nosniff"}
     return Stream(_bytes_of(call), content_type=file.mime, headers=headers)
@@ -6859,7 +6989,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     if body.get("stream"):
         raise unfit("stream", "must be false: the upstream gives images whole.")
     if size not in (None, "auto") and not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size):
-        raise unfit("size", "must be WIDTHxHEIGHT or auto.")
+        raise unfit("size", "must be auto, or WIDTHxHEIGHT such as 1024x1024.")
     if quality is not None and not re.fullmatch(r"[a-z]{1,16}", quality):
         raise unfit("quality", "must be a word such as standard, hd, low, medium or high.")
     model = body.get("model") or "auto"
@@ -6881,10 +7011,18 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
         _take(answer, lambda events: urls.extend(event.url for event in events if isinstance(event, Image)))
         if form == "url" or attempt.account is None:
             return [{"url": url} for url in urls]
-        blobs = [patiently(app.upstream.downloaded(attempt.account, url, watch)) for url in urls]
-        return [{"b64_json": base64.b64encode(blob.read()).decode()} for blob in blobs]
+        return [{"b64_json": inline(url, attempt.account.id, watch)} for url in urls]
 
-    data = [image for images in side_by_side([draw] * n, request.watch) for image in images]
+    def inline(url: str, holder: str, watch: Watch) -> str:
+        get = functools.partial(app.upstream.downloaded, url=url, watch=watch)
+        blob = patiently(app.answers.do("downloads", request.guest, get, watch, holder))
+        return base64.b64encode(blob.read()).decode()
+
+    data: list[dict[str, str]] = []
+    for missing in (n, 1):  # a turn without an image is made up for once
+        if len(data) < n:
+            missing = max(missing, n - len(data))
+            data += itertools.chain(*side_by_side([draw] * min(missing, n), request.watch))
     if not data:
         text = "The upstream answered without an image; say more clearly what to draw."
         raise ApiError("upstream_error", text)
@@ -7308,7 +7446,15 @@ class Demo:
             return self.say(body, [compact(sample(decode(schema)[0]) if schema else {"demo": True})])
         if told.startswith(("Repeat the next message", "Translate the next message")):
             return self.say(body, re.findall(r"\s*\S+", asked))
-        return self.say(body, re.findall(r"\s*\S+", DEMO_ANSWER.format(question=asked[:2000])))
+        came = [
+            f"{one['name']} ({one['size']:,} bytes, {one['mime_type']})"
+            for message in body.get("messages") or ()
+            for one in message.get("metadata", {}).get("attachments", ())
+        ]
+        answer = DEMO_ANSWER.format(question=asked[:2000]) + (
+            f" With it came {', '.join(came)}." if came else ""
+        )
+        return self.say(body, re.findall(r"\s*\S+", answer))
 
     @staticmethod
     def _call(told: str, texts: list[tuple[str, str]]) -> str:
@@ -7642,18 +7788,15 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
         fail(f"HOST: {settings.host!r} cannot be used without a key; {advice}")
     start_logging(settings)
     os.umask(0o077)
-    given = gather(flags, os.environ)["data_dir"].source != "default"
     cpu = keep_to_one_cpu()
     solver = Solver(cpu)  # before the first thread
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
     with contextlib.ExitStack() as stack:
         stack.callback(solver.close)
-        if demo:
-            settings = replace(settings, proxy_url=())
-        if demo and not given:
+        if demo:  # whose upstream must never get to see, or to refuse, a real account's token
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-demo-"))
-            settings = replace(settings, data_dir=folder)
+            settings = replace(settings, proxy_url=(), data_dir=folder)
         code = Daemon(settings, solver, demo).run()
     sys.stderr.flush()
     os._exit(code)  # daemon threads may be in the middle of a call

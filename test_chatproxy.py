@@ -428,6 +428,17 @@ def test_the_demo_answers_without_account_and_network() -> None:
             assert answer.status_code == 200 and "demo" in answer.json()["choices"][0]["message"]["content"]
 
 
+def test_the_demo_keeps_its_hands_off_the_pool(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path)}
+    assert run("accounts", "add", "rt_" + "r" * 40, env=env).returncode == 0
+    with Served("--demo", env=env) as served:
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}]}
+        headers = {"Authorization": "Bearer demo"}
+        assert httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+    listed = run("accounts", "list", env=env).stdout.splitlines()
+    assert len(listed) == 1 and listed[0].endswith("ready")
+
+
 def test_the_script_carries_its_own_requirements() -> None:
     head = SCRIPT.read_text().split('"""')[0]
     assert "# /// script" in head and '"curl_cffi' in head and '"click' in head and ">=3.10" in head
@@ -2470,14 +2481,17 @@ def test_an_upload_that_the_upstream_forgot_is_made_again(proxy: Proxy, weather:
     assert weather.count("/files") == 2 and weather.count("/conversation") == 3
 
 
-@pytest.mark.parametrize("call", ["/files", "/uploaded"])
-def test_an_upload_that_fails_goes_to_another_account(
-    call: str, start: Callable[..., Proxy], weather: Weather
-) -> None:
-    proxy = start("alice", "bob")
-    weather.add(call, status(503), status(503))
-    proxy.say(messages=[part_message("what", image_part(data_url(picture())))], retry="x")
-    assert weather.count("/files") >= 2
+def test_an_upload_that_fails_goes_to_another_account(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy, asked = start("alice", "bob"), [part_message("what", image_part(data_url(picture())))]
+    weather.add("/files", status(503), status(503))
+    proxy.say(messages=asked)
+    assert weather.count("/files") == 3
+
+
+def test_what_is_uploaded_is_not_sent_again_for_a_hiccup(proxy: Proxy, weather: Weather) -> None:
+    weather.add("/uploaded", status(503), status(502))
+    file = proxy.client().files.create(file=("a.txt", b"x"), purpose="user_data")
+    assert weather.count("/files") == 1 and file.bytes == 1
 
 
 def test_a_limit_for_uploads_leaves_chats_alone(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -2487,6 +2501,82 @@ def test_a_limit_for_uploads_leaves_chats_alone(start: Callable[..., Proxy], wea
     assert error_of(limited) == (429, "rate_limit_exceeded") and int(limited.headers["retry-after"]) > 900
     proxy.say()
     assert error_of(proxy.ask(messages=asked))[0] == 429 and weather.count("/files") == 1
+
+
+def test_an_account_that_may_upload_is_found_among_those_that_may_not(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start(*(f"account{i}" for i in range(8)))
+    accounts = proxy.app.pool.accounts()
+    for account in accounts[:-1]:
+        proxy.app.pool.told_to_wait(account, cp.UPLOADS, 1000)
+    for i in range(6):
+        proxy.say(messages=[part_message("what", image_part(data_url(picture(i + 1))))])
+    file = accounts[-1].id
+    assert {one.account for one in proxy.store.files("1")} == {file}
+    proxy.app.pool.told_to_wait(accounts[-1], cp.UPLOADS, 1000)
+    begin = time.monotonic()
+    assert error_of(proxy.ask(messages=[part_message(image_part(data_url(picture(99))))]))[0] == 429
+    assert time.monotonic() - begin < 1
+
+
+def test_a_limit_met_while_uploading_again_is_one_for_uploads(proxy: Proxy, weather: Weather) -> None:
+    asked = [part_message("what", image_part(data_url(picture())))]
+    file = proxy.client().files.create(file=("a.txt", b"x"), purpose="user_data")
+    proxy.say(messages=asked)
+    weather.add("/conversation", status(404, {"detail": {"code": "file_not_found"}}))
+    weather.add("/files", status(429, {"detail": {"clears_in": 1000}}))
+    assert error_of(proxy.ask(messages=asked))[0] == 429
+    proxy.say()
+    assert proxy.client().files.content(file.id).read() == b"x"
+
+
+def test_one_upload_of_many_that_fails_is_made_by_the_next(proxy: Proxy, weather: Weather) -> None:
+    def fail(request: cp.Request) -> cp.Reply:
+        time.sleep(0.3)
+        return cp.Reply(500)
+
+    make, seen = weather.create_file, list[str]()
+
+    def create(request: cp.Request) -> cp.Reply:
+        reply = make(request)
+        seen.append(json.loads(reply.body)["file_id"])
+        if len(seen) == 1:
+            weather.add(f"/upload/{seen[0]}", fail)
+        return reply
+
+    weather.add("/files", *[create] * 9)
+    asked = [part_message("what", image_part(data_url(picture(91, 91))))]
+    with concurrent.futures.ThreadPoolExecutor(5) as executor:
+        list(executor.map(lambda _: proxy.say(messages=asked), range(5)))
+    assert len(seen) == 2
+
+
+def test_a_file_that_the_upstream_rejects_is_offered_once(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob")
+    client = proxy.client()
+    client.files.create(file=("a.txt", b"x"), purpose="user_data")
+    weather.add("/files", status(422), status(422))
+    with pytest.raises(openai.BadRequestError):
+        client.files.create(file=("b.txt", b"y"), purpose="user_data")
+    assert weather.count("/files") == 2
+
+
+def test_a_file_whose_account_is_gone_says_so(start: Callable[..., Proxy], weather: Weather) -> None:
+    alice = cp.demo_token("alice")
+    proxy = start(alice)
+    file = proxy.client().files.create(file=("a.txt", b"x"), purpose="user_data")
+    weather.add("/download", status(404, {"detail": "Not Found"}))
+    with pytest.raises(openai.NotFoundError):
+        proxy.client().files.content(file.id)
+    proxy.app.pool.add([cp.LOGIN_FREE, cp.demo_token("bob")])
+    weather.dead.add(alice)
+    with pytest.raises(openai.InternalServerError) as refused:
+        for _ in range(2):
+            proxy.client().files.content(file.id)
+    assert refused.value.status_code == 503 and refused.value.code == "no_account"
 
 
 def test_what_befalls_a_files_holder_is_not_blamed_on_who_asks(
@@ -2530,7 +2620,7 @@ def test_a_request_may_not_bring_files_without_end(proxy: Proxy, weather: Weathe
 
 
 def test_a_slow_upload_is_no_silence(start: Callable[..., Proxy], weather: Weather) -> None:
-    proxy, taken = start("alice", upstream_timeout="2"), bytearray()
+    proxy, taken = start("alice", upstream_timeout="2", heartbeat="1"), bytearray()
 
     def take(listener: socket.socket) -> None:
         client, _ = listener.accept()
@@ -2546,8 +2636,9 @@ def test_a_slow_upload_is_no_silence(start: Callable[..., Proxy], weather: Weath
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         weather.add("/files", status(200, {"file_id": "file-1", "upload_url": url}))
         weather.add("/uploaded", status(200, {"status": "success"}))
-        file = proxy.client().files.create(file=("a.bin", os.urandom(12 << 20) + b"END"), purpose="user_data")
-    assert file.bytes == (12 << 20) + 3 and len(taken) > file.bytes
+        data = picture() + os.urandom(9 << 20) + b"END"
+        _, text = proxy.stream(messages=[part_message("what", image_part(data_url(data)))])
+    assert len(taken) > len(data) and text.count(": \n\n") >= 2  # and the client hears that something happens
 
 
 def test_a_compressed_upstream_is_understood(proxy: Proxy, weather: Weather) -> None:
@@ -2791,6 +2882,8 @@ def test_private_urls_can_be_allowed(start: Callable[..., Proxy], weather: Weath
     proxy.say(f"{cat} {cat} what are these?")
     parts = weather.asked()["messages"][0]["content"]["parts"]
     assert [part if isinstance(part, str) else part["width"] for part in parts] == [8, 8, "what are these?"]
+    proxy.say(cat)
+    assert weather.asked()["messages"][0]["content"]["parts"][0]["width"] == 8
     refused = proxy.ask(f"{long} what is this?")
     assert error_of(refused) == (400, "invalid_request_error") and "MAX_BODY_MB" in refused.text
     assert "127.0.0.1" in refused.text and "long.txt" not in refused.text
@@ -2839,6 +2932,9 @@ def test_files_are_kept_upstream_and_answered_by_who_holds_them(
     ]
     client.responses.create(model="gpt-4o", input=input)
     assert weather.count("/files") == uploads  # always by the account that holds them
+    with pytest.raises(openai.BadRequestError, match="is not a PNG"):
+        input = [{"role": "user", "content": [{"type": "input_image", "file_id": notes.id}]}]
+        client.responses.create(model="gpt-4o", input=input)
     assert client.files.delete(notes.id).deleted
     for call in (client.files.retrieve, client.files.content, client.files.delete):
         with pytest.raises(openai.NotFoundError):
@@ -3024,6 +3120,46 @@ def test_an_older_citation_is_found_by_its_place(proxy: Proxy, weather: Weather)
     assert proxy.say() == "Well, [T](https://t.example/) yes."
 
 
+def test_a_source_may_come_after_a_long_answer(proxy: Proxy, weather: Weather) -> None:
+    weather.words, weather.metadata = [f"A {CITE} b", *[" word"] * 4000], REFERENCES
+    for said in (proxy.say(), text_of(proxy.stream()[0])):
+        assert said == f"A {LINKS} b" + " word" * 4000
+
+
+def test_reasoning_and_output_have_no_marks_either(proxy: Proxy, weather: Weather) -> None:
+    thoughts = [{"summary": f"One {CITE}", "content": "two \ue200ci"}, {"summary": "Three", "content": ""}]
+    think = {"author": {"role": "assistant"}, "content": {"content_type": "thoughts", "thoughts": thoughts}}
+    recap = {
+        "author": {"role": "assistant"},
+        "content": {"content_type": "reasoning_recap", "content": "For 5 seconds"},
+    }
+    output = {
+        "author": {"role": "tool"},
+        "content": {"content_type": "execution_output", "text": f"out{CITE}put"},
+    }
+    weather.before, weather.words = [think, recap, output], ["ok \uf8ff", "\U0010fffd."]
+    message = proxy.ask().json()["choices"][0]["message"]
+    assert message["reasoning_content"] == "One \ntwo ci\n\nThreeFor 5 seconds"
+    assert message["content"] == "\n```\noutput\n```\n\nok ."
+
+
+def test_a_thought_that_grows_behind_another_is_not_repeated() -> None:
+    message = {
+        "id": "t",
+        "author": {"role": "assistant"},
+        "content": {"content_type": "thoughts", "thoughts": [{"summary": "A", "content": "one"}]},
+    }
+    decoder = cp.Decoder()
+    out = decoder.feed(cp._data({"p": "", "o": "add", "v": {"message": message, "conversation_id": "c"}}))
+    for path, op, value in (
+        ("/message/content/thoughts", "append", [{"summary": "B", "content": "three"}]),
+        ("/message/content/thoughts/0", "replace", {"summary": "A", "content": "one two"}),
+        ("/message/content/thoughts/1/content", "append", " four"),
+    ):
+        out += decoder.feed(cp._data({"p": path, "o": op, "v": value}))
+    assert "".join(one.text for one in out if isinstance(one, cp.Reasoning)) == "A\none\n\nB\nthree two four"
+
+
 def scanned(text: str, cuts: list[int], references: Any) -> str:
     message = {
         "id": "m",
@@ -3085,11 +3221,15 @@ def test_a_sandbox_file_becomes_a_link(start: Callable[..., Proxy], weather: Wea
     weather.words = [
         "[a](sandbox:/mnt/data/my%20a.csv) [b](sandbox:/mnt/data/my%20a.csv) [c](sandbox:/mnt/data/b c.csv)"
     ]
+    weather.words += [
+        ' [d](sandbox:/mnt/data/my%20a.csv) [e](sandbox:/mnt/data/r (1).csv) [f](sandbox:/mnt/data/t.csv "T")'
+    ]
     seen = weather.count("/interpreter/download")
-    assert (
-        proxy.say().count("/blob/") == 3 and weather.count("/interpreter/download") == seen + 2
-    )  # each once
-    assert {one.name for one in weather.files.values()} == {"a.csv", "my a.csv", "b c.csv"}
+    said = proxy.say()
+    assert said.count("/blob/") == 6 and weather.count("/interpreter/download") == seen + 4  # each once
+    assert said.endswith(' "T")')
+    names = {"a.csv", "my a.csv", "b c.csv", "r (1).csv", "t.csv"}
+    assert {one.name for one in weather.files.values()} == names
     weather.words = ["Get [it](sandbox:/mnt/data/a.csv), or (sandbox it)."]
     weather.add("/interpreter/download", *[status(404)] * 3)
     assert proxy.say() == "Get [it](sandbox:/mnt/data/a.csv), or (sandbox it)."
@@ -3678,7 +3818,7 @@ def test_models_are_those_of_the_accounts_and_the_aliases(
             "auto",
             "gpt-3.5-turbo",
         ]
-    assert weather.count("/models") == 1
+    assert weather.count("/models") == 2  # once an account
     assert client.models.retrieve("o3").id == "o3" and client.models.retrieve("g-abc").id == "g-abc"
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("gpt-9")
@@ -3690,14 +3830,41 @@ def test_models_are_those_of_the_accounts_and_the_aliases(
     # Ten minutes later the upstream fails.
     for account in proxy.app.pool.accounts():
         account.models = (account.models[0] - 700, account.models[1])
-    weather.add("/models", status(500))
-    assert "o3" in [model.id for model in client.models.list()] and weather.count("/models") == 2
+    weather.add("/models", status(500), status(500))
+    assert "o3" in [model.id for model in client.models.list()] and weather.count("/models") == 4
     for account in proxy.app.pool.accounts():
         account.models = (account.models[0] - 700, account.models[1])
         proxy.app.pool.told_to_wait(account, "models", 1000)
     assert "o3" in [model.id for model in client.models.list()]
     free = start(cp.LOGIN_FREE, folder="free")
     assert [model.id for model in free.client().models.list()] == ["auto", "gpt-3.5-turbo"]
+
+
+def test_every_accounts_models_are_listed_and_one_that_fails_hides_none(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    client = start("alice", "bob", retry_times="0").client()
+    special = status(200, {"models": [{"slug": "special"}]})
+    weather.add("/models", special, status(500))
+    assert [model.id for model in client.models.list()][:1] == ["special"]
+    weather.add("/models", special)
+    other = start("carol", "dave", folder="other").client()
+    assert {"special", "o3"} <= {model.id for model in other.models.list()}
+
+
+def test_a_named_model_is_not_answered_by_a_login_free_account(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start(cp.LOGIN_FREE, "alice")
+    for model in ("o3", "g-abc", "gpt-4o"):
+        for _ in range(4):
+            proxy.say(model=model)
+    assert not any("backend-anon" in call for call in weather.calls if call.endswith("/conversation"))
+    for _ in range(12):
+        proxy.say(model="auto")
+    assert any("backend-anon" in call for call in weather.calls if call.endswith("/conversation"))
+    free = start(cp.LOGIN_FREE, check_model="true", folder="free")
+    assert error_of(free.ask(model="o3")) == (404, "model_not_found")
 
 
 def test_a_model_that_no_account_lists_is_refused_when_asked_for(
@@ -3844,6 +4011,34 @@ def test_a_response_is_gone_on_from_with_its_files_and_calls(proxy: Proxy, weath
             client.responses.create(model="gpt-4o", previous_response_id=id, input="x")
 
 
+def test_a_second_asking_without_an_account_loses_no_response(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    bad = "<tool_call>oh no"
+
+    def limited(request: cp.Request) -> cp.Stream:
+        answer = cp.Stream(weather.frames(weather.say(request.json(), in_pieces(bad))))
+        proxy.app.pool.told_to_wait(proxy.app.pool.accounts()[0], "gpt-4o", 1000)
+        return answer
+
+    weather.add("/conversation", limited)
+    content: Any = [{"type": "input_image", "image_url": data_url(picture()), "detail": "auto"}]
+    made = proxy.client().responses.create(
+        model="gpt-4o", input=[{"role": "user", "content": content}], tools=[RESPONSE_TOOL]
+    )
+    assert made.output_text == bad and proxy.client().responses.retrieve(made.id).output_text == bad
+
+
+def test_a_second_asking_goes_where_the_files_are(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", "carol", "dave")
+    for i in range(5):
+        weather.turns.extend([["<tool_call>oh no"], in_pieces(GOOD_CALL)])
+        asked = [part_message("what", image_part(data_url(picture(100 + i))))]
+        proxy.ask(messages=asked, tools=[WEATHER_TOOL])
+        assert weather.count("/files") == i + 1
+
+
 def test_a_response_is_kept_for_a_day_unless_told_otherwise(proxy: Proxy) -> None:
     client = proxy.client()
     loose = client.responses.create(model="gpt-4o", input="hi", store=False)
@@ -3906,6 +4101,16 @@ def test_a_response_that_breaks_off_ends_in_an_error_event(
         ({"metadata": {"k": 5}}, "metadata"),
         ({"truncation": "maybe"}, "truncation"),
         ({"background": True}, "background"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "p"}}, "prompt"),
+        (
+            {"tools": [{"type": "function", "name": "f", "parameters": {"items": {"type": "banana"}}}]},
+            "tools[0].parameters",
+        ),
+        (
+            {"text": {"format": {"type": "json_schema", "schema": {"anyOf": [{"type": "none"}]}}}},
+            "text.format",
+        ),
         ({"reasoning": {"effort": 5}}, "reasoning.effort"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
@@ -3958,6 +4163,10 @@ def test_no_body_of_any_shape_is_our_fault(fuzzed: Proxy, path: str, changes: di
 # --- images and speech -----------------------------------------------------------------------------------------------
 
 
+def plain_answer(weather: Weather) -> Fault:
+    return lambda request: cp.Stream(weather.frames(weather.say(request.json(), ["No."])))
+
+
 def test_images_are_drawn_side_by_side(proxy: Proxy, weather: Weather) -> None:
     weather.obeys, together = True, threading.Barrier(4, timeout=10)
 
@@ -3972,6 +4181,9 @@ def test_images_are_drawn_side_by_side(proxy: Proxy, weather: Weather) -> None:
     assert httpx.get(str(drawn.data[0].url)).content == cp.demo_image().read()
     assert weather.asked()["system_hints"] == ["picture_v2"] and weather.asked()["model"] == "auto"
     assert all(word in weather.told() for word in ("a cat", "1792x1024", "hd"))
+    weather.add("/conversation", plain_answer(weather))  # one turn draws nothing
+    again = proxy.client().images.generate(prompt="a cat", n=2)
+    assert again.data and len(again.data) == 2
     inline = proxy.client().images.generate(model="gpt-image-1", prompt="a cat")
     assert inline.data and base64.b64decode(inline.data[0].b64_json or "") == cp.demo_image().read()
 
