@@ -2190,8 +2190,10 @@ class Pool:
             return usable
 
     def signed_in(self) -> bool:
-        """Whether any account that is ready is not a login-free one."""
-        return bool(self._signed_in)
+        """Whether any account other than login-free ones can answer, be it after a wait."""
+        now = time.time()
+        with self._accounts_lock:
+            return any(account.renewable or account.token_valid(now) for account in self._signed_in)
 
     def lease_guest(self, account: Account, model: str, signed_in: bool = False) -> Account:
         """The same for an account that cannot be replaced by another."""
@@ -2342,6 +2344,7 @@ class Pool:
 
 PAGE_LIFE = 900.0  # seconds between two readings of the start page
 MODELS_LIFE = 600.0  # seconds that an account's list of models is used
+MODELS_SILENCE = 10.0  # seconds that it is waited for
 PAGE_SILENCE = 5.0  # seconds that a turn waits for it
 SPARE_PATIENCE = 5.0  # seconds that a turn waits for what is being prepared for it
 SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
@@ -2639,13 +2642,13 @@ class ChatGPT:
 
     def _object(
         self, name: str, account: Account, path: str, watch: Watch, body: Mapping[str, Any] | Blob | None = None,
-        kind: str = "application/json",
+        kind: str = "application/json", silence: float | None = None,
     ) -> Patient[dict[str, Any]]:  # fmt: skip
         """A call that answers with a JSON object, GET without a body and POST with one; Refusal for anything but 2xx."""
         url, headers = self._base(account) + path, self._headers(account, kind=kind)
         method = "GET" if body is None else "POST"
         data = compact(body).encode() if isinstance(body, Mapping) else body
-        answer = yield from self._answer(name, account, method, url, headers, data, watch)
+        answer = yield from self._answer(name, account, method, url, headers, data, watch, silence)
         value = answer.object()
         if value is None or not 200 <= answer.status < 300:
             raise refusal(answer.status, answer.headers, answer.body)
@@ -2893,11 +2896,13 @@ class ChatGPT:
         if time.time() - read < MODELS_LIFE:
             return slugs
         try:
-            said = yield from self._object("models", account, "/models", watch)
+            said = yield from self._object(
+                "models", account, "/models", watch, silence=min(MODELS_SILENCE, self.silence)
+            )
         except Refusal:
+            account.models = (time.time() - MODELS_LIFE + 60, slugs)  # and tried again in a minute
             if not slugs:
                 raise
-            account.models = (time.time() - MODELS_LIFE + 60, slugs)  # and tried again in a minute
             return slugs
         slugs = tuple(str(one["slug"]) for one in dicts(said.get("models")) if one.get("slug"))
         account.models = (time.time(), slugs)
@@ -3177,7 +3182,7 @@ _MARK = re.compile(
     + r")\Z"
 )
 _SANDBOX_LINK = re.compile(  # with parentheses in its path, or a title behind it
-    rf'\(sandbox:((?:[^()\n{_PRIVATE}]|\([^()\n{_PRIVATE}]*\)){{0,1000}}?)(\s+"[^"\n]*")?\)'
+    rf'\(sandbox:((?:[^()\n{_PRIVATE}]|\([^()\n{_PRIVATE}]{{0,200}}\)){{0,1000}}?)(\s{{1,9}}"[^"\n]{{0,200}}")?\)'
 )
 # Characters that wait for a mark's source, and for a mark's end.
 MOST_HELD, MOST_OPEN = 100_000, 1000
@@ -3236,10 +3241,10 @@ class Prose:
         return end + 1
 
     def _sandbox(self, text: str, start: int, out: list[Event], last: bool) -> int | None:
-        if link := _SANDBOX_LINK.match(text, start):
+        more = text[start : start + MOST_OPEN]
+        if ")" in more and (link := _SANDBOX_LINK.match(text, start)):
             out += [Text("("), SandboxLink(link[1], str(self.message.get("id")))]
             return link.end(1)
-        more = text[start : start + MOST_OPEN]
         if not last and len(text) - start <= MOST_OPEN and not re.search(f"[\n{_PRIVATE}]", more):
             return None
         out.append(Text("("))
@@ -3264,7 +3269,7 @@ class Prose:
 
 def unmarked(text: str) -> str:
     """A text without marks, where nothing can stand for them."""
-    return re.sub(f"\ue200[^\ue201]*\ue201|[{_PRIVATE}]", "", text)
+    return re.sub(f"\ue200[^\ue200\ue201]{{0,1000}}\ue201|[{_PRIVATE}]", "", text)
 
 
 def _markdown_link(source: Mapping[str, Any]) -> str:
@@ -3664,10 +3669,7 @@ class Files:
                 other = self._uploads.setdefault(key, mine)
             if other is mine:
                 break
-            try:
-                yield from awaited(other, watch, self.upstream.silence)
-            except TimeoutError:
-                raise Refusal("silent", "An upload took too long; try again.", about=UPLOADS) from None
+            yield from awaited(other, watch, math.inf)  # who uploads sees to it that it ends
         try:
             id = yield from self._sent(account, file, blob, watch)
             return self.kept(file._replace(account=account.id, upstream=id, purpose="", used=time.time()))
@@ -4029,6 +4031,8 @@ class Answers:
                 return (yield from ask())
             except Refusal as refused:
                 code = refused.code
+                if refused.reason not in ("forgotten", "missing", "broken"):
+                    break
         log(logging.WARNING, "a file of an answer cannot be had", account=account.name, code=code)
         return ""
 
@@ -4247,8 +4251,8 @@ def unknown_type(schema: Any) -> str:
         return next(filter(None, map(unknown_type, schema)), "")
     if not isinstance(schema, dict):
         return ""
-    kinds = schema.get("type", [])
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
+    kinds = schema.get("type", ["object"])
+    for kind in kinds or ["[]"] if isinstance(kinds, list) else [kinds]:
         if not isinstance(kind, str) or kind not in _SCHEMA_TYPES:
             return str(kind)[:100]
     named = [schema.get(name) for name in ("properties", "$defs", "definitions")]
@@ -4648,6 +4652,7 @@ class CallScanner:
     `complaint` says why and nothing is; a `last` scanner then passes on as text what it held back.
     """
 
+    MOST_CALLS = 128
     MOST_TRIES = 16  # end tags at which a call may end: they may stand in a string of its arguments
 
     def __init__(self, offer: Offer, last: bool = False, told: str = "") -> None:
@@ -4700,7 +4705,7 @@ class CallScanner:
             if self._inside is not None:
                 self._inside.append(text)
                 ended, self._tail = self._tail + text, (self._tail + text)[1 - len(CALL_END) :]
-                text = self._close("".join(self._inside), out) if CALL_END in ended else ""
+                text = self._close(out) if CALL_END in ended else ""
                 continue
             text, self._start = self._start + text, ""
             start = text.find(CALL_TAG)
@@ -4725,15 +4730,17 @@ class CallScanner:
             if not self._patient:
                 out.append(Text(text))
 
-    def _close(self, body: str, out: list[Event]) -> str:
+    def _close(self, out: list[Event]) -> str:
         """An end tag has come: what follows the call, "" while it goes on."""
+        body = "".join(self._inside or ()) if self._tried < self.MOST_TRIES else ""
         while self._tried < self.MOST_TRIES and (end := body.find(CALL_END, self._from)) >= 0:
             self._tried, self._from = self._tried + 1, end + 1
             if (call := self._parsed(body[:end])) is not None:
                 self._inside = None
                 self._calls.append(call)
                 self._fault = self._fault or self._offer.fault(call)
-                if not self._offer.parallel and not self._fault:
+                most = self.MOST_CALLS if self._offer.parallel else 1
+                if len(self._calls) >= most and not self._fault:
                     self._finish(Finish("stop"), out)
                 return body[end + len(CALL_END) :]
         return ""
@@ -4843,7 +4850,7 @@ def find_json(text: str, schema: Mapping[str, Any] | None) -> tuple[str, str]:
 def _closing(text: str, start: int) -> int:
     """Where the bracket that opens at `start` is closed; the text's end when it is not."""
     depth = 0
-    for match in re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]').finditer(text, start):
+    for match in re.compile(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[{}\[\]]').finditer(text, start):
         depth += (match[0] in "{[") - (match[0] in "}]")
         if not depth:
             return match.end()
@@ -7246,6 +7253,8 @@ class Demo:
     token is dead. The attributes are its knobs; a subclass can replace `respond` or `answer` for worse weather.
     """
 
+    MOST_FILES = 200  # kept at a time
+
     router = Router()
 
     def __init__(self) -> None:
@@ -7554,6 +7563,8 @@ class Demo:
         """The id of a new file."""
         id = f"file-{secrets.token_hex(11)}"
         self.files[id] = file
+        if len(self.files) > self.MOST_FILES:
+            self.files.pop(next(iter(self.files)))
         return id
 
     def _held(self, request: Request, id: Any) -> DemoFile | None:

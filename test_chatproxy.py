@@ -3441,10 +3441,25 @@ def test_a_hostile_call_costs_little(proxy: Proxy, weather: Weather) -> None:
         run_scanner(text, list(range(0, len(text), 12)), "auto", True)
         assert time.process_time() - start < 1
     calls = GOOD_CALL * 500
-    assert len(run_scanner(calls, [], "auto", False)[0][1]) == 500
+    assert len(run_scanner(calls, [], "auto", False)[0][1]) == 128
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda: cp._as_text(cp.ToolUse("python", "\n" * 100_000)),
+        lambda: cp.find_json('{"a": "say ' + '\\"hi\\" ' * 50_000, None),
+        lambda: cp.unmarked("\ue200" * 100_000),
+        lambda: scanned("(sandbox:" + " " * 990, list(range(1000)), {}),
+        lambda: scanned(("(sandbox:" + " (a" * 300) * 30, list(range(0, 30_000, 3)), {}),
+        lambda: scanned(("\ue200" + "a" * 900) * 30, list(range(0, 30_000, 3)), {}),
+        lambda: scanned(CITE + " word" * 4000, list(range(0, 20_000, 5)), {}),
+    ],
+)
+def test_what_a_model_may_write_holds_nobody_up(take: Callable[[], Any]) -> None:
     start = time.process_time()
-    cp._as_text(cp.ToolUse("python", "\n" * 100_000))
-    assert time.process_time() - start < 0.5
+    take()
+    assert time.process_time() - start < 1
 
 
 def test_text_before_a_call_is_not_said_twice(proxy: Proxy, weather: Weather) -> None:
@@ -3863,6 +3878,8 @@ def test_a_named_model_is_not_answered_by_a_login_free_account(
     for _ in range(12):
         proxy.say(model="auto")
     assert any("backend-anon" in call for call in weather.calls if call.endswith("/conversation"))
+    lost = start(cp.LOGIN_FREE, cp.demo_token("zoe", -10), folder="lost")
+    lost.say(model="o3")  # nobody else is left
     free = start(cp.LOGIN_FREE, check_model="true", folder="free")
     assert error_of(free.ask(model="o3")) == (404, "model_not_found")
 
@@ -4101,6 +4118,7 @@ def test_a_response_that_breaks_off_ends_in_an_error_event(
         ({"metadata": {"k": 5}}, "metadata"),
         ({"truncation": "maybe"}, "truncation"),
         ({"background": True}, "background"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": []}}}}, "text.format"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
         (
