@@ -271,7 +271,7 @@ class Settings:
     )
     random_token: bool = setting("true", BOOLEAN, "pick accounts at random; false: in turn")
     scheduled_refresh: bool = setting(
-        "false", OFF, "refresh every refresh token at start and every 4 days at 03:00 local time"
+        "false", BOOLEAN, "refresh every refresh token at start and every 4 days at 03:00 local time"
     )
     auto_continue: int = setting(
         "3", _number(0, 100), "how often an answer cut by the upstream's length limit is continued unasked"
@@ -1857,6 +1857,7 @@ ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-fr
 # Seconds; a 429 that names no time doubles its account's wait each time.
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
 _WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
+RENEWAL_AHEAD, RENEWAL_SPREAD = 600.0, 300.0  # seconds
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
 
 
@@ -1945,6 +1946,8 @@ class Account:
         # Replaced, never changed: others may be reading it.
         self.cookies: dict[str, str] = json.loads(row.cookies)
         self.renewal: Future[None] | None = None  # the exchange under way
+        # Seconds before its token's expiry at which it is renewed: not all accounts at the same moment.
+        self.renewed_ahead = RENEWAL_AHEAD + drawn_lot(row.id) % int(RENEWAL_SPREAD)
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
         self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
         self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
@@ -2995,6 +2998,29 @@ class ChatGPT:
             except TimeoutError:
                 raise Refusal("silent", "The token endpoint did not answer in time; try again.") from None
 
+    def renew_due(self, now: float) -> None:
+        """Begins the renewals whose time has come, and sets aside access tokens that have expired; to be called often."""
+        for account in self.pool.accounts():
+            row = account.row
+            if row.state != "ready" or not row.expires:
+                continue
+            if account.renewable and row.expires - account.renewed_ahead <= now:
+                self._renew_ahead(account, now)
+            elif row.kind == ACCESS and row.expires <= now:
+                self.pool.set_aside(account, "expired", "its access token has expired", row.access_token)
+
+    def refresh_all(self, now: float) -> None:
+        """SCHEDULED_REFRESH: exchanges every refresh token, however long its access token would last."""
+        for account in self.pool.accounts():
+            if account.row.kind == REFRESH and account.row.state == "ready":
+                self._renew_ahead(account, now)
+
+    def _renew_ahead(self, account: Account, now: float) -> None:
+        """Begins an exchange that nobody waits for; until it is done the token that there is goes on serving."""
+        if account.retry_renewal[0] <= now:
+            token = account.row.access_token
+            self.pool.renewal(account, token, lambda: self._renewals.submit(self._renew, account))
+
     def _renew(self, account: Account) -> None:
         """Exchanges the account's secret for an access token. "Accounts: Refresh token, Session token"."""
         not_before, failures = account.retry_renewal
@@ -3008,7 +3034,9 @@ class ChatGPT:
             reason = error.reason if isinstance(error, Refusal) else "broken"
             if reason == "dead" and self.pool.set_aside(account, "dead", str(error), secret):
                 raise Refusal("expired", "This account's sign-in is no longer valid.") from None
-            account.retry_renewal = (time.time() + min(2.0 ** min(failures, 10), 600), failures + 1)
+            pause = min(2.0 ** min(failures, 10), 600)
+            account.retry_renewal = (time.time() + pause, failures + 1)
+            log(logging.WARNING, "token not renewed", account=account.name, reason=str(error), seconds=pause)
             if reason in ("unreachable", "silent", "blocked"):
                 raise
             raise Refusal("broken", "The token endpoint gave no usable answer; try again.") from None
@@ -3053,6 +3081,12 @@ class ChatGPT:
         account.cookies = {name: value for name, value in account.cookies.items() if name not in renewed}
         token = "".join(renewed[name] for name in sorted(renewed, key=lambda name: (len(name), name)))
         return str(said["accessToken"]), token or None
+
+
+def next_refresh(now: float) -> float:
+    """03:00 local time, four days on."""
+    day = time.localtime(now)
+    return time.mktime((day.tm_year, day.tm_mon, day.tm_mday + 4, 3, 0, 0, 0, 0, -1))
 
 
 def _expiry(answer: Mapping[str, Any]) -> float:
@@ -6573,10 +6607,11 @@ class App:
 
     def upkeep(self, stop: threading.Event) -> None:
         """The background job: what another process stored is taken in within a second; what is old is let go."""
-        stale = False
+        stale, refresh = False, 0.0 if self.settings.scheduled_refresh else math.inf
         for second in itertools.count():
             if stop.wait(1.0):
                 return
+            now = time.time()
             try:
                 stale = self.store.changed() or stale
                 if stale:
@@ -6586,10 +6621,14 @@ class App:
                 if second % 10 == 0:
                     self.handles.sweep(time.monotonic())
                     self.upstream.sweep_spares()
+                    self.upstream.renew_due(now)
+                if refresh <= now:
+                    refresh = next_refresh(now)
+                    self.upstream.refresh_all(now)
                 if second % 60 == 59:
                     self.pool.keep_cookies()
                 if second % 3600 == 0:
-                    self.store.prune(time.time())
+                    self.store.prune(now)
             except Exception:
                 log(logging.ERROR, "background job failed", exc_info=True)
 

@@ -1151,6 +1151,73 @@ def test_200_requests_on_an_expired_token_make_one_exchange(
     )
 
 
+def renewing(start: Callable[..., Proxy], weather: Weather, **settings: str) -> tuple[Proxy, cp.Account]:
+    """A server whose one account has renewed its token once."""
+    weather.refresh_tokens["rt_" + "r" * 40] = "alice"
+    proxy = start("rt_" + "r" * 40, **settings)
+    proxy.say()
+    return proxy, proxy.app.pool.accounts()[0]
+
+
+def test_a_token_is_renewed_before_it_expires(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy, account = renewing(start, weather)
+    old, expires = account.row.access_token, account.row.expires
+    proxy.app.upstream.renew_due(expires - 1000)
+    assert account.renewal is None or account.renewal.done()
+    for _ in range(3):  # one exchange at a time
+        proxy.app.upstream.renew_due(expires - 500)
+    wait_until(lambda: account.row.access_token != old)
+    assert weather.count("/oauth/token") == 2 and proxy.states() == {"alice@demo.example": "ready"}
+    proxy.say()
+    assert weather.count("/oauth/token") == 2
+    others = [cp.Account(cp.AccountRow(str(i), cp.REFRESH, ""), cp.Route("", ""), "") for i in range(100)]
+    assert 600 <= min(one.renewed_ahead for one in others) < max(one.renewed_ahead for one in others) < 900
+
+
+def test_a_valid_token_goes_on_serving_while_renewal_fails(
+    start: Callable[..., Proxy], weather: Weather, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy, account = renewing(start, weather)
+    weather.add("/oauth/token", status(500), status(403, "<html>Just a moment", "text/html"))
+    for failures in (1, 2):
+        proxy.app.upstream.renew_due(account.row.expires - 500)
+        wait_until(functools.partial(lambda number: account.retry_renewal[1] == number, failures))
+        proxy.app.upstream.renew_due(account.retry_renewal[0] - 0.01)  # not before its time
+        proxy.say()
+        account.retry_renewal = (0.0, failures)
+    assert weather.count("/oauth/token") == 3 and "token not renewed" in caplog.text
+    proxy.app.upstream.renew_due(account.row.expires - 500)
+    wait_until(lambda: account.retry_renewal == (0.0, 0) and weather.count("/oauth/token") == 4)
+
+
+def test_every_refresh_token_is_exchanged_at_start_when_scheduled(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy, account = renewing(start, weather, folder="first")
+    kept = account.row.secret
+    again = start(kept, scheduled_refresh="true")
+    wait_until(lambda: weather.count("/oauth/token") == 2)
+    wait_until(lambda: again.app.pool.accounts()[0].row.secret != kept)
+
+
+@pytest.mark.parametrize(
+    "when", ["2026-11-20 15:00:00", "2026-12-29 02:59:59", "2028-02-27 23:00:00", "2026-03-27 12:00:00"]
+)
+def test_the_next_refresh_is_at_three_in_the_night_four_days_on(when: str) -> None:
+    now = time.mktime(time.strptime(when, "%Y-%m-%d %H:%M:%S"))
+    following = time.localtime(cp.next_refresh(now))
+    assert (following.tm_hour, following.tm_min, following.tm_sec) == (3, 0, 0)
+    assert 3 * 86400 < cp.next_refresh(now) - now < 5 * 86400
+
+
+def test_an_access_token_that_expires_is_set_aside_with_the_reason(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", cp.demo_token("bob", 100))
+    proxy.app.upstream.renew_due(time.time() + 200)
+    rows = {account.row.email[:3]: account.row for account in proxy.app.pool.accounts()}
+    assert (rows["ali"].state, rows["bob"].state) == ("ready", "expired")
+    assert "access token has expired" in rows["bob"].reason
+
+
 def test_a_refused_token_is_renewed_and_the_request_answered(
     start: Callable[..., Proxy], weather: Weather
 ) -> None:
