@@ -7993,6 +7993,78 @@ def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...]) -> No
         fail(f"stored: {len(rows)}, left out: {len(faults)}")
 
 
+# Names under which other programs keep a token; a refresh token is worth more than the access token beside it.
+_TOKEN_NAMES = ("refresh_token", "refreshToken", "token", "access_token", "accessToken")
+
+
+def tokens_in(value: Any) -> Iterator[str]:
+    """The tokens in a JSON file of another program: ChatGPT-to-API's access_tokens.json, chat2api's refresh_map.json,
+    Codex's auth.json, or what the site's session page shows."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            recognise(value)
+            yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from tokens_in(one)
+    elif isinstance(value, dict):
+        if token := next(
+            (value[name] for name in _TOKEN_NAMES if isinstance(value.get(name), str) and value[name]), ""
+        ):
+            workspace = value.get("account_id")
+            yield from tokens_in(
+                f"{token},{workspace}" if isinstance(workspace, str) and workspace else token
+            )
+            return
+        for name, one in value.items():
+            known = list(tokens_in(name))  # refresh tokens are the names of chat2api's map
+            yield from known or tokens_in(one)
+
+
+def token_lines(path: pathlib.Path) -> list[str]:
+    """The tokens in a file of lines or JSON, or in chat2api's data folder but for those it has given up; OSError."""
+    if path.is_dir():
+        inside = [path / name for name in ("token.txt", "refresh_map.json") if (path / name).exists()]
+        given_up = path / "error_token.txt"
+        dead = set(given_up.read_text(errors="replace").split("\n")) if given_up.exists() else set()
+        if not inside:
+            raise FileNotFoundError(f"{path}: neither token.txt nor refresh_map.json in it")
+        return [line for one in inside for line in token_lines(one) if line.strip() and line not in dead]
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        return list(tokens_in(read_json(text)))
+    except ValueError:
+        return text.splitlines()
+
+
+@accounts.command("import")
+@click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@setting_flags("data_dir", "impersonate", "proxy_url")
+def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...]) -> None:
+    """Add accounts from FILEs: tokens one a line, chat2api's data folder, ChatGPT-to-API's access_tokens.json, Codex's
+    auth.json; `-` is standard input. Tokens of one account become one, and chat2api's seeds are left where they are.
+    """
+    settings, lines = settled(flags), list[str]()
+    for file in files:
+        try:
+            lines += token_lines(pathlib.Path("/dev/stdin" if file == "-" else file))
+        except OSError as error:
+            fail(f"{file}: {error.strerror or error}")
+    pool = Pool(settings, opened(settings))
+    before = {account.id for account in pool.accounts()}
+    rows, faults = pool.add(lines)
+    for fault in faults:
+        click.echo(f"chatproxy: {fault}", err=True)
+    given = sum(bool(line.partition("#")[0].strip()) for line in lines) - len(faults)
+    known = sum(row.id in before for row in rows)
+    told = (
+        f"stored: {len(rows)} (known before: {known}), merged: {given - len(rows)}, left out: {len(faults)}"
+    )
+    if faults or not rows:
+        fail(told)
+    click.echo(told)
+
+
 @accounts.command("list")
 @setting_flags("data_dir")
 def accounts_list(flags: Mapping[str, str | None]) -> None:

@@ -462,6 +462,57 @@ def test_accounts_are_added_listed_and_removed_without_a_token_in_sight(tmp_path
     assert wrong.returncode == 2 and "not-a-token" not in wrong.stderr
 
 
+def test_tokens_are_imported_from_what_other_programs_keep(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path / "data")}
+    names = ["alice", "bob", "carol", "dave"]
+    alice, bob, carol, dave = (cp.demo_token(name) for name in names)
+    refresh, other, dead = ("rt_" + letter * 40 for letter in "abc")
+    folder = tmp_path / "chat2api"
+    folder.mkdir()
+    (folder / "token.txt").write_text(f"{refresh}\n{alice}\n\n{dead}\n")
+    (folder / "refresh_map.json").write_text(
+        json.dumps({refresh: {"token": bob, "timestamp": 1}, other: {"token": bob}})
+    )
+    (folder / "error_token.txt").write_text(f"{dead}\n")
+    (folder / "seed_map.json").write_text(json.dumps({"seed": {"token": carol}}))
+    (tmp_path / "access_tokens.json").write_text(
+        json.dumps({"a@x.example": {"token": bob, "puid": "user-1"}, "b@x.example": carol})
+    )
+    codex = {
+        "OPENAI_API_KEY": None,
+        "tokens": {
+            "id_token": alice,
+            "access_token": dave,
+            "refresh_token": "rt_" + "d" * 40,
+            "account_id": "ws-1",
+        },
+    }
+    (tmp_path / "auth.json").write_text(json.dumps(codex | {"last_refresh": "2026-11-20T00:00:00Z"}))
+    ended = run("accounts", "import", str(folder), env=env)
+    assert ended.returncode == 0 and "stored: 3 (known before: 0), merged: 1, left out: 0" in ended.stdout
+    ended = run(
+        "accounts",
+        "import",
+        str(tmp_path / "access_tokens.json"),
+        str(tmp_path / "auth.json"),
+        str(folder),
+        env=env,
+    )
+    assert ended.returncode == 0 and "stored: 6 (known before: 3), merged: 1, left out: 0" in ended.stdout
+    listed = run("accounts", "list", env=env).stdout
+    assert len(listed.splitlines()) == 6 and "dave@" not in listed and "carol@" in listed
+    assert not any(
+        token in ended.stdout + ended.stderr + listed for token in (alice, bob, carol, dave, refresh, other)
+    )
+    ended = run("accounts", "import", "-", env=env, stdin=f"# mine\n{alice}\nnonsense\n")
+    assert (
+        ended.returncode == 2 and "line 3: not a token" in ended.stderr and "known before: 1" in ended.stderr
+    )
+    for missing in (str(tmp_path / "nowhere"), str(tmp_path / "data")):
+        ended = run("accounts", "import", missing, env=env)
+        assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+
+
 def test_a_token_is_recognised_however_it_is_pasted() -> None:
     token, session = cp.demo_token("alice"), "eyJ" + "s" * 60 + "...."
     page = json.dumps({"user": {"name": "A, B"}, "accessToken": token, "expires": "2099"})
