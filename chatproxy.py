@@ -2892,6 +2892,10 @@ class ChatGPT:
                     yield
         return call.body
 
+    def me(self, account: Account, watch: Watch) -> Patient[None]:
+        """The cheapest call that only a working account answers."""
+        yield from self._object("me", account, "/me", watch)
+
     def models(self, account: Account, watch: Watch) -> Patient[tuple[str, ...]]:
         """The slugs of the models that an account may use, read at most every MODELS_LIFE seconds; what is known stays
         in use when the upstream fails."""
@@ -7611,6 +7615,11 @@ class Demo:
         file = self.files.get(str(id))
         return file if file and file.blob is not None and file.owner == self._owner(request) else None
 
+    @router.on("GET", "/{api}/me")
+    def me(self, request: Request) -> Reply:
+        """Whose account it is."""
+        return json_reply({"object": "user", "id": self._owner(request), "email": None})
+
     @router.on("GET", "/{api}/models")
     def list_models(self, request: Request) -> Reply:
         """The account's models."""
@@ -7969,7 +7978,7 @@ def config(flags: Mapping[str, str | None]) -> None:
 
 @cli.group()
 def accounts() -> None:
-    """The pool: add, list and remove accounts. A running server takes changes in by itself."""
+    """The pool: add, import, list, check and remove accounts. A running server takes changes in by itself."""
 
 
 @accounts.command("add")
@@ -8085,6 +8094,48 @@ def _state(account: Account, now: float) -> str:
         return f"waiting until {latest} ({', '.join(sorted(waits))})"
     reason = account.row.reason or ("its access token has expired" if state == "expired" else "")
     return f"{state}: {reason}" if reason else state
+
+
+@accounts.command("check")
+@click.argument("ids", nargs=-1, metavar="[ID…]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@setting_flags("data_dir", "impersonate", "proxy_url", "chatgpt_base_url", "openai_auth_url", "auth_key")
+def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
+    """Ask the upstream whether accounts work (all, or those named by ID): one cheap call each, several at a time.
+
+    What it says is kept, and a running server takes it in. Exit status 1 when one does not work.
+    """
+    settings = settled(flags)
+    store = opened(settings)
+    if missing := set(ids) - {row.id for row in store.accounts()}:
+        fail(f"no such account: {', '.join(sorted(missing))}")
+    app = App(settings, store, solver := Solver())
+    chosen = [account for account in app.pool.accounts() if not ids or account.id in ids]
+    with ThreadPoolExecutor(8) as executor:
+        asked = executor.map(functools.partial(_checked, app), chosen)
+        with click.progressbar(asked, length=len(chosen), label="checking", file=sys.stderr) as done:
+            results = dict(done)
+    solver.close()
+    for account in chosen:
+        row, result = account.row, results[account.id]
+        told = {"id": row.id, "kind": row.kind, "email": row.email, "works": not result, "reason": result}
+        line = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {result or 'works'}"
+        click.echo(compact(told) if as_json else line)
+    if any(results.values()):
+        raise SystemExit(1)
+
+
+def _checked(app: App, account: Account) -> tuple[str, str]:
+    """An account's id, and why it does not work, "" when it does; login-free ones have nothing to ask for."""
+    watch = Watch(math.inf)
+    try:
+        if account.row.kind != LOGIN_FREE:
+            me = functools.partial(app.upstream.me, watch=watch)
+            patiently(app.answers.do("check", None, me, watch, account.id))
+    except ApiError as error:
+        state = _state(account, time.time())
+        return account.id, error.message if state == "ready" else state
+    return account.id, ""
 
 
 @accounts.command("remove")

@@ -513,6 +513,27 @@ def test_tokens_are_imported_from_what_other_programs_keep(tmp_path: pathlib.Pat
         assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
 
 
+def test_accounts_are_checked_one_call_each(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "OPENAI_AUTH_URL": weather.url}
+    alice, bob = cp.demo_token("alice"), cp.demo_token("bob")
+    weather.refresh_tokens["rt_" + "r" * 40] = "carol"
+    lines = f"{alice}\n{bob}\n{'rt_' + 'r' * 40}\n{'rt_' + 'd' * 40}\nlogin-free\n"
+    assert run("accounts", "add", "-", env=env, stdin=lines).returncode == 0
+    weather.dead.add(bob)
+    checked = run("accounts", "check", "--json", env=env)
+    assert checked.returncode == 1
+    found = [json.loads(line) for line in checked.stdout.splitlines()]
+    assert {one["email"]: one["works"] for one in found if one["email"]} == {
+        "alice@demo.example": True, "bob@demo.example": False, "carol@demo.example": True,
+    }  # fmt: skip
+    assert weather.count("/me") == 3 and sum(one["works"] for one in found) == 3
+    listed = run("accounts", "list", env=env).stdout
+    assert "expired: the upstream refused its token (401)" in listed and "dead: invalid_grant" in listed
+    good = next(one["id"] for one in found if one["email"].startswith("alice"))
+    assert run("accounts", "check", good, env=env).returncode == 0
+    assert "no such account: acc-x" in run("accounts", "check", "acc-x", env=env).stderr
+
+
 def test_a_token_is_recognised_however_it_is_pasted() -> None:
     token, session = cp.demo_token("alice"), "eyJ" + "s" * 60 + "...."
     page = json.dumps({"user": {"name": "A, B"}, "accessToken": token, "expires": "2099"})
