@@ -54,6 +54,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import webbrowser
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -3085,6 +3086,81 @@ class ChatGPT:
         account.cookies = {name: value for name, value in account.cookies.items() if name not in renewed}
         token = "".join(renewed[name] for name in sorted(renewed, key=lambda name: (len(name), name)))
         return str(said["accessToken"]), token or None
+
+
+CALLBACK_PORT = 1455  # of the public client's only redirect URI
+SIGN_IN_TIME = 900.0  # seconds that a person has for it
+
+
+class SignIn:
+    """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.issuer, self.handles = settings.openai_auth_url, Handles()
+        self.route = Route(settings.impersonate, next(iter(settings.proxy_url), ""))
+        self.state, self.verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
+        self.redirect = f"http://localhost:{CALLBACK_PORT}/auth/callback"
+
+    def address(self) -> str:
+        """Where the person signs in; the browser is sent back to `redirect` with `code` and `state`."""
+        digest = hashlib.sha256(self.verifier.encode()).digest()
+        query = {
+            "response_type": "code",
+            "client_id": BROWSER_CLIENT,
+            "redirect_uri": self.redirect,
+            "scope": "openid profile email offline_access",
+            "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+            "code_challenge_method": "S256",
+            "id_token_add_organizations": "true",
+            "codex_cli_simplified_flow": "true",
+            "state": self.state,
+            "originator": "codex_cli_rs",
+        }
+        return f"{self.issuer}/oauth/authorize?{urllib.parse.urlencode(query)}"
+
+    def _post(self, path: str, kind: str, body: str) -> Answer:
+        headers = [f"Content-Type: {kind}".encode(), b"Expect:"]
+        url, watch = self.issuer + path, Watch(math.inf)
+        with self.handles.call(
+            "sign-in", self.route, "POST", url, headers, body.encode(), watch, 30.0
+        ) as call:
+            return patiently(call.whole())
+
+    def tokens(self, code: str, verifier: str, redirect: str) -> tuple[str, str]:
+        """The access token and the refresh token ("" for none) for a code; Refusal when the issuer gives none."""
+        form = {"grant_type": "authorization_code", "client_id": BROWSER_CLIENT, "code": code}
+        form |= {"redirect_uri": redirect, "code_verifier": verifier}
+        answer = self._post("/oauth/token", "application/x-www-form-urlencoded", urllib.parse.urlencode(form))
+        said = answer.object() or {}
+        if answer.status != 200 or not isinstance(said.get("access_token"), str):
+            raise Refusal(
+                "rejected", f"The token endpoint answered with status {answer.status}; sign in again."
+            )
+        return said["access_token"], str(said.get("refresh_token") or "")
+
+    def device(self) -> tuple[str, str, float]:
+        """A device's sign-in begins: its id, the code for the person to type, and the seconds between two polls."""
+        body = compact({"client_id": BROWSER_CLIENT})
+        said = self._post("/api/accounts/deviceauth/usercode", "application/json", body).object() or {}
+        id, code = said.get("device_auth_id"), said.get("user_code")
+        if not isinstance(id, str) or not isinstance(code, str):
+            raise Refusal(
+                "rejected", "The issuer offers no sign-in by device code; use `login` without --device."
+            )
+        interval = str(said.get("interval"))
+        return id, code, min(60.0, max(1.0, float(interval))) if interval.isdecimal() else 5.0
+
+    def device_tokens(self, id: str, code: str) -> tuple[str, str] | None:
+        """The tokens, None while the person has not signed in yet."""
+        body = compact({"device_auth_id": id, "user_code": code})
+        answer = self._post("/api/accounts/deviceauth/token", "application/json", body)
+        if answer.status in (403, 404):
+            return None
+        said = answer.object() or {}
+        given, verifier = said.get("authorization_code"), said.get("code_verifier")
+        if answer.status != 200 or not isinstance(given, str) or not isinstance(verifier, str):
+            raise Refusal("rejected", f"The issuer answered with status {answer.status}; sign in again.")
+        return self.tokens(given, verifier, f"{self.issuer}/deviceauth/callback")
 
 
 def next_refresh(now: float) -> float:
@@ -7312,6 +7388,8 @@ class Demo:
         self.dead: set[str] = set()  # tokens that are answered with 401
         self.refresh_tokens: dict[str, str] = {}  # token → name of its account
         self.session_tokens: dict[str, str] = {}
+        self.codes: dict[str, tuple[str, str]] = {}  # of sign-ins under way: challenge and redirect URI
+        self.device_asked = False
         self.conversations: set[str] = set()
         self.models = ["gpt-4o", "gpt-4o-mini", "o3"]
         self.files: dict[str, DemoFile] = {}
@@ -7713,7 +7791,11 @@ class Demo:
 
     @router.on("POST", "/oauth/token")
     def oauth_token(self, request: Request) -> Reply:
-        """Exchanges a refresh token."""
+        """Exchanges a refresh token, or the code of a sign-in."""
+        if "urlencoded" in request.headers.get("content-type", ""):
+            return self._sign_in_tokens(
+                {name: parts[0].text() for name, parts in parse_form(request.headers, request.body).items()}
+            )
         given = str(request.json().get("refresh_token"))
         with self._issued_lock:
             name = self.refresh_tokens.get(given)
@@ -7725,6 +7807,52 @@ class Demo:
                 answer["refresh_token"] = f"rt_{secrets.token_urlsafe(40)}"
                 self.refresh_tokens[str(answer["refresh_token"])] = self.refresh_tokens.pop(given)
         return json_reply(answer)
+
+    @router.on("GET", "/oauth/authorize")
+    def authorize(self, request: Request) -> Reply:
+        """The sign-in page of somebody who is signed in already: back to the client with a code."""
+        query = request.query
+        wanted = {"response_type": "code", "client_id": BROWSER_CLIENT, "code_challenge_method": "S256"}
+        if (
+            any(query.get(name) != value for name, value in wanted.items())
+            or "offline_access" not in query["scope"]
+        ):
+            return _detail(400, "invalid_request")
+        code = secrets.token_urlsafe(16)
+        self.codes[code] = (query["code_challenge"], query["redirect_uri"])
+        back = urllib.parse.urlencode({"code": code, "state": query["state"]})
+        return Reply(302, headers={"Location": f"{query['redirect_uri']}?{back}"})
+
+    def _sign_in_tokens(self, form: Mapping[str, str]) -> Reply:
+        """Tokens for a code, if its verifier is the one that the challenge was made from."""
+        challenge, redirect = self.codes.pop(form.get("code", ""), ("", ""))
+        digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+        proved = base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == challenge
+        if not proved or form.get("redirect_uri") != redirect or form.get("client_id") != BROWSER_CLIENT:
+            return json_reply({"error": "invalid_grant"}, 400)
+        refresh = f"rt_{secrets.token_urlsafe(40)}"
+        self.refresh_tokens[refresh] = "person"
+        return json_reply({"access_token": demo_token("person"), "refresh_token": refresh, "id_token": "x"})
+
+    @router.on("POST", "/api/accounts/deviceauth/usercode")
+    def device_code(self, request: Request) -> Reply:
+        """A device begins to sign in."""
+        if request.json().get("client_id") != BROWSER_CLIENT:
+            return _detail(400, "unknown client")
+        return json_reply({"device_auth_id": "device-1", "user_code": "DEMO-CODE", "interval": "1"})
+
+    @router.on("POST", "/api/accounts/deviceauth/token")
+    def device_token(self, request: Request) -> Reply:
+        """Whether the person has signed in; not at the first question."""
+        if request.json() != {"device_auth_id": "device-1", "user_code": "DEMO-CODE"}:
+            return _detail(400, "unknown device")
+        if not self.device_asked:
+            self.device_asked = True
+            return _detail(403, "authorization pending")
+        verifier, code = secrets.token_urlsafe(48), secrets.token_urlsafe(16)
+        challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+        self.codes[code] = (challenge, f"{self.url}/deviceauth/callback")
+        return json_reply({"authorization_code": code, "code_verifier": verifier})
 
     @router.on("GET", "/api/auth/session")
     def auth_session(self, request: Request) -> Reply:
@@ -8150,6 +8278,77 @@ def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str) -> Non
     missing = [id for id in ids if not remove(id)]
     if missing:
         fail(f"no such {what}: {', '.join(missing)}")
+
+
+@cli.command()
+@click.option("--device", is_flag=True, help="Without a browser here: type a code on any device.")
+@setting_flags("data_dir", "impersonate", "proxy_url", "openai_auth_url")
+def login(flags: Mapping[str, str | None], device: bool) -> None:
+    """Sign in with your browser and store the account; a running server takes it in by itself."""
+    settings = settled(flags)
+    pool, sign_in = Pool(settings, opened(settings)), SignIn(settings)
+    try:
+        access, refresh = _by_device(sign_in) if device else _by_browser(sign_in, settings)
+    except ApiError as error:
+        fail(error.message)
+    rows, _ = pool.add([refresh or access])
+    if not rows:
+        fail("the issuer gave no token that could be used; sign in again")
+    account = pool.find(rows[0].id)
+    if refresh and account and account.row.secret == refresh:
+        pool.renewed(account, access, None)
+    row = account.row if account else rows[0]
+    click.echo(f"stored {row.id}: {row.email or '-'}, {row.plan or '-'}, {row.kind}")
+
+
+def _by_browser(sign_in: SignIn, settings: Settings) -> tuple[str, str]:
+    """The tokens of a person who signs in with the browser of this machine."""
+    codes: Future[str] = Future()
+
+    def respond(request: Request) -> Reply:
+        query, page = request.query, "text/plain; charset=utf-8"
+        if request.path != "/auth/callback" or not hmac.compare_digest(query.get("state", ""), sign_in.state):
+            return Reply(400, b"This is not the sign-in that was begun here.\n", page)
+        if not codes.done():
+            codes.set_result(query.get("code", ""))
+        return Reply(200, b"Signed in. You may close this window.\n", page)
+
+    try:
+        server = Server(
+            ("127.0.0.1", CALLBACK_PORT),
+            respond,
+            replace(settings, tls_cert=None, tls_key=None, api_prefix=None),
+            Metrics(),
+            True,
+        )
+    except OSError as error:
+        fail(
+            f"cannot listen on 127.0.0.1:{CALLBACK_PORT}: {error.strerror}; end what uses it, or try `login --device`"
+        )
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+    click.echo(f"Sign in here; your browser may have opened it:\n{sign_in.address()}")
+    webbrowser.open(sign_in.address())
+    try:
+        code = patiently(awaited(codes, Watch(1.0), SIGN_IN_TIME))
+    except TimeoutError:
+        fail(f"nobody signed in within {SIGN_IN_TIME / 60:.0f} minutes")
+    finally:
+        server.drain(1)
+    if not code:
+        fail("the sign-in was refused or given up")
+    return sign_in.tokens(code, sign_in.verifier, sign_in.redirect)
+
+
+def _by_device(sign_in: SignIn) -> tuple[str, str]:
+    """The tokens of a person who types a code on another device."""
+    id, code, interval = sign_in.device()
+    click.echo(f"Open {sign_in.issuer}/codex/device and type {code}")
+    end = time.monotonic() + SIGN_IN_TIME
+    while time.monotonic() < end:
+        time.sleep(interval)
+        if tokens := sign_in.device_tokens(id, code):
+            return tokens
+    fail(f"nobody signed in within {SIGN_IN_TIME / 60:.0f} minutes")
 
 
 @cli.group()

@@ -534,6 +534,62 @@ def test_accounts_are_checked_one_call_each(tmp_path: pathlib.Path, weather: Wea
     assert "no such account: acc-x" in run("accounts", "check", "acc-x", env=env).stderr
 
 
+class SigningIn:
+    """`chatproxy.py login` as a process that waits for a person."""
+
+    def __init__(self, tmp_path: pathlib.Path, weather: Weather, *words: str) -> None:
+        self.env = {"DATA_DIR": str(tmp_path), "OPENAI_AUTH_URL": weather.url, "BROWSER": "true"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "login", *words],
+            env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONUNBUFFERED": "1"} | self.env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def until(self, pattern: str) -> str:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if match := re.search(pattern, line):
+                return match[0]
+        raise AssertionError(f"ended: {self.process.stderr and self.process.stderr.read()}")
+
+
+def test_a_person_signs_in_with_the_browser(tmp_path: pathlib.Path, weather: Weather) -> None:
+    login = SigningIn(tmp_path, weather)
+    address = login.until(r"http\S+/oauth/authorize\S+")
+    back = httpx.get(address).headers["location"]
+    assert back.startswith("http://localhost:1455/auth/callback?")
+    for forged in (re.sub("state=[^&]+", "state=forged", back), back.partition("&state")[0]):
+        assert httpx.get(forged.replace("localhost", "127.0.0.1")).status_code == 400
+    assert httpx.get(back.replace("localhost", "127.0.0.1")).text.startswith("Signed in")
+    out, err = login.process.communicate(timeout=20)
+    assert login.process.returncode == 0 and "person@demo.example, plus, refresh" in out, err
+    assert not any(token in out + err for token in weather.refresh_tokens)
+    assert run("accounts", "list", env=login.env).stdout.strip().endswith("ready")
+    form = weather.last("/oauth/token").body.read().decode()
+    assert "grant_type=authorization_code" in form and "code_verifier=" in form
+
+
+def test_a_person_signs_in_on_another_device(tmp_path: pathlib.Path, weather: Weather) -> None:
+    login = SigningIn(tmp_path, weather, "--device")
+    login.until(r"/codex/device and type DEMO-CODE")
+    out, err = login.process.communicate(timeout=20)
+    assert login.process.returncode == 0 and "person@demo.example" in out, err
+    assert weather.count("/deviceauth/token") == 2
+
+
+def test_a_sign_in_ends_cleanly(tmp_path: pathlib.Path, weather: Weather) -> None:
+    weather.add("/deviceauth/token", *[status(403)] * 50)
+    for words, pattern in (((), r"/oauth/authorize"), (("--device",), r"/codex/device")):
+        login = SigningIn(tmp_path, weather, *words)
+        login.until(pattern)
+        login.process.send_signal(signal.SIGINT)
+        _, err = login.process.communicate(timeout=10)
+        assert login.process.returncode == 1 and "Aborted!" in err and "Traceback" not in err
+    weather.add("/deviceauth/usercode", status(404))
+    ended = run("login", "--device", env=login.env)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+
+
 def test_a_token_is_recognised_however_it_is_pasted() -> None:
     token, session = cp.demo_token("alice"), "eyJ" + "s" * 60 + "...."
     page = json.dumps({"user": {"name": "A, B"}, "accessToken": token, "expires": "2099"})
