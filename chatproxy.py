@@ -8104,6 +8104,18 @@ def config(flags: Mapping[str, str | None]) -> None:
         click.echo(f"{row.name.upper():{width}}  {shown or '-'}  ({origins[row.name].source})")
 
 
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
+
+
+def _when(moment: float) -> str | None:
+    """A time as ISO 8601 in UTC, None for none."""
+    return (
+        datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
+        if moment
+        else None
+    )
+
+
 @cli.group()
 def accounts() -> None:
     """The pool: add, import, list, check and remove accounts. A running server takes changes in by itself."""
@@ -8203,14 +8215,26 @@ def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...]) -> 
 
 
 @accounts.command("list")
+@AS_JSON
 @setting_flags("data_dir")
-def accounts_list(flags: Mapping[str, str | None]) -> None:
-    """List the accounts: id, kind, e-mail, plan, state."""
+def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
+    """List the accounts: id, kind, e-mail, plan, when the access token expires, state."""
     settings = settled(flags)
     pool, now = Pool(settings, opened(settings)), time.time()
     for account in pool.accounts():
-        row, state = account.row, _state(account, now)
-        click.echo(f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {state}")
+        row, state, expires = account.row, _state(account, now), _when(account.row.expires)
+        told = {
+            "id": row.id,
+            "kind": row.kind,
+            "email": row.email,
+            "plan": row.plan,
+            "workspace": row.workspace,
+        }
+        told |= {"expires": expires, "state": account.state(now), "reason": row.reason}
+        line = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {(expires or '-')[:16]:16}  {state}"
+        click.echo(compact(told) if as_json else line)
+    if not pool.accounts():
+        click.echo(f"no accounts in {settings.data_dir}", err=True)
 
 
 def _state(account: Account, now: float) -> str:
@@ -8226,7 +8250,7 @@ def _state(account: Account, now: float) -> str:
 
 @accounts.command("check")
 @click.argument("ids", nargs=-1, metavar="[ID…]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@AS_JSON
 @setting_flags("data_dir", "impersonate", "proxy_url", "chatgpt_base_url", "openai_auth_url", "auth_key")
 def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
     """Ask the upstream whether accounts work (all, or those named by ID): one cheap call each, several at a time.
@@ -8368,12 +8392,18 @@ def users_add(flags: Mapping[str, str | None], name: str) -> None:
 
 
 @users.command("list")
+@AS_JSON
 @setting_flags("data_dir")
-def users_list(flags: Mapping[str, str | None]) -> None:
+def users_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     """List the API users: id, name, since when."""
-    for user in opened(settled(flags)).users():
-        since = time.strftime("%Y-%m-%d", time.localtime(user.added))
-        click.echo(f"{user.id}  {user.name or '-':20}  {since}")
+    settings = settled(flags)
+    found = opened(settings).users()
+    for user in found:
+        since = _when(user.added) or ""
+        line = f"{user.id}  {user.name or '-':20}  {since[:10]}"
+        click.echo(compact({"id": user.id, "name": user.name, "added": since}) if as_json else line)
+    if not found:
+        click.echo(f"no API users in {settings.data_dir}", err=True)
 
 
 @users.command("remove")

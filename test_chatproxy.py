@@ -513,6 +513,22 @@ def test_tokens_are_imported_from_what_other_programs_keep(tmp_path: pathlib.Pat
         assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
 
 
+def test_lists_can_be_read_by_scripts(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path)}
+    for what in ("accounts", "users"):
+        empty = run(what, "list", env=env)
+        assert empty.returncode == 0 and not empty.stdout and str(tmp_path) in empty.stderr
+    run("accounts", "add", cp.demo_token("alice"), "login-free", env=env)
+    run("users", "add", "bob", env=env)
+    alice, free = (
+        json.loads(line) for line in run("accounts", "list", "--json", env=env).stdout.splitlines()
+    )
+    assert (alice["email"], alice["plan"], alice["state"]) == ("alice@demo.example", "plus", "ready")
+    assert alice["expires"].endswith("+00:00") and free["expires"] is None and free["kind"] == "login-free"
+    (bob,) = (json.loads(line) for line in run("users", "list", "--json", env=env).stdout.splitlines())
+    assert set(bob) == {"id", "name", "added"} and bob["name"] == "bob"
+
+
 def test_accounts_are_checked_one_call_each(tmp_path: pathlib.Path, weather: Weather) -> None:
     env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "OPENAI_AUTH_URL": weather.url}
     alice, bob = cp.demo_token("alice"), cp.demo_token("bob")
