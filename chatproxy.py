@@ -8223,14 +8223,13 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     pool, now = Pool(settings, opened(settings)), time.time()
     for account in pool.accounts():
         row, state, expires = account.row, _state(account, now), _when(account.row.expires)
-        told = {
-            "id": row.id,
-            "kind": row.kind,
-            "email": row.email,
-            "plan": row.plan,
+        told: dict[str, Any] = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan}
+        told |= {
             "workspace": row.workspace,
+            "expires": expires,
+            "state": account.state(now),
+            "reason": row.reason,
         }
-        told |= {"expires": expires, "state": account.state(now), "reason": row.reason}
         line = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {(expires or '-')[:16]:16}  {state}"
         click.echo(compact(told) if as_json else line)
     if not pool.accounts():
