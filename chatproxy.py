@@ -3092,6 +3092,11 @@ CALLBACK_PORT = 1455  # of the public client's only redirect URI
 SIGN_IN_TIME = 900.0  # seconds that a person has for it
 
 
+def challenge(verifier: str) -> str:
+    """PKCE's S256 challenge for a verifier."""
+    return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+
+
 class SignIn:
     """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
 
@@ -3103,13 +3108,12 @@ class SignIn:
 
     def address(self) -> str:
         """Where the person signs in; the browser is sent back to `redirect` with `code` and `state`."""
-        digest = hashlib.sha256(self.verifier.encode()).digest()
         query = {
             "response_type": "code",
             "client_id": BROWSER_CLIENT,
             "redirect_uri": self.redirect,
             "scope": "openid profile email offline_access",
-            "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+            "code_challenge": challenge(self.verifier),
             "code_challenge_method": "S256",
             "id_token_add_organizations": "true",
             "codex_cli_simplified_flow": "true",
@@ -4983,6 +4987,7 @@ class ShapeScanner:
         self.complaint = ""
 
     def said(self) -> str:
+        """The whole answer as the model wrote it."""
         return "".join(self._text)
 
     def feed(self, events: list[Event]) -> list[Event]:
@@ -4992,12 +4997,12 @@ class ShapeScanner:
             if isinstance(event, Text):
                 self._text.append(event.text)
             elif isinstance(event, Finish):
-                self.finish(event, out)
+                self._finish(event, out)
             elif not isinstance(event, (ToolUse, Image)):
                 out.append(event)
         return out
 
-    def finish(self, event: Finish, out: list[Event]) -> None:
+    def _finish(self, event: Finish, out: list[Event]) -> None:
         """An answer that did not come to its own end is passed on as it is, as OpenAI does it."""
         text = self.said()
         if event.reason == "stop":
@@ -7825,9 +7830,8 @@ class Demo:
 
     def _sign_in_tokens(self, form: Mapping[str, str]) -> Reply:
         """Tokens for a code, if its verifier is the one that the challenge was made from."""
-        challenge, redirect = self.codes.pop(form.get("code", ""), ("", ""))
-        digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
-        proved = base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == challenge
+        wanted, redirect = self.codes.pop(form.get("code", ""), ("", ""))
+        proved = challenge(form.get("code_verifier", "")) == wanted
         if not proved or form.get("redirect_uri") != redirect or form.get("client_id") != BROWSER_CLIENT:
             return json_reply({"error": "invalid_grant"}, 400)
         refresh = f"rt_{secrets.token_urlsafe(40)}"
@@ -7850,8 +7854,7 @@ class Demo:
             self.device_asked = True
             return _detail(403, "authorization pending")
         verifier, code = secrets.token_urlsafe(48), secrets.token_urlsafe(16)
-        challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
-        self.codes[code] = (challenge, f"{self.url}/deviceauth/callback")
+        self.codes[code] = (challenge(verifier), f"{self.url}/deviceauth/callback")
         return json_reply({"authorization_code": code, "code_verifier": verifier})
 
     @router.on("GET", "/api/auth/session")
