@@ -8272,8 +8272,9 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
     solver.close()
     for account in chosen:
         row, result = account.row, results[account.id]
-        told = {"id": row.id, "kind": row.kind, "email": row.email, "works": not result, "reason": result}
-        line = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {result or 'works'}"
+        works = None if row.kind == LOGIN_FREE else not result
+        told = {"id": row.id, "kind": row.kind, "email": row.email, "works": works, "reason": result}
+        line = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {result or 'works' if works is not None else 'not asked'}"
         click.echo(compact(told) if as_json else line)
     if any(results.values()):
         raise SystemExit(1)
