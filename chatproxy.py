@@ -345,7 +345,8 @@ def settle(origins: Mapping[str, Origin]) -> Settings:
     """Parsed settings; SettingError names the first that cannot be used."""
     values: dict[str, Any] = {}
     for row in fields(Settings):
-        text, kind = origins[row.name].text.strip(), row.metadata["kind"]
+        # White space alone is empty, and empty is unset.
+        text, kind = origins[row.name].text.strip() or row.metadata["default"], row.metadata["kind"]
         if not text:
             values[row.name] = (
                 () if row.type.startswith("tuple") else _data_dir() if row.name == "data_dir" else None

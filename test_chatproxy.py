@@ -364,6 +364,7 @@ def test_an_unusable_secret_is_not_repeated(tmp_path: pathlib.Path) -> None:
         st.sampled_from([f.name for f in cp.fields(cp.Settings)]), st.text(max_size=40), max_size=4
     )
 )
+@example({"port": "\x85", "chatgpt_base_url": " "})
 def test_any_text_is_a_setting_or_a_setting_error(flags: dict[str, str]) -> None:
     try:
         settings = cp.settle(cp.gather(flags, {}))
