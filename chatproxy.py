@@ -21,6 +21,7 @@ import bisect
 import contextlib
 import datetime
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -410,7 +411,10 @@ CAUSES = {
     "uri_too_long": (414, "URL over its limit"),
     "expectation_failed": (417, "an `Expect` other than `100-continue`"),
     "headers_too_large": (431, "headers over their limit"),
-    "rate_limit_exceeded": (429, "every usable account is waiting out a limit; `Retry-After`"),
+    "rate_limit_exceeded": (
+        429,
+        "every usable account is waiting out a limit, or an API user's requests of today are used up; `Retry-After`",
+    ),
     "upstream_blocked": (403, "the upstream refuses this address (Cloudflare page, unusual activity)"),
     "arkose_required": (403, "the upstream wants an Arkose token and no service provides one"),
     "proof_of_work_too_hard": (403, "the upstream asks a harder proof than POW_DIFFICULTY allows"),
@@ -437,13 +441,16 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.code, self.message, self.param, self.headers = code, message, param, dict(headers or {})
+        self.plain = False  # ChatGPT-API-server's clients expect a text where OpenAI's expect an object
 
     @property
     def status(self) -> int:
         return CAUSES[self.code][0]
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+        """OpenAI's shape: {"error": {"message", "type", "param", "code"}}; plain: {"error": message}."""
+        if self.plain:
+            return {"error": self.message}
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -887,12 +894,28 @@ class File(NamedTuple):
 
 
 class User(NamedTuple):
-    """An API user: the token itself is not kept, only its SHA-256."""
+    """An API user: the token itself is not kept, only its SHA-256. `limit` is how many requests a day it may make."""
 
     id: str
     name: str
     token_hash: str
     added: float
+    limit: int | None = None
+
+
+class Tally(NamedTuple):
+    """What an account (answers, failures) or an API user (requests, tokens) did in a time; last at `used` (Unix seconds)."""
+
+    answers: int = 0
+    failures: int = 0
+    requests: int = 0
+    tokens: int = 0
+    used: float = 0.0
+
+    def plus(self, more: Tally) -> Tally:
+        work = (self.answers + more.answers, self.failures + more.failures)
+        asked = (self.requests + more.requests, self.tokens + more.tokens)
+        return Tally(*work, *asked, max(self.used, more.used))
 
 
 MIGRATIONS = (
@@ -922,9 +945,17 @@ MIGRATIONS = (
         id TEXT PRIMARY KEY, owner TEXT NOT NULL, response TEXT NOT NULL, items TEXT NOT NULL, made REAL NOT NULL
         ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE users ADD COLUMN daily_limit INTEGER;
+    CREATE TABLE tallies (
+        subject TEXT NOT NULL, since REAL NOT NULL, answers INTEGER NOT NULL, failures INTEGER NOT NULL,
+        requests INTEGER NOT NULL, tokens INTEGER NOT NULL, used REAL NOT NULL, PRIMARY KEY (subject, since)
+        ) WITHOUT ROWID;
+    """,
 )
-# Seconds that a response is kept, and a file that came inside a message.
+# Seconds that a response is kept, a file that came inside a message, and a tally.
 RESPONSE_LIFE, LOOSE_FILE_LIFE = 86400.0, 7 * 86400.0
+TALLY_LIFE = 3 * 86400.0
 MOST_RESPONSES = 256 << 20  # characters of kept responses; the oldest go first
 
 
@@ -947,6 +978,7 @@ class Store:
             self.path = path / "chatproxy.db"
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             self.path.chmod(0o600)
+            self._turns = os.open(path / "chatproxy.lock", os.O_CREAT | os.O_RDWR, 0o600)
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
             self._db_lock = threading.RLock()
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
@@ -991,6 +1023,18 @@ class Store:
     def close(self) -> None:
         with self._db_lock:
             self._db.close()
+        os.close(self._turns)
+
+    @contextlib.contextmanager
+    def alone(self, id: str) -> Iterator[None]:
+        """No other process is in such a block for the same account; within one process the caller sees to that. Ends
+        with the process, however that ends."""
+        place = zlib.crc32(id.encode())
+        fcntl.lockf(self._turns, fcntl.LOCK_EX, 1, place)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._turns, fcntl.LOCK_UN, 1, place)
 
     def _data_version(self) -> int:
         return int(self._rows("PRAGMA data_version")[0][0])
@@ -1032,10 +1076,20 @@ class Store:
             pairs = [(value, id) for id, value in values.items()]
             db.executemany(f"UPDATE accounts SET {column}=? WHERE id=?", pairs)
 
-    def remove_account(self, id: str) -> bool:
+    def remove_accounts(self, ids: Iterable[str]) -> list[str]:
+        """Removes accounts and what is known of them; those that there were."""
         with self.writing() as db:
-            db.execute("DELETE FROM files WHERE account=?", (id,))
-            return db.execute("DELETE FROM accounts WHERE id=?", (id,)).rowcount > 0
+            removed = [id for id in ids if db.execute("DELETE FROM accounts WHERE id=?", (id,)).rowcount]
+            db.executemany("DELETE FROM files WHERE account=?", [(id,) for id in removed])
+        return removed
+
+    def absorb(self, id: str, others: Iterable[str]) -> None:
+        """Removes accounts that turned out to be the same as another, which gets their conversations and files."""
+        with self.writing() as db:
+            for other in others:
+                db.execute("UPDATE conversations SET account=? WHERE account=?", (id, other))
+                db.execute("UPDATE files SET account=? WHERE account=?", (id, other))
+                db.execute("DELETE FROM accounts WHERE id=?", (other,))
 
     def waits(self) -> list[tuple[str, str, float, int]]:
         """(account, model, until, strikes) of every cool-down, those that are over too: their strikes count on."""
@@ -1061,8 +1115,8 @@ class Store:
         self._write(f"{query} {changes}", id, time.time(), account)
 
     def prune(self, now: float) -> None:
-        """Forgets cool-downs that ended a day ago, conversations that nobody went on with for half a year, responses
-        and loose files whose time is over, and the oldest responses past MOST_RESPONSES."""
+        """Forgets cool-downs that ended a day ago, conversations that nobody went on with for half a year, responses,
+        loose files and tallies whose time is over, and the oldest responses past MOST_RESPONSES."""
         with self.writing() as db:
             db.execute("DELETE FROM waits WHERE until < ?", (now - 86400,))
             db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
@@ -1071,6 +1125,9 @@ class Store:
             excess = f"SELECT id FROM ({sizes}) WHERE size > ?"
             db.execute(f"DELETE FROM responses WHERE id IN ({excess})", (MOST_RESPONSES,))
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
+            # The last of a subject stays: it tells when that was last used.
+            later = "SELECT 1 FROM tallies AS later WHERE later.subject=tallies.subject AND later.since>tallies.since"
+            db.execute(f"DELETE FROM tallies WHERE since < ? AND EXISTS ({later})", (now - TALLY_LIFE,))
 
     def files(self, where: str, *values: Any) -> list[File]:
         """Files, the newest first."""
@@ -1100,14 +1157,35 @@ class Store:
         self._write("DELETE FROM responses WHERE id=?", id)
 
     def users(self) -> list[User]:
-        rows = self._rows("SELECT id, name, token_hash, added FROM users ORDER BY added, id")
+        rows = self._rows("SELECT id, name, token_hash, added, daily_limit FROM users ORDER BY added, id")
         return [User(*row) for row in rows]
 
     def put_user(self, user: User) -> None:
-        self._write("INSERT INTO users (id, name, token_hash, added) VALUES (?, ?, ?, ?)", *user)
+        columns = "id, name, token_hash, added, daily_limit"
+        self._write(f"INSERT INTO users ({columns}) VALUES (?, ?, ?, ?, ?)", *user)
 
     def remove_user(self, id: str) -> bool:
         return self._write("DELETE FROM users WHERE id=?", id) > 0
+
+    def last_tallies(self) -> list[tuple[str, float, Tally]]:
+        """(subject, since, tally) of each subject's last day."""
+        columns = "subject, since, answers, failures, requests, tokens, MAX(used)"
+        rows = self._rows(f"SELECT {columns} FROM tallies WHERE subject != '' GROUP BY subject")
+        return [(row[0], row[1], Tally(*row[2:])) for row in rows]
+
+    def tallies(self, subject: str, since: float) -> dict[float, Tally]:
+        """The tallies of a subject by when their time began."""
+        query = "SELECT since, answers, failures, requests, tokens, used FROM tallies WHERE subject=? AND since>=?"
+        return {row[0]: Tally(*row[1:]) for row in self._rows(query, subject, since)}
+
+    def add_tallies(self, more: Mapping[tuple[str, float], Tally]) -> None:
+        """Adds to tallies, by subject and when their time began."""
+        names = ", ".join(Tally._fields)
+        sums = ", ".join(f"{name}={name}+excluded.{name}" for name in Tally._fields[:4])
+        query = f"INSERT INTO tallies (subject, since, {names}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        change = f"ON CONFLICT DO UPDATE SET {sums}, used=MAX(used, excluded.used)"
+        with self.writing() as db:
+            db.executemany(f"{query} {change}", [(*key, *tally) for key, tally in more.items()])
 
 
 _ACCOUNT_COLUMNS = tuple(column.name for column in fields(AccountRow))
@@ -1608,7 +1686,7 @@ class Handle:
         if message == ffi.NULL or not (code := message.data.result):
             return
         text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
-        if self._head:
+        if self._head and not text.startswith("CONNECT tunnel failed"):
             raise Refusal("broken", f"The upstream broke off its answer: {text}")
         advice = "check this server's network, or PROXY_URL"
         raise Refusal("unreachable", f"The upstream could not be reached ({text}); {advice}.")
@@ -1635,6 +1713,7 @@ class Call:
         self._first = b""
         self.status, self.headers = 0, dict[str, str]()
         self.body = Blob()  # if it is taken by `blobs`
+        self.reached: Callable[[bool], None] | None = None  # told whether there was a connection
 
     def __enter__(self) -> Call:
         return self
@@ -1646,8 +1725,15 @@ class Call:
 
     def start(self) -> Patient[None]:
         """Waits for the first byte of the body (or its end): status and headers are known then."""
-        while (first := next(self._bytes, b"")) is None:
-            yield
+        try:
+            while (first := next(self._bytes, b"")) is None:
+                yield
+        except Refusal as refused:
+            if self.reached:
+                self.reached(refused.reason != "unreachable")
+            raise
+        if self.reached:
+            self.reached(True)
         self._first = first
         self.status, self.headers = self.handle.head()
 
@@ -1856,10 +1942,12 @@ class Fetcher:
 
 SESSION_COOKIE = "__Secure-next-auth.session-token"
 ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-free"
+DISABLED = "disabled"  # the state of an account that the administrator has taken out
 # Seconds; a 429 that names no time doubles its account's wait each time.
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
 _WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 RENEWAL_AHEAD, RENEWAL_SPREAD = 600.0, 300.0  # seconds
+PROXY_PATIENCE = 3  # calls in a row that a proxy may leave without a connection
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
 
 
@@ -1895,12 +1983,15 @@ def with_access_token(row: AccountRow, token: str) -> AccountRow:
 def recognise(line: str) -> AccountRow:
     """A token as an account without identity yet; a team workspace may follow it after a comma. ValueError if unknown.
 
-    Known are access tokens (JWTs, also within what the site's session page shows), refresh tokens (`rt_…`, or 45 characters in the iOS generation), session tokens
-    (encrypted JWTs) and the word `login-free`, which stands for no token at all.
+    Known are access tokens (JWTs, also within what the site's session page shows), refresh tokens (`rt_…`, or 45
+    characters in the iOS generation), session tokens (encrypted JWTs), lines of `accounts export`, and the word
+    `login-free`, which stands for no token at all.
     """
     line = line.strip("\ufeff \t\r\n")
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        line = str(json.loads(line)["accessToken"])  # what /api/auth/session shows, whole
+    said = Answer(200, {}, line.encode("utf-8", "replace")).object() if line[:1] == "{" else None
+    if said is not None:  # what /api/auth/session shows, whole, or what was exported
+        line = str(said.get("accessToken") or f"{said.get('token')},{said.get('account_id') or ''}")
+        return replace(recognise(line), **_identity(said))
     token, _, workspace = (part.strip(" \"'") for part in line.partition(","))
     token = token.removeprefix("Bearer ").removeprefix(f"{SESSION_COOKIE}=")
     if workspace and not _WORKSPACE.fullmatch(workspace):
@@ -1927,6 +2018,27 @@ def recognise(line: str) -> AccountRow:
     return replace(row, id=f"{row.kind[:3]}-{digest[:10]}")
 
 
+def _identity(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported account has of its identity, as far as it can be used."""
+    device, browser, cookies = (said.get(name) for name in ("device", "browser", "cookies"))
+    found: dict[str, Any] = {"device": device} if re.fullmatch(r"[0-9a-f-]{36}", str(device)) else {}
+    if isinstance(browser, str) and re.fullmatch(r"[0-9a-z_]{1,32}", browser):
+        found["browser"] = browser
+    if isinstance(cookies, dict) and not re.search(
+        r"[^\x21-\x7e]", "".join(map(str, sum(cookies.items(), ())))
+    ):
+        found["cookies"] = json.dumps({name: str(value) for name, value in cookies.items()})
+    return found
+
+
+def owner_of(row: AccountRow) -> tuple[str, str] | None:
+    """Whose account it is, and in which workspace, as its access token says; None when it does not."""
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        user = (claims(row.access_token).get("https://api.openai.com/auth") or {}).get("user_id")
+        return (str(user), row.workspace) if user else None
+    return None
+
+
 def drawn_lot(id: str) -> int:
     """A large number that stays the same for an id: which of several proxies or gateways it gets."""
     return int(hashlib.sha256(id.encode()).hexdigest(), 16)
@@ -1937,6 +2049,16 @@ class Wait(NamedTuple):
 
     until: float
     strikes: int
+
+
+class Added(NamedTuple):
+    """What became of lines with tokens: the accounts, why which line was left out, how many of the accounts were known
+    before, and how many lines were merged into another's account."""
+
+    rows: list[AccountRow]
+    faults: list[str]
+    known: int
+    merged: int
 
 
 class Account:
@@ -1954,6 +2076,7 @@ class Account:
         self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
         self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
         self.models: tuple[float, tuple[str, ...]] = (0.0, ())  # when read (Unix seconds), slugs
+        self.unreached = 0  # how many calls in a row did not get through its proxy
         self.answered = False
         self.used = 0.0
 
@@ -1977,17 +2100,105 @@ class Account:
         return row.kind == LOGIN_FREE or (row.access_token != "" and current)
 
     def state(self, now: float) -> str:
-        """ready, waiting, expired or dead, for people and metrics."""
+        """ready, waiting, expired, dead or disabled, for people and metrics."""
         if self.row.state != "ready":
             return self.row.state
         if not self.renewable and not self.token_valid(now):
             return "expired"
         return "waiting" if any(wait.until > now for wait in self.waits.values()) else "ready"
 
+    def told(self, now: float) -> str:
+        """Its state for people: with the reason, or until when and for which models it waits."""
+        state = self.state(now)
+        if state == "waiting":
+            waits = {model: wait.until for model, wait in self.waits.items() if wait.until > now}
+            end = max(waits.values())
+            shown = time.strftime("%H:%M" if end - now < 86400 else "%d %b %H:%M", time.localtime(end))
+            return f"waiting until {shown} ({', '.join(sorted(waits))})"
+        reason = self.row.reason or ("its access token has expired" if state == "expired" else "")
+        return f"{state}: {reason}" if reason and state != DISABLED else state
+
     def wait_for(self, model: str, now: float) -> float:
         """Seconds of its cool-down for a model that are left; 0 for none."""
         wait = self.waits.get(model)
         return max(0.0, wait.until - now) if wait else 0.0
+
+
+class Ledger:
+    """What accounts and API users did today (local time), and all accounts together by the hour.
+
+    Counted in memory; what is not saved yet is lost when the process is killed.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._tallies_lock = threading.Lock()
+        self._day = (0.0, 0.0)  # the day that is counted: its beginning and end, Unix seconds
+        self._unsaved: dict[tuple[str, float], Tally] = {}
+        begun = self._begun(now := time.time())
+        self._hours = store.tallies("", now - 86400)
+        self._today = {
+            subject: tally if since == begun else Tally(used=tally.used)
+            for subject, since, tally in store.last_tallies()
+        }
+
+    def _begun(self, now: float) -> float:
+        """When the day began; a new one is begun with nothing counted."""
+        if not self._day[0] <= now < self._day[1]:
+            day = time.localtime(now)
+            date = (day.tm_year, day.tm_mon, day.tm_mday)
+            midnight = [time.mktime((*date[:2], date[2] + i, 0, 0, 0, 0, 0, -1)) for i in (0, 1)]
+            if self._day[1]:
+                self._today = {subject: Tally(used=tally.used) for subject, tally in self._today.items()}
+                self._hours = {since: tally for since, tally in self._hours.items() if since > now - 90000}
+            self._day = (midnight[0], midnight[1])
+        return self._day[0]
+
+    def count(self, subject: str, **amounts: int) -> None:
+        """Adds `answers` or `failures` of an account, `requests` or `tokens` of an API user."""
+        with self._tallies_lock:
+            self._count(subject, Tally(**amounts, used=time.time()))
+
+    def _count(self, subject: str, more: Tally) -> None:
+        begun, none = self._begun(more.used), Tally()
+        hour = begun + (more.used - begun) // 3600 * 3600
+        self._today[subject] = self._today.get(subject, none).plus(more)
+        keys = [(subject, begun)]
+        if more.answers or more.failures:
+            self._hours[hour] = self._hours.get(hour, none).plus(more)
+            keys.append(("", hour))
+        for key in keys:
+            self._unsaved[key] = self._unsaved.get(key, none).plus(more)
+
+    def admit(self, user: str, limit: int | None) -> float:
+        """Counts a request of an API user; past its limit, how many seconds the day still has."""
+        with self._tallies_lock:
+            now = time.time()
+            self._begun(now)
+            if limit is not None and self.today(user).requests >= limit:
+                return self._day[1] - now
+            self._count(user, Tally(requests=1, used=now))
+        return 0.0
+
+    def today(self, subject: str) -> Tally:
+        """What was counted for a subject today, and when it was last used at all."""
+        return self._today.get(subject, Tally())
+
+    def hours(self) -> list[tuple[float, Tally]]:
+        """The last 24 hours, each with its beginning (Unix seconds); the last is the one under way."""
+        with self._tallies_lock:
+            now = time.time()
+            begun = self._begun(now)
+            this = begun + (now - begun) // 3600 * 3600
+            starts = [this - 3600 * i for i in range(23, -1, -1)]
+            return [(start, self._hours.get(start, Tally())) for start in starts]
+
+    def save(self) -> None:
+        """Stores what was counted since the last time."""
+        with self._tallies_lock:
+            unsaved, self._unsaved = self._unsaved, {}
+        if unsaved:
+            self.store.add_tallies(unsaved)
 
 
 def login_required() -> ApiError:
@@ -2062,42 +2273,70 @@ class Pool:
             self._turn_order = [one for one in self._accounts.values() if one.row.state == "ready"]
             self._signed_in = [one for one in self._turn_order if one.row.kind != LOGIN_FREE]
 
-    def add(self, lines: Iterable[str]) -> tuple[list[AccountRow], list[str]]:
-        """Stores the tokens, one a line (`#` begins a comment): the accounts, and why which line was left out.
+    def add(self, lines: Iterable[str]) -> Added:
+        """Stores the tokens, one a line (`#` begins a comment).
 
         An account that is known gets its new token and is ready again; its identity stays. One that renews itself and
         is ready keeps its secret as well: the token that it was once added with may long be replaced.
         """
-        found, faults = {}, []
+        found: dict[str, AccountRow] = {}
+        faults, given, before = list[str](), 0, set[str]()
         for number, line in enumerate(lines, 1):
             if not (text := line.partition("#")[0].strip()):
                 continue
             try:
                 row = recognise(text)
                 found[row.id] = row
+                given += 1
             except ValueError as error:
                 faults.append(f"line {number}: {error}")
+
+        def merge(known: Mapping[str, AccountRow]) -> list[AccountRow]:
+            before.update(id for id, row in known.items() if not row.guest)
+            return self._merged(found, known)
+
         with self._changes_lock:
-            rows = self.store.merge_accounts(lambda known: [self._merged(r, known) for r in found.values()])
+            rows = self.store.merge_accounts(merge)
             self.reload()
-        return rows, faults
+        return Added(rows, faults, sum(row.id in before for row in rows), given - len(rows))
 
-    def _merged(self, row: AccountRow, known: Mapping[str, AccountRow]) -> AccountRow:
-        old = known.get(row.id)
+    def _merged(self, found: Mapping[str, AccountRow], known: Mapping[str, AccountRow]) -> list[AccountRow]:
+        """The accounts as they are to be kept. Those that are known, by their id, their token or their owner, stay
+        the accounts that they are."""
+        tokens = {token: row for row in known.values() for token in (row.secret, row.access_token) if token}
+        owners: dict[tuple[str, str] | None, AccountRow] = {}
+        if any(row.kind == ACCESS and id not in known for id, row in found.items()):
+            owners = {owner: row for row in known.values() if not row.guest and (owner := owner_of(row))}
+        merged: dict[str, AccountRow] = {}
+        for row in found.values():
+            old = known.get(row.id) or tokens.get(row.secret) or owners.get(owner_of(row))
+            row = self._renamed(row, old)
+            merged[row.id] = row
+        return list(merged.values())
+
+    def _renamed(self, row: AccountRow, old: AccountRow | None) -> AccountRow:
+        """What is kept of an account that is added: of a known one its id and identity."""
         if old is None:
-            return replace(row, device=new_id(), browser=self.settings.impersonate, added=time.time())
-        if old.kind in (REFRESH, SESSION) and old.state == "ready":
+            fresh: dict[str, Any] = {
+                "device": row.device or new_id(),
+                "browser": row.browser or self.settings.impersonate,
+            }
+            return replace(row, **fresh, added=time.time())
+        usable = old.state in ("ready", DISABLED)
+        if usable and (old.kind in (REFRESH, SESSION) or (old.kind == ACCESS and old.expires > row.expires)):
             return replace(old, guest=0)
-        if old.kind == ACCESS and old.state == "ready" and old.expires > row.expires:
-            return replace(old, guest=0)
-        kept = {name: getattr(old, name) for name in ("device", "browser", "proxy", "cookies", "added")}
-        return replace(row, **kept, email=row.email or old.email, plan=row.plan or old.plan)
+        names = ("id", "device", "browser", "proxy", "cookies", "added")
+        kept: dict[str, Any] = {name: getattr(old, name) for name in names}
+        row = replace(row, **kept)
+        row = replace(row, email=row.email or old.email, plan=row.plan or old.plan)
+        return replace(row, state=DISABLED) if old.state == DISABLED else row
 
-    def guest(self, key: str) -> Account:
-        """The account of a caller who brings a token (or none: `login-free`); ValueError when it is no token."""
+    def guest(self, key: str, kinds: tuple[str, ...] = (ACCESS, REFRESH, LOGIN_FREE)) -> Account:
+        """The account of a caller who brings a token (or none: `login-free`); ValueError when it is none of these
+        kinds."""
         row = recognise(key)
-        if row.kind == SESSION:
-            raise ValueError("a session token is no API key")
+        if row.kind not in kinds:
+            raise ValueError(f"not a token of these kinds: {', '.join(kinds)}")
         with self._accounts_lock:
             own = self._accounts.get(row.id)
         if own is not None and own.row.access_token == row.secret != "":
@@ -2286,11 +2525,24 @@ class Pool:
                 self.reload()
                 return False
             if account.row.guest:
-                self.store.remove_account(account.id)
+                self.store.remove_accounts([account.id])
             self._change(account, state=state, reason=reason)
             self._order()
         log(logging.WARNING, f"account set aside as {state}", account=account.name, reason=reason)
         return True
+
+    def renewed_elsewhere(self, account: Account) -> bool:
+        """Whether another process, such as `accounts check`, has just given the account a new token; takes it in."""
+        with self._changes_lock:
+            row = self.store.account(account.id)
+            if row is None or (row.secret, row.access_token) == (
+                account.row.secret,
+                account.row.access_token,
+            ):
+                return False
+            account.row = row
+            self._order()
+        return row.state == "ready" and account.token_valid(time.time())
 
     def renewed(self, account: Account, token: str, secret: str | None) -> None:
         """A new access token, and the secret to ask for the next one if that was rotated: stored, then used.
@@ -2302,10 +2554,63 @@ class Pool:
                 self.store.merge_accounts(lambda known: [known.get(account.id) or account.row])
             if secret:
                 self._change(account, secret=secret)
-            row = replace(with_access_token(account.row, token), state="ready", reason="")
+            first = not account.row.access_token and not account.row.guest
+            row = with_access_token(account.row, token)
+            if row.state != DISABLED:
+                row = replace(row, state="ready", reason="")
             columns = ("access_token", "expires", "email", "plan", "workspace", "state", "reason")
             self._change(account, **{name: getattr(row, name) for name in columns})
+            if first and (owner := owner_of(account.row)):
+                same = [
+                    one.id for one in self.accounts() if one is not account and owner_of(one.row) == owner
+                ]
+                if same:
+                    self.store.absorb(account.id, same)
+                    self.reload()
+                    log(logging.INFO, "accounts merged", account=account.name, others=len(same))
             self._order()
+
+    def reached(self, account: Account, route: Route, connected: bool) -> None:
+        """Whether a call got through the account's proxy: after PROXY_PATIENCE in a row that did not, it gets the next."""
+        if connected or route is not account.route:
+            account.unreached = 0 if connected else account.unreached
+            return
+        proxies = self.settings.proxy_url
+        with self._changes_lock:
+            account.unreached += 1
+            if account.unreached < PROXY_PATIENCE or len(proxies) < 2 or route is not account.route:
+                return
+            proxy = proxies[(proxies.index(route.proxy) + 1) % len(proxies)]
+            account.unreached, account.route = 0, route._replace(proxy=proxy)
+            self._change(account, proxy=proxy)
+        places = [one.rpartition("@")[2].rpartition("/")[2] for one in (route.proxy, proxy)]
+        log(
+            logging.WARNING,
+            "account moved to the next proxy",
+            account=account.name,
+            old=places[0],
+            new=places[1],
+        )
+
+    def disable(self, ids: Iterable[str], disabled: bool) -> int:
+        """Takes accounts out until they are enabled again, or enables them; how many it changed. An expired or dead one
+        stays what it is."""
+        with self._changes_lock:
+            accounts = [one for id in ids if (one := self.find(id)) and not one.row.guest]
+            was, state = ("ready", DISABLED) if disabled else (DISABLED, "ready")
+            changed = [one for one in accounts if one.row.state == was]
+            self.store.update_accounts("state", {account.id: state for account in changed})
+            for account in changed:
+                account.row = replace(account.row, state=state)
+            self._order()
+        return len(changed)
+
+    def remove(self, ids: Iterable[str] | None = None) -> list[str]:
+        """Removes accounts, all of the pool when none are named; those that there were."""
+        with self._changes_lock:
+            removed = self.store.remove_accounts([a.id for a in self.accounts()] if ids is None else ids)
+            self.reload()
+        return removed
 
     def keep_cookies(self) -> None:
         """Stores the cookies that changed since the last time."""
@@ -2589,8 +2894,11 @@ class ChatGPT:
         silence: float | None = None,
     ) -> Call:  # fmt: skip
         """A call on a connection of the account's own."""
-        silence = silence or self.silence
-        return self.handles.call(account.id, account.route, method, url, headers, body, watch, silence)
+        call = self.handles.call(
+            account.id, account.route, method, url, headers, body, watch, silence or self.silence
+        )
+        call.reached = functools.partial(self.pool.reached, account, account.route)
+        return call
 
     def _answer(
         self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
@@ -3032,6 +3340,14 @@ class ChatGPT:
         not_before, failures = account.retry_renewal
         if time.time() < not_before:
             raise Refusal("unreachable", "Renewing this account's token failed; it is tried again soon.")
+        with self.pool.store.alone(account.id):
+            if self.pool.renewed_elsewhere(account):
+                return
+            self._exchange(account, failures)
+        account.retry_renewal = (0.0, 0)
+        log(logging.INFO, "token renewed", account=account.name)
+
+    def _exchange(self, account: Account, failures: int) -> None:
         secret = account.row.secret
         try:
             ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
@@ -3046,8 +3362,6 @@ class ChatGPT:
             if reason in ("unreachable", "silent", "blocked"):
                 raise
             raise Refusal("broken", "The token endpoint gave no usable answer; try again.") from None
-        account.retry_renewal = (0.0, 0)
-        log(logging.INFO, "token renewed", account=account.name)
 
     def _ask_refresh(self, account: Account, secret: str) -> tuple[str, str | None]:
         url = f"{self.settings.openai_auth_url}/oauth/token"
@@ -3839,6 +4153,7 @@ class Files:
 
 # Reasons to go on to the next account, never after the upstream rejected the request itself.
 _NEXT_ACCOUNT = ("expired", "blocked", "limited", "broken", "unreachable", "unlisted")
+_FAILURES = (*_NEXT_ACCOUNT, "silent", "dead")  # which an account is told to have had
 _LOOKED_UP = {Drawing, SandboxLink}
 MOST_LINKS = 20  # different files of one answer that are looked up
 
@@ -3878,8 +4193,8 @@ class Attempt:
 class Answers:
     """Asks the web upstream on behalf of the pool or of a guest: leases, retries, goes on with what was cut."""
 
-    def __init__(self, upstream: ChatGPT, files: Files) -> None:
-        self.upstream, self.files = upstream, files
+    def __init__(self, upstream: ChatGPT, files: Files, ledger: Ledger) -> None:
+        self.upstream, self.files, self.ledger = upstream, files, ledger
         self.settings, self.pool, self.metrics = upstream.settings, upstream.pool, upstream.metrics
 
     def ask(self, attempt: Attempt) -> Batches:
@@ -3892,7 +4207,7 @@ class Answers:
             attempt.holder = attempt.kept_by = self.pool.holder(question.conversation)
         yield from self._gather(attempt)
         try:
-            yield from self._attempts(attempt, lambda account: self._answer(account, attempt))
+            yield from self._attempts(attempt, lambda account: self._counted(account, attempt))
         finally:
             if attempt.pieces:
                 attempt.pieces.close()
@@ -3992,6 +4307,18 @@ class Answers:
             return refused
         text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "1"})
+
+    def _counted(self, account: Account, attempt: Attempt) -> Batches:
+        """An answer that the account gave, to its end or until the client left, or that it failed to give."""
+        failed = False
+        try:
+            yield from self._answer(account, attempt)
+        except Refusal as refused:
+            failed = refused.reason in _FAILURES
+            raise
+        finally:
+            if failed or attempt.begun:
+                self.ledger.count(account.id, **{"failures" if failed else "answers": 1})
 
     def _answer(self, account: Account, attempt: Attempt) -> Batches:
         """The whole answer of one account, continued as often as AUTO_CONTINUE says."""
@@ -5398,10 +5725,11 @@ class Answered:
 class Completion(Answered):
     """An answer as a `chat.completion`."""
 
-    def __init__(self, turn: Turn, tokens: Tokens, extras: bool) -> None:
-        """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept."""
+    def __init__(self, turn: Turn, tokens: Tokens, extras: bool, counts: bool = False) -> None:
+        """`extras`: whether `conversation_id` and `message_id` are told, of conversations that are kept; `counts`:
+        whether its tokens are counted for the caller's account here."""
         # Else nobody asks for the text.
-        super().__init__(turn, tokens, keeps_text=not turn.stream or turn.include_usage)
+        super().__init__(turn, tokens, keeps_text=counts or not turn.stream or turn.include_usage)
         self._extras = extras
         self.id = f"chatcmpl-{random.getrandbits(112):028x}"
 
@@ -5817,6 +6145,7 @@ class Request:
     guest: Account | None = None
     asker: str = ""
     owner: str = ""  # whose files and responses it may use
+    user: str = ""  # the API user whose requests and tokens are counted
     route: str = "none"
     key: str = ""
     target: str = "/"  # path and query as they came, API_PREFIX included
@@ -6567,17 +6896,26 @@ class Router:
         return "\n".join(lines)
 
 
-class Keys:
-    """Who may call: the keys of AUTHORIZATION and API users, compared by digest in constant time."""
+SESSION_LIFE = 12 * 3600.0  # seconds that an administrator stays signed in
+WRONG_KEYS, WRONG_KEY_TIME, WRONG_KEY_DELAY = 5, 60.0, 1.0  # so many in so many seconds; then each waits
+ADMIN_COOKIE = "chatproxy_admin"
+MOST_REMEMBERED = 10_000  # addresses, sessions
 
-    def __init__(self, settings: Settings, pool: Pool, extra: Iterable[str] = ()) -> None:
-        self.settings, self.pool = settings, pool
+
+class Keys:
+    """Who may call: the keys of AUTHORIZATION, API users and the administrator, compared by digest in constant time."""
+
+    def __init__(self, settings: Settings, pool: Pool, ledger: Ledger, extra: Iterable[str] = ()) -> None:
+        self.settings, self.pool, self.ledger = settings, pool, ledger
         # Who has a key: how logs call them, and whose files and responses are theirs.
         self._keys = {
             self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
             for key in (*settings.authorization, *extra)
         }
-        self._users: dict[bytes, tuple[str, str]] = {}
+        self._users: dict[bytes, User] = {}
+        self._remembered_lock = threading.Lock()
+        self._wrong: OrderedDict[str, list[float]] = OrderedDict()  # when an address had wrong keys
+        self._sessions: OrderedDict[bytes, float] = OrderedDict()  # when one ends, by its cookie's digest
         self.reload()
 
     @staticmethod
@@ -6586,8 +6924,7 @@ class Keys:
 
     def reload(self) -> None:
         """Takes in the API users of the store."""
-        users = self.pool.store.users()
-        self._users = {bytes.fromhex(u.token_hash): (f"user {u.name or u.id}", u.id) for u in users}
+        self._users = {bytes.fromhex(user.token_hash): user for user in self.pool.store.users()}
 
     @staticmethod
     def given(request: Request) -> str:
@@ -6595,14 +6932,38 @@ class Keys:
         value = request.headers.get("authorization", "")
         return value[7:].strip() if value[:7].lower() == "bearer " else value.strip()
 
+    def _refused(self, request: Request, text: str) -> ApiError:
+        """A wrong key; who has had too many of them waits for this answer."""
+        now, place = time.monotonic(), request.peer
+        with contextlib.suppress(ValueError):  # a house has 2**64 addresses of IPv6
+            address = ipaddress.IPv6Address(place.partition("%")[0])
+            place = place if address.ipv4_mapped else str(int(address) >> 64)
+        with self._remembered_lock:
+            recent = [one for one in self._wrong.pop(place, ()) if now - one < WRONG_KEY_TIME]
+            self._wrong[place] = [*recent[-WRONG_KEYS:], now]
+            if len(self._wrong) > MOST_REMEMBERED:
+                self._wrong.popitem(last=False)
+        if len(recent) >= WRONG_KEYS:
+            patiently(paused(WRONG_KEY_DELAY, request.watch))
+        return ApiError("invalid_api_key", text)
+
     def admit(self, request: Request) -> None:
-        """Decides who answers: sets `guest` (None: the pool), `asker` and `owner`, or `key` for an `sk-` key; else
-        invalid_api_key."""
+        """Decides who answers: sets `guest` (None: the pool), `asker`, `owner` and `user`, or `key` for an `sk-` key;
+        else invalid_api_key. An API user's requests are counted, rate_limit_exceeded past its limit."""
         key = self.given(request)
         # Digests are compared: how long that takes tells nothing of a key.
         digest = self._digest(key)
-        if key and (known := self._keys.get(digest) or self._users.get(digest)):
+        if key and (known := self._keys.get(digest)):
             request.asker, request.owner = known
+            return
+        if key and (user := self._users.get(digest)):
+            request.asker, request.owner, request.user = f"user {user.name or user.id}", user.id, user.id
+            if request.method in ("POST", "PATCH") and (left := self.ledger.admit(user.id, user.limit)):
+                text = (
+                    f"The {user.limit} requests that this API user has a day are used up; come back tomorrow."
+                )
+                headers = {"Retry-After": str(math.ceil(left))}
+                raise ApiError("rate_limit_exceeded", text, headers=headers)
             return
         if not key:
             if not self.settings.authorization and not self._users:
@@ -6619,24 +6980,102 @@ class Keys:
                 request.asker, request.owner = request.guest.name, request.guest.id
                 return
         text = "send one of the server's AUTHORIZATION, an API user's token, or your own."
-        raise ApiError("invalid_api_key", f"Incorrect API key provided: {text}")
+        raise self._refused(request, f"Incorrect API key provided: {text}")
 
-    def admit_admin(self, request: Request) -> None:
-        """Admits the administrator's key; without any key set, clients of this machine: neither a web page in a browser
-        here nor whoever comes through a reverse proxy."""
-        wanted, key = self.settings.administrator, self.given(request)
-        if wanted is None:
-            with contextlib.suppress(ValueError):
-                address = ipaddress.ip_address(request.peer.partition("%")[0])
-                passed_on = {"origin", "forwarded", "x-forwarded-for"} & set(request.headers)
-                if (getattr(address, "ipv4_mapped", None) or address).is_loopback and not passed_on:
-                    request.asker = "admin"
-                    return
-            raise ApiError("invalid_api_key", "Admin routes answer only this machine until ADMIN_KEY is set.")
-        if not hmac.compare_digest(self._digest(key), self._digest(wanted)):
-            text = "The admin key is wrong or missing; send it as `Authorization: Bearer KEY`."
-            raise ApiError("invalid_api_key", text)
+    # -- the administrator -------------------------------------------------------------------------------------
+
+    def admit_admin(self, request: Request, named: str = "", sessions: bool = True) -> None:
+        """Admits the administrator's key (in the header, or `named` elsewhere in the request) and, from a page of this
+        server, who signed in with it. Without any key set, clients of this machine."""
         request.asker = "admin"
+        if self.settings.administrator is None:
+            if not self._local(request):
+                text = "Admin routes answer only this machine until ADMIN_KEY is set."
+                raise ApiError("invalid_api_key", text)
+        elif key := self.given(request) or named:
+            self._check(request, key)
+        elif not sessions or not self._signed_in(request):
+            text = "The admin key is missing; send it as `Authorization: Bearer KEY`."
+            raise ApiError("invalid_api_key", text)
+
+    def _check(self, request: Request, key: str) -> None:
+        if not hmac.compare_digest(self._digest(key), self._digest(self.settings.administrator or "")):
+            raise self._refused(request, "The admin key is wrong; send it as `Authorization: Bearer KEY`.")
+
+    def _local(self, request: Request) -> bool:
+        """Whether a request comes from this machine: neither through a reverse proxy nor from another site's page in a
+        browser here, be its name one that was made to lead here."""
+
+        def loopback(text: str) -> bool:
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(text.partition("%")[0])
+                return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+            return text == "localhost"
+
+        headers = request.headers
+        with contextlib.suppress(ValueError):
+            host = urllib.parse.urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
+            passed_on = {"forwarded", "x-forwarded-for"} & set(headers)
+            return loopback(request.peer) and loopback(host) and not passed_on and not self._foreign(request)
+        return False
+
+    @staticmethod
+    def _foreign(request: Request) -> bool:
+        """Whether a browser says that another site's page is behind a request. What says nothing is no browser."""
+        headers = request.headers
+        if site := headers.get("sec-fetch-site"):
+            return site not in ("same-origin", "none")
+        return headers.get("origin", "").partition("://")[2].lower() != headers.get("host", "").lower() and (
+            "origin" in headers
+        )
+
+    def _signed_in(self, request: Request) -> bool:
+        """Whether a request has the cookie of a session and, if it changes anything, comes from a page of this server."""
+        headers, digest = request.headers, self._cookie(request)
+        changes = request.method not in ("GET", "HEAD")
+        if self._foreign(request) or (changes and not {"origin", "sec-fetch-site"} & set(headers)):
+            return False
+        return digest is not None and self._sessions.get(digest, 0.0) > time.time()
+
+    def _cookie(self, request: Request) -> bytes | None:
+        found = re.search(rf"(?:^|[;,]\s*){ADMIN_COOKIE}=([\w-]{{43}})", request.headers.get("cookie", ""))
+        return self._digest(found[1]) if found else None
+
+    def sign_in(self, request: Request, key: str) -> str:
+        """Begins a session of the administrator's: its cookie, as a header. It ends with the process or its time."""
+        if self._foreign(request):
+            raise ApiError("invalid_api_key", "Sign in on a page of this server.")
+        if self.settings.administrator is None:
+            self.admit_admin(request)
+        else:
+            self._check(request, key)
+        token = secrets.token_urlsafe(32)
+        with self._remembered_lock:
+            self._sessions[self._digest(token)] = time.time() + SESSION_LIFE
+            if len(self._sessions) > MOST_REMEMBERED:
+                self._sessions.popitem(last=False)
+        return self._cookie_header(request, token, int(SESSION_LIFE))
+
+    def sign_out(self, request: Request) -> str:
+        """Ends the session of a request; the header that takes its cookie away."""
+        with self._remembered_lock:
+            self._sessions.pop(self._cookie(request) or b"", None)
+        return self._cookie_header(request, "", 0)
+
+    def _cookie_header(self, request: Request, token: str, life: int) -> str:
+        secure = self.settings.tls_cert or request.headers.get("x-forwarded-proto") == "https"
+        path = f"/{self.settings.api_prefix or ''}"
+        rest = f"Path={path}; Max-Age={life}; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
+        return f"{ADMIN_COOKIE}={token}; {rest}"
+
+
+def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
+    """A new API user and its token, which nobody can tell later."""
+    token = f"cp-{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    user = User(f"user-{secrets.token_hex(4)}", name, digest, time.time(), limit)
+    store.put_user(user)
+    return user, token
 
 
 # ============================================================================================================
@@ -6649,7 +7088,21 @@ ABSENT = (
     "/v1/embeddings", "/v1/moderations", "/v1/completions", "/v1/images/variations", "/v1/fine_tuning", "/v1/batches",
     "/v1/vector_stores", "/v1/assistants", "/v1/threads", "/v1/uploads", "/v1/realtime", "/v1/conversations",
 )  # fmt: skip
+# Where errors have the shape of ChatGPT-API-server.
+PLAIN_ERRORS = ("/admin/", "/api/")
 ROUTER = Router()
+
+
+def _named_key(request: Request) -> str:
+    """The admin key as ChatGPT-API-server's clients send it: in the body or the query."""
+    if not request.path.startswith("/admin/"):
+        return ""
+    return request.query.get("admin_key") or str(_body(request).get("admin_key") or "")
+
+
+def _body(request: Request) -> dict[str, Any]:
+    """A JSON body that may be left out."""
+    return request.json() if request.body.size else {}
 
 
 class App:
@@ -6660,16 +7113,23 @@ class App:
     ) -> None:
         self.settings, self.store, self.solver = settings, store, solver
         self.metrics, self.handles, self.tokens = Metrics(), Handles(), Tokens()
-        self.pool = Pool(settings, store)
-        self.keys = Keys(settings, self.pool, extra_keys)
+        self.pool, self.ledger = Pool(settings, store), Ledger(store)
+        self.keys = Keys(settings, self.pool, self.ledger, extra_keys)
         self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
         self.files = Files(settings, self.pool, self.upstream)
-        self.answers = Answers(self.upstream, self.files)
+        self.answers = Answers(self.upstream, self.files, self.ledger)
         states = self.pool.states
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
 
     def respond(self, request: Request) -> Reply | Stream:
         """Finds the route of a request, checks who may use it, and answers."""
+        try:
+            return self._answer(request)
+        except ApiError as error:
+            error.plain = request.path.startswith(PLAIN_ERRORS)
+            raise
+
+    def _answer(self, request: Request) -> Reply | Stream:
         under_v1 = request.path.startswith("/v1/")
         endpoint, failure = None, ApiError("not_found", "")
         try:
@@ -6687,8 +7147,8 @@ class App:
             raise ApiError("not_found", text)
         if endpoint is None:
             raise failure
-        if endpoint.access == "admin":
-            self.keys.admit_admin(request)
+        if endpoint.access.startswith("admin"):
+            self.keys.admit_admin(request, _named_key(request), endpoint.access == "admin")
         return endpoint.function(self, request)
 
     def upkeep(self, stop: threading.Event) -> None:
@@ -6708,6 +7168,7 @@ class App:
                     self.handles.sweep(time.monotonic())
                     self.upstream.sweep_spares()
                     self.upstream.renew_due(now)
+                    self.ledger.save()
                 if refresh <= now:
                     refresh = next_refresh(now)
                     self.upstream.refresh_all(now)
@@ -6769,27 +7230,47 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
     return exchange(turn, ask, request.watch.heartbeat), attempts
 
 
-def _take(answer: Batches, take: Callable[[list[Event]], Any], answered: Answered | None = None) -> None:
+def _count(app: App, request: Request, answered: Answered) -> None:
+    """Counts the tokens of an answer for the API user who asked."""
+    if request.user and answered.message:
+        app.ledger.count(request.user, tokens=sum(answered.counted()[:2]))
+
+
+def _all(answer: Batches) -> list[Event]:
+    """The events of a whole answer."""
+    with contextlib.closing(answer):
+        return [event for events in answer for event in events or ()]
+
+
+def _take(
+    app: App, request: Request, answer: Batches, answered: Answered, take: Callable[[list[Event]], Any]
+) -> None:
     """Takes in a whole answer, for a client that waits for its end."""
-    with contextlib.closing(answer):
-        for events in answer:
-            take(events or [])
-            if answered and answered.cut:
-                return
+    try:
+        with contextlib.closing(answer):
+            for events in answer:
+                take(events or [])
+                if answered.cut:
+                    return
+    finally:
+        _count(app, request, answered)
 
 
-def _pieces(answer: Batches, answered: CompletionStream | ModelResponse) -> Sent:
+def _pieces(app: App, request: Request, answer: Batches, answered: CompletionStream | ModelResponse) -> Sent:
     """The pieces of a streamed answer: a batch of events is one piece, silence a comment line."""
-    with contextlib.closing(answer):
-        for events in answer:
-            if events is None:
-                yield HEARTBEAT_COMMENT, 0
-                continue
-            piece = answered.feed(events)
-            if piece[0]:
-                yield piece
-            if answered.cut:
-                return
+    try:
+        with contextlib.closing(answer):
+            for events in answer:
+                if events is None:
+                    yield HEARTBEAT_COMMENT, 0
+                    continue
+                piece = answered.feed(events)
+                if piece[0]:
+                    yield piece
+                if answered.cut:
+                    return
+    finally:
+        _count(app, request, answered)
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------
@@ -6800,11 +7281,12 @@ def chat_completions(app: App, request: Request) -> Reply | Stream:
     """OpenAI's chat completions, streamed or whole"""
     settings = app.settings
     turn = parse_chat(request.json(), settings.history_disabled, settings.upload_by_url)
-    answer, extras = _asked(app, request, turn)[0], not settings.history_disabled
+    answer, extras, counts = _asked(app, request, turn)[0], not settings.history_disabled, bool(request.user)
     if turn.stream:
-        return Stream(_pieces(answer, CompletionStream(turn, app.tokens, extras)))
+        stream = CompletionStream(turn, app.tokens, extras, counts)
+        return Stream(_pieces(app, request, answer, stream))
     completion = Completion(turn, app.tokens, extras)
-    _take(answer, completion.take, completion)
+    _take(app, request, answer, completion, completion.take)
     return json_reply(completion.whole())
 
 
@@ -6829,8 +7311,8 @@ def responses_create(app: App, request: Request) -> Reply | Stream:
 
     response = ModelResponse(wanted, app.tokens, keep)
     if wanted.turn.stream:
-        return Stream(_pieces(answer, response))
-    _take(answer, response.feed, response)
+        return Stream(_pieces(app, request, answer, response))
+    _take(app, request, answer, response, response.feed)
     return json_reply(response.whole())
 
 
@@ -7138,9 +7620,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
 
     def draw(watch: Watch) -> list[dict[str, str]]:
         attempt = Attempt(question, watch, request.guest, request.owner, signed_in=True)
-        urls: list[str] = []
-        answer = app.answers.ask(attempt)
-        _take(answer, lambda events: urls.extend(event.url for event in events if isinstance(event, Image)))
+        urls = [event.url for event in _all(app.answers.ask(attempt)) if isinstance(event, Image)]
         if form == "url" or attempt.account is None:
             return [{"url": url} for url in urls]
         return [{"b64_json": inline(url, attempt.account.id, watch)} for url in urls]
@@ -7204,8 +7684,8 @@ def audio_speech(app: App, request: Request) -> Reply:
 
 def _told(app: App, request: Request, question: Question, signed_in: bool) -> tuple[Attempt, str, Finish]:
     """A whole answer that is used here: its text, and where it stands."""
-    attempt, said = Attempt(question, request.watch, request.guest, request.owner, signed_in), list[Event]()
-    _take(app.answers.ask(attempt), said.extend)
+    attempt = Attempt(question, request.watch, request.guest, request.owner, signed_in)
+    said = _all(app.answers.ask(attempt))
     ends = [event for event in said if isinstance(event, Finish)]
     return attempt, "".join(event.text for event in said if isinstance(event, Text)), ends[-1]
 
@@ -7270,22 +7750,258 @@ def _written(form: str, task: str, text: str, language: str) -> Reply:
     return json_reply({"text": text} | (more if form == "verbose_json" else {}))
 
 
+# -- sign-in -----------------------------------------------------------------------------------------------------------
+
+
+def iso(moment: float) -> str | None:
+    """A time as ISO 8601 in UTC, None for none."""
+    if not moment:
+        return None
+    return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def signed_in(row: AccountRow) -> dict[str, Any]:
+    """An account's tokens and facts, with the names that several programs have for them."""
+    told: dict[str, Any] = {"accessToken": row.access_token, "access_token": row.access_token}
+    told["expires"] = iso(row.expires)
+    told["expires_in"] = max(0, int(row.expires - time.time()))
+    told |= {"email": row.email, "plan": row.plan, "account_id": row.workspace}
+    if row.kind == REFRESH:
+        return told | {"refreshToken": row.secret, "refresh_token": row.secret}
+    return told | ({"session_token": row.secret} if row.kind == SESSION else {})
+
+
+def _exchanged(app: App, request: Request, kind: str, *names: str) -> Reply:
+    """A refresh or session token that the caller brings, exchanged now; the caller gets what replaces it too."""
+    body = request.json()
+    where = next((name for name in names if name in body), names[0])
+    try:
+        given = recognise(required(body, where))
+        account = app.pool.guest(body[where], (kind,))
+    except ValueError:
+        raise unfit(where, f"must be a {kind} token.") from None
+    if not hmac.compare_digest(account.row.secret.encode(), given.secret.encode()):
+        text = "This token was exchanged before; send the one that replaced it, or sign in anew."
+        raise ApiError("invalid_api_key", text)
+    app.pool.lease_guest(account, "")
+    patiently(app.upstream.token(account, request.watch, account.row.access_token))
+    return json_reply(signed_in(account.row), headers=NOT_STORED)
+
+
+NOT_STORED = {"Cache-Control": "no-store"}
+
+
+@ROUTER.on("POST", "/auth/refresh")
+def auth_refresh(app: App, request: Request) -> Reply:
+    """a new access token for `{"refresh_token"}`, what replaces that, and the account's facts"""
+    return _exchanged(app, request, REFRESH, "refresh_token", "refreshToken")
+
+
+@ROUTER.on("POST", "/auth/session")
+def auth_session(app: App, request: Request) -> Reply:
+    """the same for `{"session_token"}`"""
+    return _exchanged(app, request, SESSION, "session_token", "sessionToken")
+
+
 # -- the pool ----------------------------------------------------------------------------------------------------------
+
+MOST_LISTED, MOST_CHECKED = 500, 100  # accounts a request
+
+
+def account_facts(account: Account, ledger: Ledger, now: float) -> dict[str, Any]:
+    """An account for scripts and for the page: nothing of it is secret. `answers` and `failures` are today's."""
+    row, today = account.row, ledger.today(account.id)
+    facts = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan, "workspace": row.workspace}
+    facts |= {"state": account.state(now), "told": account.told(now), "reason": row.reason}
+    times = {"expires": iso(row.expires), "used": iso(today.used)}
+    return facts | times | {"answers": today.answers, "failures": today.failures}
+
+
+def user_facts(user: User, ledger: Ledger) -> dict[str, Any]:
+    """An API user likewise; `requests` and `tokens` are today's, the token itself is known by its hash alone."""
+    today = ledger.today(user.id)
+    facts: dict[str, Any] = {"user_id": user.id, "name": user.name, "token": f"***{user.token_hash[:6]}"}
+    facts |= {"limit": user.limit, "requests": today.requests, "tokens": today.tokens}
+    return facts | {"used": iso(today.used), "added": iso(user.added)}
+
+
+def checked(app: App, accounts: Iterable[Account]) -> Iterator[tuple[str, str | None]]:
+    """Asks the upstream about accounts, several at a time: their ids in turn, each with why it does not work, "" when
+    it does, None for a login-free one, which has nothing to ask for."""
+
+    def check(account: Account) -> tuple[str, str | None]:
+        if account.row.kind == LOGIN_FREE:
+            return account.id, None
+        try:
+            me = functools.partial(app.upstream.me, watch=Watch(math.inf))
+            patiently(app.answers.do("check", None, me, Watch(math.inf), account.id))
+        except ApiError as error:
+            state = account.told(time.time())
+            return account.id, error.message if state == "ready" else state
+        return account.id, ""
+
+    with ThreadPoolExecutor(8) as executor:
+        yield from executor.map(check, accounts)
+
+
+def _count_of(app: App) -> int:
+    """chat2api's `tokens_count`: how many accounts are not set aside."""
+    return sum(account.row.state == "ready" for account in app.pool.accounts())
+
+
+def _named(app: App, request: Request, most: int = 10_000) -> list[Account]:
+    """The accounts of the pool that a request names in `ids`."""
+    ids = request.json().get("ids")
+    if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids) or len(ids) > most:
+        raise unfit("ids", f"must be a list of up to {most} accounts' ids.")
+    return [one for id in ids if (one := app.pool.find(id)) and not one.row.guest]
+
+
+def _added(app: App, lines: list[str]) -> Reply:
+    added = app.pool.add(lines)
+    if added.faults and not added.rows:
+        raise invalid("text", f"None of the lines is a token: {'; '.join(added.faults[:5])}.")
+    for fault in added.faults:
+        log(logging.WARNING, "line of an upload left out", fault=fault)
+    told = {"status": "success", "tokens_count": _count_of(app), "stored": len(added.rows)}
+    return json_reply(told | {"known": added.known, "faults": added.faults})
 
 
 @ROUTER.on("POST", "/tokens/upload", access="admin")
 def tokens_upload(app: App, request: Request) -> Reply:
-    """chat2api's upload: form field `text`, one token a line; `{"status": "success", "tokens_count": N}`"""
+    """chat2api's upload: form field `text`, one token a line; `{"status": "success", "tokens_count": N, …}`"""
     texts = parse_form(request.headers, request.body).get("text")
     if not texts:
         raise invalid("text", "Send the tokens in the form field `text`, one a line.")
-    rows, faults = app.pool.add(texts[0].text().splitlines())
-    if faults and not rows:
-        raise invalid("text", f"None of the lines is a token: {'; '.join(faults[:5])}.")
-    for fault in faults:
-        log(logging.WARNING, "line of an upload left out", fault=fault)
-    count = sum(account.row.state == "ready" for account in app.pool.accounts())
-    return json_reply({"status": "success", "tokens_count": count})
+    return _added(app, texts[0].text().splitlines())
+
+
+@ROUTER.on("GET", "/tokens/add/{token}", access="admin key")
+def tokens_add(app: App, request: Request) -> Reply:
+    """chat2api's way to add one token; a URL may stay in logs on its way, so better upload it"""
+    return _added(app, [request.params["token"]])
+
+
+@ROUTER.on("POST", "/tokens/clear", access="admin")
+def tokens_clear(app: App, request: Request) -> Reply:
+    """removes all accounts of the pool"""
+    log(logging.WARNING, "all accounts removed", count=len(app.pool.remove()))
+    return json_reply({"status": "success", "tokens_count": 0})
+
+
+@ROUTER.on("POST", "/tokens/error", access="admin")
+def tokens_error(app: App, request: Request) -> Reply:
+    """the accounts that are set aside, by their id: `{"status": "success", "error_tokens": […]}`"""
+    aside = [one.id for one in app.pool.accounts() if one.state(time.time()) in ("expired", "dead")]
+    return json_reply({"status": "success", "error_tokens": aside})
+
+
+@ROUTER.on("GET", "/tokens/list", access="admin")
+def tokens_list(app: App, request: Request) -> Reply:
+    """the accounts with their states and use; `offset`, `limit`, `state`, and `q` for a word in e-mail, id or plan"""
+    query, now, states = request.query, time.time(), Counter[str]()
+    word, state, found = query.get("q", "").lower(), query.get("state"), []
+    for account in app.pool.accounts():
+        row, has = account.row, account.state(now)
+        states[has] += 1
+        if state in (None, "", has) and word in f"{row.email} {row.id} {row.plan} {row.kind}".lower():
+            found.append(account)
+    offset, limit = _whole(query, "offset", 0, 10**9), _whole(query, "limit", 50, MOST_LISTED)
+    page = [account_facts(one, app.ledger, now) for one in found[offset : offset + limit]]
+    hours = [
+        {"start": iso(start), "answers": tally.answers, "failures": tally.failures}
+        for start, tally in app.ledger.hours()
+    ]
+    told = {"total": sum(states.values()), "matching": len(found), "states": states, "accounts": page}
+    told |= {"hours": hours, "keyless": app.settings.administrator is None}
+    return json_reply(told, headers=NOT_STORED)
+
+
+def _whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+    """A number of the query."""
+    text = query.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > most:
+        raise unfit(name, f"must be a whole number of at most {most}.")
+    return int(text)
+
+
+@ROUTER.on("POST", "/tokens/remove", access="admin")
+def tokens_remove(app: App, request: Request) -> Reply:
+    """removes the accounts named by `{"ids"}`"""
+    removed = len(app.pool.remove([account.id for account in _named(app, request)]))
+    return json_reply({"status": "success", "removed": removed, "tokens_count": _count_of(app)})
+
+
+@ROUTER.on("POST", "/tokens/disable", access="admin")
+def tokens_disable(app: App, request: Request) -> Reply:
+    """takes the accounts named by `{"ids"}` out, or with `"disabled": false` in again"""
+    check_types(body := request.json(), {"disabled": _FLAG})
+    ids = [account.id for account in _named(app, request)]
+    changed = app.pool.disable(ids, body.get("disabled") is not False)
+    return json_reply({"status": "success", "changed": changed})
+
+
+@ROUTER.on("POST", "/tokens/check", access="admin")
+def tokens_check(app: App, request: Request) -> Reply:
+    """asks the upstream about the accounts named by `{"ids"}`: `{"results": {id: "" or why it does not work}}`"""
+    return json_reply(
+        {"status": "success", "results": dict(checked(app, _named(app, request, MOST_CHECKED)))}
+    )
+
+
+@ROUTER.on("POST", "/tokens/session", access="public")
+def tokens_sign_in(app: App, request: Request) -> Reply:
+    """begins a session of the page's, twelve hours long, with `{"key"}`"""
+    key = request.json().get("key")
+    cookie = app.keys.sign_in(request, key if isinstance(key, str) else "")
+    return Reply(204, headers=NOT_STORED | {"Set-Cookie": cookie})
+
+
+@ROUTER.on("DELETE", "/tokens/session", access="public")
+def tokens_sign_out(app: App, request: Request) -> Reply:
+    """ends it"""
+    return Reply(204, headers=NOT_STORED | {"Set-Cookie": app.keys.sign_out(request)})
+
+
+# -- API users ---------------------------------------------------------------------------------------------------------
+
+
+@ROUTER.on("GET", "/admin/users", access="admin")
+def users_list(app: App, request: Request) -> Reply:
+    """the API users with what they used today; `admin_key` may be in the query"""
+    return json_reply(
+        {"users": [user_facts(user, app.ledger) for user in app.store.users()]}, headers=NOT_STORED
+    )
+
+
+@ROUTER.on("POST", "/admin/users/add", access="admin")
+def users_add(app: App, request: Request) -> Reply:
+    """a new API user: `{"user_id", "token"}`; the body may have `admin_key`, `name` and `limit` (requests a day)"""
+    check_types(body := _body(request), {"name": _TEXT, "limit": _INTEGER})
+    name, limit = body.get("name") or "", body.get("limit")
+    if len(name) > 100 or not name.isprintable():
+        raise unfit("name", "must be a text of up to 100 printable characters.")
+    if limit is not None and not 0 <= limit <= MOST_REQUESTS:
+        raise unfit("limit", f"must be from 0 to {MOST_REQUESTS}.")
+    user, token = issue_user(app.store, name, limit)
+    app.keys.reload()
+    return json_reply(user_facts(user, app.ledger) | {"token": token}, headers=NOT_STORED)
+
+
+MOST_REQUESTS = 10**9
+
+
+@ROUTER.on("POST", "/admin/users/delete", access="admin")
+def users_delete(app: App, request: Request) -> Reply:
+    """removes the API user `{"user_id"}`; the body may have `admin_key`"""
+    check_types(body := request.json(), {"user_id": _TEXT})
+    if not app.store.remove_user(required(body, "user_id")):
+        raise ApiError("not_found", "There is no such user.")
+    app.keys.reload()
+    return json_reply({"message": "User deleted"})
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
 
 
 @ROUTER.on("GET", "/health", "/ping", access="public")
@@ -8053,6 +8769,7 @@ class Daemon:
         log(logging.INFO, "stopping", open=server.connections())
         server.drain(settings.shutdown_grace)
         app.pool.keep_cookies()
+        app.ledger.save()
         store.close()
         return 0
 
@@ -8111,24 +8828,33 @@ def config(flags: Mapping[str, str | None]) -> None:
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
 
 
-def _when(moment: float) -> str | None:
-    """A time as ISO 8601 in UTC, None for none."""
-    return (
-        datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
-        if moment
-        else None
-    )
-
-
 @cli.group()
 def accounts() -> None:
     """The pool: add, import, list, check and remove accounts. A running server takes changes in by itself."""
 
 
+def _store_accounts(settings: Settings, lines: list[str], as_json: bool) -> None:
+    """Adds the tokens and tells of each account what is stored, then how many there are."""
+    store = opened(settings)
+    added = Pool(settings, store).add(lines)
+    for row in added.rows:
+        facts = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan}
+        line = f"{row.id}  {row.kind:10}  {row.email or '-'}  {row.plan or '-'}"
+        click.echo(compact(facts) if as_json else line)
+    for fault in added.faults:
+        click.echo(f"chatproxy: {fault}", err=True)
+    told = f"stored: {len(added.rows)} (known before: {added.known}), merged: {added.merged}"
+    told += f", left out: {len(added.faults)}"
+    if added.faults or not added.rows:
+        fail(told)
+    click.echo(told, err=as_json)
+
+
 @accounts.command("add")
 @click.argument("tokens", nargs=-1, required=True, metavar="TOKEN…|-")
+@AS_JSON
 @setting_flags("data_dir", "impersonate", "proxy_url")
-def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...]) -> None:
+def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...], as_json: bool) -> None:
     """Add accounts by access, refresh or session TOKEN; `-` reads them from standard input, one a line.
 
     A workspace id may follow a token after a comma. `login-free` adds an account without a token.
@@ -8137,13 +8863,7 @@ def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...]) -> No
     lines: list[str] = []
     for token in tokens:
         lines += sys.stdin.read().splitlines() if token == "-" else [token]
-    rows, faults = Pool(settings, opened(settings)).add(lines)
-    for row in rows:
-        click.echo(f"{row.id}  {row.kind}  {row.email or '-'}  {row.plan or '-'}")
-    for fault in faults:
-        click.echo(f"chatproxy: {fault}", err=True)
-    if faults or not rows:
-        fail(f"stored: {len(rows)}, left out: {len(faults)}")
+    _store_accounts(settings, lines, as_json)
 
 
 # Names under which other programs keep a token; a refresh token is worth more than the access token beside it.
@@ -8192,10 +8912,12 @@ def token_lines(path: pathlib.Path) -> list[str]:
 
 @accounts.command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@AS_JSON
 @setting_flags("data_dir", "impersonate", "proxy_url")
-def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...]) -> None:
-    """Add accounts from FILEs: tokens one a line, chat2api's data folder, ChatGPT-to-API's access_tokens.json, Codex's
-    auth.json; `-` is standard input. Tokens of one account become one, and chat2api's seeds are left where they are.
+def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...], as_json: bool) -> None:
+    """Add accounts from FILEs: tokens one a line, what `accounts export` wrote, chat2api's data folder, ChatGPT-to-API's
+    access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one, and chat2api's seeds
+    are left where they are.
     """
     settings, lines = settled(flags), list[str]()
     for file in files:
@@ -8203,52 +8925,54 @@ def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...]) -> 
             lines += token_lines(pathlib.Path("/dev/stdin" if file == "-" else file))
         except OSError as error:
             fail(f"{file}: {error.strerror or error}")
-    pool = Pool(settings, opened(settings))
-    before = {account.id for account in pool.accounts()}
-    rows, faults = pool.add(lines)
-    for fault in faults:
-        click.echo(f"chatproxy: {fault}", err=True)
-    given = sum(bool(line.partition("#")[0].strip()) for line in lines) - len(faults)
-    known = sum(row.id in before for row in rows)
-    told = (
-        f"stored: {len(rows)} (known before: {known}), merged: {given - len(rows)}, left out: {len(faults)}"
-    )
-    if faults or not rows:
-        fail(told)
-    click.echo(told)
+    _store_accounts(settings, lines, as_json)
+
+
+@accounts.command("export")
+@click.argument("file", default="", metavar="[FILE]")
+@AS_JSON
+@setting_flags("data_dir")
+def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -> None:
+    """Write all accounts with their tokens into a new FILE that only you may read, for `accounts import`.
+
+    The tokens stay valid here too. Of refresh tokens that rotate only one copy can live: stop the server here before you
+    use the file elsewhere.
+    """
+    settings = settled(flags)
+    rows = opened(settings).accounts("guest=0")
+    if not rows:
+        fail(f"no accounts in {settings.data_dir}")
+    path = file or time.strftime("chatproxy-accounts-%Y%m%d-%H%M%S.jsonl")
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}")
+    with open(descriptor, "w", encoding="utf-8") as lines:
+        for row in rows:
+            kept = {"token": row.secret or LOGIN_FREE, "account_id": row.workspace, "email": row.email}
+            kept |= {"device": row.device, "browser": row.browser, "cookies": json.loads(row.cookies)}
+            lines.write(compact(kept) + "\n")
+    told = f"{len(rows)} accounts written to {path}; who has this file has the accounts"
+    click.echo(compact({"file": path, "accounts": len(rows)}) if as_json else told)
 
 
 @accounts.command("list")
 @AS_JSON
 @setting_flags("data_dir")
 def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
-    """List the accounts: id, kind, e-mail, plan, when the access token expires, state."""
+    """List the accounts: id, kind, e-mail, plan, when the access token expires and the account was last used (UTC),
+    answers and failures of today, state."""
     settings = settled(flags)
-    pool, now = Pool(settings, opened(settings)), time.time()
+    store, now = opened(settings), time.time()
+    pool, ledger = Pool(settings, store), Ledger(store)
     for account in pool.accounts():
-        row, state, expires = account.row, _state(account, now), _when(account.row.expires)
-        told: dict[str, Any] = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan}
-        told |= {
-            "workspace": row.workspace,
-            "expires": expires,
-            "state": account.state(now),
-            "reason": row.reason,
-        }
-        line = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {(expires or '-')[:16]:16}  {state}"
-        click.echo(compact(told) if as_json else line)
+        row, facts = account.row, account_facts(account, ledger, now)
+        times = "  ".join(f"{(facts[name] or '-')[:16]:16}" for name in ("expires", "used"))
+        who = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}"
+        line = f"{who}  {times}  {facts['answers']:5} {facts['failures']:4}  {facts['told']}"
+        click.echo(compact(facts) if as_json else line)
     if not pool.accounts():
         click.echo(f"no accounts in {settings.data_dir}", err=True)
-
-
-def _state(account: Account, now: float) -> str:
-    """An account's state for people: with the reason, or until when and for which models it waits."""
-    state = account.state(now)
-    if state == "waiting":
-        waits = {model: wait.until for model, wait in account.waits.items() if wait.until > now}
-        latest = time.strftime("%H:%M", time.localtime(max(waits.values())))
-        return f"waiting until {latest} ({', '.join(sorted(waits))})"
-    reason = account.row.reason or ("its access token has expired" if state == "expired" else "")
-    return f"{state}: {reason}" if reason else state
 
 
 @accounts.command("check")
@@ -8266,70 +8990,64 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
         fail(f"no such account: {', '.join(sorted(missing))}")
     app = App(settings, store, solver := Solver())
     chosen = [account for account in app.pool.accounts() if not ids or account.id in ids]
-    with ThreadPoolExecutor(8) as executor:
-        asked = executor.map(functools.partial(_checked, app), chosen)
-        with click.progressbar(asked, length=len(chosen), label="checking", file=sys.stderr) as done:
-            results = dict(done)
+    with click.progressbar(checked(app, chosen), len(chosen), "checking", file=sys.stderr) as done:
+        results = dict(done)
     solver.close()
     for account in chosen:
         row, result = account.row, results[account.id]
-        works = None if row.kind == LOGIN_FREE else not result
-        told = {"id": row.id, "kind": row.kind, "email": row.email, "works": works, "reason": result}
-        line = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {result or 'works' if works is not None else 'not asked'}"
-        click.echo(compact(told) if as_json else line)
+        told: dict[str, Any] = {"id": row.id, "kind": row.kind, "email": row.email}
+        told |= {"works": None if result is None else not result, "reason": result or ""}
+        said = "not asked" if result is None else result or "works"
+        click.echo(compact(told) if as_json else f"{row.id}  {row.kind:10}  {row.email or '-':30}  {said}")
     if any(results.values()):
         raise SystemExit(1)
 
 
-def _checked(app: App, account: Account) -> tuple[str, str]:
-    """An account's id, and why it does not work, "" when it does; login-free ones have nothing to ask for."""
-    watch = Watch(math.inf)
-    try:
-        if account.row.kind != LOGIN_FREE:
-            me = functools.partial(app.upstream.me, watch=watch)
-            patiently(app.answers.do("check", None, me, watch, account.id))
-    except ApiError as error:
-        state = _state(account, time.time())
-        return account.id, error.message if state == "ready" else state
-    return account.id, ""
-
-
 @accounts.command("remove")
 @click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@AS_JSON
 @setting_flags("data_dir")
-def accounts_remove(flags: Mapping[str, str | None], ids: tuple[str, ...]) -> None:
+def accounts_remove(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
     """Remove accounts by their ID from the list."""
-    _remove(opened(settled(flags)).remove_account, ids, "account")
+    store = opened(settled(flags))
+    _remove(lambda id: bool(store.remove_accounts([id])), ids, "account", as_json)
 
 
-def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str) -> None:
-    missing = [id for id in ids if not remove(id)]
-    if missing:
+def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str, as_json: bool) -> None:
+    gone = {id: remove(id) for id in ids}
+    for id in filter(gone.get, gone):
+        click.echo(compact({"removed": id}) if as_json else f"removed {id}")
+    if missing := [id for id in gone if not gone[id]]:
         fail(f"no such {what}: {', '.join(missing)}")
 
 
 @cli.command()
 @click.option("--device", is_flag=True, help="Without a browser here: type a code on any device.")
+@AS_JSON
 @setting_flags("data_dir", "impersonate", "proxy_url", "openai_auth_url")
-def login(flags: Mapping[str, str | None], device: bool) -> None:
+def login(flags: Mapping[str, str | None], device: bool, as_json: bool) -> None:
     """Sign in with your browser and store the account; a running server takes it in by itself."""
     settings = settled(flags)
     pool, sign_in = Pool(settings, opened(settings)), SignIn(settings)
+    tell = functools.partial(click.echo, err=as_json)  # so that a script gets nothing but JSON
     try:
-        access, refresh = _by_device(sign_in) if device else _by_browser(sign_in, settings)
+        access, refresh = _by_device(sign_in, tell) if device else _by_browser(sign_in, settings, tell)
     except ApiError as error:
         fail(error.message)
-    rows, _ = pool.add([refresh or access])
+    rows = pool.add([refresh or access]).rows
     if not rows:
         fail("the issuer gave no token that could be used; sign in again")
     account = pool.find(rows[0].id)
     if refresh and account and account.row.secret == refresh:
         pool.renewed(account, access, None)
     row = account.row if account else rows[0]
-    click.echo(f"stored {row.id}: {row.email or '-'}, {row.plan or '-'}, {row.kind}")
+    told = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan}
+    click.echo(
+        compact(told) if as_json else f"stored {row.id}: {row.email or '-'}, {row.plan or '-'}, {row.kind}"
+    )
 
 
-def _by_browser(sign_in: SignIn, settings: Settings) -> tuple[str, str]:
+def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]) -> tuple[str, str]:
     """The tokens of a person who signs in with the browser of this machine."""
     codes: Future[str] = Future()
 
@@ -8354,7 +9072,7 @@ def _by_browser(sign_in: SignIn, settings: Settings) -> tuple[str, str]:
             f"cannot listen on 127.0.0.1:{CALLBACK_PORT}: {error.strerror}; end what uses it, or try `login --device`"
         )
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-    click.echo(f"Sign in here; your browser may have opened it:\n{sign_in.address()}")
+    tell(f"Sign in here; your browser may have opened it:\n{sign_in.address()}")
     webbrowser.open(sign_in.address())
     try:
         code = patiently(awaited(codes, Watch(1.0), SIGN_IN_TIME))
@@ -8367,10 +9085,10 @@ def _by_browser(sign_in: SignIn, settings: Settings) -> tuple[str, str]:
     return sign_in.tokens(code, sign_in.verifier, sign_in.redirect)
 
 
-def _by_device(sign_in: SignIn) -> tuple[str, str]:
+def _by_device(sign_in: SignIn, tell: Callable[[str], None]) -> tuple[str, str]:
     """The tokens of a person who types a code on another device."""
     id, code, interval = sign_in.device()
-    click.echo(f"Open {sign_in.issuer}/codex/device and type {code}")
+    tell(f"Open {sign_in.issuer}/codex/device and type {code}")
     end = time.monotonic() + SIGN_IN_TIME
     while time.monotonic() < end:
         time.sleep(interval)
@@ -8386,36 +9104,40 @@ def users() -> None:
 
 @users.command("add")
 @click.argument("name", default="")
+@click.option("--limit", type=click.IntRange(0, MOST_REQUESTS), help="Requests a day; none: without limit.")
+@AS_JSON
 @setting_flags("data_dir")
-def users_add(flags: Mapping[str, str | None], name: str) -> None:
+def user_add(flags: Mapping[str, str | None], name: str, limit: int | None, as_json: bool) -> None:
     """Add an API user; its token is printed this once and kept only as a hash."""
-    token = f"cp-{secrets.token_urlsafe(32)}"
-    user = User(f"user-{secrets.token_hex(4)}", name, hashlib.sha256(token.encode()).hexdigest(), time.time())
-    opened(settled(flags)).put_user(user)
-    click.echo(f"{user.id}  {token}")
+    user, token = issue_user(opened(settled(flags)), name, limit)
+    told = {"user_id": user.id, "token": token, "name": name, "limit": limit}
+    click.echo(compact(told) if as_json else f"{user.id}  {token}")
 
 
 @users.command("list")
 @AS_JSON
 @setting_flags("data_dir")
-def users_list(flags: Mapping[str, str | None], as_json: bool) -> None:
-    """List the API users: id, name, since when."""
+def user_list(flags: Mapping[str, str | None], as_json: bool) -> None:
+    """List the API users: id, name, requests and tokens of today, requests that they may make a day, last use (UTC)."""
     settings = settled(flags)
-    found = opened(settings).users()
+    store = opened(settings)
+    ledger, found = Ledger(store), store.users()
     for user in found:
-        since = _when(user.added) or ""
-        line = f"{user.id}  {user.name or '-':20}  {since[:10]}"
-        click.echo(compact({"id": user.id, "name": user.name, "added": since}) if as_json else line)
+        facts = user_facts(user, ledger)
+        limit = "-" if user.limit is None else user.limit
+        line = f"{user.id}  {user.name or '-':20}  {facts['requests']:6} {facts['tokens']:9}  {limit:>6}"
+        click.echo(compact(facts) if as_json else f"{line}  {(facts['used'] or '-')[:16]}")
     if not found:
         click.echo(f"no API users in {settings.data_dir}", err=True)
 
 
 @users.command("remove")
 @click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@AS_JSON
 @setting_flags("data_dir")
-def users_remove(flags: Mapping[str, str | None], ids: tuple[str, ...]) -> None:
+def user_remove(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
     """Remove API users by their ID from the list."""
-    _remove(opened(settled(flags)).remove_user, ids, "user")
+    _remove(opened(settled(flags)).remove_user, ids, "user", as_json)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import pathlib
 import random
 import re
 import resource
+import secrets
 import select
 import shutil
 import signal
@@ -37,7 +38,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import IO, Any
@@ -527,7 +528,72 @@ def test_lists_can_be_read_by_scripts(tmp_path: pathlib.Path) -> None:
     assert (alice["email"], alice["plan"], alice["state"]) == ("alice@demo.example", "plus", "ready")
     assert alice["expires"].endswith("+00:00") and free["expires"] is None and free["kind"] == "login-free"
     (bob,) = (json.loads(line) for line in run("users", "list", "--json", env=env).stdout.splitlines())
-    assert set(bob) == {"id", "name", "added"} and bob["name"] == "bob"
+    assert (bob["name"], bob["limit"], bob["requests"], bob["used"]) == ("bob", None, 0, None)
+
+
+def test_scripts_are_told_in_json_what_was_done(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path)}
+    token = cp.demo_token("alice")
+    (added,) = run("accounts", "add", token, "--json", env=env).stdout.splitlines()
+    account = json.loads(added)
+    assert (account["email"], account["kind"]) == ("alice@demo.example", "access")
+    user = json.loads(run("users", "add", "bob", "--limit", "7", "--json", env=env).stdout)
+    assert user["limit"] == 7 and user["token"].startswith("cp-")
+    for what, id in (("accounts", account["id"]), ("users", user["user_id"])):
+        gone = run(what, "remove", id, "--json", env=env)
+        assert gone.returncode == 0 and json.loads(gone.stdout) == {"removed": id}
+    wrong = run("users", "add", "bob", "--limit", "-1", env=env)
+    assert wrong.returncode == 2 and not wrong.stdout
+
+
+def test_accounts_move_to_another_machine_with_their_identity(
+    tmp_path: pathlib.Path, weather: Weather, start: Callable[..., Proxy]
+) -> None:
+    weather.refresh_tokens["rt_" + "r" * 40] = "bob"
+    here = start("alice", "rt_" + "r" * 40, "login-free", folder="here")
+    for _ in range(12):
+        here.say()  # the refresh token rotates, cookies come
+    here.app.pool.keep_cookies()
+    env, file = {"DATA_DIR": str(tmp_path / "here")}, tmp_path / "moved.jsonl"
+    ended = run("accounts", "export", str(file), env=env)
+    assert ended.returncode == 0 and "3 accounts written to" in ended.stdout
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    secrets_ = [row.secret for row in here.store.accounts() if row.secret]
+    assert not any(secret in ended.stdout + ended.stderr for secret in secrets_)
+    again = run("accounts", "export", str(file), env=env)
+    assert again.returncode == 2 and "File exists" in again.stderr
+    there = {"DATA_DIR": str(tmp_path / "there")}
+    assert run("accounts", "import", str(file), env=there).returncode == 0
+    moved = {row.secret: row for row in cp.Store(str(tmp_path / "there")).accounts()}
+    for row in here.store.accounts():
+        if row.secret:
+            assert (moved[row.secret].device, moved[row.secret].cookies) == (row.device, row.cookies)
+    # And what is known by its token stays the account that it is.
+    back = run("accounts", "import", str(file), env=env)
+    assert (
+        "known before: 2" in back.stdout and len(here.store.accounts()) == 4
+    )  # login-free ones are all alike
+    assert run("accounts", "export", env={"DATA_DIR": str(tmp_path / "none")}).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"token": null}',
+        '{"accessToken": 5}',
+        '{"token": "TOKEN", "device": 5, "browser": "a b", "cookies": {"a": "b\\r\\nX: y"}}',
+        '{"token": "TOKEN", "device": "x", "browser": [], "cookies": [1]}',
+        '{"token": "TOKEN", "cookies": {"a": ["b"], "c": {}}}',
+    ],
+)
+def test_an_exported_line_brings_nothing_that_cannot_be_used(line: str, start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    proxy.app.pool.add([line.replace("TOKEN", cp.demo_token("alice"))])
+    for account in proxy.app.pool.accounts():
+        assert re.fullmatch(r"[0-9a-f-]{36}", account.row.device)
+        assert account.row.browser in cp.browsers.BrowserType.__members__
+        assert not re.search(r"[\r\n]", "".join(account.cookies.values()))
+    assert proxy.ask().status_code == (200 if "TOKEN" in line else 503)
 
 
 def test_accounts_are_checked_one_call_each(tmp_path: pathlib.Path, weather: Weather) -> None:
@@ -1065,17 +1131,337 @@ def test_tokens_are_uploaded_as_chat2api_does_it(start: Callable[..., Proxy]) ->
     headers = {"Authorization": f"Bearer {ADMIN}"}
     text = f"# two\n{cp.demo_token('alice')}\n\n{cp.demo_token('bob')} # second\nnonsense\n"
     answer = httpx.post(f"{proxy.url}/tokens/upload", data={"text": text}, headers=headers)
-    assert answer.json() == {"status": "success", "tokens_count": 2}
-    multipart = httpx.post(
-        f"{proxy.url}/tokens/upload", files={"text": (None, cp.demo_token("carol"))}, headers=headers
-    )
-    assert multipart.json() == {"status": "success", "tokens_count": 3}
+    told = {"status": "success", "tokens_count": 2, "stored": 2, "known": 0}
+    assert answer.json() == told | {"faults": ["line 5: not a token"]}
+    upload = {"text": (None, f"{cp.demo_token('carol')}\n{cp.demo_token('bob')}")}
+    multipart = httpx.post(f"{proxy.url}/tokens/upload", files=upload, headers=headers)
+    told = {"status": "success", "tokens_count": 3, "stored": 2, "known": 1, "faults": []}
+    assert multipart.json() == told
     for data in ({"text": "nonsense"}, {"other": "x"}):
         assert httpx.post(f"{proxy.url}/tokens/upload", data=data, headers=headers).status_code == 400
     assert proxy.ask().status_code == 200
 
 
+def admin(proxy: Proxy, method: str, path: str, key: str | None = ADMIN, **options: Any) -> httpx.Response:
+    """A call of the administrator's."""
+    headers = options.pop("headers", {}) | ({"Authorization": f"Bearer {key}"} if key else {})
+    return httpx.request(method, proxy.url + path, headers=headers, timeout=60, **options)
+
+
+def test_the_pool_is_looked_after_as_chat2api_does_it(start: Callable[..., Proxy], weather: Weather) -> None:
+    alice, bob = cp.demo_token("alice"), cp.demo_token("bob")
+    proxy = start(alice)
+    assert admin(proxy, "GET", f"/tokens/add/{bob}").json()["tokens_count"] == 2
+    assert error_of(admin(proxy, "GET", "/tokens/add/nonsense"))[0] == 400
+    assert admin(proxy, "POST", "/tokens/error").json() == {"status": "success", "error_tokens": []}
+    weather.dead.add(bob)
+    for _ in range(20):
+        proxy.say()
+    dead = admin(proxy, "POST", "/tokens/error").json()["error_tokens"]
+    assert [proxy.app.pool.find(id).row.email for id in dead] == ["bob@demo.example"]  # type: ignore[union-attr]
+    cleared = admin(proxy, "POST", "/tokens/clear")
+    assert cleared.json() == {"status": "success", "tokens_count": 0}
+    assert not proxy.store.accounts() and error_of(proxy.ask()) == (503, "no_account")
+    paths = [("GET", "/tokens/add/x"), ("GET", "/tokens/list"), ("GET", "/admin/users")]
+    paths += [
+        ("POST", f"/tokens/{name}") for name in ("upload", "clear", "error", "remove", "disable", "check")
+    ]
+    for method, path in [*paths, ("POST", "/admin/users/add"), ("POST", "/admin/users/delete")]:
+        for key in (None, "wrong", KEY):
+            assert admin(proxy, method, path, key).status_code == 401, (method, path)
+        proxy.app.keys._wrong.clear()
+
+
+def test_the_list_tells_who_did_what(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", random_token="false", retry_times="0")
+    proxy.say()
+    wait = status(429, {"detail": {"code": "rate_limit", "clears_in": 60}})
+    weather.add("/conversation", status(500), wait)
+    assert proxy.ask().status_code == 502
+    assert proxy.ask().status_code == 429
+    list(proxy.stream())
+    half = list(weather.say({"model": "m"}, ["one", " two"]))[:4]
+    weather.add("/conversation", cut_stream(*half))
+    assert "error" in proxy.ask(stream=True).text
+    said = admin(proxy, "GET", "/tokens/list").json()
+    found = {one["email"][:5].strip("@"): one for one in said["accounts"]}
+    assert said["total"] == said["matching"] == 2 and sum(said["states"].values()) == 2
+    counted = sum(one["answers"] for one in found.values()), sum(one["failures"] for one in found.values())
+    assert counted == (2, 3)
+    now = said["hours"][-1]
+    assert (now["answers"], now["failures"]) == (2, 3) and len(said["hours"]) == 24
+    limited_one = next(one for one in found.values() if one["state"] == "waiting")
+    assert re.fullmatch(r"waiting until \d\d:\d\d \(gpt-4o\)", limited_one["told"])
+    assert all(one["used"].startswith("20") for one in found.values())
+    tokens = [row.secret for row in proxy.store.accounts()]
+    assert not any(token in json.dumps(said) for token in tokens)
+    # Another process sees it, and so does the next one.
+    proxy.app.ledger.save()
+    kept = cp.Ledger(proxy.store)
+    assert {a.id: kept.today(a.id)[:2] for a in proxy.app.pool.accounts()} == {
+        one["id"]: (one["answers"], one["failures"]) for one in found.values()
+    }
+    assert [tally[:2] for _, tally in kept.hours()] == [(h["answers"], h["failures"]) for h in said["hours"]]
+    assert admin(proxy, "GET", "/tokens/list?q=BOB&limit=1").json()["matching"] == 1
+    assert admin(proxy, "GET", "/tokens/list?state=dead").json()["accounts"] == []
+    assert len(admin(proxy, "GET", "/tokens/list?offset=1&limit=5").json()["accounts"]) == 1
+    for wrong in ("offset=-1", "limit=501", "limit=x"):
+        assert error_of(admin(proxy, "GET", f"/tokens/list?{wrong}")) == (400, "invalid_request_error")
+
+
+def test_a_new_day_begins_with_nothing_counted(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = cp.Store(str(tmp_path))
+    noon = time.mktime((2026, 11, 20, 12, 30, 0, 0, 0, -1))
+    monkeypatch.setattr(cp.time, "time", lambda: noon)
+    ledger = cp.Ledger(store)
+    ledger.count("acc-1", answers=1)
+    ledger.count("acc-1", failures=2)
+    assert ledger.admit("user-1", 1) == 0 and ledger.admit("user-1", 1) == 11.5 * 3600
+    monkeypatch.setattr(cp.time, "time", lambda: noon + 13 * 3600)
+    ledger.count("acc-2", answers=5)
+    assert ledger.today("acc-1") == cp.Tally(used=noon) and ledger.admit("user-1", 1) == 0
+    hours = [tally[:2] for _, tally in ledger.hours()]
+    assert hours[-1] == (5, 0) and hours[-14] == (1, 2) and sum(map(sum, hours)) == 8
+    ledger.save()
+    later = cp.Ledger(store)
+    assert later.today("acc-1") == cp.Tally(used=noon) and later.today("acc-2").answers == 5
+    assert [tally[:2] for _, tally in later.hours()] == hours
+    store.prune(noon + 90 * 86400)
+    assert cp.Ledger(store).today("acc-1").used == noon  # when it was last used is not forgotten
+
+
+def test_accounts_are_disabled_enabled_removed_and_checked(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.refresh_tokens["rt_" + "r" * 40] = "carol"
+    proxy = start("alice", "bob", "rt_" + "r" * 40, cp.LOGIN_FREE)
+    ids = {account.row.email[:3]: account.id for account in proxy.app.pool.accounts()}
+    body = {"ids": [ids["ali"], ids[""], "acc-unknown"]}
+    assert admin(proxy, "POST", "/tokens/disable", json=body).json()["changed"] == 2
+    assert proxy.states()["alice@demo.example"] == "disabled"
+    proxy.app.pool.reload()
+    for _ in range(10):
+        proxy.say(model="gpt-4o")
+    alice = next(row.secret for row in proxy.store.accounts() if row.id == ids["ali"])
+    asked = [one for one in weather.seen if one.path.endswith("/conversation")]
+    assert len(asked) == 10 and not any(alice in one.headers["authorization"] for one in asked)
+    proxy.app.pool.add([cp.demo_token("alice")])  # which does not undo it
+    assert proxy.states()["alice@demo.example"] == "disabled"
+    enable = {"ids": [ids["ali"]], "disabled": False}
+    assert admin(proxy, "POST", "/tokens/disable", json=enable).json()["changed"] == 1
+    assert proxy.states()["alice@demo.example"] == "ready"
+    weather.dead.add(proxy.app.pool.find(ids["bob"]).row.secret)  # type: ignore[union-attr]
+    everyone = {"ids": [account.id for account in proxy.app.pool.accounts()]}
+    results = admin(proxy, "POST", "/tokens/check", json=everyone).json()["results"]
+    assert results[ids["ali"]] == "" and results[ids["bob"]].startswith("expired: ")
+    removed = admin(proxy, "POST", "/tokens/remove", json={"ids": [ids["ali"], "acc-unknown"]}).json()
+    assert removed["removed"] == 1 and ids["ali"] not in {row.id for row in proxy.store.accounts()}
+    for wrong in ({}, {"ids": "x"}, {"ids": [5]}, {"ids": ["x"] * 101}):
+        assert admin(proxy, "POST", "/tokens/check", json=wrong).status_code == 400
+
+
+def test_a_renewal_does_not_enable_an_account(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy, account = renewing(start, weather)
+    weather.add("/oauth/token", lambda request: time.sleep(0.5))
+    account.row = dataclasses.replace(account.row, expires=time.time() + 100)
+    proxy.app.upstream.renew_due(time.time())
+    assert admin(proxy, "POST", "/tokens/disable", json={"ids": [account.id]}).json()["changed"] == 1
+    wait_until(lambda: account.row.expires > time.time() + 1000)
+    assert account.row.state == "disabled" and error_of(proxy.ask()) == (503, "no_account")
+
+
+def test_a_token_is_exchanged_for_its_owner(start: Callable[..., Proxy], weather: Weather) -> None:
+    refresh, session = "rt_" + "r" * 40, "eyJhbGciOiJkaXIifQ..a.b.c"
+    weather.refresh_tokens[refresh], weather.session_tokens[session] = "alice", "bob"
+    proxy = start()
+    said = admin(proxy, "POST", "/auth/refresh", KEY, json={"refresh_token": refresh}).json()
+    assert said["email"] == "alice@demo.example" and said["plan"] == "plus" and said["expires_in"] > 86000
+    assert said["access_token"] == said["accessToken"] and said["refresh_token"] in weather.refresh_tokens
+    assert proxy.ask(key=said["access_token"]).status_code == 200
+    # The one that was replaced is worth nothing any more, here as there.
+    old = admin(proxy, "POST", "/auth/refresh", KEY, json={"refresh_token": refresh})
+    assert error_of(old) == (401, "invalid_api_key") and said["refresh_token"] not in old.text
+    newer = admin(proxy, "POST", "/auth/refresh", KEY, json={"refresh_token": said["refresh_token"]})
+    assert newer.status_code == 200 and newer.headers["cache-control"] == "no-store"
+    said = admin(proxy, "POST", "/auth/session", KEY, json={"session_token": session}).json()
+    assert said["email"] == "bob@demo.example" and "refresh_token" not in said
+    unknown = {"refresh_token": "rt_" + "u" * 40}
+    assert error_of(admin(proxy, "POST", "/auth/refresh", KEY, json=unknown)) == (401, "invalid_api_key")
+    assert admin(proxy, "POST", "/auth/refresh", None, json=unknown).status_code == 401
+    for wrong in (
+        {},
+        {"refresh_token": 5},
+        {"refresh_token": session},
+        {"refresh_token": cp.demo_token("x")},
+    ):
+        assert error_of(admin(proxy, "POST", "/auth/refresh", KEY, json=wrong))[0] == 400
+    assert not proxy.app.pool.accounts()
+
+
+def test_a_pool_accounts_owner_who_refreshes_leaves_it_in_the_pool(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh)
+    said = admin(proxy, "POST", "/auth/refresh", KEY, json={"refresh_token": refresh}).json()
+    (row,) = proxy.store.accounts()
+    assert row.secret == said["refresh_token"] and proxy.ask().status_code == 200
+
+
+def test_users_are_administered_as_chatgpt_api_server_does_it(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    made = httpx.post(f"{proxy.url}/admin/users/add", json={"admin_key": ADMIN}).json()
+    token = made["token"]
+    assert proxy.ask(key=token).status_code == 200 and proxy.say("hi")
+    listed = httpx.get(f"{proxy.url}/admin/users", params={"admin_key": ADMIN}).json()["users"]
+    assert [one["user_id"] for one in listed] == [made["user_id"]] and token not in json.dumps(listed)
+    assert admin(proxy, "GET", "/admin/users").json()["users"][0]["requests"] == 1
+    for wrong in ("x", None, 5, ""):
+        refused = httpx.post(f"{proxy.url}/admin/users/add", json={"admin_key": wrong})
+        assert refused.status_code == 401 and isinstance(refused.json()["error"], str)
+        assert ADMIN not in refused.text
+    proxy.app.keys._wrong.clear()
+    refused = httpx.get(f"{proxy.url}/admin/users", params={"admin_key": "wrong"})
+    assert refused.status_code == 401 and ADMIN not in refused.text
+    assert httpx.post(f"{proxy.url}/admin/users/add", content=b"{").status_code == 400
+    body = {"admin_key": ADMIN, "user_id": made["user_id"]}
+    gone = httpx.post(f"{proxy.url}/admin/users/delete", json=body)
+    assert gone.json() == {"message": "User deleted"} and proxy.ask(key=token).status_code == 401
+    assert httpx.post(f"{proxy.url}/admin/users/delete", json=body).status_code == 404
+    for bad in ({"name": 5}, {"limit": -1}, {"limit": "5"}, {"name": "a\nb"}):
+        assert admin(proxy, "POST", "/admin/users/add", json=bad).status_code == 400
+    # The key is named in the query of these routes alone.
+    assert httpx.get(f"{proxy.url}/tokens/list", params={"admin_key": ADMIN}).status_code == 401
+
+
+def test_an_api_users_day_has_a_limit_and_is_counted(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    made = admin(proxy, "POST", "/admin/users/add", json={"name": "bob", "limit": 3}).json()
+    other = admin(proxy, "POST", "/admin/users/add", json={"name": "eve"}).json()
+    assert proxy.ask(key=made["token"]).status_code == 200
+    first = admin(proxy, "GET", "/admin/users").json()["users"][0]
+    assert (first["requests"], first["limit"]) == (1, 3) and first["tokens"] > 5 and first["used"]
+    assert "[DONE]" in proxy.ask(key=made["token"], stream=True).text
+    second = admin(proxy, "GET", "/admin/users").json()["users"][0]
+    assert second["tokens"] == 2 * first["tokens"]
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    for _ in range(3):  # what costs the upstream nothing is not counted
+        assert httpx.get(f"{proxy.url}/v1/models", headers=headers).status_code == 200
+    body = {"model": "gpt-4o", "input": "hi"}
+    assert httpx.post(f"{proxy.url}/v1/responses", json=body, headers=headers).status_code == 200
+    over = proxy.ask(key=made["token"])
+    assert error_of(over) == (429, "rate_limit_exceeded") and 0 < int(over.headers["retry-after"]) <= 90000
+    third = admin(proxy, "GET", "/admin/users").json()["users"][0]
+    assert third["requests"] == 3 and third["tokens"] == 3 * first["tokens"]
+    assert proxy.ask(key=other["token"]).status_code == 200 and proxy.say()
+    proxy.app.ledger.save()
+    listed = run("users", "list", env={"DATA_DIR": proxy.settings.data_dir}).stdout
+    assert re.search(r"bob +3 +\d+ +3  20", listed) and re.search(r"eve +1 +\d+ +-  20", listed)
+
+
+def session(proxy: Proxy, key: str = ADMIN, **headers: str) -> httpx.Response:
+    return httpx.post(f"{proxy.url}/tokens/session", json={"key": key}, headers=headers)
+
+
+def test_an_administrator_signs_in_on_the_page(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", api_prefix="p")
+    url = f"{proxy.url}/p"
+
+    def call(method: str, path: str, **headers: str) -> int:
+        return httpx.request(method, url + path, headers={"Cookie": cookie} | headers).status_code
+
+    signed = httpx.post(f"{url}/tokens/session", json={"key": ADMIN})
+    assert signed.status_code == 204
+    cookie, *facts = signed.headers["set-cookie"].split("; ")
+    assert set(facts) == {"Path=/p", "Max-Age=43200", "HttpOnly", "SameSite=Strict"}
+    secure = httpx.post(f"{url}/tokens/session", json={"key": ADMIN}, headers={"X-Forwarded-Proto": "https"})
+    assert secure.headers["set-cookie"].endswith("; Secure")
+    own, other = {"Origin": proxy.url}, {"Origin": "http://evil.example"}
+    assert call("GET", "/tokens/list") == 200
+    assert call("POST", "/tokens/error", **own) == 200
+    assert call("POST", "/tokens/error", **{"Sec-Fetch-Site": "same-origin"}) == 200
+    for headers in ({}, other, {"Origin": "null"}, own | {"Sec-Fetch-Site": "cross-site"}):
+        assert call("POST", "/tokens/clear", **headers) == 401, headers
+    for headers in (other, {"Sec-Fetch-Site": "same-site"}):
+        assert call("GET", "/tokens/list", **headers) == 401
+    # A GET that changes something takes no cookie at all.
+    assert call("GET", f"/tokens/add/{cp.demo_token('bob')}", **own) == 401
+    assert len(proxy.app.pool.accounts()) == 1
+    digest = next(iter(proxy.app.keys._sessions))
+    proxy.app.keys._sessions[digest] -= 12 * 3600
+    assert call("GET", "/tokens/list") == 401
+    proxy.app.keys._sessions[digest] += 12 * 3600
+    assert call("GET", "/tokens/list") == 200
+    assert call("DELETE", "/tokens/session", **own) == 204 and call("GET", "/tokens/list") == 401
+    assert httpx.post(f"{url}/tokens/session", json={"key": ADMIN}, headers=other).status_code == 401
+    for body in ({"key": "wrong"}, {"key": None}, {}):
+        refused = httpx.post(f"{url}/tokens/session", json=body)
+        assert refused.status_code == 401 and "set-cookie" not in refused.headers
+
+
+def test_guessing_keys_becomes_slow(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+
+    def seconds(call: Callable[[], httpx.Response], code: int = 401) -> float:
+        began = time.monotonic()
+        assert call().status_code == code
+        return time.monotonic() - began
+
+    guesses = [
+        lambda: session(proxy, "wrong"),
+        lambda: proxy.ask(key="wrong"),
+        lambda: proxy.ask(key="worse"),
+    ]
+    assert sum(seconds(guess) for guess in [*guesses, *guesses[:2]]) < 1
+    for guess in guesses:
+        assert 1 <= seconds(guess) < 2
+    assert seconds(lambda: session(proxy), 204) < 0.9 and seconds(proxy.ask, 200) < 0.9
+    for times in proxy.app.keys._wrong.values():
+        times[:] = [one - 60 for one in times]
+    assert seconds(guesses[0]) < 0.9
+
+
+def test_without_a_key_only_this_machine_and_its_own_pages_administer(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", authorization="", admin_key="")
+    host = proxy.url.partition("://")[2]
+    port = host.rpartition(":")[2]
+    good: list[dict[str, str]] = [{}, {"Origin": proxy.url}, {"Sec-Fetch-Site": "same-origin"}]
+    good.append({"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"})
+    for headers in good:
+        said = admin(proxy, "GET", "/tokens/list", None, headers=headers)
+        assert said.status_code == 200 and said.json()["keyless"] is True, headers
+    evil = "http://evil.example"
+    for headers in (
+        {"Origin": evil}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}, {"X-Forwarded-For": "1.2.3.4"},
+        {"Host": f"evil.example:{port}"}, {"Host": f"evil.example:{port}", "Origin": f"{evil}:{port}"},
+    ):  # fmt: skip
+        assert admin(proxy, "GET", "/tokens/list", None, headers=headers).status_code == 401, headers
+        token = cp.demo_token("bob")
+        assert admin(proxy, "GET", f"/tokens/add/{token}", None, headers=headers).status_code == 401
+
+
 # --- the store -------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_write_the_store_at_once(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path), "PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    words = [["accounts", "add", "-"], ["accounts", "add", "-"], ["users", "add", "bob"]]
+    writers = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *one], env=env, stdin=subprocess.PIPE, text=True, stdout=-3
+        )
+        for one in [*words, *words]
+    ]
+    for number, writer in enumerate(writers):
+        assert writer.stdin
+        writer.stdin.write("\n".join(cp.demo_token(f"a{number}-{i}") for i in range(150)))
+        writer.stdin.close()
+    assert [writer.wait(60) for writer in writers] == [0] * 6
+    store = cp.Store(str(tmp_path))
+    assert len(store.accounts()) == 600 and len(store.users()) == 2
 
 
 def test_the_store_is_private_and_refuses_a_newer_schema(tmp_path: pathlib.Path) -> None:
@@ -1296,6 +1682,119 @@ def test_200_requests_on_an_expired_token_make_one_exchange(
         and kept.secret != refresh
         and kept.email == "alice@demo.example"
     )
+
+
+class Issuer(Weather):
+    """An issuer that lets a replaced refresh token live until the access token that came with its successor is used:
+    until then the client may never have heard of either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.successors: dict[str, str] = {}  # access token → the refresh token that it was exchanged for
+        self.heirs = Counter[str]()  # how often a name's token was replaced
+
+    def oauth_token(self, request: cp.Request) -> cp.Reply:
+        given = str(request.json()["refresh_token"])
+        name = self.refresh_tokens.get(given)
+        if name is None:
+            return cp.json_reply({"error": "invalid_grant"}, 403)
+        access, new = cp.demo_token(name, 30), f"rt_{secrets.token_urlsafe(40)}"  # too short for a second use
+        self.refresh_tokens[new] = name
+        self.successors[access] = given
+        self.heirs[name] += 1
+        return cp.json_reply({"access_token": access, "refresh_token": new})
+
+    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream:
+        if request.path == "/oauth/token":
+            return self.oauth_token(request)
+        if replaced := self.successors.pop(cp.Keys.given(request), None):
+            self.refresh_tokens.pop(replaced, None)
+        return super().respond(request)
+
+
+def test_no_rotated_token_is_lost_by_killing_the_process(tmp_path: pathlib.Path) -> None:
+    issuer, names = Issuer(), [f"a{i}" for i in range(10)]
+    server, issuer.url = issuer.listen()
+    issuer.refresh_tokens = {f"rt_{name}{'x' * 40}": name for name in names}
+    env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": issuer.url, "OPENAI_AUTH_URL": issuer.url}
+    env |= {"AUTHORIZATION": KEY, "RETRY_TIMES": "0"}
+    assert run("accounts", "add", "-", env=env, stdin="\n".join(issuer.refresh_tokens)).returncode == 0
+    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+    options: dict[str, Any] = {"json": body, "headers": {"Authorization": f"Bearer {KEY}"}}
+    chance, rounds = random.Random(5), 0
+
+    def ask(url: str) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            while httpx.post(f"{url}/v1/chat/completions", timeout=20, **options).status_code:
+                pass
+
+    while rounds < 20 or sum(issuer.heirs.values()) < 500:
+        rounds += 1
+        with Served(env=env) as served:
+            askers = [threading.Thread(target=ask, args=(served.url,)) for _ in range(4)]
+            for asker in askers:
+                asker.start()
+            enough = sum(issuer.heirs.values()) + 15
+            deadline = time.monotonic() + 20
+            while sum(issuer.heirs.values()) < enough:
+                assert time.monotonic() < deadline, served.lines
+                time.sleep(0.005)
+            time.sleep(chance.random() * 0.1)
+            served.process.kill()
+            for asker in askers:
+                asker.join()
+    kept = {row.id: row for row in cp.Store(str(tmp_path)).accounts()}
+    server.drain(0)
+    assert len(kept) == len(names) and all(row.state == "ready" for row in kept.values())
+    assert {issuer.refresh_tokens.get(row.secret) for row in kept.values()} == set(names)
+
+
+def test_two_processes_exchange_a_token_once(
+    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
+) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh)
+    slow = threading.Event()
+
+    def wait(request: cp.Request) -> None:
+        slow.wait(3)
+
+    weather.add("/oauth/token", wait)
+    env = {
+        "DATA_DIR": str(tmp_path / "data"),
+        "CHATGPT_BASE_URL": weather.url,
+        "OPENAI_AUTH_URL": weather.url,
+    }
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        check = pool.submit(run, "accounts", "check", env=env)
+        wait_until(lambda: weather.faults["/oauth/token"] == deque())
+        asked = pool.submit(proxy.ask)
+        time.sleep(0.2)  # it waits for the other process, or would have asked by now
+        slow.set()
+        assert check.result().returncode == 0 and asked.result().status_code == 200
+    assert weather.count("/oauth/token") == 1
+
+
+def test_tokens_of_one_account_are_one_account(start: Callable[..., Proxy], weather: Weather) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start("alice", "bob", history_disabled="false")
+    alice = next(one for one in proxy.app.pool.accounts() if one.row.email.startswith("alice"))
+    proxy.app.pool.hold("conversation-1", alice)
+    proxy.app.pool.add([refresh])
+    for _ in range(30):
+        proxy.say()
+    kinds = {row.email: row.kind for row in proxy.store.accounts()}
+    assert kinds == {"alice@demo.example": "refresh", "bob@demo.example": "access"}
+    assert proxy.app.pool.holder("conversation-1") == next(
+        row.id for row in proxy.store.accounts() if row.kind == "refresh"
+    )
+    # And its access token, or the newest refresh token, added later is still the same.
+    secret = next(row.secret for row in proxy.store.accounts() if row.kind == "refresh")
+    added = proxy.app.pool.add([cp.demo_token("alice"), secret])
+    assert (len(added.rows), added.known, added.merged) == (1, 1, 1)
+    assert len(proxy.store.accounts()) == 2 and proxy.ask().status_code == 200
 
 
 def renewing(start: Callable[..., Proxy], weather: Weather, **settings: str) -> tuple[Proxy, cp.Account]:
@@ -1636,6 +2135,72 @@ def test_an_account_keeps_its_proxy_and_accounts_share_them_out(start: Callable[
     assert sorted(first.values()) == sorted(proxies.split(",") * 2)
     second = start(proxy_url=",".join(reversed(proxies.split(",")))).app.pool.accounts()
     assert {a.id: a.route.proxy for a in second} == first
+
+
+def test_an_account_moves_on_from_a_proxy_that_does_not_connect(
+    start: Callable[..., Proxy], weather: Weather, caplog: pytest.LogCaptureFixture
+) -> None:
+    through: list[bytes] = []
+
+    def serve(listener: socket.socket) -> None:
+        """A plain proxy for one call a connection."""
+        while True:
+            client, _ = listener.accept()
+            with contextlib.suppress(OSError), client:
+                data = client.recv(65536)
+                through.append(data)
+                address = data.split(b" ")[1].split(b"/")[2].decode()
+                head, _, rest = data.partition(b"\r\n\r\n")
+                length = int((re.search(rb"(?i)content-length: (\d+)", head) or [0, 0])[1])
+                while len(rest) < length:
+                    rest += client.recv(65536)
+                host, _, port = address.partition(":")
+                with socket.create_connection((host, int(port))) as there:
+                    there.sendall(head + b"\r\nConnection: close\r\n\r\n" + rest)
+                    while more := there.recv(65536):
+                        client.sendall(more)
+
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        dead = f"http://user:secret@127.0.0.1:{closed.getsockname()[1]}"
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    alive = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    proxy = start("alice", proxy_url=f"{dead},{alive}", retry_times="0")
+    (account,) = proxy.app.pool.accounts()
+    assert account.route.proxy == dead
+    assert (
+        proxy.ask().status_code == 502 and account.route.proxy == dead
+    )  # two calls: the page, the requirements
+    for code in (502, 200):
+        assert proxy.ask().status_code == code
+    assert account.route.proxy == alive and proxy.store.accounts()[0].proxy == alive and through
+    (told,) = [vars(one) for one in caplog.records if one.msg == "account moved to the next proxy"]
+    assert told["facts"]["account"] == "alice@demo.example" and "secret" not in str(told)
+    # What the upstream says through it, be it a failure, is no reason to move.
+    weather.add("/conversation", *[status(502)] * 4)
+    assert [proxy.ask().status_code for _ in range(4)] == [502] * 4 and account.route.proxy == alive
+
+
+def test_a_tunnel_that_is_refused_is_a_proxy_that_does_not_connect(start: Callable[..., Proxy]) -> None:
+    def serve(listener: socket.socket) -> None:
+        while True:
+            client, _ = listener.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    for listener in listeners:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    proxies = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
+    proxy = start("alice", upstream="https://localhost:1", proxy_url=",".join(proxies), retry_times="0")
+    (account,) = proxy.app.pool.accounts()
+    seen = []
+    for _ in range(5):
+        assert error_of(proxy.ask()) == (502, "upstream_error")
+        seen.append(account.route.proxy)
+    first, second = proxies
+    assert seen == [first, second, second, second, first]  # the page is not asked for again within a minute
 
 
 # --- the proof of work and the requirements --------------------------------------------------------------------------
