@@ -11,7 +11,7 @@ demo: .venv/run
 	$(BIN)/python chatproxy.py serve --demo
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -n 2 test_chatproxy.py
+	$(BIN)/python -m pytest -q -rs -n 2 test_chatproxy.py
 
 bench: .venv/test
 	$(BIN)/python test_chatproxy.py bench
@@ -33,5 +33,5 @@ STYLE := --isolated --config 'line-length = 110' --config 'target-version = "py3
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install -q pytest pytest-xdist hypothesis httpx openai pillow 'pydantic-ai-slim[openai]>=2' trustme hypercorn ruff mypy
+	$(BIN)/pip install -q pytest pytest-xdist hypothesis httpx openai pillow 'pydantic-ai-slim[openai]>=2' trustme hypercorn playwright ruff mypy
 	touch $@

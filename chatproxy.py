@@ -8017,6 +8017,963 @@ def metrics(app: App, request: Request) -> Reply:
 
 
 # ============================================================================================================
+# pages: the built-in ones; what they show is made of text nodes alone, so nobody's words can become markup
+# ============================================================================================================
+
+
+def page(title: str, style: str, body: str, script: str) -> Reply:
+    """A page that loads nothing from anywhere, talks to this server alone, and runs no script but its own."""
+    policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "https: http: data:"}
+    for name, text in (("style-src", style), ("script-src", script)):
+        policy[name] = f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    policy |= dict.fromkeys(("base-uri", "form-action", "frame-ancestors", "trusted-types"), "'none'")
+    policy["require-trusted-types-for"] = "'script'"
+    headers = {"Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items())}
+    headers |= {
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    text = f'<!DOCTYPE html><html lang="en"><head>{head}<style>{style}</style></head><body>{body}<script>{script}</script></body></html>'
+    return Reply(200, text.encode(), "text/html; charset=utf-8", headers)
+
+
+BASE_CSS = r"""
+:root {
+  color-scheme: light dark;
+  --page: #f6f7f8; --card: #ffffff; --text: #1b2126; --quiet: #5a6570; --line: #dce0e4; --soft: #eceff1;
+  --accent: #0b6e69; --on-accent: #ffffff; --bad: #b3261e; --good: #2e7d32; --warn: #a86200;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #14181b; --card: #1c2226; --text: #e5e9ec; --quiet: #9aa6b0; --line: #323a41; --soft: #272e34;
+    --accent: #5cc8bf; --on-accent: #06211f; --bad: #ff8a80; --good: #7cc47f; --warn: #e8b04a;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere; }
+body { font: 15px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+h1, h2, p { margin: 0; font-size: 1em; }
+a, h1 { color: var(--accent); }
+button, input, select, textarea {
+  font: inherit; color: inherit; background: var(--card); max-width: 100%;
+  border: 1px solid var(--line); border-radius: 8px; padding: 0.4rem 0.75rem;
+}
+button { cursor: pointer; }
+button:disabled { opacity: 0.45; cursor: default; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; }
+button.bad { color: var(--bad); }
+button.armed { background: var(--bad); color: var(--card); }
+.quiet, summary, th { color: var(--quiet); }
+.trouble { color: var(--bad); }
+.row { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
+.stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; }
+.stack > label { display: grid; gap: 0.25rem; }
+.row > * { min-width: 0; }
+.grow { flex: 1 1 10rem; }
+code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.9em; }
+"""
+
+BASE_JS = r"""
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+
+// Everything is asked below the path this page stands at. The origin is spelled out because a path that
+// begins with two slashes would otherwise name another host.
+const BASE = location.origin + location.pathname.replace($("tokens") ? /[/]tokens[/]*$/ : "", "")
+  .replace(/[/]+$/, "");
+
+/** A new element. `props` are properties where it has such, else attributes; strings become text. */
+function el(tag, props, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props || {})) {
+    if (name in node) node[name] = value;
+    else node.setAttribute(name, value);
+  }
+  for (const child of children.flat()) node.append(child); // spread arguments would be limited in number
+  return node;
+}
+
+const button = (text, onclick, className) => el("button", { type: "button", onclick, className }, text);
+
+function onSubmit(id, act) {
+  $(id).onsubmit = (event) => {
+    event.preventDefault();
+    act();
+  };
+}
+
+/** Write only what differs, so that selections, screen readers and layout are left alone. */
+function put(node, text, props) {
+  for (const [name, value] of Object.entries({ textContent: text, ...props })) {
+    if (node[name] !== value) node[name] = value;
+  }
+}
+
+/** The response if it is a success, else an Error with the server's message and `status` (0: not reached). */
+async function send(method, path, body, more = {}) {
+  const json = body && !(body instanceof URLSearchParams);
+  const headers = { ...(json ? { "content-type": "application/json" } : {}), ...more.headers };
+  const options = { ...more, method, headers, body: json ? JSON.stringify(body) : body };
+  const response = await fetch(BASE + path, options).catch(() => null);
+  if (response?.ok) return response;
+  const status = response?.status || 0;
+  const said = await response?.json().catch(() => null);
+  const plain = status ? `The server answered with ${status}.` : "The server cannot be reached.";
+  throw Object.assign(new Error(said?.error?.message || said?.error || plain), { status });
+}
+
+const api = async (...request) => JSON.parse(await (await send(...request)).text() || "null");
+
+/** Copy `text`, or select it in `shown`: browsers offer the clipboard only over HTTPS and on this machine. */
+async function copy(text, shown, node) {
+  try {
+    await navigator.clipboard.writeText(text);
+    node.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(shown);
+    node.textContent = "Selected";
+  }
+  setTimeout(() => { node.textContent = "Copy"; }, 1500);
+}
+"""
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
+
+TOKENS_CSS = r"""
+main { max-width: 76rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.1rem; }
+.wide { width: 100%; }
+#sign-in { max-width: 24rem; margin: 12vh auto 0; }
+#chips { flex: 1 1 max(17rem, 100% - 16rem); }
+#chips button { border-radius: 99px; }
+[aria-pressed="true"], tr:has(:checked) { border-color: var(--accent); background: var(--soft); }
+.ready { --dot: var(--good); }
+.waiting, .expired { --dot: var(--warn); }
+.dead { --dot: var(--bad); }
+.dot::before { content: "● "; color: var(--dot, var(--quiet)); }
+table { border-collapse: collapse; }
+th, td { text-align: left; padding: 0.4rem 0.5rem; border-bottom: 1px solid var(--line); }
+:is(th, td):nth-child(n+4) { white-space: nowrap; }
+td:nth-child(2) { width: 30%; }
+td:last-child { text-align: right; }
+td button { margin-left: 0.3rem; }
+textarea { width: 100%; resize: vertical; }
+.over { border-color: var(--accent); }
+ul { list-style: none; margin: 0; padding: 0; max-height: 20rem; overflow-y: auto; }
+li { padding: 0.3rem 0; }
+:is(#said, #users-said, #fresh, #added):empty { display: none; }
+svg { display: block; width: 100%; height: 150px; overflow: visible; }
+text { fill: var(--quiet); font-size: 11px; }
+line { stroke: var(--line); }
+rect { fill: var(--dot, transparent); }
+@media (max-width: 60rem) {
+  :is(th, td):nth-child(n+4):nth-child(-n+6) { display: none; }
+}
+@media (max-width: 42rem) { /* each account becomes a few lines */
+  thead { display: none; }
+  tr { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line); }
+  td { border: 0; }
+  td:nth-child(2) { width: calc(100% - 2.5rem); }
+  td:nth-child(7)::before { content: "used "; }
+  td:nth-child(8)::before { content: "today "; }
+}
+"""
+
+TOKENS_HTML = r"""
+<main id="tokens" class="stack">
+  <header class="row">
+    <h1>Accounts</h1>
+    <p id="trouble" class="quiet grow" role="status"></p>
+    <a id="to-chat">Chat</a>
+    <button id="sign-out" type="button" hidden>Sign out</button>
+  </header>
+  <form id="sign-in" class="card stack" hidden>
+    <label>Admin key<input id="key" type="password" autocomplete="current-password" required></label>
+    <p id="sign-in-said" class="trouble" role="alert"></p>
+    <button class="main">Sign in</button>
+  </form>
+  <div id="pool" class="stack" hidden>
+    <section class="card row">
+      <h2 class="grow">Last 24 hours</h2>
+      <span class="dot ready">answers</span><span class="dot dead">failures</span>
+      <div id="chart" class="wide"></div>
+    </section>
+    <section class="card row">
+      <div id="chips" class="row" role="group" aria-label="State"></div>
+      <input id="search" type="search" placeholder="Search" aria-label="Search accounts">
+      <label class="grow"><input id="all" type="checkbox"> <span id="picked"></span></label>
+      <button type="button" data-do="check">Check</button>
+      <button type="button" data-do="disable">Disable</button>
+      <button type="button" data-do="enable">Enable</button>
+      <button type="button" data-do="remove" class="bad">Remove</button>
+      <p id="said" class="wide" role="status"></p>
+      <table class="wide" aria-label="Accounts">
+        <thead><tr><th></th><th>Account</th><th>State</th><th>Plan</th><th>Kind</th><th>Expires</th>
+          <th>Last use</th><th title="answers / failures today">Today</th><th></th></tr></thead>
+        <tbody id="rows"></tbody>
+      </table>
+      <span id="range" class="quiet grow"></span>
+      <button id="back" type="button">Previous</button><button id="next" type="button">Next</button>
+    </section>
+    <form id="add" class="card stack">
+      <h2>Add accounts</h2>
+      <label>Tokens, one a line<textarea id="text" rows="4" spellcheck="false" required></textarea></label>
+      <div class="row">
+        <button class="main">Add</button>
+        <label class="row">or drop text files here, or <input id="files" type="file" multiple></label>
+      </div>
+      <ul id="added" role="status"></ul>
+    </form>
+    <form id="add-user" class="card row">
+      <h2 class="wide">API users</h2>
+      <ul id="users" class="wide"></ul>
+      <p id="users-said" class="wide" role="status"></p>
+      <div id="fresh" class="row wide"></div>
+      <input id="user-name" class="grow" required maxlength="100" placeholder="Name" aria-label="Name">
+      <input id="user-limit" type="number" min="1" placeholder="Requests a day" aria-label="Requests a day">
+      <button class="main">Add user</button>
+    </form>
+    <form id="clear" class="card row">
+      <h2 class="grow">Remove all accounts</h2>
+      <label for="word">Type <code>clear</code> to go on</label>
+      <input id="word" required pattern="clear" title="the word clear" autocomplete="off">
+      <button class="bad">Remove all</button>
+    </form>
+  </div>
+</main>
+"""
+
+TOKENS_JS = r"""
+const PAGE = 50;
+const STATES = ["ready", "waiting", "expired", "dead", "disabled"];
+const BULK = document.querySelectorAll("[data-do]");
+const wanted = { offset: 0, q: "", state: "" };
+const accounts = new Map(); // id -> its row; only of those shown, so that nothing unseen is acted upon
+const users = new Map();
+let asked = 0; // counts the list requests, so that an answer overtaken by a newer one is dropped
+let timer = 0;
+let drawn = ""; // the hours the chart shows
+
+const num = (number) => number.toLocaleString("en");
+const count = (number, noun) => `${num(number)} ${noun}${number === 1 ? "" : "s"}`;
+const fully = (iso) => (iso ? new Date(iso).toLocaleString("en-GB") : "");
+const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
+
+function when(iso) {
+  const seconds = (Date.parse(iso) - Date.now()) / 1000;
+  const span = Math.abs(seconds);
+  const [size, unit] = span < 3600 ? [60, "minute"] : span < 86400 ? [3600, "hour"] : [86400, "day"];
+  return RELATIVE.format(Math.trunc(seconds / size), unit);
+}
+
+/** Say the outcome of something; an ended session leads back to the sign-in. */
+function say(where, text, error) {
+  if (error?.status === 401) return signedOut("Your sign-in has ended.");
+  where.classList.toggle("trouble", Boolean(error));
+  put(where, error ? error.message : text);
+}
+
+/** Have the server change something, say what `told` makes of its answer, and look again. */
+async function change(where, path, body, told) {
+  try {
+    const result = await api("POST", path, body);
+    say(where, told(result));
+    return result;
+  } catch (error) {
+    say(where, "", error);
+  } finally {
+    poll();
+  }
+}
+
+/** Make a button ask once, in its own place, before it acts. */
+function arm(node, act, label = node.textContent) {
+  let since = 0;
+  const show = (at) => {
+    since = at;
+    put(node, at ? "Really?" : "Remove", { ariaLabel: at ? `Really? ${label}` : label });
+    node.classList.toggle("armed", at > 0);
+  };
+  node.onblur = () => show(0);
+  node.onkeydown = (event) => { if (event.key === "Escape") show(0); };
+  node.onclick = (event) => {
+    if (since && event.timeStamp - since < 400) return; // a double click is no answer to the question
+    if (since) return show(0), act();
+    show(event.timeStamp);
+    node.focus(); // Safari does not focus a button that is clicked, and then it would not blur
+  };
+}
+
+/** Make `parent` show `items`, touching only what differs; `make` returns a row {node, update}. */
+function sync(parent, items, id, rows, make) {
+  const focused = document.activeElement;
+  const ids = new Set(items.map((item) => item[id]));
+  for (const [key, row] of rows) if (!ids.has(key)) rows.delete(key), row.node.remove();
+  items.forEach((item, index) => {
+    if (!rows.has(item[id])) rows.set(item[id], make(item));
+    const row = rows.get(item[id]);
+    row.update(item);
+    if (parent.children[index] !== row.node) parent.insertBefore(row.node, parent.children[index] || null);
+  });
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
+}
+
+function accountRow({ id, email }) {
+  const name = email || id;
+  const cells = Array.from({ length: 7 }, () => el("td"));
+  const box = el("input", { type: "checkbox", "aria-label": `Select ${name}` });
+  const check = button("Check", () => act("check", [id]), "small");
+  const toggle = button("", () => act(toggle.textContent.toLowerCase(), [id]), "small");
+  const remove = button("Remove", null, "small bad");
+  const [who, state, paid, kind, expires, used, today] = cells;
+  const node = el("tr", {}, el("td", {}, box), cells, el("td", {}, check, toggle, remove));
+  const row = { node, box, note: "" }; // the note is what the last check found
+  check.ariaLabel = `Check ${name}`;
+  arm(remove, () => act("remove", [id]), `Remove ${name}`);
+  box.onchange = showPicked;
+  row.update = (account) => {
+    const { told, answers, failures, plan } = account;
+    const verb = account.state === "disabled" ? "Enable" : "Disable";
+    put(who, name, { title: id });
+    put(state, row.note ? `${told} – ${row.note}` : told, { className: `dot ${account.state}` });
+    put(paid, plan || "–");
+    put(kind, account.kind);
+    put(expires, account.expires ? when(account.expires) : "–", { title: fully(account.expires) });
+    put(used, account.used ? when(account.used) : "never", { title: fully(account.used) });
+    put(today, `${num(answers)} / ${num(failures)}`, { className: failures ? "trouble" : "" });
+    put(toggle, verb, { ariaLabel: `${verb} ${name}` });
+  };
+  return row;
+}
+
+function userRow({ user_id, name }) {
+  const [token, use] = [el("code"), el("span", { className: "quiet grow" })];
+  const remove = button("Remove", null, "small bad");
+  const act = () => change($("users-said"), "/admin/users/delete", { user_id }, () => `Removed ${name}.`);
+  arm(remove, act, `Remove ${name}`);
+  const update = (user) => {
+    const limit = user.limit === null ? "" : ` of ${num(user.limit)}`;
+    const used = user.used ? `used ${when(user.used)}` : "never used";
+    put(token, user.token);
+    put(use, `${num(user.requests)}${limit} requests, ${count(user.tokens, "token")} today, ${used}`);
+  };
+  return { node: el("li", { className: "row" }, el("b", {}, name), token, use, remove), update };
+}
+
+const picked = () => [...accounts.keys()].filter((id) => accounts.get(id).box.checked);
+
+function showPicked() {
+  const number = picked().length;
+  $("all").checked = number > 0 && number === accounts.size;
+  put($("picked"), number ? `${number} selected` : "Select all on this page");
+  for (const each of BULK) each.disabled = !number;
+}
+
+function act(what, ids) {
+  const done = (verb, number) => `${verb} ${count(number, "account")}.`;
+  const [path, body, told] = {
+    check: ["check", {}, ({ results }) => {
+      for (const id of ids) if (accounts.has(id)) accounts.get(id).note = results[id] || "works";
+      const bad = ids.filter((id) => results[id]).length;
+      return `${done("Checked", ids.length)} ${ids.length - bad} work, ${bad} do not.`;
+    }],
+    disable: ["disable", { disabled: true }, ({ changed }) => done("Disabled", changed)],
+    enable: ["disable", { disabled: false }, ({ changed }) => done("Enabled", changed)],
+    remove: ["remove", {}, ({ removed }) => done("Removed", removed)],
+  }[what];
+  say($("said"), what === "check" ? `Checking ${count(ids.length, "account")}…` : "");
+  return change($("said"), `/tokens/${path}`, { ids, ...body }, told);
+}
+
+function svg(tag, props, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(props)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function showChart(hours) {
+  if (drawn === JSON.stringify(hours)) return;
+  drawn = JSON.stringify(hours);
+  const [top, bottom] = [16, 128];
+  const total = (key) => num(hours.reduce((sum, hour) => sum + hour[key], 0));
+  const most = Math.max(...hours.map((hour) => hour.answers + hour.failures), 1);
+  const label = `${total("answers")} answers and ${total("failures")} failures, at most ${num(most)} an hour`;
+  const chart = svg("svg", { role: "img", "aria-label": label }, svg("text", { y: top - 4 }, num(most)),
+    svg("line", { x2: "100%", y1: top, y2: top }), svg("line", { x2: "100%", y1: bottom, y2: bottom }));
+  hours.forEach(({ start, answers, failures }, index) => {
+    const left = (index / hours.length) * 100;
+    const time = new Date(start).toTimeString().slice(0, 5);
+    const title = svg("title", {}, `from ${time}: ${num(answers)} answers, ${num(failures)} failures`);
+    const bar = (kind, below, number) => {
+      const [y, height] = [below + number, number].map((each) => (each / most) * (bottom - top));
+      return svg("rect", { class: kind, x: `${left}%`, width: "3%", y: bottom - y, height });
+    };
+    const bars = [bar("", 0, most), bar("ready", 0, answers), bar("dead", answers, failures)];
+    chart.append(svg("g", {}, title, ...bars));
+    if (new Date(start).getHours() % 6 === 0) {
+      chart.append(svg("text", { x: `${left + 1.5}%`, y: 145, "text-anchor": "middle" }, time));
+    }
+  });
+  $("chart").replaceChildren(chart);
+}
+
+function signedOut(text) {
+  clearTimeout(timer);
+  asked++;
+  $("sign-in").hidden = false;
+  $("pool").hidden = $("sign-out").hidden = true;
+  $("text").value = ""; // no token stays behind on a page that may be left alone
+  $("fresh").replaceChildren();
+  put($("trouble"), "");
+  put($("sign-in-said"), text);
+  $("key").focus();
+}
+
+/** Ask for the accounts and users now, and then every three seconds. */
+async function poll() {
+  clearTimeout(timer);
+  const mine = ++asked;
+  try {
+    const query = new URLSearchParams({ ...wanted, limit: PAGE });
+    const get = (path) => api("GET", path, undefined, { signal: AbortSignal.timeout(15000) });
+    const [list, people] = await Promise.all([get(`/tokens/list?${query}`), get("/admin/users")]);
+    if (mine !== asked) return;
+    put($("trouble"), "");
+    show(list);
+    sync($("users"), people.users, "user_id", users, userRow);
+  } catch (error) {
+    if (mine !== asked) return;
+    if (error.status === 401) return signedOut($("pool").hidden ? "" : "Your sign-in has ended.");
+    put($("trouble"), `${error.message} Trying again…`);
+  }
+  if (mine === asked) timer = setTimeout(poll, 3000);
+}
+
+function show(list) {
+  const { matching } = list;
+  const last = wanted.offset + list.accounts.length;
+  if (wanted.offset && wanted.offset >= matching) return look({ offset: wanted.offset - PAGE });
+  $("sign-in").hidden = true;
+  $("pool").hidden = false;
+  $("sign-out").hidden = list.keyless;
+  sync($("rows"), list.accounts, "id", accounts, accountRow);
+  showPicked();
+  for (const chip of $("chips").children) {
+    put(chip.lastChild, num(chip.value ? list.states[chip.value] || 0 : list.total));
+    chip.ariaPressed = chip.value === wanted.state;
+  }
+  showChart(list.hours);
+  const none = list.total ? "No account matches." : "There is no account yet. Add one below.";
+  put($("range"), matching ? `${wanted.offset + 1}–${last} of ${num(matching)}` : none);
+  $("back").disabled = wanted.offset === 0;
+  $("next").disabled = last >= matching;
+}
+
+/** Look at other accounts: another page, or from the first page another state or search. */
+function look(other) {
+  Object.assign(wanted, { offset: 0 }, other);
+  return poll();
+}
+
+/** Upload files of tokens; the answer to the last one. */
+async function upload(files) {
+  let result = null;
+  $("added").replaceChildren();
+  for (const file of files) {
+    const said = el("span", {}, "adding…");
+    $("added").append(el("li", {}, `${file.name}: `, said));
+    const body = new URLSearchParams({ text: await file.text().catch(() => "") });
+    const told = ({ stored, known }) => `${count(stored, "account")} added, ${known} known before.`;
+    result = await change(said, "/tokens/upload", body, told);
+    for (const fault of result?.faults || []) $("added").append(el("li", { className: "trouble" }, fault));
+  }
+  $("files").value = ""; // so that the same file may be chosen again
+  return result;
+}
+
+$("to-chat").href = `${BASE}/`;
+for (const state of ["", ...STATES]) {
+  const chip = button(`${state || "all"} `, () => look({ state }), state && `dot ${state}`);
+  chip.value = state;
+  chip.append(el("b"));
+  $("chips").append(chip);
+}
+onSubmit("sign-in", async () => {
+  const body = { key: $("key").value };
+  await api("POST", "/tokens/session", body).then(poll, (error) => put($("sign-in-said"), error.message));
+  $("sign-in").reset();
+});
+$("sign-out").onclick = () => api("DELETE", "/tokens/session").then(() => signedOut(""), poll);
+$("search").oninput = () => look({ q: $("search").value.trim() });
+$("back").onclick = () => look({ offset: Math.max(0, wanted.offset - PAGE) });
+$("next").onclick = () => look({ offset: wanted.offset + PAGE });
+$("all").onchange = () => {
+  for (const { box } of accounts.values()) box.checked = $("all").checked;
+  showPicked();
+};
+for (const each of BULK) {
+  const go = () => act(each.dataset.do, picked());
+  if (each.dataset.do === "remove") arm(each, go);
+  else each.onclick = go;
+}
+onSubmit("add", async () => {
+  if (await upload([new File([$("text").value], "Pasted")])) $("text").value = "";
+});
+$("files").onchange = () => upload($("files").files);
+$("add").ondragover = $("add").ondragleave = $("add").ondrop = (event) => {
+  $("add").classList.toggle("over", event.type === "dragover");
+  if (!event.dataTransfer.types.includes("Files")) return; // text goes into the text area as usual
+  event.preventDefault();
+  if (event.type === "drop") upload(event.dataTransfer.files);
+};
+onSubmit("add-user", async () => {
+  const [name, limit] = [$("user-name").value.trim(), Number($("user-limit").value) || null];
+  const made = await change($("users-said"), "/admin/users/add", { name, limit }, () => `Added ${name}.`);
+  if (!made) return;
+  $("add-user").reset();
+  const shown = el("code", {}, made.token);
+  const copier = button("Copy", () => copy(made.token, shown, copier), "main");
+  const done = button("Done", () => { $("fresh").replaceChildren(); $("user-name").focus(); });
+  $("fresh").replaceChildren(`The key of ${name}, shown only now:`, shown, copier, done);
+  copier.focus();
+});
+onSubmit("clear", () => {
+  $("clear").reset();
+  change($("said"), "/tokens/clear", undefined, () => "All accounts were removed.");
+});
+poll();
+"""
+
+# -- chat --------------------------------------------------------------------------------------------------------------
+
+CHAT_CSS = r"""
+#chat { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); height: 100dvh; }
+#chat > header { padding: 0.6rem 1rem; border-bottom: 1px solid var(--line); background: var(--card); }
+#log { overflow-y: auto; padding: 1.5rem max(1rem, calc(50% - 23rem)); }
+#empty { justify-content: center; padding-top: 25vh; text-align: center; }
+#ask { padding: 0.75rem max(1rem, calc(50% - 23rem)) 1rem; }
+#question { field-sizing: content; max-height: 40vh; resize: none; }
+#status { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: inherit; }
+.question { white-space: pre-wrap; background: var(--soft); border-radius: 14px; padding: 0.6rem 1rem; }
+.question { width: fit-content; max-width: 88%; margin: 1.25rem 0 1.25rem auto; }
+article[aria-busy="true"]::after { content: "…"; color: var(--quiet); }
+details > div, blockquote { border-left: 3px solid var(--line); padding-left: 0.9rem; color: var(--quiet); }
+.md > *, .md blockquote, .md figure { margin: 0 0 0.8rem; }
+.md :is(h1, h2, h3, h4, h5, h6) { font-size: 1.15em; }
+.md :is(ul, ol) { padding-left: 1.5rem; }
+.md code { background: var(--soft); border-radius: 5px; padding: 0.1em 0.3em; }
+.md figure { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+figcaption { display: flex; padding: 0.25rem 0.8rem; background: var(--soft); align-items: center; }
+.md pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--card); }
+.md pre code { background: none; padding: 0; }
+.md .wide { overflow-x: auto; overflow-wrap: normal; }
+.md table { border-collapse: collapse; }
+.md :is(th, td) { border: 1px solid var(--line); padding: 0.3rem 0.65rem; }
+.md img { display: block; max-width: 100%; }
+"""
+
+CHAT_HTML = r"""
+<main id="chat">
+  <header class="row">
+    <h1 class="grow">Chat</h1>
+    <select id="model" aria-label="Model"><option>gpt-4o</option></select>
+    <button id="new" type="button">New chat</button>
+    <button id="change-key" type="button">Change key</button>
+    <a id="to-tokens">Accounts</a>
+  </header>
+  <div id="log" role="log" aria-live="off" aria-label="Conversation" tabindex="0">
+    <div id="empty" class="row">
+      <p class="wide">Ask anything. This page talks to your own server, and keeps nothing of it when you close it.</p>
+    </div>
+  </div>
+  <form id="ask" class="row">
+    <textarea id="question" class="grow" rows="2" aria-label="Message" placeholder="Message"></textarea>
+    <button id="go" class="main">Send</button>
+    <p id="status" role="status"></p>
+  </form>
+  <dialog id="key-dialog" aria-label="API key">
+    <form id="key-form" class="stack">
+      <p id="key-why" class="quiet"></p>
+      <label>API key, kept until this tab is closed
+        <input id="key" type="password" autocomplete="off" pattern="[!-~]*"></label>
+      <div class="row"><button class="main">Use this key</button>
+        <button id="key-no" type="button">Cancel</button></div>
+    </form>
+  </dialog>
+</main>
+"""
+
+CHAT_JS = r"""
+// Markdown. Blocks are found line by line, and a line is looked at a fixed number of times a level; spans are
+// found in one walk along the text. So an answer made to be expensive costs no more than its length.
+const DEEPEST = 20;
+const FENCE = /^[ \t]*(`{3,}|~{3,})([^`]*)$/;
+const ITEM = /^[ \t]*([-*+]|[0-9]{1,9}[.)])[ \t]+/;
+
+const indent = (line) => /^[ \t]*/.exec(line)[0].replaceAll("\t", "    ").length;
+const dedent = (line, width) => " ".repeat(Math.max(0, indent(line) - width)) + line.trimStart();
+const isOrdered = (line) => /^[ \t]*[0-9]/.test(line);
+
+function cellsOf(line) {
+  const cells = line.trim().replace(/^[|]/, "").replace(/(?<!\\)[|]$/, "").split(/(?<!\\)[|]/);
+  return cells.map((cell) => cell.trim().replaceAll("\\|", "|"));
+}
+
+function isTable(line, below = "") {
+  if (!line.includes("|") || !below.includes("-") || !below.includes("|")) return false;
+  const marks = cellsOf(below);
+  return marks.every((mark) => /^:?-+:?$/.test(mark)) && marks.length === cellsOf(line).length;
+}
+
+function kindOf(lines, at, depth) {
+  const text = lines[at].trim();
+  if (!text) return "blank";
+  if (FENCE.test(lines[at])) return "fence";
+  if (/^#{1,6}[ \t]/.test(text)) return "heading";
+  if (/^(-{3,}|[*]{3,}|_{3,})$/.test(text.replaceAll(" ", ""))) return "rule";
+  if (depth < DEEPEST && text.startsWith(">")) return "quote";
+  if (depth < DEEPEST && ITEM.test(lines[at])) return "list";
+  return isTable(lines[at], lines[at + 1]) ? "table" : "text";
+}
+
+/** Whether a paragraph goes on at line `at`; "1984. What a year" within one begins no list. */
+function isMore(lines, at, depth) {
+  const kind = kindOf(lines, at, depth);
+  return kind === "text" || (kind === "list" && isOrdered(lines[at]) && !/^[ \t]*1[.)]/.test(lines[at]));
+}
+
+/** The elements of the blocks from line `at` on; `starts` gets the line each begins at. */
+function blocks(lines, depth, at = 0, starts = []) {
+  const nodes = [];
+  while (at < lines.length) {
+    const start = at++;
+    const kind = kindOf(lines, start, depth);
+    const take = (goesOn) => {
+      while (at < lines.length && goesOn(lines[at])) at++;
+      return lines.slice(start, at);
+    };
+    if (kind === "blank") continue;
+    starts.push(start);
+    if (kind === "rule") nodes.push(el("hr"));
+    else if (kind === "heading") {
+      const [, marks, text] = /^(#+)(.*)/.exec(lines[start].trim());
+      nodes.push(el(`h${marks.length}`, {}, spans(text.trim())));
+    } else if (kind === "text") {
+      const text = take(() => isMore(lines, at, depth)).map((line) => line.trim()).join("\n");
+      nodes.push(el("p", {}, spans(text)));
+    } else if (kind === "quote") {
+      const inner = take((line) => line.trim()[0] === ">").map((line) => line.trim().slice(1));
+      nodes.push(el("blockquote", {}, blocks(inner, depth + 1)));
+    } else if (kind === "table") nodes.push(table(take((line) => line.includes("|"))));
+    else if (kind === "fence") {
+      const mark = FENCE.exec(lines[start])[1];
+      const closes = (text) => text.startsWith(mark) && !text.replaceAll(mark[0], "");
+      nodes.push(codeBlock(take((line) => !closes(line.trim()))));
+      at++;
+    } else {
+      const width = indent(lines[start]) + 2;
+      const isNext = (line) =>
+        isOrdered(line) === isOrdered(lines[start]) && kindOf(lines, at, depth) === kind;
+      const items = take((line) => !line.trim() || indent(line) >= width || isNext(line));
+      nodes.push(list(items, width, depth));
+    }
+  }
+  return nodes;
+}
+
+function list(lines, width, depth) {
+  const items = [];
+  for (const line of lines) {
+    if (line.trim() && indent(line) < width) items.push([line.replace(ITEM, "")]);
+    else items.at(-1).push(dedent(line, width));
+  }
+  const nodes = items.map((inner) => el("li", {}, blocks(inner, depth + 1)));
+  return isOrdered(lines[0]) ? el("ol", { start: parseInt(lines[0], 10) }, nodes) : el("ul", {}, nodes);
+}
+
+function codeBlock([first, ...inner]) {
+  const width = indent(first);
+  const code = inner.map((line) => (width ? dedent(line, width) : line)).join("\n");
+  const label = el("span", { className: "quiet grow" }, FENCE.exec(first)[2].trim().slice(0, 40));
+  const pre = el("pre", { tabIndex: 0 }, el("code", {}, code));
+  const copier = button("Copy", () => copy(code, pre, copier), "small");
+  return el("figure", {}, el("figcaption", {}, label, copier), pre);
+}
+
+function table([head, marks, ...rest]) {
+  const width = cellsOf(marks).length;
+  const row = (line, tag) => cellsOf(line).slice(0, width).map((cell) => el(tag, {}, spans(cell)));
+  const rows = [row(head, "th"), ...rest.map((line) => row(line, "td"))];
+  const body = el("table", {}, rows.map((cells) => el("tr", {}, cells)));
+  return el("div", { className: "wide", tabIndex: 0 }, body);
+}
+
+// An escaped sign; backticks (1) around code (2); a run of emphasis signs; the beginning of a link or image;
+// its end, with the address (3); a line break; a bare address.
+const SPAN = new RegExp([/\\[!-/:-@[-`{-~]/, /(?<!`)(`{1,3})(?!`)([^]+?)(?<!`)\1(?!`)/, /[*]+|_+|~~/, /!?\[/,
+  /\](?:[(]([^\s()]*(?:[(][^\s()]*[)][^\s()]*)*)(?: "[^"]*")?[)])?/, /\n/,
+  /https?:[/][/](?:[^\s<>"`*[\]()]|[(][^\s<>"`*[\]()]*[)]){1,2000}(?<![.,;:!?'])/,
+].map((part) => part.source).join("|"), "g");
+const isLink = ({ mark }) => mark === "[";
+const TAGS = { "*": "em", "**": "strong", _: "em", __: "strong", "~~": "del" };
+
+/** The nodes of a paragraph. What a mark opens stands on `stack` until the mark that closes it comes. */
+function spans(text) {
+  const stack = [{ mark: "", nodes: [] }];
+  const add = (node) => stack.at(-1).nodes.push(node);
+  let at = 0;
+  for (const found of text.matchAll(SPAN)) {
+    const [sign, , code, target] = found;
+    if (at < found.index) add(text.slice(at, found.index));
+    at = found.index + sign.length;
+    if (code) add(el("code", {}, code.trim() ? code.replace(/^ (.*) $/s, "$1") : code));
+    else if (sign === "\n") add(el("br"));
+    else if (sign[0] === "\\") add(sign[1]);
+    else if (sign[0] === "]") bracket(stack, add, sign, target);
+    else if (sign.endsWith("[")) open(stack, sign);
+    else if (sign[0] === "h") add(stack.some(isLink) ? sign : link(sign, [sign]));
+    else if (sign.length > 3) add(sign);
+    else emphasis(stack, add, sign, text[found.index - 1] || " ", text[at] || " ");
+  }
+  add(text.slice(at));
+  while (stack.length > 1) undo(stack, stack.length - 1);
+  return stack[0].nodes;
+}
+
+function open(stack, mark) {
+  if (stack.length > DEEPEST) undo(stack, 1);
+  stack.push({ mark, nodes: [] });
+}
+
+/** The mark at `index` of the stack turns out to be mere text. */
+function undo(stack, index) {
+  const [{ mark, nodes }] = stack.splice(index, 1);
+  for (const node of [mark, ...nodes]) stack[index - 1].nodes.push(node);
+}
+
+/** Take what the mark at `index` opened off the stack. */
+function close(stack, index) {
+  while (stack.length > index + 1) undo(stack, stack.length - 1);
+  return stack.pop();
+}
+
+function emphasis(stack, add, signs, before, after) {
+  const [sign] = signs;
+  const isEdge = (char) => sign !== "_" || !/[\p{L}\p{N}]/u.test(char);
+  let rest = signs;
+  while (rest && before.trim() && isEdge(after)) {
+    let index = stack.findLastIndex(({ mark }) => mark === rest);
+    if (index < 0) index = stack.findLastIndex(({ mark }) => mark && rest.startsWith(mark));
+    if (index < 0) break;
+    const { mark, nodes } = close(stack, index);
+    add(el(TAGS[mark], {}, nodes));
+    rest = rest.slice(mark.length);
+  }
+  if (!after.trim() || !isEdge(before)) return add(rest);
+  for (; rest; rest = rest.slice(2)) open(stack, rest.slice(0, 2));
+}
+
+function bracket(stack, add, sign, target) {
+  const index = stack.findLastIndex(({ mark }) => mark.endsWith("["));
+  if (index > 0 && target === undefined) undo(stack, index);
+  if (index < 0 || target === undefined) return add(sign);
+  const { mark, nodes } = close(stack, index);
+  const node = mark === "[" ? link(target, nodes) : image(target, el("p", {}, nodes).textContent);
+  for (const each of node ? [node] : [mark, ...nodes, sign]) add(each);
+  while (node?.href && stack.some(isLink)) undo(stack, stack.findLastIndex(isLink)); // a link holds no other
+}
+
+function link(href, nodes) {
+  if (!/^(https?:[/][/]|mailto:)/i.test(href)) return null;
+  return el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, nodes);
+}
+
+/** An image is loaded only on request: its address could carry the conversation to its host. */
+function image(src, alt) {
+  if (!/^(https?:[/][/]|data:image[/])/i.test(src)) return null;
+  const { host } = el("a", { href: src });
+  return button(`Show image ${alt} ${host && `from ${host}`}`, (event) => {
+    event.preventDefault(); // the image may stand within a link
+    event.target.replaceWith(el("img", { referrerPolicy: "no-referrer", alt, src }));
+  }, "small");
+}
+
+/** What shows a growing text in `root`. A line to come can change no more than the last two blocks. */
+function markdown(root) {
+  const starts = []; // the line each block begins at
+  return (text) => {
+    const [from = 0] = starts.splice(-2);
+    while (root.children.length > starts.length) root.lastChild.remove();
+    for (const node of blocks(text.split(/\r?\n/), 0, from, starts)) root.append(node);
+  };
+}
+
+/** The data of the server-sent events of `body`, which may be split anywhere, even within a character. */
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", done = false; !done;) {
+    const part = await reader.read();
+    const lines = (rest + (part.value || "")).split("\n");
+    done = part.done;
+    rest = lines.pop();
+    for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+  }
+}
+
+const KEY = `chatproxy key ${BASE}`;
+const EXAMPLES = ["Explain how a rainbow forms", "Write a Python script that renames photos by date",
+  "Compare tea and coffee in a table"];
+const turns = []; // {role, content, reasoning, node}
+let running = null; // the AbortController of the answer that is being written
+
+const auth = () => {
+  const key = sessionStorage.getItem(KEY);
+  return key ? { authorization: `Bearer ${key}` } : {};
+};
+const atEnd = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 48;
+const toEnd = () => { $("log").scrollTop = $("log").scrollHeight; };
+
+function askKey(why) {
+  put($("key-why"), why);
+  $("key").value = "";
+  if (!$("key-dialog").open) $("key-dialog").showModal();
+}
+
+async function loadModels() {
+  try {
+    const { data } = await api("GET", "/v1/models", undefined, { headers: auth() });
+    const chosen = $("model").value;
+    $("model").replaceChildren(...data.map(({ id }) => el("option", { selected: id === chosen }, id)));
+  } catch (error) {
+    if (error.status === 401) askKey(error.message);
+  }
+}
+
+function ask(content) {
+  for (const old of document.querySelectorAll(".again")) old.remove();
+  turns.push({ role: "user", content, node: el("div", { className: "question" }, content) });
+  $("empty").hidden = true;
+  $("log").append(turns.at(-1).node);
+  answer();
+}
+
+function busy(controller, said) {
+  running = controller;
+  put($("go"), controller ? "Stop" : "Send");
+  put($("status"), said);
+}
+
+async function answer() {
+  const [text, thought] = [el("div", { className: "md" }), el("div", { className: "md" })];
+  const details = el("details", { hidden: true }, el("summary", {}, "Reasoning"), thought);
+  const node = el("article", { "aria-label": "Answer", "aria-busy": "true" }, details, text);
+  const turn = { role: "assistant", content: "", reasoning: "", node };
+  const messages = turns.flatMap(({ role, content }) => (content ? { role, content } : []));
+  const [show, showThought, control] = [markdown(text), markdown(thought), new AbortController()];
+  turns.push(turn);
+  $("log").append(node);
+  toEnd();
+  busy(control, "Answering");
+  let frame = 0;
+  const paint = () => {
+    const follow = atEnd();
+    frame = 0;
+    details.hidden = !turn.reasoning;
+    showThought(turn.reasoning);
+    show(turn.content);
+    if (follow) toEnd();
+  };
+  let [ended, problem] = ["", null];
+  try {
+    const body = { model: $("model").value, stream: true, messages };
+    const more = { headers: auth(), signal: control.signal };
+    const response = await send("POST", "/v1/chat/completions", body, more);
+    for await (const data of events(response.body)) {
+      if (data === "[DONE]") break;
+      const { error, choices } = JSON.parse(data);
+      if (error) throw new Error(error.message || String(error));
+      const { delta, finish_reason } = choices?.[0] || {};
+      ended = finish_reason || ended;
+      turn.content += delta?.content || "";
+      turn.reasoning += delta?.reasoning_content || "";
+      frame = frame || requestAnimationFrame(paint);
+    }
+    if (!ended) throw new Error("The answer broke off.");
+  } catch (error) {
+    ended = "Stopped.";
+    problem = control.signal.aborted ? null : error;
+  }
+  cancelAnimationFrame(frame);
+  node.ariaBusy = "false";
+  if (turns.at(-1) !== turn) return; // a new chat was begun
+  const kind = problem?.status === 401 ? "row denied" : "row";
+  const copier = button("Copy", () => copy(turn.content, text, copier), "small");
+  const again = button("Try again", () => { turns.pop().node.remove(); answer(); }, "small again");
+  const note = problem?.message || (ended === "stop" ? "" : ended);
+  const told = el("span", { className: problem ? "trouble" : "quiet" }, note);
+  node.append(el("div", { className: kind }, turn.content ? copier : "", again, told));
+  paint();
+  busy(null, note || "The answer is complete.");
+  if (problem?.status === 401) askKey(problem.message);
+}
+
+$("to-tokens").href = `${BASE}/tokens`;
+$("empty").append(...EXAMPLES.map((text) => button(text, () => ask(text))));
+onSubmit("ask", () => {
+  const text = $("question").value.trim();
+  if (running) return running.abort();
+  if (text) ask(text);
+  $("question").value = "";
+});
+$("question").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  event.preventDefault();
+  if (!running) $("ask").requestSubmit();
+};
+$("new").onclick = () => {
+  running?.abort();
+  for (const { node } of turns.splice(0)) node.remove();
+  busy(null, "");
+  $("empty").hidden = false;
+  $("question").focus();
+};
+$("change-key").onclick = () => askKey("Leave it empty to go on without a key.");
+onSubmit("key-form", () => {
+  sessionStorage.setItem(KEY, $("key").value);
+  $("key-dialog").close();
+  loadModels();
+  document.querySelector(".denied .again")?.click();
+});
+$("key-no").onclick = () => $("key-dialog").close();
+loadModels();
+$("question").focus();
+"""
+
+TOKENS_PAGE = page("chatproxy accounts", BASE_CSS + TOKENS_CSS, TOKENS_HTML, BASE_JS + TOKENS_JS)
+CHAT_PAGE = page("chatproxy", BASE_CSS + CHAT_CSS, CHAT_HTML, BASE_JS + CHAT_JS)
+
+
+@ROUTER.on("GET", "/tokens", access="public")
+def tokens_page(app: App, request: Request) -> Reply:
+    """the page to look after accounts and API users; it shows nothing before the admin key is given"""
+    return TOKENS_PAGE
+
+
+@ROUTER.on("GET", "/", access="public")
+def chat_page(app: App, request: Request) -> Reply:
+    """a chat page against this server's own API"""
+    return CHAT_PAGE
+
+
+# ============================================================================================================
 # demo: the embedded upstream
 # ============================================================================================================
 
