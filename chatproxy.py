@@ -1001,8 +1001,11 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: everything inside is kept, or after an exception nothing."""
+        """A transaction: everything inside is kept, or after an exception nothing. One inside another is part of it."""
         with self._db_lock:
+            if self._db.in_transaction:
+                yield self._db
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -1026,11 +1029,19 @@ class Store:
         os.close(self._turns)
 
     @contextlib.contextmanager
-    def alone(self, id: str) -> Iterator[None]:
-        """No other process is in such a block for the same account; within one process the caller sees to that. Ends
-        with the process, however that ends."""
-        place = zlib.crc32(id.encode())
-        fcntl.lockf(self._turns, fcntl.LOCK_EX, 1, place)
+    def alone(self, id: str, patience: float) -> Iterator[None]:
+        """No other process is in such a block for the same account; within one process the caller sees to that.
+        TimeoutError when another is for `patience` seconds; its end, however it ends, lets the next one in."""
+        place = int.from_bytes(hashlib.sha256(id.encode()).digest()[:7], "big")
+        end = time.monotonic() + patience
+        while True:
+            try:  # not by waiting for the lock: the kernel would take two threads in two processes for a deadlock
+                fcntl.lockf(self._turns, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise TimeoutError from None
+                time.sleep(0.05)
         try:
             yield
         finally:
@@ -1070,26 +1081,35 @@ class Store:
         assignments = ", ".join(f"{name}=?" for name in columns)
         self._write(f"UPDATE accounts SET {assignments} WHERE id=?", *columns.values(), id)
 
+    def swap_states(self, ids: Iterable[str], was: str, state: str) -> int:
+        """Accounts of the pool that are in a state get into another; how many did."""
+        query = "UPDATE accounts SET state=? WHERE id=? AND state=? AND guest=0"
+        with self.writing() as db:
+            return sum(db.execute(query, (state, id, was)).rowcount for id in ids)
+
     def update_accounts(self, column: str, values: Mapping[str, str]) -> None:
         """Changes one column of many accounts, by id, in one transaction."""
         with self.writing() as db:
             pairs = [(value, id) for id, value in values.items()]
             db.executemany(f"UPDATE accounts SET {column}=? WHERE id=?", pairs)
 
-    def remove_accounts(self, ids: Iterable[str]) -> list[str]:
-        """Removes accounts and what is known of them; those that there were."""
+    def remove_accounts(self, ids: Iterable[str] | None = None) -> list[str]:
+        """Removes accounts, all of the pool when none are named, and what is known of them; those that there were."""
         with self.writing() as db:
+            if ids is None:
+                ids = [row[0] for row in self._rows("SELECT id FROM accounts WHERE guest=0")]
             removed = [id for id in ids if db.execute("DELETE FROM accounts WHERE id=?", (id,)).rowcount]
             db.executemany("DELETE FROM files WHERE account=?", [(id,) for id in removed])
+            db.executemany("DELETE FROM tallies WHERE subject=?", [(id,) for id in removed])
         return removed
 
-    def absorb(self, id: str, others: Iterable[str]) -> None:
-        """Removes accounts that turned out to be the same as another, which gets their conversations and files."""
+    def unite(self, id: str, other: str, **columns: Any) -> None:
+        """An account gets these columns and what another one held, which is removed."""
         with self.writing() as db:
-            for other in others:
-                db.execute("UPDATE conversations SET account=? WHERE account=?", (id, other))
-                db.execute("UPDATE files SET account=? WHERE account=?", (id, other))
-                db.execute("DELETE FROM accounts WHERE id=?", (other,))
+            db.execute("UPDATE conversations SET account=? WHERE account=?", (id, other))
+            db.execute("UPDATE files SET account=? WHERE account=?", (id, other))
+            self.remove_accounts([other])
+            self.update_account(id, **columns)
 
     def waits(self) -> list[tuple[str, str, float, int]]:
         """(account, model, until, strikes) of every cool-down, those that are over too: their strikes count on."""
@@ -1165,7 +1185,9 @@ class Store:
         self._write(f"INSERT INTO users ({columns}) VALUES (?, ?, ?, ?, ?)", *user)
 
     def remove_user(self, id: str) -> bool:
-        return self._write("DELETE FROM users WHERE id=?", id) > 0
+        with self.writing() as db:
+            db.execute("DELETE FROM tallies WHERE subject=?", (id,))
+            return db.execute("DELETE FROM users WHERE id=?", (id,)).rowcount > 0
 
     def last_tallies(self) -> list[tuple[str, float, Tally]]:
         """(subject, since, tally) of each subject's last day."""
@@ -1947,6 +1969,9 @@ DISABLED = "disabled"  # the state of an account that the administrator has take
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
 _WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 RENEWAL_AHEAD, RENEWAL_SPREAD = 600.0, 300.0  # seconds
+EXCHANGE_PATIENCE = 10.0  # seconds that an exchange waits for another process that makes it
+# What a new access token changes.
+_TOKEN_COLUMNS = ("access_token", "expires", "email", "plan", "workspace", "state", "reason")
 PROXY_PATIENCE = 3  # calls in a row that a proxy may leave without a connection
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
 
@@ -2024,10 +2049,11 @@ def _identity(said: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device} if re.fullmatch(r"[0-9a-f-]{36}", str(device)) else {}
     if isinstance(browser, str) and re.fullmatch(r"[0-9a-z_]{1,32}", browser):
         found["browser"] = browser
-    if isinstance(cookies, dict) and not re.search(
-        r"[^\x21-\x7e]", "".join(map(str, sum(cookies.items(), ())))
-    ):
+    told = "".join(f"{name}{value}" for name, value in cookies.items()) if isinstance(cookies, dict) else " "
+    if isinstance(cookies, dict) and not re.search(r"[^\x21-\x7e]", told):
         found["cookies"] = json.dumps({name: str(value) for name, value in cookies.items()})
+    if said.get("disabled") is True:
+        found["state"] = DISABLED
     return found
 
 
@@ -2076,6 +2102,7 @@ class Account:
         self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
         self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
         self.models: tuple[float, tuple[str, ...]] = (0.0, ())  # when read (Unix seconds), slugs
+        self._owner: tuple[str, tuple[str, str] | None] = ("", None)  # of an access token
         self.unreached = 0  # how many calls in a row did not get through its proxy
         self.answered = False
         self.used = 0.0
@@ -2092,6 +2119,12 @@ class Account:
     @property
     def renewable(self) -> bool:
         return self.row.kind in (REFRESH, SESSION)
+
+    def owner(self) -> tuple[str, str] | None:
+        """`owner_of` its access token."""
+        if self._owner[0] != self.row.access_token:
+            self._owner = (self.row.access_token, owner_of(self.row))
+        return self._owner[1]
 
     def token_valid(self, now: float) -> bool:
         """Whether it can ask as it is; an access token without expiry counts until the upstream refuses it."""
@@ -2197,8 +2230,14 @@ class Ledger:
         """Stores what was counted since the last time."""
         with self._tallies_lock:
             unsaved, self._unsaved = self._unsaved, {}
-        if unsaved:
-            self.store.add_tallies(unsaved)
+        try:
+            if unsaved:
+                self.store.add_tallies(unsaved)
+        except sqlite3.Error:  # busy, or full: it will be tried again
+            with self._tallies_lock:
+                for key, tally in unsaved.items():
+                    self._unsaved[key] = self._unsaved.get(key, Tally()).plus(tally)
+            raise
 
 
 def login_required() -> ApiError:
@@ -2282,12 +2321,14 @@ class Pool:
         found: dict[str, AccountRow] = {}
         faults, given, before = list[str](), 0, set[str]()
         for number, line in enumerate(lines, 1):
-            if not (text := line.partition("#")[0].strip()):
+            text = line.strip()
+            if not (text := text if text[:1] == "{" else text.partition("#")[0].strip()):
                 continue
             try:
                 row = recognise(text)
-                found[row.id] = row
                 given += 1
+                if row.id not in found or row.expires >= found[row.id].expires:
+                    found[row.id] = row
             except ValueError as error:
                 faults.append(f"line {number}: {error}")
 
@@ -2304,12 +2345,15 @@ class Pool:
         """The accounts as they are to be kept. Those that are known, by their id, their token or their owner, stay
         the accounts that they are."""
         tokens = {token: row for row in known.values() for token in (row.secret, row.access_token) if token}
+        # A login-free account has nothing but its device.
+        tokens |= {row.device: row for row in known.values() if row.kind == LOGIN_FREE and not row.guest}
         owners: dict[tuple[str, str] | None, AccountRow] = {}
         if any(row.kind == ACCESS and id not in known for id, row in found.items()):
             owners = {owner: row for row in known.values() if not row.guest and (owner := owner_of(row))}
         merged: dict[str, AccountRow] = {}
         for row in found.values():
-            old = known.get(row.id) or tokens.get(row.secret) or owners.get(owner_of(row))
+            token = row.device if row.kind == LOGIN_FREE else row.secret
+            old = known.get(row.id) or tokens.get(token) or owners.get(owner_of(row))
             row = self._renamed(row, old)
             merged[row.id] = row
         return list(merged.values())
@@ -2459,6 +2503,8 @@ class Pool:
             return None
         if account.row.state == "ready" and (wait := account.wait_for(model, now)):
             return self._limited(wait)
+        if account.row.state == DISABLED:
+            return ApiError("invalid_api_key", "This account is disabled on this server.")
         return ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
 
     def _none(self, order: list[Account], model: str, now: float, held: bool) -> ApiError:
@@ -2469,7 +2515,7 @@ class Pool:
         if held:
             text = "The account that holds this conversation or file can no longer answer; begin anew, or upload it again."
             return ApiError("no_account", text, headers={"Retry-After": "30"})
-        found = "has no accounts" if not self._accounts else "has only expired or dead accounts"
+        found = "has no accounts" if not self._accounts else "has only expired, dead or disabled accounts"
         text = f"The pool {found}; add one with `chatproxy.py accounts add`, and see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "30"})
 
@@ -2532,17 +2578,17 @@ class Pool:
         return True
 
     def renewed_elsewhere(self, account: Account) -> bool:
-        """Whether another process, such as `accounts check`, has just given the account a new token; takes it in."""
+        """Whether another process, such as `accounts check`, has just given the account a new token; takes that in, or
+        that it is set aside (Refusal)."""
         with self._changes_lock:
             row = self.store.account(account.id)
-            if row is None or (row.secret, row.access_token) == (
-                account.row.secret,
-                account.row.access_token,
-            ):
+            if row is None or (row.secret, row.state) == (account.row.secret, account.row.state):
                 return False
             account.row = row
             self._order()
-        return row.state == "ready" and account.token_valid(time.time())
+        if row.state != "ready":
+            raise Refusal("expired", "This account's sign-in is no longer valid.")
+        return account.token_valid(time.time())
 
     def renewed(self, account: Account, token: str, secret: str | None) -> None:
         """A new access token, and the secret to ask for the next one if that was rotated: stored, then used.
@@ -2554,21 +2600,25 @@ class Pool:
                 self.store.merge_accounts(lambda known: [known.get(account.id) or account.row])
             if secret:
                 self._change(account, secret=secret)
-            first = not account.row.access_token and not account.row.guest
-            row = with_access_token(account.row, token)
+            row, first = with_access_token(account.row, token), not account.row.access_token
             if row.state != DISABLED:
                 row = replace(row, state="ready", reason="")
-            columns = ("access_token", "expires", "email", "plan", "workspace", "state", "reason")
-            self._change(account, **{name: getattr(row, name) for name in columns})
-            if first and (owner := owner_of(account.row)):
-                same = [
-                    one.id for one in self.accounts() if one is not account and owner_of(one.row) == owner
-                ]
-                if same:
-                    self.store.absorb(account.id, same)
-                    self.reload()
-                    log(logging.INFO, "accounts merged", account=account.name, others=len(same))
+            self._change(account, **{name: getattr(row, name) for name in _TOKEN_COLUMNS})
+            owner = account.owner() if first and not account.row.guest else None
+            same = [one for one in self.accounts() if owner and one is not account and one.owner() == owner]
+            if same and self.store.account(account.id):
+                self._unite(same[0], account)
             self._order()
+
+    def _unite(self, old: Account, new: Account) -> None:
+        """A new account turned out to be one that was there: that gets its tokens, and stays what it is otherwise."""
+        row = new.row
+        columns: dict[str, Any] = {name: getattr(row, name) for name in ("kind", "secret", *_TOKEN_COLUMNS)}
+        if DISABLED in (old.row.state, row.state):
+            columns |= {"state": DISABLED, "reason": ""}
+        self.store.unite(old.id, row.id, **columns)
+        self.reload()
+        log(logging.INFO, "accounts merged", account=old.name, id=old.id, other=row.id)
 
     def reached(self, account: Account, route: Route, connected: bool) -> None:
         """Whether a call got through the account's proxy: after PROXY_PATIENCE in a row that did not, it gets the next."""
@@ -2596,19 +2646,14 @@ class Pool:
         """Takes accounts out until they are enabled again, or enables them; how many it changed. An expired or dead one
         stays what it is."""
         with self._changes_lock:
-            accounts = [one for id in ids if (one := self.find(id)) and not one.row.guest]
-            was, state = ("ready", DISABLED) if disabled else (DISABLED, "ready")
-            changed = [one for one in accounts if one.row.state == was]
-            self.store.update_accounts("state", {account.id: state for account in changed})
-            for account in changed:
-                account.row = replace(account.row, state=state)
-            self._order()
-        return len(changed)
+            changed = self.store.swap_states(ids, *(("ready", DISABLED) if disabled else (DISABLED, "ready")))
+            self.reload()
+        return changed
 
     def remove(self, ids: Iterable[str] | None = None) -> list[str]:
         """Removes accounts, all of the pool when none are named; those that there were."""
         with self._changes_lock:
-            removed = self.store.remove_accounts([a.id for a in self.accounts()] if ids is None else ids)
+            removed = self.store.remove_accounts(ids)
             self.reload()
         return removed
 
@@ -2876,7 +2921,7 @@ class ChatGPT:
         self.solver, self.metrics = solver, metrics
         self.silence = float(settings.upstream_timeout)
         self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
-        self._renewals = ThreadPoolExecutor(8, thread_name_prefix="renewal")
+        self._renewals = ThreadPoolExecutor(32, thread_name_prefix="renewal")
         self._pages: dict[tuple[str, str], Page] = {}
         self._agents: dict[str, str] = {}
         self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
@@ -3340,12 +3385,15 @@ class ChatGPT:
         not_before, failures = account.retry_renewal
         if time.time() < not_before:
             raise Refusal("unreachable", "Renewing this account's token failed; it is tried again soon.")
-        with self.pool.store.alone(account.id):
-            if self.pool.renewed_elsewhere(account):
-                return
-            self._exchange(account, failures)
+        try:
+            with self.pool.store.alone(account.id, EXCHANGE_PATIENCE):
+                if not self.pool.renewed_elsewhere(account):
+                    self._exchange(account, failures)
+                    log(logging.INFO, "token renewed", account=account.name)
+        except TimeoutError:
+            text = "Another process has been exchanging this account's token for long; try again."
+            raise Refusal("silent", text) from None
         account.retry_renewal = (0.0, 0)
-        log(logging.INFO, "token renewed", account=account.name)
 
     def _exchange(self, account: Account, failures: int) -> None:
         secret = account.row.secret
@@ -4317,7 +4365,7 @@ class Answers:
             failed = refused.reason in _FAILURES
             raise
         finally:
-            if failed or attempt.begun:
+            if (failed or attempt.begun) and not account.row.guest:
                 self.ledger.count(account.id, **{"failures" if failed else "answers": 1})
 
     def _answer(self, account: Account, attempt: Attempt) -> Batches:
@@ -6912,6 +6960,7 @@ class Keys:
             self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
             for key in (*settings.authorization, *extra)
         }
+        self._users_lock = threading.Lock()
         self._users: dict[bytes, User] = {}
         self._remembered_lock = threading.Lock()
         self._wrong: OrderedDict[str, list[float]] = OrderedDict()  # when an address had wrong keys
@@ -6924,12 +6973,15 @@ class Keys:
 
     def reload(self) -> None:
         """Takes in the API users of the store."""
-        self._users = {bytes.fromhex(user.token_hash): user for user in self.pool.store.users()}
+        with self._users_lock:  # what was read last is what stays
+            self._users = {bytes.fromhex(user.token_hash): user for user in self.pool.store.users()}
 
     @staticmethod
     def given(request: Request) -> str:
         """The API key of a request, "" for none: `Authorization: Bearer X`, or bare `X`."""
         value = request.headers.get("authorization", "")
+        if value[:6].lower() == "basic ":  # for a reverse proxy in front
+            return ""
         return value[7:].strip() if value[:7].lower() == "bearer " else value.strip()
 
     def _refused(self, request: Request, text: str) -> ApiError:
@@ -6958,7 +7010,9 @@ class Keys:
             return
         if key and (user := self._users.get(digest)):
             request.asker, request.owner, request.user = f"user {user.name or user.id}", user.id, user.id
-            if request.method in ("POST", "PATCH") and (left := self.ledger.admit(user.id, user.limit)):
+            if request.method not in ("POST", "PATCH"):
+                self.ledger.count(user.id)
+            elif left := self.ledger.admit(user.id, user.limit):
                 text = (
                     f"The {user.limit} requests that this API user has a day are used up; come back tomorrow."
                 )
@@ -6989,7 +7043,8 @@ class Keys:
         server, who signed in with it. Without any key set, clients of this machine."""
         request.asker = "admin"
         if self.settings.administrator is None:
-            if not self._local(request):
+            browsed = not sessions and "sec-fetch-site" in request.headers  # a link that changes something
+            if browsed or not self._local(request):
                 text = "Admin routes answer only this machine until ADMIN_KEY is set."
                 raise ApiError("invalid_api_key", text)
         elif key := self.given(request) or named:
@@ -7003,8 +7058,8 @@ class Keys:
             raise self._refused(request, "The admin key is wrong; send it as `Authorization: Bearer KEY`.")
 
     def _local(self, request: Request) -> bool:
-        """Whether a request comes from this machine: neither through a reverse proxy nor from another site's page in a
-        browser here, be its name one that was made to lead here."""
+        """Whether a request comes from this machine: neither through a reverse proxy, as far as that says so, nor from
+        another site's page in a browser here, be its name one that was made to lead here."""
 
         def loopback(text: str) -> bool:
             with contextlib.suppress(ValueError):
@@ -7015,7 +7070,7 @@ class Keys:
         headers = request.headers
         with contextlib.suppress(ValueError):
             host = urllib.parse.urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
-            passed_on = {"forwarded", "x-forwarded-for"} & set(headers)
+            passed_on = {"forwarded", "via", "x-real-ip"} & set(headers) or "x-forwarded" in " ".join(headers)
             return loopback(request.peer) and loopback(host) and not passed_on and not self._foreign(request)
         return False
 
@@ -7070,7 +7125,9 @@ class Keys:
 
 
 def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
-    """A new API user and its token, which nobody can tell later."""
+    """A new API user and its token, which nobody can tell later; ApiError when the name is none."""
+    if len(name) > 100 or not name.isprintable():
+        raise unfit("name", "must be a text of up to 100 printable characters.")
     token = f"cp-{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(token.encode()).hexdigest()
     user = User(f"user-{secrets.token_hex(4)}", name, digest, time.time(), limit)
@@ -7097,7 +7154,11 @@ def _named_key(request: Request) -> str:
     """The admin key as ChatGPT-API-server's clients send it: in the body or the query."""
     if not request.path.startswith("/admin/"):
         return ""
-    return request.query.get("admin_key") or str(_body(request).get("admin_key") or "")
+    if named := request.query.get("admin_key"):
+        return named
+    with contextlib.suppress(ApiError):
+        return str(_body(request).get("admin_key") or "")
+    return ""
 
 
 def _body(request: Request) -> dict[str, Any]:
@@ -7236,10 +7297,15 @@ def _count(app: App, request: Request, answered: Answered) -> None:
         app.ledger.count(request.user, tokens=sum(answered.counted()[:2]))
 
 
-def _all(answer: Batches) -> list[Event]:
-    """The events of a whole answer."""
-    with contextlib.closing(answer):
-        return [event for events in answer for event in events or ()]
+def _all(app: App, request: Request, attempt: Attempt) -> list[Event]:
+    """The events of a whole answer that is used here, and counted for the API user who asked."""
+    with contextlib.closing(app.answers.ask(attempt)) as answer:
+        said = [event for events in answer for event in events or ()]
+    if request.user:
+        texts = [message.text for message in attempt.question.messages]
+        texts += [event.text for event in said if isinstance(event, Text)]
+        app.ledger.count(request.user, tokens=sum(map(app.tokens.count, texts)))
+    return said
 
 
 def _take(
@@ -7620,7 +7686,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
 
     def draw(watch: Watch) -> list[dict[str, str]]:
         attempt = Attempt(question, watch, request.guest, request.owner, signed_in=True)
-        urls = [event.url for event in _all(app.answers.ask(attempt)) if isinstance(event, Image)]
+        urls = [event.url for event in _all(app, request, attempt) if isinstance(event, Image)]
         if form == "url" or attempt.account is None:
             return [{"url": url} for url in urls]
         return [{"b64_json": inline(url, attempt.account.id, watch)} for url in urls]
@@ -7685,7 +7751,7 @@ def audio_speech(app: App, request: Request) -> Reply:
 def _told(app: App, request: Request, question: Question, signed_in: bool) -> tuple[Attempt, str, Finish]:
     """A whole answer that is used here: its text, and where it stands."""
     attempt = Attempt(question, request.watch, request.guest, request.owner, signed_in)
-    said = _all(app.answers.ask(attempt))
+    said = _all(app, request, attempt)
     ends = [event for event in said if isinstance(event, Finish)]
     return attempt, "".join(event.text for event in said if isinstance(event, Text)), ends[-1]
 
@@ -7825,16 +7891,16 @@ def user_facts(user: User, ledger: Ledger) -> dict[str, Any]:
     return facts | {"used": iso(today.used), "added": iso(user.added)}
 
 
-def checked(app: App, accounts: Iterable[Account]) -> Iterator[tuple[str, str | None]]:
+def checked(app: App, accounts: Iterable[Account], watch: Watch) -> Iterator[tuple[str, str | None]]:
     """Asks the upstream about accounts, several at a time: their ids in turn, each with why it does not work, "" when
-    it does, None for a login-free one, which has nothing to ask for."""
+    it does, None when there is nothing to ask: for a login-free or a disabled one."""
 
     def check(account: Account) -> tuple[str, str | None]:
-        if account.row.kind == LOGIN_FREE:
+        if account.row.kind == LOGIN_FREE or account.row.state == DISABLED:
             return account.id, None
         try:
-            me = functools.partial(app.upstream.me, watch=Watch(math.inf))
-            patiently(app.answers.do("check", None, me, Watch(math.inf), account.id))
+            me = functools.partial(app.upstream.me, watch=watch)
+            patiently(app.answers.do("check", None, me, watch, account.id))
         except ApiError as error:
             state = account.told(time.time())
             return account.id, error.message if state == "ready" else state
@@ -7944,9 +8010,8 @@ def tokens_disable(app: App, request: Request) -> Reply:
 @ROUTER.on("POST", "/tokens/check", access="admin")
 def tokens_check(app: App, request: Request) -> Reply:
     """asks the upstream about the accounts named by `{"ids"}`: `{"results": {id: "" or why it does not work}}`"""
-    return json_reply(
-        {"status": "success", "results": dict(checked(app, _named(app, request, MOST_CHECKED)))}
-    )
+    found = checked(app, _named(app, request, MOST_CHECKED), request.watch)
+    return json_reply({"status": "success", "results": {id: reason or "" for id, reason in found}})
 
 
 @ROUTER.on("POST", "/tokens/session", access="public")
@@ -7979,8 +8044,6 @@ def users_add(app: App, request: Request) -> Reply:
     """a new API user: `{"user_id", "token"}`; the body may have `admin_key`, `name` and `limit` (requests a day)"""
     check_types(body := _body(request), {"name": _TEXT, "limit": _INTEGER})
     name, limit = body.get("name") or "", body.get("limit")
-    if len(name) > 100 or not name.isprintable():
-        raise unfit("name", "must be a text of up to 100 printable characters.")
     if limit is not None and not 0 <= limit <= MOST_REQUESTS:
         raise unfit("limit", f"must be from 0 to {MOST_REQUESTS}.")
     user, token = issue_user(app.store, name, limit)
@@ -9838,6 +9901,9 @@ def tokens_in(value: Any) -> Iterator[str]:
         for one in value:
             yield from tokens_in(one)
     elif isinstance(value, dict):
+        if "token" in value and "device" in value:  # what was exported
+            yield compact(value)
+            return
         if token := next(
             (value[name] for name in _TOKEN_NAMES if isinstance(value.get(name), str) and value[name]), ""
         ):
@@ -9854,11 +9920,12 @@ def tokens_in(value: Any) -> Iterator[str]:
 def token_lines(path: pathlib.Path) -> list[str]:
     """The tokens in a file of lines or JSON, or in chat2api's data folder but for those it has given up; OSError."""
     if path.is_dir():
-        inside = [path / name for name in ("token.txt", "refresh_map.json") if (path / name).exists()]
+        names = ("token.txt", "refresh_map.json", "seed_map.json")
+        inside = [path / name for name in names if (path / name).exists()]
         given_up = path / "error_token.txt"
         dead = set(given_up.read_text(errors="replace").split("\n")) if given_up.exists() else set()
         if not inside:
-            raise FileNotFoundError(f"{path}: neither token.txt nor refresh_map.json in it")
+            raise FileNotFoundError(f"{path}: none of {', '.join(names)} in it")
         return [line for one in inside for line in token_lines(one) if line.strip() and line not in dead]
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
@@ -9873,8 +9940,7 @@ def token_lines(path: pathlib.Path) -> list[str]:
 @setting_flags("data_dir", "impersonate", "proxy_url")
 def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...], as_json: bool) -> None:
     """Add accounts from FILEs: tokens one a line, what `accounts export` wrote, chat2api's data folder, ChatGPT-to-API's
-    access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one, and chat2api's seeds
-    are left where they are.
+    access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one.
     """
     settings, lines = settled(flags), list[str]()
     for file in files:
@@ -9899,6 +9965,8 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
     rows = opened(settings).accounts("guest=0")
     if not rows:
         fail(f"no accounts in {settings.data_dir}")
+    if file == "-":
+        fail("tokens are never printed; name a file")
     path = file or time.strftime("chatproxy-accounts-%Y%m%d-%H%M%S.jsonl")
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -9906,8 +9974,13 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
         fail(f"{path}: {error.strerror or error}")
     with open(descriptor, "w", encoding="utf-8") as lines:
         for row in rows:
-            kept = {"token": row.secret or LOGIN_FREE, "account_id": row.workspace, "email": row.email}
+            kept: dict[str, Any] = {
+                "token": row.secret or LOGIN_FREE,
+                "account_id": row.workspace,
+                "email": row.email,
+            }
             kept |= {"device": row.device, "browser": row.browser, "cookies": json.loads(row.cookies)}
+            kept |= {"disabled": True} if row.state == DISABLED else {}
             lines.write(compact(kept) + "\n")
     told = f"{len(rows)} accounts written to {path}; who has this file has the accounts"
     click.echo(compact({"file": path, "accounts": len(rows)}) if as_json else told)
@@ -9947,7 +10020,9 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
         fail(f"no such account: {', '.join(sorted(missing))}")
     app = App(settings, store, solver := Solver())
     chosen = [account for account in app.pool.accounts() if not ids or account.id in ids]
-    with click.progressbar(checked(app, chosen), len(chosen), "checking", file=sys.stderr) as done:
+    with click.progressbar(
+        checked(app, chosen, Watch(math.inf)), len(chosen), "checking", file=sys.stderr
+    ) as done:
         results = dict(done)
     solver.close()
     for account in chosen:
@@ -10066,7 +10141,10 @@ def users() -> None:
 @setting_flags("data_dir")
 def user_add(flags: Mapping[str, str | None], name: str, limit: int | None, as_json: bool) -> None:
     """Add an API user; its token is printed this once and kept only as a hash."""
-    user, token = issue_user(opened(settled(flags)), name, limit)
+    try:
+        user, token = issue_user(opened(settled(flags)), name, limit)
+    except ApiError as error:
+        fail(error.message)
     told = {"user_id": user.id, "token": token, "name": name, "limit": limit}
     click.echo(compact(told) if as_json else f"{user.id}  {token}")
 

@@ -492,7 +492,7 @@ def test_tokens_are_imported_from_what_other_programs_keep(tmp_path: pathlib.Pat
     }
     (tmp_path / "auth.json").write_text(json.dumps(codex | {"last_refresh": "2026-11-20T00:00:00Z"}))
     ended = run("accounts", "import", str(folder), env=env)
-    assert ended.returncode == 0 and "stored: 3 (known before: 0), merged: 1, left out: 0" in ended.stdout
+    assert ended.returncode == 0 and "stored: 4 (known before: 0), merged: 1, left out: 0" in ended.stdout
     ended = run(
         "accounts",
         "import",
@@ -501,7 +501,7 @@ def test_tokens_are_imported_from_what_other_programs_keep(tmp_path: pathlib.Pat
         str(folder),
         env=env,
     )
-    assert ended.returncode == 0 and "stored: 6 (known before: 3), merged: 1, left out: 0" in ended.stdout
+    assert ended.returncode == 0 and "stored: 6 (known before: 4), merged: 2, left out: 0" in ended.stdout
     listed = run("accounts", "list", env=env).stdout
     assert len(listed.splitlines()) == 6 and "dave@" not in listed and "carol@" in listed
     assert not any(
@@ -554,7 +554,10 @@ def test_accounts_move_to_another_machine_with_their_identity(
     here = start("alice", "rt_" + "r" * 40, "login-free", folder="here")
     for _ in range(12):
         here.say()  # the refresh token rotates, cookies come
+    alice = next(one for one in here.app.pool.accounts() if one.row.email.startswith("alice"))
+    alice.cookies = alice.cookies | {"odd": "a#b"}
     here.app.pool.keep_cookies()
+    here.app.pool.disable([alice.id], True)
     env, file = {"DATA_DIR": str(tmp_path / "here")}, tmp_path / "moved.jsonl"
     ended = run("accounts", "export", str(file), env=env)
     assert ended.returncode == 0 and "3 accounts written to" in ended.stdout
@@ -568,12 +571,16 @@ def test_accounts_move_to_another_machine_with_their_identity(
     moved = {row.secret: row for row in cp.Store(str(tmp_path / "there")).accounts()}
     for row in here.store.accounts():
         if row.secret:
-            assert (moved[row.secret].device, moved[row.secret].cookies) == (row.device, row.cookies)
+            there_ = moved[row.secret]
+            assert (there_.device, there_.cookies, there_.state) == (row.device, row.cookies, row.state)
     # And what is known by its token stays the account that it is.
     back = run("accounts", "import", str(file), env=env)
-    assert (
-        "known before: 2" in back.stdout and len(here.store.accounts()) == 4
-    )  # login-free ones are all alike
+    assert "known before: 3" in back.stdout and len(here.store.accounts()) == 3
+    alone = {"DATA_DIR": str(tmp_path / "alone")}
+    (tmp_path / "one.jsonl").write_text(file.read_text().splitlines()[0])
+    assert run("accounts", "import", str(tmp_path / "one.jsonl"), env=alone).returncode == 0
+    assert cp.Store(alone["DATA_DIR"]).accounts()[0].device == here.store.accounts()[0].device
+    assert "never printed" in run("accounts", "export", "-", env=env).stderr
     assert run("accounts", "export", env={"DATA_DIR": str(tmp_path / "none")}).returncode == 2
 
 
@@ -1257,6 +1264,12 @@ def test_accounts_are_disabled_enabled_removed_and_checked(
     everyone = {"ids": [account.id for account in proxy.app.pool.accounts()]}
     results = admin(proxy, "POST", "/tokens/check", json=everyone).json()["results"]
     assert results[ids["ali"]] == "" and results[ids["bob"]].startswith("expired: ")
+    assert results[ids[""]] == "" and proxy.app.pool.find(ids[""]).row.state == "disabled"  # type: ignore[union-attr]
+    mine = proxy.ask(key=proxy.app.pool.find(ids["ali"]).row.secret)  # type: ignore[union-attr]
+    assert mine.status_code == 200
+    proxy.app.pool.disable([ids["ali"]], True)
+    refused = proxy.ask(key=proxy.app.pool.find(ids["ali"]).row.secret)  # type: ignore[union-attr]
+    assert error_of(refused) == (401, "invalid_api_key") and "disabled" in refused.text
     removed = admin(proxy, "POST", "/tokens/remove", json={"ids": [ids["ali"], "acc-unknown"]}).json()
     assert removed["removed"] == 1 and ids["ali"] not in {row.id for row in proxy.store.accounts()}
     for wrong in ({}, {"ids": "x"}, {"ids": [5]}, {"ids": ["x"] * 101}):
@@ -1327,7 +1340,8 @@ def test_users_are_administered_as_chatgpt_api_server_does_it(start: Callable[..
     proxy.app.keys._wrong.clear()
     refused = httpx.get(f"{proxy.url}/admin/users", params={"admin_key": "wrong"})
     assert refused.status_code == 401 and ADMIN not in refused.text
-    assert httpx.post(f"{proxy.url}/admin/users/add", content=b"{").status_code == 400
+    assert httpx.post(f"{proxy.url}/admin/users/add", content=b"{").status_code == 401
+    assert admin(proxy, "POST", "/admin/users/add", content=b"{").status_code == 400
     body = {"admin_key": ADMIN, "user_id": made["user_id"]}
     gone = httpx.post(f"{proxy.url}/admin/users/delete", json=body)
     assert gone.json() == {"message": "User deleted"} and proxy.ask(key=token).status_code == 401
@@ -1358,9 +1372,16 @@ def test_an_api_users_day_has_a_limit_and_is_counted(start: Callable[..., Proxy]
     third = admin(proxy, "GET", "/admin/users").json()["users"][0]
     assert third["requests"] == 3 and third["tokens"] == 3 * first["tokens"]
     assert proxy.ask(key=other["token"]).status_code == 200 and proxy.say()
+    drawn = {"Authorization": f"Bearer {other['token']}"}
+    weather.obeys = True
+    image = httpx.post(f"{proxy.url}/v1/images/generations", json={"prompt": "a fish"}, headers=drawn)
+    assert image.status_code == 200
+    eve = admin(proxy, "GET", "/admin/users").json()["users"][1]
+    assert eve["requests"] == 2 and eve["tokens"] > first["tokens"]
     proxy.app.ledger.save()
     listed = run("users", "list", env={"DATA_DIR": proxy.settings.data_dir}).stdout
-    assert re.search(r"bob +3 +\d+ +3  20", listed) and re.search(r"eve +1 +\d+ +-  20", listed)
+    assert re.search(r"bob +3 +\d+ +3  20", listed) and re.search(r"eve +2 +\d+ +-  20", listed)
+    assert run("users", "add", "evil\nname", env={"DATA_DIR": proxy.settings.data_dir}).returncode == 2
 
 
 def session(proxy: Proxy, key: str = ADMIN, **headers: str) -> httpx.Response:
@@ -1382,6 +1403,7 @@ def test_an_administrator_signs_in_on_the_page(start: Callable[..., Proxy]) -> N
     assert secure.headers["set-cookie"].endswith("; Secure")
     own, other = {"Origin": proxy.url}, {"Origin": "http://evil.example"}
     assert call("GET", "/tokens/list") == 200
+    assert call("GET", "/tokens/list", Authorization="Basic eDp5") == 200  # a reverse proxy's
     assert call("POST", "/tokens/error", **own) == 200
     assert call("POST", "/tokens/error", **{"Sec-Fetch-Site": "same-origin"}) == 200
     for headers in ({}, other, {"Origin": "null"}, own | {"Sec-Fetch-Site": "cross-site"}):
@@ -1437,11 +1459,14 @@ def test_without_a_key_only_this_machine_and_its_own_pages_administer(start: Cal
     evil = "http://evil.example"
     for headers in (
         {"Origin": evil}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}, {"X-Forwarded-For": "1.2.3.4"},
+        {"Via": "1.1 x"}, {"X-Forwarded-Host": "x"}, {"X-Real-IP": "1.2.3.4"},
         {"Host": f"evil.example:{port}"}, {"Host": f"evil.example:{port}", "Origin": f"{evil}:{port}"},
     ):  # fmt: skip
         assert admin(proxy, "GET", "/tokens/list", None, headers=headers).status_code == 401, headers
         token = cp.demo_token("bob")
         assert admin(proxy, "GET", f"/tokens/add/{token}", None, headers=headers).status_code == 401
+    linked = admin(proxy, "GET", "/tokens/add/x", None, headers={"Sec-Fetch-Site": "none"})
+    assert linked.status_code == 401
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
@@ -1750,6 +1775,64 @@ def test_no_rotated_token_is_lost_by_killing_the_process(tmp_path: pathlib.Path)
     assert {issuer.refresh_tokens.get(row.secret) for row in kept.values()} == set(names)
 
 
+def test_no_process_waits_long_for_another(tmp_path: pathlib.Path) -> None:
+    store = cp.Store(str(tmp_path))
+    code = """
+import sys, threading, time; sys.path.insert(0, sys.argv[1]); import chatproxy as cp
+store, other = cp.Store(sys.argv[2]), None
+def want():
+    try:
+        with store.alone("ours", 60): print("got ours", flush=True)
+    except OSError as error: print(error, flush=True)
+with store.alone("theirs", 1):
+    print("has theirs", flush=True); sys.stdin.readline()
+    threading.Thread(target=want).start(); time.sleep(60)
+"""
+    words = [sys.executable, "-c", code, str(HERE), str(tmp_path)]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin and other.stdout and other.stdout.readline() == "has theirs\n"
+    with store.alone("ours", 1):
+        other.stdin.write("go\n")
+        other.stdin.flush()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError), store.alone("theirs", 0.5):  # which is no deadlock
+            pass
+        assert 0.4 < time.monotonic() - began < 5
+    assert other.stdout.readline() == "got ours\n"
+    other.kill()
+    other.wait()
+    with store.alone("theirs", 5):
+        pass
+
+
+def test_what_cannot_be_stored_is_counted_later(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = cp.Store(str(tmp_path))
+    ledger = cp.Ledger(store)
+    ledger.count("acc-1", answers=1)
+
+    def full(more: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(sqlite3.Error):
+        patch.setattr(store, "add_tallies", full)
+        ledger.save()
+    ledger.count("acc-1", answers=1)
+    ledger.save()
+    assert cp.Ledger(store).today("acc-1").answers == 2
+
+
+def test_only_the_pool_is_counted(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    for number in range(5):
+        assert proxy.ask(key=cp.demo_token(f"guest{number}")).status_code == 200
+        proxy.ask(key=cp.demo_token(f"guest{number}", -100))
+    said = admin(proxy, "GET", "/tokens/list").json()
+    assert said["hours"][-1]["answers"] == said["hours"][-1]["failures"] == 0
+    assert not proxy.app.ledger._today
+
+
 def test_two_processes_exchange_a_token_once(
     start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
 ) -> None:
@@ -1782,20 +1865,74 @@ def test_tokens_of_one_account_are_one_account(start: Callable[..., Proxy], weat
     weather.refresh_tokens[refresh] = "alice"
     proxy = start("alice", "bob", history_disabled="false")
     alice = next(one for one in proxy.app.pool.accounts() if one.row.email.startswith("alice"))
+    device = alice.row.device
     proxy.app.pool.hold("conversation-1", alice)
+    proxy.app.pool.told_to_wait(alice, "o3", 1000)
+    proxy.app.ledger.count(alice.id, answers=7)
     proxy.app.pool.add([refresh])
     for _ in range(30):
         proxy.say()
     kinds = {row.email: row.kind for row in proxy.store.accounts()}
     assert kinds == {"alice@demo.example": "refresh", "bob@demo.example": "access"}
-    assert proxy.app.pool.holder("conversation-1") == next(
-        row.id for row in proxy.store.accounts() if row.kind == "refresh"
-    )
+    row = next(row for row in proxy.store.accounts() if row.kind == "refresh")
+    assert (row.id, row.device) == (alice.id, device) and proxy.app.pool.find(row.id) is alice
+    assert proxy.app.pool.holder("conversation-1") == row.id and alice.wait_for("o3", time.time()) > 900
+    assert proxy.app.ledger.today(row.id).answers >= 7
     # And its access token, or the newest refresh token, added later is still the same.
-    secret = next(row.secret for row in proxy.store.accounts() if row.kind == "refresh")
-    added = proxy.app.pool.add([cp.demo_token("alice"), secret])
+    added = proxy.app.pool.add([cp.demo_token("alice"), row.secret])
     assert (len(added.rows), added.known, added.merged) == (1, 1, 1)
     assert len(proxy.store.accounts()) == 2 and proxy.ask().status_code == 200
+
+
+def test_an_account_removed_during_its_first_exchange_takes_no_other_with_it(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start("alice")
+    (alice,) = proxy.app.pool.accounts()
+    (added,) = proxy.app.pool.add([refresh]).rows
+    account = proxy.app.pool.find(added.id)
+    assert account
+    go = threading.Event()
+
+    def wait(request: cp.Request) -> None:
+        go.wait(5)
+
+    weather.add("/oauth/token", wait)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        exchange = pool.submit(cp.patiently, proxy.app.upstream.token(account, cp.Watch(60)))
+        wait_until(lambda: not weather.faults["/oauth/token"])
+        assert proxy.app.pool.remove([added.id]) == [added.id]
+        go.set()
+        exchange.result()
+    assert [row.id for row in proxy.store.accounts()] == [alice.id] and proxy.ask().status_code == 200
+
+
+def test_a_disabled_account_stays_disabled_however_it_comes_again(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start("alice", "bob")
+    alice = next(one for one in proxy.app.pool.accounts() if one.row.email.startswith("alice"))
+    proxy.app.pool.disable([alice.id], True)
+    (added,) = proxy.app.pool.add([refresh]).rows
+    account = proxy.app.pool.find(added.id)
+    assert account
+    cp.patiently(proxy.app.upstream.token(account, cp.Watch(60)))
+    assert alice.row.state == "disabled" and alice.row.kind == "refresh" and len(proxy.store.accounts()) == 2
+
+
+def test_of_several_tokens_of_one_account_the_one_that_lasts_longest_stays(
+    start: Callable[..., Proxy],
+) -> None:
+    proxy = start()
+    good, old = cp.demo_token("alice", 9000), cp.demo_token("alice", -100)
+    for lines in ([good, old], [old, good]):
+        proxy.app.pool.add(lines)
+        assert [row.access_token for row in proxy.store.accounts()] == [good]
+        proxy.app.pool.remove()
 
 
 def renewing(start: Callable[..., Proxy], weather: Weather, **settings: str) -> tuple[Proxy, cp.Account]:
@@ -2180,6 +2317,18 @@ def test_an_account_moves_on_from_a_proxy_that_does_not_connect(
     # What the upstream says through it, be it a failure, is no reason to move.
     weather.add("/conversation", *[status(502)] * 4)
     assert [proxy.ask().status_code for _ in range(4)] == [502] * 4 and account.route.proxy == alive
+
+
+def test_only_failures_in_a_row_move_an_account(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", proxy_url="http://127.0.0.1:1,http://127.0.0.1:2")
+    (account,) = proxy.app.pool.accounts()
+    route = account.route
+    for connected in (False, False, True, False, False):
+        proxy.app.pool.reached(account, route, connected)
+    assert account.route is route
+    for _ in range(3):  # the last two were under way when it moved: they say nothing of its new proxy
+        proxy.app.pool.reached(account, route, False)
+    assert account.route.proxy != route.proxy and account.unreached == 0
 
 
 def test_a_tunnel_that_is_refused_is_a_proxy_that_does_not_connect(start: Callable[..., Proxy]) -> None:
