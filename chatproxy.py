@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import codecs
 import contextlib
 import datetime
 import errno
@@ -285,9 +286,13 @@ class Settings:
     allow_private_urls: bool = setting(
         "false", BOOLEAN, "may URLs that clients name lead to private addresses"
     )
-    upstream_order: str = setting("pool", _one_of("pool"), "which answers first")
+    upstream_order: str = setting(
+        "pool",
+        _one_of("pool", "agents", "agents,pool", "pool,agents"),
+        "which answers chats, and which does when that has nobody to",
+    )
     agent_key: str | None = setting(
-        "", KEY, "the key that agents register with; unset: ADMIN_KEY", secret=True
+        "", KEY, "the key that agents register with; unset: the admin key", secret=True
     )
     enable_gateway: bool = setting("false", OFF, "the web mirror")
     auto_seed: bool = setting("true", BOOLEAN, "the web mirror's seeds are made unasked")
@@ -403,12 +408,16 @@ CAUSES = {
         "files, images and speech need a signed-in account, and only login-free ones are there",
     ),
     "invalid_api_key": (401, "no or wrong key"),
+    "invalid_credentials": (401, "wrong user name, password or one-time code"),
+    "mfa_required": (401, "the account wants a one-time code: send it as `code`"),
     "not_found": (404, "route, conversation or file that does not exist"),
     "model_not_found": (404, "model that nobody offers: with CHECK_MODEL, or when the upstream says so"),
     "method_not_allowed": (405, "known route, other method; `Allow` names those it has"),
     "request_timeout": (408, "client too slow to send its request"),
     "request_too_large": (413, "body over MAX_BODY_MB, or a prompt too long for the upstream"),
     "uri_too_long": (414, "URL over its limit"),
+    "origin_refused": (403, "an agent in a browser on another site than chatgpt.com"),
+    "upgrade_required": (426, "a WebSocket of another version than 13"),
     "expectation_failed": (417, "an `Expect` other than `100-continue`"),
     "headers_too_large": (431, "headers over their limit"),
     "rate_limit_exceeded": (
@@ -416,6 +425,7 @@ CAUSES = {
         "every usable account is waiting out a limit, or an API user's requests of today are used up; `Retry-After`",
     ),
     "upstream_blocked": (403, "the upstream refuses this address (Cloudflare page, unusual activity)"),
+    "challenge_required": (403, "the sign-in wants to see a human: `chatproxy.py login` lets one sign in"),
     "arkose_required": (403, "the upstream wants an Arkose token and no service provides one"),
     "proof_of_work_too_hard": (403, "the upstream asks a harder proof than POW_DIFFICULTY allows"),
     "internal_error": (500, "a fault of chatproxy itself; the log has it under the request id"),
@@ -424,6 +434,8 @@ CAUSES = {
         502,
         "the model twice gave no JSON that `response_format` or `text.format` allows",
     ),
+    "agent_lost": (500, "the agent that was asked hung up, failed, or is not there any more"),
+    "no_agent": (503, "no agent is connected and answers; `Retry-After`"),
     "no_account": (503, "no account in the pool can answer (none, or all expired); `Retry-After`"),
     "overloaded": (503, "more connections than MAX_CONNECTIONS, or shutting down; `Retry-After`"),
     "upstream_timeout": (504, "upstream silent"),
@@ -494,6 +506,8 @@ class Refusal(ApiError):
     def __init__(self, reason: str, message: str, code: str = "", wait: float | None = None, about: str = ""):
         super().__init__(code or self.REASONS[reason], message)
         self.reason, self.wait, self.about = reason, wait, about
+        self.unsent = False  # whether the call cannot have arrived
+        self.said: tuple[int, str, bytes] | None = None  # the upstream's own status, content type and body
 
 
 def errors_table() -> str:
@@ -569,6 +583,7 @@ class Metrics:
         "chatproxy_first_byte_seconds": "Time from a request to the first byte of its answer, by route.",
         "chatproxy_upstream_responses_total": "Answers of the upstream, by call and status (0: none came).",
         "chatproxy_accounts": "Accounts in the pool, by state.",
+        "chatproxy_agents": "Agents connected.",
         "chatproxy_proof_seconds": "Time to solve a proof of work.",
         "chatproxy_retries_total": "Attempts that went on to the next account, by reason.",
     }
@@ -1129,10 +1144,13 @@ class Store:
         rows = self._rows("SELECT account FROM conversations WHERE id=?", id)
         return rows[0][0] if rows else None
 
-    def put_conversation(self, id: str, account: str) -> None:
+    def put_conversations(self, accounts: Mapping[str, str]) -> None:
+        """Notes which account holds which conversation."""
         query = "INSERT INTO conversations SELECT ?, id, ? FROM accounts WHERE id=? ON CONFLICT(id)"
         changes = "DO UPDATE SET account=excluded.account, used=excluded.used"
-        self._write(f"{query} {changes}", id, time.time(), account)
+        rows = [(id, time.time(), account) for id, account in accounts.items()]
+        with self.writing() as db:
+            db.executemany(f"{query} {changes}", rows)
 
     def prune(self, now: float) -> None:
         """Forgets cool-downs that ended a day ago, conversations that nobody went on with for half a year, responses,
@@ -1476,6 +1494,8 @@ class Solver:
 # ============================================================================================================
 
 CONNECT_TIMEOUT = 10.0  # seconds
+# libcurl's codes for: no such proxy, no such host, no connection, no TLS, a certificate that is none, no way through SOCKS.
+_NOT_CONNECTED = (5, 6, 7, 35, 60, 97)
 LAST_SILENCE_MS = 50  # what an upstream may take to end an answer after its last event
 IDLE_HANDLE_LIFE = 60.0  # seconds an unused connection is kept
 MOST_IDLE_HANDLES = 64  # kept for one account
@@ -1708,10 +1728,13 @@ class Handle:
         if message == ffi.NULL or not (code := message.data.result):
             return
         text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
-        if self._head and not text.startswith("CONNECT tunnel failed"):
+        tunnel = text.startswith("CONNECT tunnel failed")
+        if self._head and not tunnel:
             raise Refusal("broken", f"The upstream broke off its answer: {text}")
         advice = "check this server's network, or PROXY_URL"
-        raise Refusal("unreachable", f"The upstream could not be reached ({text}); {advice}.")
+        refused = Refusal("unreachable", f"The upstream could not be reached ({text}); {advice}.")
+        refused.unsent = tunnel or code in _NOT_CONNECTED
+        raise refused
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
@@ -2426,9 +2449,9 @@ class Pool:
         """The id of the account that holds a conversation, None when that is not known."""
         return self.store.conversation_account(conversation)
 
-    def hold(self, conversation: str, account: Account) -> None:
-        """Remembers which account holds a conversation."""
-        self.store.put_conversation(conversation, account.id)
+    def hold(self, conversations: Mapping[str, str]) -> None:
+        """Remembers which account holds which conversation, both by id."""
+        self.store.put_conversations(conversations)
 
     def states(self) -> dict[str, int]:
         """How many accounts are in which state."""
@@ -2823,6 +2846,30 @@ def conversation_body(
     return body
 
 
+def completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A conversation body in the upstream's own shape, with what its senders like to leave out."""
+    body: dict[str, Any] = {
+        "action": "next",
+        "model": "auto",
+        "parent_message_id": new_id(),
+        "conversation_mode": {"kind": "primary_assistant"},
+        "force_use_sse": True,
+        "timezone_offset_min": TIMEZONE_OFFSET_MIN,
+        "websocket_request_id": new_id(),
+    }
+    body |= {name: value for name, value in given.items() if value not in (None, "")}
+    messages = []
+    for message in dicts(given.get("messages")):
+        author: Any = message.get("author")
+        author = author if isinstance(author, dict) else {}
+        filled = {
+            "id": message.get("id") or new_id(),
+            "author": {**author, "role": author.get("role") or "user"},
+        }
+        messages.append(message | filled | {"metadata": message.get("metadata") or {}})
+    return body | ({"messages": messages} if messages else {})
+
+
 def _message_body(message: Message, files: Mapping[Attachment, File]) -> dict[str, Any]:
     content: dict[str, Any] = {"content_type": "text", "parts": [message.text]}
     metadata: dict[str, Any] = {}
@@ -2860,6 +2907,13 @@ def use_case(file: File) -> str:
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
+    """An answer other than 2xx, with what it means."""
+    refused = _meaning(status, headers, body)
+    refused.said = status, headers.get("content-type", "application/json"), body
+    return refused
+
+
+def _meaning(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
     """An answer other than 2xx as "Refusals" has it. Of the upstream's own words only `detail` is repeated, and never
     what it was sent."""
     text = body[:20_000].decode("utf-8", "replace")
@@ -2907,6 +2961,17 @@ def _seconds(said: Any, headers: Mapping[str, str]) -> float | None:
 def dicts(value: Any) -> list[dict[str, Any]]:
     """The objects in what should be a list of them."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def with_cookies(cookies: Mapping[str, str], headers: Mapping[str, str]) -> dict[str, str]:
+    """The cookies after an answer: with those that it sets, without those that it ends."""
+    kept = dict(cookies)
+    for line in headers.get("set-cookie", "").split("\n"):
+        key, equals, value = (part.strip() for part in line.partition(";")[0].partition("="))
+        if equals and key and not re.search(r"[\s\x00-\x1f]", key + value):
+            ended = not value or re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I)
+            kept[key] = "" if ended else value
+    return {key: value for key, value in kept.items() if value}
 
 
 def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
@@ -2988,15 +3053,8 @@ class ChatGPT:
     def _heard(self, name: str, account: Account, status: int, headers: Mapping[str, str]) -> None:
         """Counts an answer and keeps the cookies it sets."""
         self.metrics.add("chatproxy_upstream_responses_total", labels=f'call="{name}",status="{status}"')
-        if "set-cookie" not in headers:
-            return
-        cookies = dict(account.cookies)
-        for line in headers["set-cookie"].split("\n"):
-            key, equals, value = (part.strip() for part in line.partition(";")[0].partition("="))
-            if equals and key and not re.search(r"[\s\x00-\x1f]", key + value):
-                ended = not value or re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I)
-                cookies[key] = "" if ended else value
-        account.cookies = {key: value for key, value in cookies.items() if value}
+        if "set-cookie" in headers:
+            account.cookies = with_cookies(account.cookies, headers)
 
     def _object(
         self, name: str, account: Account, path: str, watch: Watch, body: Mapping[str, Any] | Blob | None = None,
@@ -3251,6 +3309,22 @@ class ChatGPT:
         """The cheapest call that only a working account answers."""
         yield from self._object("me", account, "/me", watch)
 
+    def native(
+        self, account: Account, method: str, path: str, body: Blob | None, watch: Watch
+    ) -> Patient[Answer]:
+        """ "Conversations": a call of the site's own scripts, with its own answer. Refusal where another attempt can do no
+        harm: the call was not taken up (401, 429), never arrived, or changes nothing."""
+        url, headers, reads = self._base(account) + path, self._headers(account), method == "GET"
+        try:
+            answer = yield from self._answer("native", account, method, url, headers, body, watch)
+        except Refusal as refused:
+            if reads or refused.unsent:
+                raise
+            raise ApiError(refused.code, refused.message) from None
+        if answer.status in (401, 429) or (reads and answer.status >= 500):
+            raise refusal(answer.status, answer.headers, answer.body)
+        return answer
+
     def models(self, account: Account, watch: Watch) -> Patient[tuple[str, ...]]:
         """The slugs of the models that an account may use, read at most every MODELS_LIFE seconds; what is known stays
         in use when the upstream fails."""
@@ -3485,17 +3559,20 @@ class SignIn:
         }
         return f"{self.issuer}/oauth/authorize?{urllib.parse.urlencode(query)}"
 
-    def _post(self, path: str, kind: str, body: str) -> Answer:
-        headers = [f"Content-Type: {kind}".encode(), b"Expect:"]
-        url, watch = self.issuer + path, Watch(math.inf)
-        with self.handles.call(
-            "sign-in", self.route, "POST", url, headers, body.encode(), watch, 30.0
-        ) as call:
+    def _ask(self, method: str, url: str, headers: list[bytes], body: bytes | None) -> Answer:
+        watch = Watch(math.inf)
+        with self.handles.call("sign-in", self.route, method, url, headers, body, watch, 30.0) as call:
             return patiently(call.whole())
 
-    def tokens(self, code: str, verifier: str, redirect: str) -> tuple[str, str]:
+    def _post(self, path: str, kind: str, body: str) -> Answer:
+        headers = [f"Content-Type: {kind}".encode(), b"Expect:"]
+        return self._ask("POST", self.issuer + path, headers, body.encode())
+
+    def tokens(
+        self, code: str, verifier: str, redirect: str, client: str = BROWSER_CLIENT
+    ) -> tuple[str, str]:
         """The access token and the refresh token ("" for none) for a code; Refusal when the issuer gives none."""
-        form = {"grant_type": "authorization_code", "client_id": BROWSER_CLIENT, "code": code}
+        form = {"grant_type": "authorization_code", "client_id": client, "code": code}
         form |= {"redirect_uri": redirect, "code_verifier": verifier}
         answer = self._post("/oauth/token", "application/x-www-form-urlencoded", urllib.parse.urlencode(form))
         said = answer.object() or {}
@@ -3528,6 +3605,96 @@ class SignIn:
         if answer.status != 200 or not isinstance(given, str) or not isinstance(verifier, str):
             raise Refusal("rejected", f"The issuer answered with status {answer.status}; sign in again.")
         return self.tokens(given, verifier, f"{self.issuer}/deviceauth/callback")
+
+
+class PasswordSignIn(SignIn):
+    """ "Accounts: Password": signs in with a password where the issuer lets a program do that."""
+
+    STEPS = 12  # redirects and forms
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._cookies: dict[str, str] = {}
+
+    def tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
+        """The access token and the refresh token ("" for none); ApiError invalid_credentials, mfa_required or
+        challenge_required. `code` is a one-time code, "" for none."""
+        query = {
+            "client_id": REFRESH_CLIENT,
+            "audience": "https://api.openai.com/v1",
+            "redirect_uri": REFRESH_REDIRECT,
+            "scope": "openid email profile offline_access model.request model.read organization.read offline",
+            "response_type": "code",
+            "code_challenge": challenge(self.verifier),
+            "code_challenge_method": "S256",
+            "prompt": "login",
+        }
+        place = self._follow(f"{self.issuer}/authorize?{urllib.parse.urlencode(query)}")
+        traits = dict.fromkeys(("js-available", "webauthn-platform-available"), "true")
+        traits |= dict.fromkeys(("webauthn-available", "is-brave"), "false")
+        self._fill("identifier", place, {"username": username, **traits})
+        place = self._fill("password", place, {"username": username, "password": password})
+        if "/u/mfa-otp-challenge" in place:
+            if not code:
+                text = "This account wants a one-time code; send it as `code` beside the password."
+                raise ApiError("mfa_required", text)
+            place = self._fill("mfa-otp-challenge", place, {"code": code})
+        given = self._queried(place, "code")
+        if not place.startswith(REFRESH_REDIRECT) or not given:
+            raise self._challenged()
+        return self.tokens(given, self.verifier, REFRESH_REDIRECT, REFRESH_CLIENT)
+
+    @staticmethod
+    def _queried(place: str, name: str) -> str:
+        return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(place).query)).get(name, "")
+
+    @staticmethod
+    def _challenged() -> ApiError:
+        text = "The sign-in page wants to see a human; sign in with `chatproxy.py login` instead."
+        return ApiError("challenge_required", text)
+
+    def _fill(self, page: str, place: str, form: Mapping[str, str]) -> str:
+        """Sends one of the forms of the sign-in begun at `place`; where it leads."""
+        state = self._queried(place, "state")
+        if not state:
+            raise self._challenged()
+        path = f"/u/{page}" if page.startswith("mfa") else f"/u/login/{page}"
+        url = f"{self.issuer}{path}?{urllib.parse.urlencode({'state': state})}"
+        return self._follow(url, {"state": state, **form, "action": "default"})
+
+    def _follow(self, url: str, form: Mapping[str, str] | None = None) -> str:
+        """Where a request leads, redirect by redirect: to a page, or to the app with a code."""
+        for _ in range(self.STEPS):
+            answer = self._step(url, form)
+            if form is not None and answer.status in (400, 401, 403) and not self._walled(answer):
+                text = "The user name, the password or the one-time code is wrong."
+                raise ApiError("invalid_credentials", text)
+            if answer.status == 429:
+                raise refusal(answer.status, answer.headers, b"")
+            if answer.status >= 500:
+                raise Refusal("broken", f"The sign-in failed with status {answer.status}; try again.")
+            target = answer.headers.get("location", "")
+            if not 300 <= answer.status < 400 or not target:
+                if answer.status != 200 or self._walled(answer):
+                    raise self._challenged()
+                return url
+            url, form = urllib.parse.urljoin(url, target), None
+            if not url.startswith(f"{self.issuer}/"):
+                return url
+        raise self._challenged()
+
+    @staticmethod
+    def _walled(answer: Answer) -> bool:
+        return _BLOCK_MARKS.search(answer.body[:20_000].decode("utf-8", "replace")) is not None
+
+    def _step(self, url: str, form: Mapping[str, str] | None) -> Answer:
+        headers = [b"Expect:", *_cookie_line(self._cookies)]
+        body = None if form is None else urllib.parse.urlencode(form).encode()
+        if body is not None:
+            headers.append(b"Content-Type: application/x-www-form-urlencoded")
+        answer = self._ask("POST" if body is not None else "GET", url, headers, body)
+        self._cookies = with_cookies(self._cookies, answer.headers)
+        return answer
 
 
 def next_refresh(now: float) -> float:
@@ -4235,7 +4402,25 @@ class Attempt:
         self.continuing = False  # whether the call under way goes on with an answer
         self.pieces: Pieces | None = None  # the call under way; ended when the client has its last words
         self.kept = ""  # the conversation that is remembered for its account
+        self.keeps = False  # whether that is done although HISTORY_DISABLED
         self.links: dict[SandboxLink, str] = {}  # URLs of the files that the model made
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def without_done(pieces: Pieces) -> Pieces:
+    """The same events but for `[DONE]`, whole ones at a time."""
+    rest = b""
+    for data in pieces:
+        if data is None:
+            yield None
+            continue
+        whole, end, rest = (rest + data).rpartition(b"\n\n")
+        if events := (whole + end).replace(DONE, b""):
+            yield events
+    if rest:
+        yield rest
 
 
 class Answers:
@@ -4255,10 +4440,68 @@ class Answers:
             attempt.holder = attempt.kept_by = self.pool.holder(question.conversation)
         yield from self._gather(attempt)
         try:
-            yield from self._attempts(attempt, lambda account: self._counted(account, attempt))
+            yield from self._attempts(
+                attempt, lambda account: self._counted(account, attempt, self._answer(account, attempt))
+            )
         finally:
             if attempt.pieces:
                 attempt.pieces.close()
+
+    def native(self, attempt: Attempt, body: Mapping[str, Any], again: int) -> Pieces:
+        """The upstream's own bytes for a conversation body, None for a heartbeat's time of silence. What was cut for
+        length is gone on with up to `again` times, and then has one `[DONE]`."""
+        if attempt.guest is None and attempt.question.conversation:
+            attempt.holder = attempt.kept_by = self.pool.holder(attempt.question.conversation)
+        try:
+            yield from self._attempts(
+                attempt,
+                lambda account: self._counted(account, attempt, self._native(account, attempt, body, again)),
+            )
+        finally:
+            if attempt.pieces:
+                attempt.pieces.close()
+
+    def _native(self, account: Account, attempt: Attempt, body: Mapping[str, Any], again: int) -> Pieces:
+        attempt.continuing = False
+        for left in range(again, -1, -1):
+            attempt.decoder = decoder = Decoder()
+            turn = self._signed_in(account, attempt, functools.partial(self._native_turn, attempt, body))
+            yield from without_done(turn) if again else turn
+            over = decoder.finish()
+            if not left or not over or over.reason != "length" or not over.conversation or not over.message:
+                break
+            body = {name: value for name, value in body.items() if name != "messages"}
+            body |= {"action": "continue", "conversation_id": over.conversation}
+            body |= {"parent_message_id": over.message, "websocket_request_id": new_id()}
+            attempt.continuing = True
+        if again:
+            yield DONE
+
+    def _native_turn(self, attempt: Attempt, body: Mapping[str, Any], account: Account) -> Pieces:
+        """One conversation call, made again with fresh requirements where those that were prepared are refused."""
+        upstream, watch, decoder = self.upstream, attempt.watch, attempt.decoder
+        if account.row.kind == LOGIN_FREE:
+            body = {**body, "model": "auto"}
+        needs = yield from upstream.spare(account, watch)
+        while True:
+            spare = needs is not None
+            needs = needs or (yield from upstream.requirements(account, watch))
+            try:
+                attempt.pieces = upstream.conversation(account, body, needs, watch)
+                for data in attempt.pieces:
+                    if data:
+                        if not attempt.begun:
+                            self._begun(account, attempt)
+                        with contextlib.suppress(Refusal):  # the client is given the upstream's own words
+                            decoder.feed(data)
+                        if decoder.conversation != attempt.kept:
+                            self._keep(account, attempt, decoder.conversation)
+                    yield data
+                return
+            except Refusal as refused:
+                if refused.reason != "blocked" or not spare or (attempt.begun and not attempt.continuing):
+                    raise
+                needs = None
 
     def _gather(self, attempt: Attempt) -> Patient[None]:
         """Makes ready what comes with a question, whichever account it will be."""
@@ -4356,11 +4599,13 @@ class Answers:
         text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "1"})
 
-    def _counted(self, account: Account, attempt: Attempt) -> Batches:
+    def _counted(
+        self, account: Account, attempt: Attempt, answer: Generator[Y, None, None]
+    ) -> Generator[Y, None, None]:
         """An answer that the account gave, to its end or until the client left, or that it failed to give."""
         failed = False
         try:
-            yield from self._answer(account, attempt)
+            yield from answer
         except Refusal as refused:
             failed = refused.reason in _FAILURES
             raise
@@ -4541,8 +4786,9 @@ class Answers:
     def _keep(self, account: Account, attempt: Attempt, conversation: str) -> None:
         """Remembers who holds a conversation before its id is given out."""
         attempt.kept = conversation
-        if not self.settings.history_disabled and not attempt.guest and attempt.kept_by != account.id:
-            self.pool.hold(conversation, account)
+        keeps = attempt.keeps or not self.settings.history_disabled
+        if keeps and not attempt.guest and attempt.kept_by != account.id:
+            self.pool.hold({conversation: account.id})
 
 
 # ============================================================================================================
@@ -6384,6 +6630,11 @@ class Wire:
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
+    def ahead(self) -> bytes:
+        """What has come after the request; it is the caller's from now on."""
+        data, self._ahead = self._ahead, b""
+        return data
+
     def sending(self) -> None:
         """To be called before an answer: TLS has one time-out for both ways, others have SO_SNDTIMEO for this one."""
         if isinstance(self._sock, ssl.SSLSocket):
@@ -6508,6 +6759,232 @@ class Wire:
         return line[:-1]
 
 
+# -- WebSocket (RFC 6455) ----------------------------------------------------------------------------------------------
+
+_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
+_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64, and nothing else is
+_CODES = {*range(1000, 1015), *range(3000, 5000)} - {1004, 1005, 1006}  # what a Close may carry
+_WANTS: Any = {ssl.SSLWantReadError: select.POLLIN, ssl.SSLWantWriteError: select.POLLOUT}
+
+
+class Closed(Exception):
+    """The connection is over: its Close frame's code (1005: it had none; 1006: there was no frame) and a reason."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
+
+
+def accept_key(key: str) -> str:
+    """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key."""
+    text = key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    return base64.b64encode(hashlib.sha1(text.encode(), usedforsecurity=False).digest()).decode()
+
+
+def handshake(request: Request) -> dict[str, str]:
+    """The headers of the 101 (RFC 6455, 4.2); ApiError for what is none, or speaks another version. Extensions are not
+    accepted, and subprotocols are not chosen."""
+    headers = request.headers
+
+    def words(name: str) -> list[str]:
+        return [word.strip(" \t").lower() for word in headers.get(name, "").split(",")]
+
+    key = headers.get("sec-websocket-key", "")
+    for met, need in (
+        ("websocket" in words("upgrade"), "`Upgrade: websocket`"),
+        ("upgrade" in words("connection"), "`Connection: Upgrade`"),
+        (_KEY.fullmatch(key), "a Sec-WebSocket-Key of 16 bytes in base64"),
+    ):
+        if not met:
+            raise malformed(f"a WebSocket begins with {need}")
+    if headers.get("sec-websocket-version") != "13":
+        known = {"Sec-WebSocket-Version": "13", "Upgrade": "websocket"}
+        raise ApiError("upgrade_required", "Only version 13 of WebSocket is spoken here.", headers=known)
+    return {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept_key(key)}
+
+
+class WebSocket:
+    """A connection after its handshake; its owner closes the socket when `receive` has told the end.
+
+    The socket becomes non-blocking and who must wait polls: reader and writers have time-outs of their own, and no two
+    threads are ever inside one TLS object, which OpenSSL forbids. `ahead` was read after the request, `most` is a
+    message's size in bytes. Seconds: after `idle` without a byte the client is sent a ping, after `patience` more it is
+    gone (it has as long to answer a Close), and so it is when a frame is not out within `send_timeout`.
+    """
+
+    def __init__(
+        self, sock: socket.socket, ahead: bytes = b"", *, most: int = 1_000_000,
+        idle: float = 30, patience: float = 15, send_timeout: float = 30,
+    ) -> None:  # fmt: skip
+        sock.setblocking(False)
+        self._sock, self._fd, self._ahead, self._most = sock, sock.fileno(), bytearray(ahead), most
+        self._idle, self._patience, self._send_timeout = idle, patience, send_timeout
+        self._due, self._pinged = time.monotonic() + idle, False  # when to ping or, after that, to give up
+        self._sock_lock = threading.Lock()  # for a call, which never waits
+        self._send_lock = threading.Lock()  # for a frame, and the next two
+        self._last: Closed | None = None  # the Close that we sent: no frame may follow it
+        self._answer_due = math.inf  # when the client's answer to it must be here
+        self._over: Closed | None = None  # how it ended
+        self._clean = False  # with the client's Close
+
+    def receive(self, deadline: float = math.inf) -> str | None:
+        """The next whole text message; None, then and ever after, once the client has said or answered Close.
+
+        Closed for a fault of the client, which is told its code; with 1008, told too, for no whole message by `deadline`
+        (a time.monotonic()); with 1006 for an end without Close. Messages that follow our `close` are passed over.
+        """
+        # Fragments are kept as bytes: a million strings of one letter take 80 MB, and empty ones know no limit.
+        message, decoder, begun = bytearray(), codecs.getincrementaldecoder("utf-8")(), False
+        try:
+            while self._over is None:
+                opcode, final, data = self._frame(begun, self._most - len(message), deadline)
+                if opcode == _PING:
+                    with contextlib.suppress(Closed):  # after our Close; any other end shows at the next read
+                        self._send(_PONG, data)
+                elif opcode == _CLOSE:
+                    code = int.from_bytes(data[:2], "big") if data else 1005
+                    if data and code not in _CODES:  # as no single byte is
+                        raise Closed(1002, "a Close has a code that is none")
+                    told = Closed(code, data[2:].decode())
+                    with contextlib.suppress(Closed):
+                        self._send(_CLOSE, data[:2], told)
+                    self._over, self._clean = self._over or told, True
+                elif opcode != _PONG:
+                    decoder.decode(data, final)  # a fault is told before the message's end
+                    message += data
+                    if final:
+                        text = message.decode()
+                        if self._last is None:
+                            return text
+                        message.clear()
+                    begun = not final
+        except (Closed, UnicodeDecodeError) as error:
+            fault = error if isinstance(error, Closed) else Closed(1007, "a text is not UTF-8")
+            if fault.code != 1006:
+                self.close(fault.code, fault.reason)
+            self._over = self._over or fault
+        if self._clean:
+            return None
+        raise self._end()
+
+    def send(self, text: str) -> None:
+        """Sends a text message, a lone surrogate as "?". Closed if the connection is, or is lost by this."""
+        self._send(_TEXT_FRAME, text.encode("utf-8", "replace"))
+
+    def ping(self, payload: bytes = b"") -> None:
+        """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
+        self._send(_PING, payload[:125])
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Sends Close unless one was sent, with what fits of the reason; ValueError for a code that no Close may carry.
+        The reader then waits `patience` for the answer; one that waits already learns of that at its next time-out."""
+        if code not in _CODES:
+            raise ValueError(f"no Close may carry {code}")
+        words = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")  # no half of a character
+        with contextlib.suppress(Closed):
+            self._send(_CLOSE, code.to_bytes(2, "big") + words.encode(), Closed(code, reason))
+
+    def drop(self, reason: str) -> Closed:
+        """Ends the connection at once, without Close: who waits for it wakes up and gets what is returned here."""
+        self._over = self._over or Closed(1006, reason)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # an SSLSocket's own goes on in plain text
+        return self._end()
+
+    def _end(self) -> Closed:
+        """A new exception each time: raised by several threads, one would mix their tracebacks."""
+        told = self._over or self._last or Closed(1006, "")
+        return Closed(told.code, told.reason)
+
+    def _attempt(self, call: Callable[[Any], Any], given: Any, event: int, until: float) -> Any:
+        """What a call of the socket gives; None if it was not ready, after a wait; Closed if the client is gone."""
+        try:
+            with self._sock_lock:
+                return call(given)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            event = _WANTS.get(type(error), event)
+        except OSError as error:
+            raise self.drop(f"the client is gone: {error}") from None
+        poll = select.poll()
+        poll.register(self._fd, event)
+        poll.poll(max(until - time.monotonic(), 0) * 1000)
+        return None
+
+    def _send(self, opcode: int, payload: bytes, last: Closed | None = None) -> None:
+        """Sends a frame, whole or as the last thing ever; `last`: it is our Close. Closed as in `send`."""
+        size, deadline = len(payload), time.monotonic() + self._send_timeout
+        mark, width = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
+        extended = size.to_bytes(width, "big") if width else b""
+        rest = memoryview(bytes((0x80 | opcode, mark)) + extended + payload)
+        with self._send_lock:  # whoever holds it has a deadline too
+            if self._over or self._last:
+                raise self._end()
+            if last:
+                self._last, self._answer_due = last, time.monotonic() + self._patience
+            while rest:
+                sent = self._attempt(self._sock.send, rest, select.POLLOUT, deadline)
+                if sent is None and time.monotonic() >= deadline:  # not a piece's: the client could sip
+                    raise self.drop("the client reads too slowly")
+                rest = rest[sent or 0 :]
+
+    def _need(self, size: int, deadline: float) -> None:
+        """Reads until `_ahead` has so many bytes. It sleeps from one time-out to the next, which may be a ping's."""
+        while len(self._ahead) < size:
+            if time.monotonic() >= min(deadline, self._answer_due):
+                late = Closed(1008, "no message came in time")
+                raise self.drop("Close was not answered") if self._last else late
+            # What is there is read before any silence is judged: the reader may have been away for long.
+            until = min(self._due, deadline, self._answer_due)
+            data = self._attempt(self._sock.recv, 65536, select.POLLIN, until)
+            if data == b"":
+                raise self.drop("the client hung up")
+            if data:
+                self._ahead += data
+                self._pinged, self._due = False, time.monotonic() + self._idle
+            elif time.monotonic() >= self._due:
+                if self._pinged:
+                    raise self.drop("the client fell silent")
+                self._pinged, self._due = True, time.monotonic() + self._patience
+                with contextlib.suppress(Closed):  # shows at the next read
+                    self.ping()
+
+    def _frame(self, begun: bool, room: int, deadline: float) -> tuple[int, bool, bytes]:
+        """The next frame: opcode, whether it ends its message, payload. `begun`: fragments of a message, which may have
+        `room` bytes more, are under way. What is wrong with a header is told before the payload is read."""
+        self._need(2, deadline)
+        first, second = self._ahead[:2]
+        opcode, final, size, start = first & 15, first >= 0x80, second & 0x7F, 6
+        known = opcode in (_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG)
+        if first & 0x70 or not known or second < 0x80:
+            raise Closed(1002, "a frame has a reserved bit or opcode, or no mask")
+        if (size > 125 or not final) if opcode >= _CLOSE else begun != (opcode == _CONTINUATION):
+            raise Closed(1002, "a control frame is fragmented or too long, or fragments are out of order")
+        if opcode == _BINARY:
+            raise Closed(1003, "only text messages are read here")
+        if size > 125:
+            start, least = (8, 126) if size == 126 else (14, 65536)
+            self._need(start - 4, deadline)
+            size = int.from_bytes(self._ahead[2 : start - 4], "big")
+            if size < least or size >> 63:
+                raise Closed(1002, "a length is negative, or not in its shortest form")
+        if opcode < _CLOSE and size > room:
+            raise Closed(1009, f"a message is longer than {self._most} bytes")
+        self._need(start + size, deadline)
+        mask, data = self._ahead[start - 4 : start], self._ahead[start : start + size]
+        del self._ahead[: start + size]
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")  # 15 times as fast as a loop
+        return opcode, final, (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+
+
+@dataclass
+class Upgrade:
+    """An answer that turns the connection into a WebSocket: `headers` are those of the 101, `serve` has it to its end."""
+
+    headers: dict[str, str]
+    serve: Callable[[WebSocket], None]
+    status: int = 101
+
+
 class Client(Watch):
     """The client as someone who waits: gone when its side of the connection is closed."""
 
@@ -6548,7 +7025,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = True
 
     def __init__(
-        self, address: tuple[str, int], respond: Callable[[Request], Reply | Stream], settings: Settings,
+        self, address: tuple[str, int], respond: Callable[[Request], Reply | Stream | Upgrade], settings: Settings,
         metrics: Metrics, quiet: bool = False,
     ) -> None:  # fmt: skip
         self.respond, self.settings, self.metrics, self.quiet = respond, settings, metrics, quiet
@@ -6618,7 +7095,11 @@ class Server(http.server.ThreadingHTTPServer):
         while time.monotonic() < deadline + 3:
             with self._open_lock:
                 idle = [one for one in self._open.values() if one and not one.busy]
+                webs = [one.web for one in self._open.values() if one and one.web]
                 left = len(self._open) - len(idle)
+            for web in webs:
+                web.close(1001, "the server is shutting down")
+                web.drop("the server is shutting down")
             for one in idle:
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(one.sock, socket.SHUT_RD)  # TLS has nothing to say to it
@@ -6636,14 +7117,16 @@ def error_reply(error: ApiError) -> Reply:
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
-def head_bytes(reply: Reply | Stream, version: str, connection: str, extra: str = "") -> bytes:
+def head_bytes(reply: Reply | Stream | Upgrade, version: str, connection: str, extra: str = "") -> bytes:
     """The head of an answer: whole ones have a length, streams to HTTP/1.1 clients are chunked."""
     status = f"HTTP/1.1 {reply.status} {_REASONS.get(reply.status, '')}"
-    lines = [status, f"Content-Type: {reply.content_type}"]
+    lines = [status]
+    if not isinstance(reply, Upgrade):
+        lines.append(f"Content-Type: {reply.content_type}")
     if isinstance(reply, Reply):
         if reply.status != 204:
             lines.append(f"Content-Length: {len(reply.body)}")
-    else:
+    elif isinstance(reply, Stream):
         lines += ["Cache-Control: no-cache", "X-Accel-Buffering: no"]
         if version == "1.1":
             lines.append("Transfer-Encoding: chunked")
@@ -6682,6 +7165,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
         self.plain = self.sock = sock
         self.busy = False  # whether a request is being answered
+        self.web: WebSocket | None = None  # what the connection has become
         self.server.entered(self)
         self.peer = str(self.client_address[0])
 
@@ -6743,7 +7227,31 @@ class Connection(http.server.BaseHTTPRequestHandler):
             answer = error_reply(self._failed(failure, request))
         if isinstance(answer, Reply):
             return self._send(answer, request, keep)
+        if isinstance(answer, Upgrade):
+            return self._upgraded(answer, request)
         return self._stream(answer, request, keep)
+
+    def _upgraded(self, upgrade: Upgrade, request: Request) -> bool:
+        """Has a WebSocket on this connection until it ends."""
+        if self.version != "1.1" or self.method != "GET":
+            return self._send(
+                error_reply(malformed("a WebSocket begins with a GET of HTTP/1.1")), request, False
+            )
+        extra = f"x-request-id: {self.request_id}\r\n"
+        self.sock.sendall(head_bytes(upgrade, self.version, "", extra))
+        self._first_byte(request)
+        self._log(request, upgrade.status, 0)
+        self.web = WebSocket(self.sock, self.wire.ahead())
+        try:
+            upgrade.serve(self.web)
+        except Closed:
+            pass
+        except Exception:
+            log(logging.ERROR, "websocket failed", exc_info=True, id=self.request_id, route=request.route)
+            self.web.close(1011, "chatproxy failed")
+        finally:
+            self.web.drop("it is over")
+        return False
 
     def _failed(self, failure: Exception, request: Request) -> ApiError:
         """What the client is told of a failure; one that nobody foresaw is logged."""
@@ -6779,7 +7287,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request.target = target
         return request, keep
 
-    def _routed(self, request: Request) -> Reply | Stream:
+    def _routed(self, request: Request) -> Reply | Stream | Upgrade:
         prefix = self.server.prefix
         if self.server.stopping:
             raise overloaded("The server is shutting down")
@@ -6876,7 +7384,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         log(level, "request", **facts)
 
 
-Respond = Callable[[Any, Request], Reply | Stream]  # of an App (or Demo) and what it is asked
+Respond = Callable[[Any, Request], Reply | Stream | Upgrade]  # of an App (or Demo) and what it is asked
 
 
 class Endpoint(NamedTuple):
@@ -6896,26 +7404,31 @@ class Router:
         self._plain: dict[str, dict[str, Endpoint]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Endpoint]]] = []
 
-    def on(self, method: str, *paths: str, access: str = "caller") -> Callable[[Respond], Any]:
-        """Decorates the function that answers a method on some paths."""
+    def on(
+        self, method: str, *paths: str, access: str = "caller", also: Iterable[str] = ()
+    ) -> Callable[[Respond], Any]:
+        """Decorates the function that answers a method on some paths; those with `also` before them are not listed."""
 
         def add(function: Respond) -> Any:
             for path in paths:
                 endpoint = Endpoint(method, path, access, function)
                 self.endpoints.append(endpoint)
-                if "{" not in path:
-                    self._plain.setdefault(path, {})[method] = endpoint
-                    continue
-                pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path)))
-                for known, methods in self._patterns:
-                    if known.pattern == pattern.pattern:
-                        methods[method] = endpoint
-                        break
-                else:
-                    self._patterns.append((pattern, {method: endpoint}))
+                for place in (path, *(before + path for before in also)):
+                    self._place(place, endpoint)
             return function
 
         return add
+
+    def _place(self, path: str, endpoint: Endpoint) -> None:
+        if "{" not in path:
+            self._plain.setdefault(path, {})[endpoint.method] = endpoint
+            return
+        pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path)))
+        for known, methods in self._patterns:
+            if known.pattern == pattern.pattern:
+                methods[endpoint.method] = endpoint
+                return
+        self._patterns.append((pattern, {endpoint.method: endpoint}))
 
     def find(self, request: Request) -> Endpoint:
         """The endpoint of a request, whose `params` and `route` are set; not_found or method_not_allowed."""
@@ -7057,7 +7570,19 @@ class Keys:
         if not hmac.compare_digest(self._digest(key), self._digest(self.settings.administrator or "")):
             raise self._refused(request, "The admin key is wrong; send it as `Authorization: Bearer KEY`.")
 
-    def _local(self, request: Request) -> bool:
+    def admit_agent(self, request: Request, named: str) -> None:
+        """Admits who has the agents' key, in the header or `named` in the query; without any key set, this machine."""
+        request.asker = "agent"
+        key, wanted = self.given(request) or named, self.settings.agent_key or self.settings.administrator
+        if wanted is None:
+            if not self._local(request, agents=True):
+                raise ApiError("invalid_api_key", "Agents connect from this machine until AGENT_KEY is set.")
+        elif not key:
+            raise ApiError("invalid_api_key", "An agent needs the key; connect to /client/register?key=KEY.")
+        elif not hmac.compare_digest(self._digest(key), self._digest(wanted)):
+            raise self._refused(request, "The agent's key is wrong.")
+
+    def _local(self, request: Request, agents: bool = False) -> bool:
         """Whether a request comes from this machine: neither through a reverse proxy, as far as that says so, nor from
         another site's page in a browser here, be its name one that was made to lead here."""
 
@@ -7071,7 +7596,8 @@ class Keys:
         with contextlib.suppress(ValueError):
             host = urllib.parse.urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
             passed_on = {"forwarded", "via", "x-real-ip"} & set(headers) or "x-forwarded" in " ".join(headers)
-            return loopback(request.peer) and loopback(host) and not passed_on and not self._foreign(request)
+            own = agents or not self._foreign(request)
+            return loopback(request.peer) and loopback(host) and not passed_on and own
         return False
 
     @staticmethod
@@ -7136,6 +7662,181 @@ def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
 
 
 # ============================================================================================================
+# agents: browsers that connect and answer questions
+# ============================================================================================================
+
+PING_PATIENCE, ANSWER_PATIENCE = 5.0, 120.0  # seconds that an agent has for the one and the other
+MOST_HELD_BY_AGENTS = 100_000  # conversations
+_AGENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class AgentAnswer(NamedTuple):
+    """What an agent says: its text, the message's id, and the conversation to go on with."""
+
+    content: str
+    response: str
+    conversation: str
+
+
+class AgentLost(Exception):
+    """An agent that hung up, or did not answer in time."""
+
+
+class Agent:
+    """One place in the list of agents: whoever has its id has its conversations, over one connection at a time."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.web: WebSocket | None = None
+        self.heard, self.asked = time.time(), 0.0  # when it last answered, and was last asked (Unix seconds)
+        self.waiting: dict[str, Future[dict[str, Any]]] = {}  # by the id of what it was sent
+
+
+class Agents:
+    """The agents that are connected. "Agents (ChatGPT-API-server's protocol)": many questions may be under way at one
+    of them, and answers come in any order."""
+
+    def __init__(self) -> None:
+        self._agents_lock = threading.Lock()
+        self._agents: dict[str, Agent] = {}  # those that are connected
+        self._holders: OrderedDict[str, str] = OrderedDict()  # conversation → agent, connected or not
+
+    def connected(self) -> list[Agent]:
+        """The agents, the one asked longest ago first."""
+        with self._agents_lock:
+            return sorted(self._agents.values(), key=lambda agent: agent.asked)
+
+    def serve(self, web: WebSocket) -> None:
+        """Has an agent's connection to its end."""
+        offered = new_id()
+        web.send(compact({"id": offered, "message": "Connection id", "data": ""}))
+        said = self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))
+        if said is None:
+            return
+        id = said.get("id")
+        agent = self._take_place(id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered, web)
+        log(logging.INFO, "agent connected", agent=agent.id)
+        try:
+            while (said := self._heard(web.receive())) is not None:
+                with self._agents_lock:
+                    agent.heard = time.time()
+                    waiting = agent.waiting.pop(str(said.get("id")), None)
+                if waiting and not waiting.done():
+                    waiting.set_result(said)
+        finally:
+            self._leave(agent, web)
+            log(logging.INFO, "agent gone", agent=agent.id)
+
+    @staticmethod
+    def _heard(text: str | None) -> dict[str, Any] | None:
+        """A message of the protocol, {} for what is none; None at the end."""
+        return None if text is None else Answer(200, {}, text.encode()).object() or {}
+
+    def _take_place(self, id: str, web: WebSocket) -> Agent:
+        """The place of this id, taken over from an earlier connection."""
+        with self._agents_lock:
+            agent = self._agents.setdefault(id, Agent(id))
+            before, agent.web, agent.heard = agent.web, web, time.time()
+            lost, agent.waiting = agent.waiting, {}
+        self._lose(lost)
+        if before is not None:
+            before.close(1000, "the agent connected anew")
+            before.drop("the agent connected anew")
+        return agent
+
+    def _leave(self, agent: Agent, web: WebSocket) -> None:
+        with self._agents_lock:
+            if agent.web is not web:
+                return  # another connection has the place
+            self._agents.pop(agent.id, None)
+            lost, agent.waiting = agent.waiting, {}
+        self._lose(lost)
+
+    @staticmethod
+    def _lose(waiting: Mapping[str, Future[dict[str, Any]]]) -> None:
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(AgentLost("the agent hung up"))
+
+    def _exchange(
+        self, agent: Agent, message: str, data: str, patience: float, watch: Watch
+    ) -> Patient[dict[str, Any]]:
+        """Sends a message; the answer with its id. AgentLost when there is none in time."""
+        id, future = new_id(), Future[dict[str, Any]]()
+        with self._agents_lock:
+            web = agent.web
+            if web is None or self._agents.get(agent.id) is not agent:
+                raise AgentLost("the agent hung up")
+            agent.waiting[id] = future
+        try:
+            web.send(compact({"id": id, "message": message, "data": data}))
+            return (yield from awaited(future, watch, patience))
+        except (Closed, TimeoutError):
+            raise AgentLost("the agent did not answer") from None
+        finally:
+            with self._agents_lock:
+                agent.waiting.pop(id, None)
+
+    def ask(self, content: str, conversation: str, parent: str, watch: Watch) -> Patient[AgentAnswer]:
+        """An answer: of the agent that holds the conversation, without one of whoever answers a ping first, beginning
+        with the one asked longest ago. ApiError no_agent when none is there, agent_lost when the one that holds the
+        conversation is not, or fails."""
+        holder, tried = self._holder(conversation), set[str]()
+        while True:
+            agents = [one for one in self.connected() if one.id not in tried]
+            if conversation:
+                agents = [one for one in agents if one.id == holder]
+            if not agents:
+                if conversation and self.connected():
+                    raise ApiError("agent_lost", "The agent that holds this conversation is not connected.")
+                raise ApiError("no_agent", "No agent is available.", headers={"Retry-After": "30"})
+            agent = agents[0]
+            tried.add(agent.id)
+            agent.asked = time.time()
+            try:
+                yield from self._exchange(agent, "ping", "", PING_PATIENCE, watch)
+            except AgentLost:
+                if agent.web:
+                    agent.web.drop("it did not answer a ping")
+                continue
+            data = {"message_id": new_id(), "conversation_id": conversation, "parent_id": parent or new_id()}
+            asked = compact(data | {"content": content})
+            try:
+                said = yield from self._exchange(agent, "ChatGptRequest", asked, ANSWER_PATIENCE, watch)
+            except AgentLost as lost:
+                if conversation:
+                    raise ApiError("agent_lost", f"The question is lost: {lost}.") from None
+                continue
+            return self._answer(agent, said)
+
+    def _holder(self, conversation: str) -> str | None:
+        """The agent of a conversation; of one that nobody is known to hold, the only agent that there is."""
+        with self._agents_lock:
+            only = next(iter(self._agents)) if len(self._agents) == 1 else None
+            return self._holders.get(conversation, only)
+
+    def holds(self, conversation: str) -> bool:
+        """Whether a conversation is known to be an agent's."""
+        return conversation in self._holders
+
+    def _answer(self, agent: Agent, said: Mapping[str, Any]) -> AgentAnswer:
+        """An agent's answer; ApiError agent_lost for a failure that it reports, or what cannot be understood."""
+        value = Answer(200, {}, str(said.get("data") or "").encode()).object() or {}
+        content, response = value.get("content"), str(value.get("response_id") or "")
+        conversation = str(value.get("conversation_id") or "")
+        if said.get("message") == "error" or said.get("error") or not isinstance(content, str):
+            text = str(said.get("error") or said.get("data") or "its answer cannot be understood")[:300]
+            raise ApiError("agent_lost", f"The agent failed: {text}")
+        with self._agents_lock:
+            if conversation:
+                self._holders[conversation] = agent.id
+                self._holders.move_to_end(conversation)
+                if len(self._holders) > MOST_HELD_BY_AGENTS:
+                    self._holders.popitem(last=False)
+        return AgentAnswer(content, response, conversation)
+
+
+# ============================================================================================================
 # routes: one short function each
 # ============================================================================================================
 
@@ -7178,11 +7879,12 @@ class App:
         self.keys = Keys(settings, self.pool, self.ledger, extra_keys)
         self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
         self.files = Files(settings, self.pool, self.upstream)
-        self.answers = Answers(self.upstream, self.files, self.ledger)
+        self.answers, self.agents = Answers(self.upstream, self.files, self.ledger), Agents()
         states = self.pool.states
+        self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
 
-    def respond(self, request: Request) -> Reply | Stream:
+    def respond(self, request: Request) -> Reply | Stream | Upgrade:
         """Finds the route of a request, checks who may use it, and answers."""
         try:
             return self._answer(request)
@@ -7190,7 +7892,7 @@ class App:
             error.plain = request.path.startswith(PLAIN_ERRORS)
             raise
 
-    def _answer(self, request: Request) -> Reply | Stream:
+    def _answer(self, request: Request) -> Reply | Stream | Upgrade:
         under_v1 = request.path.startswith("/v1/")
         endpoint, failure = None, ApiError("not_found", "")
         try:
@@ -7241,7 +7943,7 @@ class App:
                 log(logging.ERROR, "background job failed", exc_info=True)
 
 
-def relay(app: App, request: Request) -> Reply | Stream:
+def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
     """Passes a request with an `sk-` key on to OPENAI_API_URL, unchanged, and its answer back as it comes."""
     passed = ("content-type", "accept", "user-agent", "openai-organization", "openai-project", "openai-beta")
     given = {name: request.headers.get(name) for name in (*passed, "idempotency-key")}
@@ -7286,9 +7988,44 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
         attempts[-1].materials = attempts[0].materials  # what has been fetched is not fetched again
         if first := attempts[0].account:
             attempts[-1].preferred = first.id  # nor uploaded
-        return app.answers.ask(attempts[-1])
+        return _ordered(app, attempts[-1])
 
     return exchange(turn, ask, request.watch.heartbeat), attempts
+
+
+def _ordered(app: App, attempt: Attempt) -> Batches:
+    """The answer of whom UPSTREAM_ORDER names first, or of the next when that has nobody to answer."""
+    question, order = attempt.question, app.settings.upstream_order.split(",")
+    if attempt.guest or (attempt.signed_in or question.attachments):
+        order = ["pool"]  # the caller's account, or what agents cannot do
+    for last, place in zip([*order[1:], None], order, strict=True):
+        try:
+            yield from (
+                _by_agent(app, question, attempt.watch) if place == "agents" else app.answers.ask(attempt)
+            )
+            return
+        except ApiError as error:
+            if last is None or error.code not in ("no_agent", "no_account", "rate_limit_exceeded"):
+                raise
+
+
+def _by_agent(app: App, question: Question, watch: Watch) -> Batches:
+    """An agent's answer, in one piece. It is told the whole conversation, unless it holds that."""
+    messages = question.messages
+    lines = [f"{one.role.capitalize()}: {one.text}" for one in messages]
+    content = messages[0].text if len(messages) == 1 else "\n\n".join(lines)
+    given = question.conversation or "", question.parent or ""
+    said = yield from _silent(app.agents.ask(content, *given, watch))
+    yield [
+        Begin(question.model, said.conversation, said.response),
+        Text(said.content),
+        Finish("stop", said.conversation, said.response),
+    ]
+
+
+def _silent(operation: Patient[T]) -> Generator[list[Event] | None, None, T]:
+    """A slow operation among batches of events."""
+    return (yield from operation)
 
 
 def _count(app: App, request: Request, answered: Answered) -> None:
@@ -7343,7 +8080,7 @@ def _pieces(app: App, request: Request, answer: Batches, answered: CompletionStr
 
 
 @ROUTER.on("POST", "/v1/chat/completions")
-def chat_completions(app: App, request: Request) -> Reply | Stream:
+def chat_completions(app: App, request: Request) -> Reply | Stream | Upgrade:
     """OpenAI's chat completions, streamed or whole"""
     settings = app.settings
     turn = parse_chat(request.json(), settings.history_disabled, settings.upload_by_url)
@@ -7357,7 +8094,7 @@ def chat_completions(app: App, request: Request) -> Reply | Stream:
 
 
 @ROUTER.on("POST", "/v1/responses")
-def responses_create(app: App, request: Request) -> Reply | Stream:
+def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
     body = request.json()
     check_types(body, RESPONSE_FIELDS)
@@ -7584,7 +8321,7 @@ def files_retrieve(app: App, request: Request) -> Reply:
 
 
 @ROUTER.on("GET", "/v1/files/{id}/content")
-def files_content(app: App, request: Request) -> Reply | Stream:
+def files_content(app: App, request: Request) -> Reply | Stream | Upgrade:
     """a file's bytes, streamed from the upstream"""
     file = _listed_file(app, request)
     if request.method == "HEAD":
@@ -7816,6 +8553,250 @@ def _written(form: str, task: str, text: str, language: str) -> Reply:
     return json_reply({"text": text} | (more if form == "verbose_json" else {}))
 
 
+# -- the native web API ------------------------------------------------------------------------------------------------
+
+# What go-chatgpt-api's clients, and others that know the site's own calls, put before the paths.
+native = functools.partial(ROUTER.on, also=("/backend-api", "/api", "/chatgpt", "/chatgpt/backend-api"))
+MOST_CONVERSATIONS = 100  # in a list
+LISTED_AT_ONCE = 8  # accounts
+
+
+def _passed_on(said: tuple[int, str, bytes]) -> Reply:
+    """The upstream's own answer."""
+    return Reply(said[0], said[2], said[1])
+
+
+def _native_answer(app: App, request: Request, method: str, path: str, holder: str | None) -> Answer:
+    """A call's answer by the caller's account, or by this one of the pool."""
+    body = request.body if method != "GET" else None
+    work = functools.partial(app.upstream.native, method=method, path=path, body=body, watch=request.watch)
+    return patiently(app.answers.do("native", request.guest, work, request.watch, holder))
+
+
+def _native(app: App, request: Request, holder: str | None, query: str = "") -> Reply:
+    """The call of a request, its answer as the upstream gives it."""
+    steps = {name: urllib.parse.quote(value, safe="") for name, value in request.params.items()}
+    path = request.route.format(**steps) + (f"?{query}" if query else "")
+    try:
+        answer = _native_answer(app, request, request.method, path, holder)
+    except Refusal as refused:
+        if not refused.said:
+            raise
+        return _passed_on(refused.said)
+    return _passed_on((answer.status, answer.headers.get("content-type", "application/json"), answer.body))
+
+
+def _holder(app: App, request: Request, conversation: str) -> str | None:
+    """The account of the pool that holds a conversation; None for a caller with an account."""
+    if request.guest:
+        return None
+    if holder := app.pool.holder(conversation):
+        return holder
+    signed_in = [one for one in app.pool.accounts() if one.row.kind != LOGIN_FREE]
+    if len(signed_in) == 1:
+        return signed_in[0].id
+    text = "No account of the pool is known to hold this conversation; GET /conversations learns of them all."
+    raise ApiError("not_found", text)
+
+
+@native("GET", "/conversations")
+def conversations_list(app: App, request: Request) -> Reply:
+    """the conversations of the caller's account, or of all accounts of the pool by update time; `offset`, `limit`"""
+    query = dict(request.query)
+    offset, limit = _whole(query, "offset", 0, 10**6), _whole(query, "limit", 20, MOST_CONVERSATIONS)
+    if request.guest:
+        return _native(app, request, None, urllib.parse.urlencode(query | {"offset": offset, "limit": limit}))
+
+    def read(account: Account) -> tuple[list[dict[str, Any]], int] | ApiError:
+        """The first conversations of an account, as many as may be asked for, and how many it has."""
+        items, total, wanted = list[dict[str, Any]](), 1, offset + limit
+        while len(items) < min(wanted, total):
+            most = min(MOST_CONVERSATIONS, wanted - len(items))
+            part = urllib.parse.urlencode(query | {"offset": len(items), "limit": most})
+            try:
+                answer = _native_answer(app, request, "GET", f"/conversations?{part}", account.id)
+            except ApiError as error:
+                log(logging.WARNING, "conversations not listed", account=account.name, code=error.code)
+                return error
+            said = answer.object() or {}
+            more = dicts(said.get("items"))
+            items += more
+            told = said.get("total")
+            total = int(told) if isinstance(told, (int, float)) and more else len(items)
+        app.pool.hold({str(one["id"]): account.id for one in items if one.get("id")})
+        return items, total
+
+    able = [one for one in app.pool.accounts() if one.row.kind != LOGIN_FREE and one.row.state == "ready"]
+    if not able:
+        app.pool.lease("native", signed_in=True)  # which says why
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as executor:
+        found = list(executor.map(read, able))
+    good = [one for one in found if not isinstance(one, ApiError)]
+    if not good:
+        raise next(one for one in found if isinstance(one, ApiError))
+    items = sorted(itertools.chain(*(one[0] for one in good)), key=_updated, reverse=True)
+    told = {"items": items[offset : offset + limit], "total": sum(one[1] for one in good)}
+    return json_reply(told | {"limit": limit, "offset": offset})
+
+
+def _updated(conversation: Mapping[str, Any]) -> float:
+    """When a conversation was last changed (Unix seconds), of a time in either of the upstream's forms."""
+    value = conversation.get("update_time")
+    if isinstance(value, (int, float)):
+        return float(value)
+    with contextlib.suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(
+            re.sub(r"\.(\d{1,6})\d*", r".\1", str(value)).replace("Z", "+00:00")
+        )
+        return moment.replace(tzinfo=moment.tzinfo or datetime.timezone.utc).timestamp()
+    return 0.0
+
+
+@native("PATCH", "/conversations")
+def conversations_clear(app: App, request: Request) -> Reply:
+    """changes all conversations of the caller's account, `{"is_visible": false}` deletes them; with a key of the pool
+    those of all accounts, and only with `?all_accounts=true`"""
+    request.json()
+    if request.guest:
+        return _native(app, request, None)
+    if request.query.get("all_accounts") != "true":
+        text = "This would change the conversations of all accounts; add ?all_accounts=true if that is meant."
+        raise invalid("all_accounts", text)
+
+    def change(account: Account) -> bool:
+        try:
+            return _native_answer(app, request, "PATCH", "/conversations", account.id).status < 300
+        except ApiError as error:
+            log(logging.WARNING, "conversations not changed", account=account.name, code=error.code)
+            return False
+
+    able = [one for one in app.pool.accounts() if one.row.kind != LOGIN_FREE]
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as executor:
+        failed = [one.name for one, done in zip(able, executor.map(change, able), strict=True) if not done]
+    if failed:
+        raise ApiError("upstream_error", f"It was not done for: {', '.join(failed[:20])}.")
+    return json_reply({"success": True})
+
+
+@native("PATCH", "/conversation/{id}")
+@native("GET", "/conversation/{id}")
+def conversation_one(app: App, request: Request) -> Reply:
+    """a conversation; PATCH changes its `title`, or with `{"is_visible": false}` deletes it"""
+    return _native(app, request, _holder(app, request, request.params["id"]))
+
+
+@native("POST", "/conversation/gen_title/{id}")
+def conversation_title(app: App, request: Request) -> Reply:
+    """has the upstream make a title of `{"message_id"}`"""
+    return _native(app, request, _holder(app, request, request.params["id"]))
+
+
+@native("POST", "/conversation/message_feedback")
+def conversation_feedback(app: App, request: Request) -> Reply:
+    """rates a message: `{"message_id", "conversation_id", "rating": "thumbsUp" or "thumbsDown"}`"""
+    return _native(app, request, _holder(app, request, required(request.json(), "conversation_id")))
+
+
+@native("POST", "/conversation")
+def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """a turn in the upstream's own words, its events byte for byte; `"auto_continue": true` goes on with what was cut"""
+    given = request.json()
+    check_types(given, {"messages": _LIST, "model": _TEXT, "conversation_id": _TEXT, "auto_continue": _FLAG})
+    again = app.settings.auto_continue if given.pop("auto_continue", None) else 0
+    body = completed(given)
+    question = Question((), body["model"], body.get("conversation_id"))
+    attempt = Attempt(question, request.watch, request.guest, request.owner)
+    attempt.keeps = True
+    pieces = app.answers.native(attempt, body, again)
+    try:
+        first = next(filter(None, pieces), b"")  # its status is that of the upstream's answer
+    except Refusal as refused:
+        if not refused.said:
+            raise
+        return _passed_on(refused.said)
+    return Stream(_as_they_come(first, pieces))
+
+
+def _as_they_come(first: bytes, pieces: Pieces) -> Sent:
+    """Bytes of events; a sign of life only between two of them."""
+    last = first
+    with contextlib.closing(pieces):
+        yield first, first.count(b"\n\n")
+        for data in pieces:
+            if data is not None:
+                last = data
+                yield data, data.count(b"\n\n")
+            elif last.endswith(b"\n\n"):
+                yield HEARTBEAT_COMMENT, 0
+
+
+# -- agents ------------------------------------------------------------------------------------------------------------
+
+_AGENT_ORIGIN = re.compile(
+    r"https://chatgpt\.com|https://chat\.openai\.com|(moz|chrome|safari-web)-extension://[^/]+"
+)
+
+
+@ROUTER.on("GET", "/client/register", access="agent key")
+def client_register(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """a browser becomes an agent (WebSocket), with the key as `?key=` or in the header"""
+    origin = request.headers.get("origin")
+    if origin is not None and not _AGENT_ORIGIN.fullmatch(origin):
+        text = "Agents in browsers connect from chatgpt.com or an extension, no other site."
+        raise ApiError("origin_refused", text)
+    app.keys.admit_agent(request, request.query.get("key", ""))
+    return Upgrade(handshake(request), app.agents.serve)
+
+
+ASK_FIELDS: Types = {"content": _TEXT, "conversation_id": _TEXT, "parent_id": _TEXT, "message_id": _TEXT}
+
+
+@ROUTER.on("POST", "/api/ask")
+def api_ask(app: App, request: Request) -> Reply:
+    """ChatGPT-API-server's question: `{"content", "conversation_id", "parent_id"}`, answered by an agent, by the pool
+    when none is connected"""
+    check_types(body := request.json(), ASK_FIELDS)
+    content = required(body, "content")
+    conversation, parent = (str(body.get(name) or "") for name in ("conversation_id", "parent_id"))
+    by_pool = not app.agents.connected() or (conversation and not app.agents.holds(conversation))
+    if request.guest or (by_pool and (not conversation or app.pool.holder(conversation))):
+        said = _by_pool(app, request, content, conversation, parent)
+    else:
+        said = patiently(app.agents.ask(content, conversation, parent, request.watch))
+    if request.user:
+        count = app.tokens.count
+        app.ledger.count(request.user, tokens=count(content) + count(said.content))
+    told = {"id": "", "response_id": said.response, "conversation_id": said.conversation}
+    return json_reply(told | {"content": said.content, "error": ""})
+
+
+def _by_pool(app: App, request: Request, content: str, conversation: str, parent: str) -> AgentAnswer:
+    """The pool's (or the caller's account's) answer in an agent's shape."""
+    question = Question((Message("user", (content,)),), "auto", conversation or None, parent or None)
+    attempt = Attempt(question, request.watch, request.guest, request.owner)
+    attempt.keeps = True
+    turn, said = None, list[str]()
+    with contextlib.closing(app.answers.ask(attempt)) as answer:
+        for event in itertools.chain(*filter(None, answer)):
+            event = _as_text(event)
+            if isinstance(event, Text):
+                said.append(event.text)
+            elif isinstance(event, Finish):
+                turn = event
+    return AgentAnswer("".join(said), turn.message if turn else "", turn.conversation if turn else "")
+
+
+@ROUTER.on("GET", "/api/connections", access="admin")
+def api_connections(app: App, request: Request) -> Reply:
+    """ChatGPT-API-server's list of the agents"""
+    none = "0001-01-01T00:00:00Z"  # as Go has it
+    agents: list[dict[str, Any]] = [
+        {"Ws": {}, "Id": one.id, "Heartbeat": iso(one.heard), "LastMessageTime": iso(one.asked) or none}
+        for one in app.agents.connected()
+    ]
+    return json_reply({"connections": agents}, headers=NOT_STORED)
+
+
 # -- sign-in -----------------------------------------------------------------------------------------------------------
 
 
@@ -7855,6 +8836,39 @@ def _exchanged(app: App, request: Request, kind: str, *names: str) -> Reply:
 
 
 NOT_STORED = {"Cache-Control": "no-store"}
+
+
+def store_tokens(pool: Pool, access: str, refresh: str) -> AccountRow:
+    """The account of tokens that a sign-in gave, stored; ValueError when they are none."""
+    rows = pool.add([refresh or access]).rows
+    if not rows:
+        raise ValueError("the issuer gave no token that could be used; sign in again")
+    account = pool.find(rows[0].id)
+    if refresh and account and account.row.secret == refresh:
+        pool.renewed(account, access, None)
+    kept = pool.store.accounts("secret=? OR id=?", refresh or access, rows[0].id)
+    return (kept or rows)[0]  # it may have turned out to be one that was there
+
+
+@ROUTER.on("POST", "/auth/login", access="caller; to store: admin")
+def auth_login(app: App, request: Request) -> Reply:
+    """signs in with `{"username", "password", "code"}`: `{"accessToken", "refreshToken", "expires"}`; `"store": true`
+    adds the account to the pool"""
+    body = request.json()
+    if body.get("store") is True:
+        app.keys.admit_admin(request, sessions=False)
+    else:
+        app.keys.admit(request)
+    check_types(body, {"code": _TEXT, "store": _FLAG})
+    username, password = required(body, "username"), required(body, "password")
+    access, refresh = PasswordSignIn(app.settings).tokens_for(username, password, body.get("code") or "")
+    try:
+        row = with_access_token(AccountRow("", REFRESH if refresh else ACCESS, refresh or access), access)
+        if body.get("store") is True:
+            row = store_tokens(app.pool, access, refresh)
+    except ValueError:
+        raise ApiError("upstream_error", "The sign-in gave no token that could be used; try again.") from None
+    return json_reply(signed_in(row), headers=NOT_STORED)
 
 
 @ROUTER.on("POST", "/auth/refresh")
@@ -9107,6 +10121,35 @@ class DemoFile:
     asked: bool = False
 
 
+@dataclass
+class DemoConversation:
+    """A conversation of the stand-in's; temporary ones are not `kept`, and so not listed."""
+
+    owner: str
+    created: float
+    kept: bool
+    updated: float = 0.0
+    title: str = "New chat"
+
+    def facts(self, id: str) -> dict[str, Any]:
+        """Its row in a list."""
+        times = [
+            datetime.datetime.fromtimestamp(t, datetime.timezone.utc) for t in (self.created, self.updated)
+        ]
+        made, changed = (moment.isoformat().replace("+00:00", "Z") for moment in times)
+        return {"id": id, "title": self.title, "create_time": made, "update_time": changed}
+
+
+@dataclass
+class DemoSignIn:
+    """A sign-in with a password that is under way."""
+
+    challenge: str
+    cookie: str
+    username: str = ""
+    done: bool = False
+
+
 class Demo:
     """A stand-in for chatgpt.com, auth.openai.com and api.openai.com that speaks the real wire protocol.
 
@@ -9132,7 +10175,9 @@ class Demo:
         self.session_tokens: dict[str, str] = {}
         self.codes: dict[str, tuple[str, str]] = {}  # of sign-ins under way: challenge and redirect URI
         self.device_asked = False
-        self.conversations: set[str] = set()
+        self.conversations: dict[str, DemoConversation] = {}
+        self.people = {"person@demo.example": ("password", "")}  # user name → password, one-time code
+        self.sign_ins: dict[str, DemoSignIn] = {}  # by their state
         self.models = ["gpt-4o", "gpt-4o-mini", "o3"]
         self.files: dict[str, DemoFile] = {}
         self.url = ""
@@ -9149,7 +10194,7 @@ class Demo:
         self.url = f"http://127.0.0.1:{server.server_port}"
         return server, self.url
 
-    def respond(self, request: Request) -> Reply | Stream:
+    def respond(self, request: Request) -> Reply | Stream | Upgrade:
         """Answers any call; what the site does not have is its 404."""
         self.calls.append(f"{request.method} {request.path}")
         try:
@@ -9269,7 +10314,7 @@ class Demo:
         return fnv.first([answer.encode()], b"", bytes.fromhex(difficulty)) is not None
 
     @router.on("POST", "/{api}/conversation", "/{api}/f/conversation")
-    def conversation(self, request: Request) -> Reply | Stream:
+    def conversation(self, request: Request) -> Reply | Stream | Upgrade:
         """A turn, for a client that has met the requirements."""
         body, headers = request.json(), request.headers
         with self._issued_lock:
@@ -9298,26 +10343,28 @@ class Demo:
 
     def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
         """The answer's bytes, event by event: a drawing, a call, JSON, or a few words, as the messages want it."""
-        texts = []
+        texts, owner = [], self._owner(request)
         for one in body.get("messages") or ():
             parts = [part for part in one["content"]["parts"] if isinstance(part, str)]
             texts.append((one["author"]["role"], "\n".join(parts)))
         told = texts[0][1] if texts else ""  # where functions and shapes are told
         role, asked = texts[-1] if texts else ("user", "go on")
         if "picture_v2" in body.get("system_hints", ()):
-            drawn = DemoFile(self._owner(request), "drawing.png", demo_image(), "multimodal", 0, "image/png")
+            drawn = DemoFile(owner, "drawing.png", demo_image(), "multimodal", 0, "image/png")
             place = f"file-service://{self.keep(drawn)}"
             part = {"content_type": "image_asset_pointer", "asset_pointer": place, "width": 64, "height": 64}
             content = {"content_type": "multimodal_text", "parts": [part]}
             drawing = {"author": {"role": "tool", "name": "dalle.text2im"}, "content": content}
-            return self.say(body, ["Here", " it", " is."], before=[drawing])
+            return self.say(body, ["Here", " it", " is."], before=[drawing], owner=owner)
         if FUNCTIONS_LINE in told and (called := self._call(told, texts)):
-            return self.say(body, re.findall(r"(?s).{1,7}", called))
+            return self.say(body, re.findall(r"(?s).{1,7}", called), owner=owner)
         if SHAPE_LINE in told:
             schema = told.partition(f"{SCHEMA_LINE}\n")[2]
-            return self.say(body, [compact(sample(decode(schema)[0]) if schema else {"demo": True})])
+            return self.say(
+                body, [compact(sample(decode(schema)[0]) if schema else {"demo": True})], owner=owner
+            )
         if told.startswith(("Repeat the next message", "Translate the next message")):
-            return self.say(body, re.findall(r"\s*\S+", asked))
+            return self.say(body, re.findall(r"\s*\S+", asked), owner=owner)
         came = [
             f"{one['name']} ({one['size']:,} bytes, {one['mime_type']})"
             for message in body.get("messages") or ()
@@ -9326,7 +10373,7 @@ class Demo:
         answer = DEMO_ANSWER.format(question=asked[:2000]) + (
             f" With it came {', '.join(came)}." if came else ""
         )
-        return self.say(body, re.findall(r"\s*\S+", answer))
+        return self.say(body, re.findall(r"\s*\S+", answer), owner=owner)
 
     @staticmethod
     def _call(told: str, texts: list[tuple[str, str]]) -> str:
@@ -9355,11 +10402,15 @@ class Demo:
         details: str = "stop",
         before: Iterable[Mapping[str, Any]] = (),
         metadata: Mapping[str, Any] | None = None,
+        owner: str = "",
     ) -> Iterator[bytes]:
         """The events of an answer of these words, in the stand-in's encoding; `details` is finish_details.type, `before`
-        messages that come first, `metadata` what the answer has more at its end."""
+        messages that come first, `metadata` what the answer has more at its end, `owner` whose conversation it is."""
         conversation = str(body.get("conversation_id") or uuid.uuid4())
-        self.conversations.add(conversation)
+        now = time.time()
+        kept = not body.get("history_and_training_disabled")
+        talk = self.conversations.setdefault(conversation, DemoConversation(owner, now, kept))
+        talk.updated = now
         user = dict((body.get("messages") or [{"id": new_id(), "author": {"role": "user"}}])[-1])
         message: dict[str, Any] = {
             "id": new_id(),
@@ -9420,7 +10471,9 @@ class Demo:
 
     @staticmethod
     def _owner(request: Request) -> str:
-        return str((claims(Keys.given(request)).get("https://api.openai.com/auth") or {}).get("user_id"))
+        key = Keys.given(request)
+        said = claims(key).get("https://api.openai.com/auth") if key else None
+        return str((said or {}).get("user_id"))
 
     def keep(self, file: DemoFile) -> str:
         """The id of a new file."""
@@ -9498,7 +10551,7 @@ class Demo:
         return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}?sig=demo"})
 
     @router.on("GET", "/blob/{id}")
-    def blob(self, request: Request) -> Reply | Stream:
+    def blob(self, request: Request) -> Reply | Stream | Upgrade:
         """A file's bytes, for whoever has the URL."""
         file = self.files.get(request.params["id"])
         if file is None or file.blob is None:
@@ -9528,6 +10581,72 @@ class Demo:
             return _detail(422, [{"loc": ["body", "file"], "msg": "field required"}])
         text = f"The demo upstream heard {file[0].blob.size} bytes of {file[0].file_name}."
         return json_reply({"text": text})
+
+    # -- conversations -------------------------------------------------------------------------------------------------
+
+    def _own(self, request: Request, id: Any) -> DemoConversation:
+        """A conversation of the caller's, or a 404."""
+        talk = self.conversations.get(str(id))
+        if talk is None or talk.owner != self._owner(request):
+            raise ApiError("not_found", "Can't load conversation")
+        return talk
+
+    @router.on("GET", "/{api}/conversations")
+    def list_conversations(self, request: Request) -> Reply:
+        """The caller's conversations, the one changed last first."""
+        offset, limit = (int(request.query.get(name, "")) for name in ("offset", "limit"))
+        if not 0 < limit <= 100:
+            return _detail(422, [{"loc": ["query", "limit"], "msg": "ensure this value is less than 101"}])
+        owner = self._owner(request)
+        own = [(id, talk) for id, talk in self.conversations.items() if talk.owner == owner and talk.kept]
+        own.sort(key=lambda one: one[1].updated, reverse=True)
+        items = [talk.facts(id) for id, talk in own[offset : offset + limit]]
+        return json_reply({"items": items, "total": len(own), "limit": limit, "offset": offset})
+
+    @router.on("PATCH", "/{api}/conversations")
+    def clear_conversations(self, request: Request) -> Reply:
+        """Deletes all of them."""
+        if request.json().get("is_visible") is not False:
+            return _detail(422, [{"loc": ["body", "is_visible"], "msg": "field required"}])
+        owner = self._owner(request)
+        self.conversations = {id: talk for id, talk in self.conversations.items() if talk.owner != owner}
+        return json_reply({"success": True, "message": None})
+
+    @router.on("GET", "/{api}/conversation/{id}")
+    def one_conversation(self, request: Request) -> Reply:
+        """A conversation; of its messages the stand-in keeps none."""
+        id = request.params["id"]
+        talk = self._own(request, id)
+        return json_reply(talk.facts(id) | {"conversation_id": id, "mapping": {}, "current_node": None})
+
+    @router.on("PATCH", "/{api}/conversation/{id}")
+    def change_conversation(self, request: Request) -> Reply:
+        """Gives it a title, or deletes it."""
+        talk, body = self._own(request, request.params["id"]), request.json()
+        if body.get("is_visible") is False:
+            del self.conversations[request.params["id"]]
+        talk.title, talk.updated = str(body.get("title") or talk.title), time.time()
+        return json_reply({"success": True})
+
+    @router.on("POST", "/{api}/conversation/gen_title/{id}")
+    def make_title(self, request: Request) -> Reply:
+        """Makes a title."""
+        talk = self._own(request, request.params["id"])
+        if not request.json().get("message_id"):
+            return _detail(422, [{"loc": ["body", "message_id"], "msg": "field required"}])
+        talk.title = "A demo chat"
+        return json_reply({"title": talk.title})
+
+    @router.on("POST", "/{api}/conversation/message_feedback")
+    def take_feedback(self, request: Request) -> Reply:
+        """Takes a rating."""
+        body = request.json()
+        self._own(request, body.get("conversation_id"))
+        if body.get("rating") not in ("thumbsUp", "thumbsDown") or not body.get("message_id"):
+            return _detail(
+                422, [{"loc": ["body", "rating"], "msg": "value is not a valid enumeration member"}]
+            )
+        return json_reply({"message_id": body["message_id"], "rating": body["rating"]})
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
@@ -9565,13 +10684,88 @@ class Demo:
         back = urllib.parse.urlencode({"code": code, "state": query["state"]})
         return Reply(302, headers={"Location": f"{query['redirect_uri']}?{back}"})
 
+    @router.on("GET", "/authorize")
+    def begin_sign_in(self, request: Request) -> Reply:
+        """The old universal login: from here to a form for the user name."""
+        query = request.query
+        wanted = {"client_id": REFRESH_CLIENT, "redirect_uri": REFRESH_REDIRECT, "response_type": "code"}
+        wanted |= {
+            "audience": "https://api.openai.com/v1",
+            "code_challenge_method": "S256",
+            "prompt": "login",
+        }
+        scopes = "openid email profile offline_access model.request model.read organization.read offline"
+        if any(query.get(name) != value for name, value in wanted.items()) or query.get("scope") != scopes:
+            return _detail(400, "invalid_request")
+        state, cookie = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+        self.sign_ins[state] = DemoSignIn(query["code_challenge"], cookie)
+        headers = {
+            "Location": f"/u/login/identifier?state={state}",
+            "Set-Cookie": f"auth0={cookie}; HttpOnly",
+        }
+        return Reply(302, headers=headers)
+
+    def _sign_in(self, request: Request, *names: str) -> tuple[DemoSignIn, dict[str, str]]:
+        """The sign-in that a form belongs to, and the form, if it has these fields and came with the cookie."""
+        form = {name: parts[0].text() for name, parts in parse_form(request.headers, request.body).items()}
+        state = request.query.get("state", "")
+        under_way = self.sign_ins.get(state)
+        if under_way is None or f"auth0={under_way.cookie}" not in request.headers.get("cookie", ""):
+            raise ApiError("invalid_request_error", "Invalid state")
+        if request.method == "POST" and (set(form) != {*names, "state", "action"} or form["state"] != state):
+            raise ApiError("invalid_request_error", "Bad form")
+        return under_way, form
+
+    @router.on("GET", "/u/login/identifier", "/u/login/password", "/u/mfa-otp-challenge")
+    def sign_in_page(self, request: Request) -> Reply:
+        """A page with a form."""
+        return Reply(200, b"<!DOCTYPE html><form method=post></form>", "text/html; charset=utf-8")
+
+    @router.on("POST", "/u/login/identifier")
+    def take_username(self, request: Request) -> Reply:
+        """The user name; whether there is such a person is not told."""
+        traits = ("js-available", "webauthn-available", "is-brave", "webauthn-platform-available")
+        under_way, form = self._sign_in(request, "username", *traits)
+        under_way.username = form["username"]
+        return Reply(302, headers={"Location": f"/u/login/password?state={form['state']}"})
+
+    @router.on("POST", "/u/login/password")
+    def take_password(self, request: Request) -> Reply:
+        """The password: on to what the sign-in was for, or a 400."""
+        under_way, form = self._sign_in(request, "username", "password")
+        known = self.people.get(under_way.username)
+        if known is None or form["username"] != under_way.username or form["password"] != known[0]:
+            return Reply(400, b"Wrong email or password", "text/html; charset=utf-8")
+        under_way.done = not known[1]
+        return Reply(302, headers={"Location": f"/authorize/resume?state={form['state']}"})
+
+    @router.on("POST", "/u/mfa-otp-challenge")
+    def take_code(self, request: Request) -> Reply:
+        """The one-time code."""
+        under_way, form = self._sign_in(request, "code")
+        if form["code"] != self.people[under_way.username][1]:
+            return Reply(400, b"Wrong code", "text/html; charset=utf-8")
+        under_way.done = True
+        return Reply(302, headers={"Location": f"/authorize/resume?state={form['state']}"})
+
+    @router.on("GET", "/authorize/resume")
+    def end_sign_in(self, request: Request) -> Reply:
+        """Back to the app with a code, or to the form for a one-time code."""
+        under_way, _ = self._sign_in(request)
+        if not under_way.done:
+            return Reply(302, headers={"Location": f"/u/mfa-otp-challenge?state={request.query['state']}"})
+        code = secrets.token_urlsafe(16)
+        self.codes[code] = (under_way.challenge, REFRESH_REDIRECT)
+        return Reply(302, headers={"Location": f"{REFRESH_REDIRECT}?code={code}"})
+
     def _sign_in_tokens(self, form: Mapping[str, str]) -> Reply:
         """Tokens for a code, if its verifier is the one that the challenge was made from."""
         wanted, redirect = self.codes.pop(form.get("code", ""), ("", ""))
-        proved = challenge(form.get("code_verifier", "")) == wanted
-        if not proved or form.get("redirect_uri") != redirect or form.get("client_id") != BROWSER_CLIENT:
+        proved, ios = challenge(form.get("code_verifier", "")) == wanted, redirect == REFRESH_REDIRECT
+        client = REFRESH_CLIENT if ios else BROWSER_CLIENT
+        if not proved or form.get("redirect_uri") != redirect or form.get("client_id") != client:
             return json_reply({"error": "invalid_grant"}, 400)
-        refresh = f"rt_{secrets.token_urlsafe(40)}"
+        refresh = secrets.token_urlsafe(40)[:45] if ios else f"rt_{secrets.token_urlsafe(40)}"
         self.refresh_tokens[refresh] = "person"
         return json_reply({"access_token": demo_token("person"), "refresh_token": refresh, "id_token": "x"})
 
@@ -9606,7 +10800,7 @@ class Demo:
         return json_reply({"accessToken": demo_token(name)} | facts)
 
     @router.on("POST", "/v1/chat/completions")
-    def openai_completion(self, request: Request) -> Reply | Stream:
+    def openai_completion(self, request: Request) -> Reply | Stream | Upgrade:
         """api.openai.com in a nutshell, for `sk-` keys."""
         turn = parse_chat(request.json(), True)
         completion = CompletionStream(turn, Tokens(), False)
@@ -9871,15 +11065,25 @@ def _store_accounts(settings: Settings, lines: list[str], as_json: bool) -> None
 
 
 @accounts.command("add")
-@click.argument("tokens", nargs=-1, required=True, metavar="TOKEN…|-")
+@click.argument("tokens", nargs=-1, metavar="TOKEN…|-")
+@click.option(
+    "--password", is_flag=True, help="Ask for user name and password instead, and sign in with them."
+)
 @AS_JSON
-@setting_flags("data_dir", "impersonate", "proxy_url")
-def accounts_add(flags: Mapping[str, str | None], tokens: tuple[str, ...], as_json: bool) -> None:
+@setting_flags("data_dir", "impersonate", "proxy_url", "openai_auth_url")
+def accounts_add(
+    flags: Mapping[str, str | None], tokens: tuple[str, ...], password: bool, as_json: bool
+) -> None:
     """Add accounts by access, refresh or session TOKEN; `-` reads them from standard input, one a line.
 
     A workspace id may follow a token after a comma. `login-free` adds an account without a token.
     """
     settings = settled(flags)
+    if password == bool(tokens):
+        raise click.UsageError("Name tokens, `-`, or --password.")
+    if password:
+        _store_signed_in(Pool(settings, opened(settings)), *_by_password(settings), as_json)
+        return
     lines: list[str] = []
     for token in tokens:
         lines += sys.stdin.read().splitlines() if token == "-" else [token]
@@ -10066,17 +11270,30 @@ def login(flags: Mapping[str, str | None], device: bool, as_json: bool) -> None:
         access, refresh = _by_device(sign_in, tell) if device else _by_browser(sign_in, settings, tell)
     except ApiError as error:
         fail(error.message)
-    rows = pool.add([refresh or access]).rows
-    if not rows:
-        fail("the issuer gave no token that could be used; sign in again")
-    account = pool.find(rows[0].id)
-    if refresh and account and account.row.secret == refresh:
-        pool.renewed(account, access, None)
-    row = account.row if account else rows[0]
+    _store_signed_in(pool, access, refresh, as_json)
+
+
+def _store_signed_in(pool: Pool, access: str, refresh: str, as_json: bool) -> None:
+    try:
+        row = store_tokens(pool, access, refresh)
+    except ValueError as error:
+        fail(str(error))
     told = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan}
-    click.echo(
-        compact(told) if as_json else f"stored {row.id}: {row.email or '-'}, {row.plan or '-'}, {row.kind}"
-    )
+    line = f"stored {row.id}: {row.email or '-'}, {row.plan or '-'}, {row.kind}"
+    click.echo(compact(told) if as_json else line)
+
+
+def _by_password(settings: Settings) -> tuple[str, str]:
+    """The tokens of a person who types user name, password and, where it is wanted, a one-time code."""
+    username = click.prompt("User name", err=True)
+    password, code = click.prompt("Password", hide_input=True, err=True), ""
+    while True:
+        try:
+            return PasswordSignIn(settings).tokens_for(username, password, code)
+        except ApiError as error:
+            if error.code != "mfa_required" or code:
+                fail(error.message)
+            code = click.prompt("One-time code", err=True)
 
 
 def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]) -> tuple[str, str]:

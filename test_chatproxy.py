@@ -72,7 +72,7 @@ hypothesis_settings.load_profile("here")
 
 # --- the weather, the server under test, and what both are watched with --------------------------------------------
 
-Fault = Callable[[cp.Request], "cp.Reply | cp.Stream | None"]
+Fault = Callable[[cp.Request], "cp.Reply | cp.Stream | cp.Upgrade | None"]
 
 
 class Weather(cp.Demo):
@@ -96,7 +96,7 @@ class Weather(cp.Demo):
         """Faults for the next calls whose path ends with `call`, in turn."""
         self.faults[call].extend(faults)
 
-    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream:
+    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream | cp.Upgrade:
         self.seen.append(request)
         for call, waiting in self.faults.items():
             if request.path.endswith(call) and waiting and (answer := waiting.popleft()(request)) is not None:
@@ -108,7 +108,7 @@ class Weather(cp.Demo):
         if self.obeys:
             return super().answer(request, body)
         words = self.turns.popleft() if self.turns else self.words
-        return self.say(body, words, self.details, self.before, self.metadata)
+        return self.say(body, words, self.details, self.before, self.metadata, self._owner(request))
 
     def asked(self) -> dict[str, Any]:
         """The body of the last conversation call."""
@@ -1730,7 +1730,7 @@ class Issuer(Weather):
         self.heirs[name] += 1
         return cp.json_reply({"access_token": access, "refresh_token": new})
 
-    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream:
+    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream | cp.Upgrade:
         if request.path == "/oauth/token":
             return self.oauth_token(request)
         if replaced := self.successors.pop(cp.Keys.given(request), None):
@@ -1866,7 +1866,7 @@ def test_tokens_of_one_account_are_one_account(start: Callable[..., Proxy], weat
     proxy = start("alice", "bob", history_disabled="false")
     alice = next(one for one in proxy.app.pool.accounts() if one.row.email.startswith("alice"))
     device = alice.row.device
-    proxy.app.pool.hold("conversation-1", alice)
+    proxy.app.pool.hold({"conversation-1": alice.id})
     proxy.app.pool.told_to_wait(alice, "o3", 1000)
     proxy.app.ledger.count(alice.id, answers=7)
     proxy.app.pool.add([refresh])
@@ -2691,6 +2691,7 @@ def over_http2(
             scope["method"], scope["path"], {}, headers, cp.Blob(body), "127.0.0.1", cp.Watch(15)
         )
         answer = weather.respond(request)
+        assert not isinstance(answer, cp.Upgrade)
         kind = [(b"content-type", answer.content_type.encode())]
         await send({"type": "http.response.start", "status": answer.status, "headers": kind})
         pieces = [(answer.body, 1)] if isinstance(answer, cp.Reply) else answer.pieces
