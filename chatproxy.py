@@ -6814,7 +6814,7 @@ class WebSocket:
 
     def __init__(
         self, sock: socket.socket, ahead: bytes = b"", *, most: int = 1_000_000,
-        idle: float = 30, patience: float = 15, send_timeout: float = 30,
+        idle: float = 15, patience: float = 10, send_timeout: float = 30,
     ) -> None:  # fmt: skip
         sock.setblocking(False)
         self._sock, self._fd, self._ahead, self._most = sock, sock.fileno(), bytearray(ahead), most
@@ -7996,8 +7996,14 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
 def _ordered(app: App, attempt: Attempt) -> Batches:
     """The answer of whom UPSTREAM_ORDER names first, or of the next when that has nobody to answer."""
     question, order = attempt.question, app.settings.upstream_order.split(",")
-    if attempt.guest or (attempt.signed_in or question.attachments):
-        order = ["pool"]  # the caller's account, or what agents cannot do
+    if attempt.guest:
+        order = ["pool"]  # which asks the caller's account
+    elif question.attachments:
+        order = [place for place in order if place != "agents"]
+        if not order:
+            raise invalid(
+                question.attachments[0].where, "Agents take no files; name `pool` in UPSTREAM_ORDER too."
+            )
     for last, place in zip([*order[1:], None], order, strict=True):
         try:
             yield from (

@@ -51,6 +51,8 @@ import pydantic
 import pydantic_ai
 import pydantic_ai.models.openai
 import pytest
+import websockets.exceptions
+import websockets.sync.client
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -5339,6 +5341,270 @@ def test_300_streams_at_once(proxy: Proxy, weather: Weather) -> None:
     for got in asyncio.run(everyone()):
         assert got.count(b'"content":" w') == 20 and b"[DONE]" in got
     wait_until(lambda: "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text)
+
+
+# --- agents ----------------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """An agent that behaves as the Firefox extension does: it keeps its id in a cookie and answers what it is asked."""
+
+    def __init__(self, proxy: Proxy, cookie: str = "", key: str = ADMIN, **headers: str) -> None:
+        query = f"?key={key}" if key else ""
+        url = f"ws{proxy.url.removeprefix('http')}/client/register{query}"
+        connected = websockets.sync.client.connect(url, additional_headers=headers, proxy=None)
+        self.web = contextlib.ExitStack().enter_context(connected)
+        self.id, self.asked = cookie, list[dict[str, Any]]()
+        self.answers: Callable[[dict[str, Any]], str | None] = lambda question: (
+            f"You said {question['content']}"
+        )
+        self.pongs, self.error = True, ""
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.id and any(one.id == self.id for one in proxy.app.agents.connected()))
+
+    def _run(self) -> None:
+        with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+            for text in self.web:
+                said = json.loads(text)
+                if said["message"] == "Connection id":
+                    self.id = self.id or said["id"]
+                    self.say(self.id, "Connection id", "")
+                elif said["message"] == "ping" and self.pongs:
+                    self.say(said["id"], "pong", "")
+                elif said["message"] == "ChatGptRequest":
+                    threading.Thread(target=self._answer, args=(said,), daemon=True).start()
+
+    def _answer(self, said: dict[str, Any]) -> None:
+        question = json.loads(said["data"])
+        self.asked.append(question)
+        if self.error:
+            self.web.send(
+                json.dumps(
+                    {"id": said["id"], "message": "error", "data": "Unknown error", "error": self.error}
+                )
+            )
+        elif (content := self.answers(question)) is not None:
+            conversation = question["conversation_id"] or f"talk-{secrets.token_hex(4)}"
+            told = {"response_id": secrets.token_hex(4), "conversation_id": conversation, "content": content}
+            self.say(said["id"], "ChatGptResponse", json.dumps(told))
+
+    def say(self, id: str, message: str, data: str) -> None:
+        with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+            self.web.send(json.dumps({"id": id, "message": message, "data": data}))
+
+    def die(self) -> None:
+        """Hangs up without a word."""
+        self.web.socket.shutdown(socket.SHUT_RDWR)
+
+
+def put(proxy: Proxy, content: Any = "hi", key: str = KEY, **more: Any) -> httpx.Response:
+    """A question as ChatGPT-API-server's clients put it, the key bare."""
+    body = {"content": content} | more
+    return httpx.post(f"{proxy.url}/api/ask", json=body, headers={"Authorization": key}, timeout=30)
+
+
+def test_agents_answer_in_turn_and_keep_their_conversations(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    one, two = Browser(proxy), Browser(proxy)
+    first = put(proxy, "hello").json()
+    assert set(first) == {"id", "response_id", "conversation_id", "content", "error"}
+    assert first["content"] == "You said hello" and first["error"] == ""
+    put(proxy, "again")
+    assert len(one.asked) == len(two.asked) == 1  # the one that was asked longer ago
+    holder = one if one.asked[0]["content"] == "hello" else two
+    for number in range(4):
+        more = {"conversation_id": first["conversation_id"], "parent_id": first["response_id"]}
+        assert put(proxy, f"more {number}", **more).json()["conversation_id"] == first["conversation_id"]
+    assert len(holder.asked) == 5 and holder.asked[-1]["parent_id"] == first["response_id"]
+    assert set(holder.asked[0]) == {"message_id", "conversation_id", "parent_id", "content"}
+    listed = admin(proxy, "GET", "/api/connections").json()["connections"]
+    assert {tuple(row) for row in listed} == {("Ws", "Id", "Heartbeat", "LastMessageTime")}
+    assert {row["Id"] for row in listed} == {one.id, two.id}
+    assert admin(proxy, "GET", "/api/connections", KEY).status_code == 401
+
+
+def test_many_questions_are_under_way_at_one_agent_and_answers_come_in_any_order(
+    start: Callable[..., Proxy],
+) -> None:
+    proxy = start()
+    agent = Browser(proxy)
+    all_there = threading.Barrier(20)
+
+    def answer(question: dict[str, Any]) -> str:
+        all_there.wait(10)
+        time.sleep(random.random() * 0.2)
+        return question["content"][::-1]
+
+    agent.answers = answer
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        said = list(pool.map(lambda n: put(proxy, f"question {n}").json()["content"], range(20)))
+    assert said == [f"question {n}"[::-1] for n in range(20)]
+
+
+def test_an_agent_that_dies_fails_only_its_own_questions(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    one, two = Browser(proxy), Browser(proxy)
+    for _ in range(2):
+        assert put(proxy).status_code == 200
+    holders = {id: talk for talk, id in proxy.app.agents._holders.items()}
+    dying, living, own, others = one, two, holders[one.id], holders[two.id]
+    dying.answers = lambda question: None
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        lost = pool.submit(put, proxy, "mine", conversation_id=own)
+        wait_until(lambda: any(q["content"] == "mine" for q in dying.asked))
+        free = [pool.submit(put, proxy, f"free {n}") for n in range(4)]
+        wait_until(lambda: len([q for q in dying.asked + living.asked if "free" in q["content"]]) >= 4)
+        dying.die()
+        assert put(proxy, "theirs", conversation_id=others).json()["content"] == "You said theirs"
+        assert {one.result().json()["content"] for one in free} == {f"You said free {n}" for n in range(4)}
+        assert lost.result().status_code == 500 and isinstance(lost.result().json()["error"], str)
+    wait_until(lambda: len(proxy.app.agents.connected()) == 1)
+
+
+def test_an_agent_that_comes_back_has_its_place_and_conversations(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    one, two = Browser(proxy), Browser(proxy)
+    talk = [put(proxy).json()["conversation_id"] for _ in range(2)]
+    held = next(c for c in talk if proxy.app.agents._holders[c] == one.id)
+    one.die()
+    wait_until(lambda: len(proxy.app.agents.connected()) == 1)
+    gone = put(proxy, "x", conversation_id=held)
+    assert gone.status_code == 500 and "not connected" in gone.json()["error"]
+    back = Browser(proxy, cookie=one.id)
+    assert put(proxy, "y", conversation_id=held).json()["content"] == "You said y" and len(back.asked) == 1
+    # A second connection with the same id replaces the first, which is closed.
+    third = Browser(proxy, cookie=one.id)
+    back.thread.join(10)
+    assert not back.thread.is_alive() and len(proxy.app.agents.connected()) == 2
+    assert put(proxy, "z", conversation_id=held).json()["content"] == "You said z" and len(third.asked) == 1
+    assert len(two.asked) == 1
+
+
+def test_agents_that_fall_silent_leave_the_list(
+    start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: Any = cp.WebSocket.__init__.__kwdefaults__
+    assert limits["idle"] + limits["patience"] < 30
+    monkeypatch.setitem(limits, "idle", 0.3)
+    monkeypatch.setitem(limits, "patience", 0.3)
+    monkeypatch.setattr(cp, "PING_PATIENCE", 0.4)
+    proxy = start()
+    for _ in range(2):
+        Browser(proxy).pongs = False  # lively, but no answer to the protocol's own ping
+    said = put(proxy)
+    assert said.status_code == 503 and not proxy.app.agents.connected()
+    half = socket.create_connection(proxy.address)  # answers nothing at all
+    head = f"GET /client/register?key={ADMIN} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    head += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    payload = json.dumps({"id": "half-open"}).encode()
+    half.sendall(head.encode() + bytes([0x81, 0x80 | len(payload), 0, 0, 0, 0]) + payload)
+    wait_until(lambda: [one.id for one in proxy.app.agents.connected()] == ["half-open"])
+    wait_until(lambda: not proxy.app.agents.connected(), 2)
+    half.close()
+
+
+def test_nobody_volunteers_as_an_agent_without_the_key(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+
+    def status_of(proxy: Proxy, key: str = ADMIN, **headers: str) -> int:
+        try:
+            Browser(proxy, key=key, **headers).die()
+        except websockets.exceptions.InvalidStatus as refused:
+            return refused.response.status_code
+        return 101
+
+    for key in ("", "wrong", KEY):
+        assert status_of(proxy, key) == 401
+    assert status_of(proxy, "", Authorization=f"Bearer {ADMIN}") == 101
+    for origin in ("https://evil.example", "null", "https://chatgpt.com.evil.example", "http://chatgpt.com"):
+        assert status_of(proxy, Origin=origin) == 403, origin
+    for origin in ("https://chatgpt.com", "moz-extension://0a-1b", "chrome-extension://abc"):
+        assert status_of(proxy, Origin=origin) == 101, origin
+    own = start(folder="own", agent_key="for-agents")
+    assert status_of(own, ADMIN) == 401 and status_of(own, "for-agents") == 101
+    none = start(folder="none", authorization="", admin_key="")
+    assert status_of(none, "") == 101
+    assert status_of(none, "", **{"X-Forwarded-For": "1.2.3.4"}) == 401
+    plain = httpx.get(f"{proxy.url}/client/register?key={ADMIN}")
+    assert plain.status_code == 400
+
+
+def test_what_an_agent_says_is_not_trusted(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    agent = Browser(proxy)
+    for noise in ("nonsense", "[]", "{}", '{"id": 5}', json.dumps({"id": "unknown", "data": "x"}), "5" * 999):
+        agent.web.send(noise)
+    assert put(proxy).json()["content"] == "You said hi"
+    agent.error = "rate limited"
+    failed = put(proxy)
+    assert failed.status_code == 500 and "rate limited" in failed.json()["error"]
+    agent.error = ""
+    agent.answers = lambda question: 5  # type: ignore[assignment, return-value]
+    assert put(proxy).status_code == 500
+    agent.web.send(b"binary")
+    wait_until(lambda: not proxy.app.agents.connected())
+    with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+        agent.web.recv(timeout=5)
+    assert closed.value.rcvd and closed.value.rcvd.code == 1003
+
+
+def test_a_question_without_agents_is_answered_by_the_pool(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", "bob")
+    said = put(proxy, "hello").json()
+    assert said["content"] == "Hello wide world." and said["conversation_id"] and said["error"] == ""
+    holder = weather.last("/conversation").headers["authorization"]
+    for _ in range(5):  # goes on where it was begun
+        more = {"conversation_id": said["conversation_id"], "parent_id": said["response_id"]}
+        assert put(proxy, "more", **more).json()["conversation_id"] == said["conversation_id"]
+        assert weather.last("/conversation").headers["authorization"] == holder
+        assert weather.asked()["parent_message_id"] == said["response_id"]
+    Browser(proxy)  # which does not take the pool's conversations over
+    more = {"conversation_id": said["conversation_id"], "parent_id": said["response_id"]}
+    assert put(proxy, "more", **more).json()["content"] == "Hello wide world."
+    made = admin(proxy, "POST", "/admin/users/add", json={"limit": 1}).json()
+    assert put(proxy, "x", key=made["token"]).status_code == 200
+    assert admin(proxy, "GET", "/admin/users").json()["users"][0]["tokens"] > 0
+    for answer, code in ((put(proxy, "x", key=made["token"]), 429), (put(proxy, key="wrong"), 401)):
+        assert answer.status_code == code and isinstance(answer.json()["error"], str)
+    for wrong in ({"content": 5}, {"content": ""}, {}, {"content": "x", "parent_id": []}):
+        answer = httpx.post(f"{proxy.url}/api/ask", json=wrong, headers={"Authorization": KEY})
+        assert answer.status_code == 400 and isinstance(answer.json()["error"], str)
+    empty = start(folder="empty")
+    assert put(empty).status_code == 503
+
+
+@pytest.mark.parametrize("order", ["agents", "agents,pool", "pool,agents", "pool"])
+def test_chats_are_answered_by_whom_the_order_names(
+    order: str, start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", upstream_order=order)
+    agent = Browser(proxy)
+    by_agent = order.startswith("agents")
+    assert proxy.say("hi") == ("You said hi" if by_agent else "Hello wide world.")
+    chunks, text = proxy.stream()
+    assert text_of(chunks) == ("You said hi" if by_agent else "Hello wide world.") and text.endswith(
+        "[DONE]\n\n"
+    )
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    if by_agent:
+        assert proxy.say(messages=told) == "You said System: Be brief.\n\nUser: Why?"
+        assert weather.count("/conversation") == 0
+        image = {"type": "image_url", "image_url": {"url": data_url(picture())}}
+        pictured = proxy.ask(
+            messages=[{"role": "user", "content": [{"type": "text", "text": "what"}, image]}]
+        )
+        assert pictured.status_code == (400 if order == "agents" else 200)
+    agent.die()
+    wait_until(lambda: not proxy.app.agents.connected())
+    answer = proxy.ask()
+    assert answer.status_code == (503 if order == "agents" else 200)
+    if order == "pool,agents":
+        proxy.app.pool.remove()
+        again = Browser(proxy)
+        assert proxy.say("hi") == "You said hi" and len(again.asked) == 1
 
 
 # --- the pages, in a real browser ------------------------------------------------------------------------------------
