@@ -2024,8 +2024,10 @@ def with_access_token(row: AccountRow, token: str) -> AccountRow:
         raise ValueError("not an access token") from None
     if workspace and not _WORKSPACE.fullmatch(workspace):
         raise ValueError("not an access token")
+    # What a token says is not verified, but shown in terminals and tables.
+    email, plan = ("".join(filter(str.isprintable, text)) for text in (email[:254], plan[:32]))
     row = replace(row, access_token=token, expires=expires, workspace=row.workspace or workspace)
-    return replace(row, email=email[:254], plan=plan[:64])
+    return replace(row, email=email, plan=plan)
 
 
 def recognise(line: str) -> AccountRow:
@@ -6456,7 +6458,7 @@ class Part(NamedTuple):
     blob: Blob
 
     def text(self) -> str:
-        return self.blob.read(0, MOST_IN_MEMORY).decode("utf-8", "replace")
+        return self.blob.read().decode("utf-8", "replace")
 
 
 def parse_form(headers: Mapping[str, str], body: Blob) -> dict[str, list[Part]]:
@@ -6465,7 +6467,7 @@ def parse_form(headers: Mapping[str, str], body: Blob) -> dict[str, list[Part]]:
     if kind.lower().startswith("multipart/form-data"):
         return _multipart(kind, body)
     form: dict[str, list[Part]] = {}
-    text = body.read(0, MOST_IN_MEMORY).decode("utf-8", "replace")
+    text = body.read().decode("utf-8", "replace")
     for name, value in urllib.parse.parse_qsl(text, keep_blank_values=True):
         form.setdefault(name, []).append(Part(None, "", Blob(value.encode())))
     return form
@@ -7459,7 +7461,7 @@ class Router:
 
 SESSION_LIFE = 12 * 3600.0  # seconds that an administrator stays signed in
 WRONG_KEYS, WRONG_KEY_TIME, WRONG_KEY_DELAY = 5, 60.0, 1.0  # so many in so many seconds; then each waits
-ADMIN_COOKIE = "chatproxy_admin"
+ADMIN_COOKIE = "chatproxy_admin_{}"  # and the port: browsers send a host's cookies to all of its ports
 MOST_REMEMBERED = 10_000  # addresses, sessions
 
 
@@ -7473,6 +7475,7 @@ class Keys:
             self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
             for key in (*settings.authorization, *extra)
         }
+        self.cookie = ADMIN_COOKIE.format(settings.port)
         self._users_lock = threading.Lock()
         self._users: dict[bytes, User] = {}
         self._remembered_lock = threading.Lock()
@@ -7568,7 +7571,7 @@ class Keys:
 
     def _check(self, request: Request, key: str) -> None:
         if not hmac.compare_digest(self._digest(key), self._digest(self.settings.administrator or "")):
-            raise self._refused(request, "The admin key is wrong; send it as `Authorization: Bearer KEY`.")
+            raise self._refused(request, "The admin key is wrong.")
 
     def admit_agent(self, request: Request, named: str) -> None:
         """Admits who has the agents' key, in the header or `named` in the query; without any key set, this machine."""
@@ -7619,13 +7622,14 @@ class Keys:
         return digest is not None and self._sessions.get(digest, 0.0) > time.time()
 
     def _cookie(self, request: Request) -> bytes | None:
-        found = re.search(rf"(?:^|[;,]\s*){ADMIN_COOKIE}=([\w-]{{43}})", request.headers.get("cookie", ""))
+        found = re.search(rf"(?:^|[;,]\s*){self.cookie}=([\w-]{{43}})", request.headers.get("cookie", ""))
         return self._digest(found[1]) if found else None
 
     def sign_in(self, request: Request, key: str) -> str:
         """Begins a session of the administrator's: its cookie, as a header. It ends with the process or its time."""
         if self._foreign(request):
-            raise ApiError("invalid_api_key", "Sign in on a page of this server.")
+            text = "Sign in on a page of this server; a reverse proxy in front of it must pass the Host header on."
+            raise ApiError("invalid_api_key", text)
         if self.settings.administrator is None:
             self.admit_admin(request)
         else:
@@ -7647,7 +7651,7 @@ class Keys:
         secure = self.settings.tls_cert or request.headers.get("x-forwarded-proto") == "https"
         path = f"/{self.settings.api_prefix or ''}"
         rest = f"Path={path}; Max-Age={life}; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
-        return f"{ADMIN_COOKIE}={token}; {rest}"
+        return f"{self.cookie}={token}; {rest}"
 
 
 def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
@@ -9029,9 +9033,9 @@ def tokens_disable(app: App, request: Request) -> Reply:
 
 @ROUTER.on("POST", "/tokens/check", access="admin")
 def tokens_check(app: App, request: Request) -> Reply:
-    """asks the upstream about the accounts named by `{"ids"}`: `{"results": {id: "" or why it does not work}}`"""
+    """asks the upstream about the accounts named by `{"ids"}`: `{"results": {id: "", why it does not work, or null if not asked}}`"""
     found = checked(app, _named(app, request, MOST_CHECKED), request.watch)
-    return json_reply({"status": "success", "results": {id: reason or "" for id, reason in found}})
+    return json_reply({"status": "success", "results": dict(found)})
 
 
 @ROUTER.on("POST", "/tokens/session", access="public")
@@ -9250,7 +9254,7 @@ textarea { width: 100%; resize: vertical; }
 .over { border-color: var(--accent); }
 ul { list-style: none; margin: 0; padding: 0; max-height: 20rem; overflow-y: auto; }
 li { padding: 0.3rem 0; }
-:is(#said, #users-said, #fresh, #added):empty { display: none; }
+:is(#said, #users-said, #fresh, #added, #cleared):empty { display: none; }
 svg { display: block; width: 100%; height: 150px; overflow: visible; }
 text { fill: var(--quiet); font-size: 11px; }
 line { stroke: var(--line); }
@@ -9327,6 +9331,7 @@ TOKENS_HTML = r"""
       <label for="word">Type <code>clear</code> to go on</label>
       <input id="word" required pattern="clear" title="the word clear" autocomplete="off">
       <button class="bad">Remove all</button>
+      <p id="cleared" class="wide" role="status"></p>
     </form>
   </div>
 </main>
@@ -9424,13 +9429,14 @@ function accountRow({ id, email }) {
     const { told, answers, failures, plan } = account;
     const verb = account.state === "disabled" ? "Enable" : "Disable";
     put(who, name, { title: id });
-    put(state, row.note ? `${told} – ${row.note}` : told, { className: `dot ${account.state}` });
+    const noted = row.note && row.note !== told ? `${told} – ${row.note}` : told;
+    put(state, noted, { className: `dot ${account.state}` });
     put(paid, plan || "–");
     put(kind, account.kind);
     put(expires, account.expires ? when(account.expires) : "–", { title: fully(account.expires) });
     put(used, account.used ? when(account.used) : "never", { title: fully(account.used) });
     put(today, `${num(answers)} / ${num(failures)}`, { className: failures ? "trouble" : "" });
-    put(toggle, verb, { ariaLabel: `${verb} ${name}` });
+    put(toggle, verb, { ariaLabel: `${verb} ${name}`, hidden: /^(expired|dead)$/.test(account.state) });
   };
   return row;
 }
@@ -9462,9 +9468,12 @@ function act(what, ids) {
   const done = (verb, number) => `${verb} ${count(number, "account")}.`;
   const [path, body, told] = {
     check: ["check", {}, ({ results }) => {
-      for (const id of ids) if (accounts.has(id)) accounts.get(id).note = results[id] || "works";
+      for (const id of ids) {
+        if (accounts.has(id)) accounts.get(id).note = (results[id] ?? "not asked") || "works";
+      }
+      const works = ids.filter((id) => results[id] === "").length;
       const bad = ids.filter((id) => results[id]).length;
-      return `${done("Checked", ids.length)} ${ids.length - bad} work, ${bad} do not.`;
+      return `${done("Checked", works + bad)} ${works} work, ${bad} do not.`;
     }],
     disable: ["disable", { disabled: true }, ({ changed }) => done("Disabled", changed)],
     enable: ["disable", { disabled: false }, ({ changed }) => done("Enabled", changed)],
@@ -9514,6 +9523,8 @@ function signedOut(text) {
   $("pool").hidden = $("sign-out").hidden = true;
   $("text").value = ""; // no token stays behind on a page that may be left alone
   $("fresh").replaceChildren();
+  sync($("rows"), [], "id", accounts, accountRow);
+  sync($("users"), [], "user_id", users, userRow);
   put($("trouble"), "");
   put($("sign-in-said"), text);
   $("key").focus();
@@ -9573,7 +9584,7 @@ async function upload(files) {
     const said = el("span", {}, "adding…");
     $("added").append(el("li", {}, `${file.name}: `, said));
     const body = new URLSearchParams({ text: await file.text().catch(() => "") });
-    const told = ({ stored, known }) => `${count(stored, "account")} added, ${known} known before.`;
+    const told = ({ stored, known }) => `${count(stored - known, "account")} added, ${known} known before.`;
     result = await change(said, "/tokens/upload", body, told);
     for (const fault of result?.faults || []) $("added").append(el("li", { className: "trouble" }, fault));
   }
@@ -9589,9 +9600,10 @@ for (const state of ["", ...STATES]) {
   $("chips").append(chip);
 }
 onSubmit("sign-in", async () => {
-  const body = { key: $("key").value };
+  const body = { key: $("key").value.trim() };
   await api("POST", "/tokens/session", body).then(poll, (error) => put($("sign-in-said"), error.message));
   $("sign-in").reset();
+  $("search").focus({ preventScroll: true });
 });
 $("sign-out").onclick = () => api("DELETE", "/tokens/session").then(() => signedOut(""), poll);
 $("search").oninput = () => look({ q: $("search").value.trim() });
@@ -9618,18 +9630,20 @@ $("add").ondragover = $("add").ondragleave = $("add").ondrop = (event) => {
 };
 onSubmit("add-user", async () => {
   const [name, limit] = [$("user-name").value.trim(), Number($("user-limit").value) || null];
+  if (!name) return;
   const made = await change($("users-said"), "/admin/users/add", { name, limit }, () => `Added ${name}.`);
   if (!made) return;
   $("add-user").reset();
   const shown = el("code", {}, made.token);
   const copier = button("Copy", () => copy(made.token, shown, copier), "main");
-  const done = button("Done", () => { $("fresh").replaceChildren(); $("user-name").focus(); });
-  $("fresh").replaceChildren(`The key of ${name}, shown only now:`, shown, copier, done);
+  const done = button("Done", () => { row.remove(); $("user-name").focus(); });
+  const row = el("div", { className: "row wide" }, `The key of ${name}, shown only now:`, shown, copier, done);
+  $("fresh").append(row);
   copier.focus();
 });
 onSubmit("clear", () => {
   $("clear").reset();
-  change($("said"), "/tokens/clear", undefined, () => "All accounts were removed.");
+  change($("cleared"), "/tokens/clear", undefined, () => "All accounts were removed.");
 });
 poll();
 """
@@ -9936,7 +9950,7 @@ async function loadModels() {
     const chosen = $("model").value;
     $("model").replaceChildren(...data.map(({ id }) => el("option", { selected: id === chosen }, id)));
   } catch (error) {
-    if (error.status === 401) askKey(error.message);
+    if (error.status === 401) askKey(auth().authorization ? error.message : "This server wants an API key.");
   }
 }
 
@@ -9992,7 +10006,8 @@ async function answer() {
     if (!ended) throw new Error("The answer broke off.");
   } catch (error) {
     ended = "Stopped.";
-    problem = control.signal.aborted ? null : error;
+    const broken = error instanceof TypeError ? new Error("The connection to the server broke.") : error;
+    problem = control.signal.aborted ? null : broken;
   }
   cancelAnimationFrame(frame);
   node.ariaBusy = "false";
@@ -10030,7 +10045,7 @@ $("new").onclick = () => {
 };
 $("change-key").onclick = () => askKey("Leave it empty to go on without a key.");
 onSubmit("key-form", () => {
-  sessionStorage.setItem(KEY, $("key").value);
+  sessionStorage.setItem(KEY, $("key").value.trim());
   $("key-dialog").close();
   loadModels();
   document.querySelector(".denied .again")?.click();
