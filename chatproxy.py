@@ -4484,17 +4484,20 @@ class Answers:
         upstream, watch, decoder = self.upstream, attempt.watch, attempt.decoder
         if account.row.kind == LOGIN_FREE:
             body = {**body, "model": "auto"}
+        passed_on = contextlib.suppress(
+            Refusal
+        )  # a failure that the client hears of in the upstream's own words
         needs = yield from upstream.spare(account, watch)
         while True:
             spare = needs is not None
             needs = needs or (yield from upstream.requirements(account, watch))
             try:
                 attempt.pieces = upstream.conversation(account, body, needs, watch)
-                for data in attempt.pieces:
+                for data in attempt.pieces:  # once per event
                     if data:
                         if not attempt.begun:
                             self._begun(account, attempt)
-                        with contextlib.suppress(Refusal):  # the client is given the upstream's own words
+                        with passed_on:
                             decoder.feed(data)
                         if decoder.conversation != attempt.kept:
                             self._keep(account, attempt, decoder.conversation)

@@ -6686,11 +6686,12 @@ class Rig:
         how: str = "",
         stream: bool = True,
         tools: bool = False,
+        native: bool = False,
         **more: Any,
     ) -> Load:
-        """Asks for so many words: the proxy in OpenAI's terms, anyone else in the upstream's own."""
+        """Asks for so many words: the proxy in OpenAI's terms unless `native`, anyone else in the upstream's own."""
         text = f"words={words} {how}".strip()
-        if server is self.proxy:
+        if server is self.proxy and not native:
             messages = [{"role": "user", "content": text}]
             offered = {"tools": [WEATHER_TOOL, TIME_TOOL]} if tools else {}
             body = json.dumps({"model": "gpt-4o", "stream": stream, "messages": messages} | offered)
@@ -6698,7 +6699,8 @@ class Rig:
         content = {"content_type": "text", "parts": [text]}
         message = {"id": "1", "author": {"role": "user"}, "content": content, "metadata": {}}
         turn = {"action": "next", "messages": [message], "model": "gpt-4o", "supported_encodings": ["v1"]}
-        return Load(server.port, CONVERSATION, json.dumps(turn), words, **more)
+        path = "/conversation" if server is self.proxy else CONVERSATION
+        return Load(server.port, path, json.dumps(turn), words, **more)
 
     def run(self, server: Process, load: Load) -> dict[str, Any]:
         """Runs a load; its report, with `cpu` of the server and `upstream_cpu` in seconds."""
@@ -6860,28 +6862,30 @@ def case_stream(bench: Bench) -> list[Row]:
     return rows
 
 
-def case_tools(bench: Bench) -> list[Row]:
-    """CPU time of a stream with functions offered, none of which is called, against one without."""
+def compared(bench: Bench, name: str, option: str, target: float, words: int = 100) -> list[Row]:
+    """CPU time of a stream with an option of the load's, against one without, in turn."""
     costs: dict[bool, list[float]] = {False: [], True: []}
     with bench.rig() as rig:
-        load: dict[str, Any] = {"words": 100, "how": "flush=1", "connections": 16, "requests": bench.many(50)}
+        load: dict[str, Any] = {"words": words, "how": "flush=1", "connections": 16}
+        load["requests"] = bench.many(5000 // words)
         for _ in range(3):
-            for tools, found in costs.items():
-                found.append(
-                    bench.measure(rig, rig.proxy, 5, tools=tools, **load)["cpu"]
-                    / (16 * load["requests"])
-                    * 1e3
-                )
-    plain, offered = (median(found) for found in costs.values())
-    ratio = offered / plain
+            for chosen, found in costs.items():
+                cpu = bench.measure(rig, rig.proxy, 5, **{option: chosen}, **load)["cpu"]
+                found.append(cpu / (16 * load["requests"]) * 1e3)
+    plain, other = (median(found) for found in costs.values())
     return [
-        Row(
-            "stream of 100 words, functions offered",
-            f"{offered:.2f} ms, {ratio:.2f}x",
-            "1.3x without",
-            ratio <= 1.3,
-        )
+        Row(name, f"{other:.2f} ms, {other / plain:.2f}x", f"{target:g}x without", other / plain <= target)
     ]
+
+
+def case_tools(bench: Bench) -> list[Row]:
+    """With functions offered, none of which is called."""
+    return compared(bench, "stream of 100 words, functions offered", "tools", 1.3)
+
+
+def case_native(bench: Bench) -> list[Row]:
+    """In the upstream's own words, through POST /conversation."""
+    return compared(bench, "stream of 1,000 words by POST /conversation", "native", 1.0, words=1000)
 
 
 def case_paced(bench: Bench) -> list[Row]:
@@ -6997,6 +7001,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "short": case_short,
     "stream": case_stream,
     "tools": case_tools,
+    "native": case_native,
     "paced": case_paced,
     "thousand": case_thousand,
     "long": case_long,
