@@ -7457,7 +7457,7 @@ class Router:
         """The README's table of routes, in Markdown."""
         lines = ["| route | who | answer |", "| --- | --- | --- |"]
         for endpoint in self.endpoints:
-            meaning = (endpoint.function.__doc__ or "").split("\n")[0]
+            meaning = " ".join((endpoint.function.__doc__ or "").partition("\n\n")[0].split())
             lines.append(f"| `{endpoint.method} {endpoint.path}` | {endpoint.access} | {meaning} |")
         return "\n".join(lines)
 
