@@ -1544,7 +1544,7 @@ def _options(*names: str) -> tuple[int, ...]:
 
 _URL, _METHOD, _GET, _POST, _HTTPHEADER = _options("URL", "CUSTOMREQUEST", "HTTPGET", "POST", "HTTPHEADER")
 _POSTFIELDS, _POSTSIZE, _READDATA = _options("POSTFIELDS", "POSTFIELDSIZE_LARGE", "READDATA")
-_SEEKDATA, _VERSION, _VERBOSE = _options("SEEKDATA", "HTTP_VERSION", "VERBOSE")
+_SEEKDATA, _VERSION, _VERBOSE, _FRESH = _options("SEEKDATA", "HTTP_VERSION", "VERBOSE", "FRESH_CONNECT")
 _HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
 
 
@@ -1569,7 +1569,7 @@ class Handle:
         self._url, self._posts, self._method, self._plain = "", False, "", False
         self.silence = 0.0  # seconds without a byte that end the call
         self.once_sent: Callable[[], None] | None = None  # called when the next call is on its way
-        self._hears = False
+        self._hears = self._fresh = False
         if route.browser:
             lib.curl_easy_impersonate(self._easy, route.browser.encode(), 1)
         for name, value in {
@@ -1661,8 +1661,17 @@ class Handle:
         lib.curl_slist_free_all(self._lines)
         self._lines = lines
         self.silence, self.once_sent = silence, None
+        if self._fresh:
+            self._fresh = False
+            self._set(_FRESH, 0)
         self._body.clear()
         self._head.clear()
+
+    def sent_once(self) -> None:
+        """Has the next call made on a connection of its own: on a kept one that breaks libcurl sends it again, though the
+        upstream may have got it."""
+        self._fresh = True
+        self._set(_FRESH, 1)
 
     def learn_agent(self, found: Callable[[str], None]) -> None:
         """Lets the next call tell the user agent it sends, which only libcurl knows."""
@@ -2859,7 +2868,8 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
         "timezone_offset_min": TIMEZONE_OFFSET_MIN,
         "websocket_request_id": new_id(),
     }
-    body |= {name: value for name, value in given.items() if value not in (None, "")}
+    fillable = {*body, "conversation_id"}
+    body |= {k: v for k, v in given.items() if v not in (None, "") or k not in fillable}
     messages = []
     for message in dicts(given.get("messages")):
         author: Any = message.get("author")
@@ -3014,11 +3024,14 @@ class ChatGPT:
 
     def _answer(
         self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
-        watch: Watch, silence: float | None = None,
+        watch: Watch, silence: float | None = None, once: bool = False,
     ) -> Patient[Answer]:  # fmt: skip
-        """The whole answer of a call; counted under `name`, its cookies kept if it is the site's."""
+        """The whole answer of a call; counted under `name`, its cookies kept if it is the site's. `once`: it must not be
+        made twice."""
         try:
             with self._call(account, method, url, headers, body, watch, silence) as call:
+                if once:
+                    call.handle.sent_once()
                 answer = yield from call.whole()
         except Refusal:
             self._heard(name, account, 0, {})
@@ -3200,6 +3213,8 @@ class ChatGPT:
         url, data = self._base(account) + path, compact(body).encode("utf-8", "replace")
         headers = self._headers(account, *extra, accept=b"text/event-stream")
         with self._call(account, "POST", url, headers, data, watch) as call:
+            if "conversation_id" in body:  # what is said in it is not to be said twice
+                call.handle.sent_once()
             if account.answered:
                 call.handle.once_sent = lambda: self.prepare(account)  # meanwhile, not before
             try:
@@ -3318,7 +3333,9 @@ class ChatGPT:
         harm: the call was not taken up (401, 429), never arrived, or changes nothing."""
         url, headers, reads = self._base(account) + path, self._headers(account), method == "GET"
         try:
-            answer = yield from self._answer("native", account, method, url, headers, body, watch)
+            answer = yield from self._answer(
+                "native", account, method, url, headers, body, watch, once=not reads
+            )
         except Refusal as refused:
             if reads or refused.unsent:
                 raise
@@ -3536,6 +3553,17 @@ def challenge(verifier: str) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
 
 
+def challenged() -> ApiError:
+    """A sign-in that no program can go on with."""
+    text = "The sign-in page wants to see a human; sign in with `chatproxy.py login` instead."
+    return ApiError("challenge_required", text)
+
+
+def walled(answer: Answer) -> bool:
+    """Whether an answer is a human-verification page."""
+    return _BLOCK_MARKS.search(answer.body[:20_000].decode("utf-8", "replace")) is not None
+
+
 class SignIn:
     """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
 
@@ -3578,10 +3606,13 @@ class SignIn:
         form |= {"redirect_uri": redirect, "code_verifier": verifier}
         answer = self._post("/oauth/token", "application/x-www-form-urlencoded", urllib.parse.urlencode(form))
         said = answer.object() or {}
+        if answer.status == 403 or walled(answer):
+            raise challenged()
+        if answer.status == 429 or answer.status >= 500:
+            raise refusal(answer.status, answer.headers, b"")
         if answer.status != 200 or not isinstance(said.get("access_token"), str):
-            raise Refusal(
-                "rejected", f"The token endpoint answered with status {answer.status}; sign in again."
-            )
+            text = f"The token endpoint answered with status {answer.status}; sign in again."
+            raise Refusal("rejected", text)
         return said["access_token"], str(said.get("refresh_token") or "")
 
     def device(self) -> tuple[str, str, float]:
@@ -3643,23 +3674,18 @@ class PasswordSignIn(SignIn):
             place = self._fill("mfa-otp-challenge", place, {"code": code})
         given = self._queried(place, "code")
         if not place.startswith(REFRESH_REDIRECT) or not given:
-            raise self._challenged()
+            raise challenged()
         return self.tokens(given, self.verifier, REFRESH_REDIRECT, REFRESH_CLIENT)
 
     @staticmethod
     def _queried(place: str, name: str) -> str:
         return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(place).query)).get(name, "")
 
-    @staticmethod
-    def _challenged() -> ApiError:
-        text = "The sign-in page wants to see a human; sign in with `chatproxy.py login` instead."
-        return ApiError("challenge_required", text)
-
     def _fill(self, page: str, place: str, form: Mapping[str, str]) -> str:
         """Sends one of the forms of the sign-in begun at `place`; where it leads."""
         state = self._queried(place, "state")
         if not state:
-            raise self._challenged()
+            raise challenged()
         path = f"/u/{page}" if page.startswith("mfa") else f"/u/login/{page}"
         url = f"{self.issuer}{path}?{urllib.parse.urlencode({'state': state})}"
         return self._follow(url, {"state": state, **form, "action": "default"})
@@ -3668,7 +3694,7 @@ class PasswordSignIn(SignIn):
         """Where a request leads, redirect by redirect: to a page, or to the app with a code."""
         for _ in range(self.STEPS):
             answer = self._step(url, form)
-            if form is not None and answer.status in (400, 401, 403) and not self._walled(answer):
+            if form is not None and answer.status in (400, 401, 403) and not walled(answer):
                 text = "The user name, the password or the one-time code is wrong."
                 raise ApiError("invalid_credentials", text)
             if answer.status == 429:
@@ -3677,17 +3703,13 @@ class PasswordSignIn(SignIn):
                 raise Refusal("broken", f"The sign-in failed with status {answer.status}; try again.")
             target = answer.headers.get("location", "")
             if not 300 <= answer.status < 400 or not target:
-                if answer.status != 200 or self._walled(answer):
-                    raise self._challenged()
+                if answer.status != 200 or walled(answer):
+                    raise challenged()
                 return url
             url, form = urllib.parse.urljoin(url, target), None
             if not url.startswith(f"{self.issuer}/"):
                 return url
-        raise self._challenged()
-
-    @staticmethod
-    def _walled(answer: Answer) -> bool:
-        return _BLOCK_MARKS.search(answer.body[:20_000].decode("utf-8", "replace")) is not None
+        raise challenged()
 
     def _step(self, url: str, form: Mapping[str, str] | None) -> Answer:
         headers = [b"Expect:", *_cookie_line(self._cookies)]
@@ -4452,8 +4474,6 @@ class Answers:
     def native(self, attempt: Attempt, body: Mapping[str, Any], again: int) -> Pieces:
         """The upstream's own bytes for a conversation body, None for a heartbeat's time of silence. What was cut for
         length is gone on with up to `again` times, and then has one `[DONE]`."""
-        if attempt.guest is None and attempt.question.conversation:
-            attempt.holder = attempt.kept_by = self.pool.holder(attempt.question.conversation)
         try:
             yield from self._attempts(
                 attempt,
@@ -4490,7 +4510,8 @@ class Answers:
         needs = yield from upstream.spare(account, watch)
         while True:
             spare = needs is not None
-            needs = needs or (yield from upstream.requirements(account, watch))
+            if needs is None:
+                needs = yield from upstream.requirements(account, watch)
             try:
                 attempt.pieces = upstream.conversation(account, body, needs, watch)
                 for data in attempt.pieces:  # once per event
@@ -4504,9 +4525,12 @@ class Answers:
                     yield data
                 return
             except Refusal as refused:
-                if refused.reason != "blocked" or not spare or (attempt.begun and not attempt.continuing):
-                    raise
-                needs = None
+                if refused.reason == "blocked" and spare and not (attempt.begun and not attempt.continuing):
+                    needs = None
+                    continue
+                if refused.reason == "broken" or (refused.reason == "unreachable" and not refused.unsent):
+                    refused.reason = "silent"  # it may have got there: no other attempt is made
+                raise
 
     def _gather(self, attempt: Attempt) -> Patient[None]:
         """Makes ready what comes with a question, whichever account it will be."""
@@ -7437,15 +7461,16 @@ class Router:
 
     def find(self, request: Request) -> Endpoint:
         """The endpoint of a request, whose `params` and `route` are set; not_found or method_not_allowed."""
-        methods = self._plain.get(request.path)
+        methods, method = self._plain.get(request.path), "GET" if request.method == "HEAD" else request.method
         if methods is None:
             for pattern, found in self._patterns:
-                if match := pattern.fullmatch(request.path):
+                if (methods is None or method in found) and (match := pattern.fullmatch(request.path)):
                     request.params, methods = match.groupdict(), found
-                    break
-            else:
-                raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
-        endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
+                    if method in found:
+                        break
+        if methods is None:
+            raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
+        endpoint = methods.get(method)
         request.route = next(iter(methods.values())).path
         if endpoint is None:
             allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
@@ -7854,7 +7879,7 @@ ABSENT = (
     "/v1/vector_stores", "/v1/assistants", "/v1/threads", "/v1/uploads", "/v1/realtime", "/v1/conversations",
 )  # fmt: skip
 # Where errors have the shape of ChatGPT-API-server.
-PLAIN_ERRORS = ("/admin/", "/api/")
+PLAIN_ERRORS = ("/admin/", "/api/ask", "/api/connections")
 ROUTER = Router()
 
 
@@ -7912,6 +7937,10 @@ class App:
             self.keys.admit(request)
             if request.key and under_v1:
                 return relay(self, request)
+            if request.key:
+                raise ApiError(
+                    "invalid_api_key", "An `sk-` key opens nothing but /v1, where OpenAI's API takes it."
+                )
         if endpoint is None and request.path.startswith(ABSENT):
             text = f"The ChatGPT web upstream has no {request.path}; requests with an `sk-` key go to OpenAI's API."
             raise ApiError("not_found", text)
@@ -8622,7 +8651,7 @@ def conversations_list(app: App, request: Request) -> Reply:
 
     def read(account: Account) -> tuple[list[dict[str, Any]], int] | ApiError:
         """The first conversations of an account, as many as may be asked for, and how many it has."""
-        items, total, wanted = list[dict[str, Any]](), 1, offset + limit
+        items, total, wanted = list[dict[str, Any]](), 1, max(1, offset + limit)
         while len(items) < min(wanted, total):
             most = min(MOST_CONVERSATIONS, wanted - len(items))
             part = urllib.parse.urlencode(query | {"offset": len(items), "limit": most})
@@ -8716,10 +8745,14 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     given = request.json()
     check_types(given, {"messages": _LIST, "model": _TEXT, "conversation_id": _TEXT, "auto_continue": _FLAG})
     again = app.settings.auto_continue if given.pop("auto_continue", None) else 0
+    if len(dicts(given.get("messages"))) != len(given.get("messages") or ()):
+        raise unfit("messages", "must be a list of objects.")
     body = completed(given)
     question = Question((), body["model"], body.get("conversation_id"))
     attempt = Attempt(question, request.watch, request.guest, request.owner)
     attempt.keeps = True
+    if question.conversation:
+        attempt.holder = attempt.kept_by = _holder(app, request, question.conversation)
     pieces = app.answers.native(attempt, body, again)
     try:
         first = next(filter(None, pieces), b"")  # its status is that of the upstream's answer

@@ -5627,6 +5627,463 @@ def test_chats_are_answered_by_whom_the_order_names(
         assert proxy.say("hi") == "You said hi" and len(again.asked) == 1
 
 
+# --- the native web API -----------------------------------------------------------------------------------------------
+
+Start = Callable[..., Proxy]
+PLACES = ("", "/backend-api", "/api", "/chatgpt", "/chatgpt/backend-api")
+SAID: dict[str, Any] = {"messages": [{"content": {"content_type": "text", "parts": ["hi"]}}]}
+HIDE = {"is_visible": False}
+
+
+def web(proxy: Proxy, method: str, path: str, key: str | None = KEY, **options: Any) -> httpx.Response:
+    return admin(proxy, method, path, key, **options)
+
+
+def turn(proxy: Proxy, key: str | None = KEY, **body: Any) -> httpx.Response:
+    return web(proxy, "POST", "/conversation", key, json=SAID | body)
+
+
+def conversation_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(re.findall(r'"conversation_id":"([^"]+)"', answer.text)[0])
+
+
+def keep(weather: Weather, name: str, *ids: str, at: float = 1.7e9, every: float = 10) -> None:
+    """Conversations of an account, the first changed last."""
+    for number, id in enumerate(ids):
+        when = at - number * every
+        weather.conversations[id] = cp.DemoConversation(f"user-{name}", when, True, when, f"of {name}")
+
+
+def asker(request: cp.Request) -> str:
+    return str(cp.claims(cp.Keys.given(request))["https://api.openai.com/auth"]["user_id"])
+
+
+def taken_down(weather: Weather, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What the weather answers to turns, event by event."""
+    sent: list[bytes] = []
+    say = weather.answer
+    heard = lambda piece: sent.append(piece) or piece  # type: ignore[func-returns-value]  # noqa: E731
+    monkeypatch.setattr(weather, "answer", lambda *of: map(heard, say(*of)))
+    return sent
+
+
+def test_the_native_calls_are_answered_under_every_prefix(proxy: Proxy, weather: Weather) -> None:
+    for place in PLACES:
+        keep(weather, "alice", "c-1", "c-2")
+        listed = web(proxy, "GET", f"{place}/conversations").json()
+        assert [one["id"] for one in listed["items"]][-2:] == ["c-1", "c-2"]
+        assert (listed["total"], listed["limit"], listed["offset"]) == (len(weather.conversations), 20, 0)
+        path = f"{place}/conversation"
+        assert web(proxy, "GET", f"{path}/c-1").json()["conversation_id"] == "c-1"
+        assert web(proxy, "PATCH", f"{path}/c-1", json={"title": "é"}).json() == {"success": True}
+        assert weather.conversations["c-1"].title == "é"
+        made = web(proxy, "POST", f"{path}/gen_title/c-1", json={"message_id": "m"})
+        assert made.json() == {"title": "A demo chat"}
+        assert web(proxy, "POST", path, json=SAID).text.endswith("data: [DONE]\n\n")
+        assert web(proxy, "PATCH", f"{path}/c-2", json=HIDE).status_code == 200
+        assert "c-2" not in weather.conversations
+    assert all(one.path.startswith("/backend-api/") for one in weather.seen if one.path != "/")
+
+
+def test_a_list_has_defaults_and_a_largest_limit(proxy: Proxy, weather: Weather) -> None:
+    for key in (KEY, cp.demo_token("bob")):
+        assert web(proxy, "GET", "/conversations", key).status_code == 200
+        asked = weather.last("/conversations").query
+        assert (asked["offset"], asked["limit"]) == ("0", "20")
+        assert web(proxy, "GET", "/conversations?limit=100&offset=3", key).json()["limit"] == 100
+        count = weather.count("/conversations")
+        for query in ("limit=101", "limit=-1", "limit=x", "limit=", "offset=-1", "offset=1.5"):
+            answer = web(proxy, "GET", f"/conversations?{query}", key)
+            assert error_of(answer) == (400, "invalid_request_error")
+            assert answer.json()["error"]["param"] == query.partition("=")[0]
+        assert weather.count("/conversations") == count
+
+
+def test_what_the_upstream_says_of_a_conversation_is_passed_on(start: Start, weather: Weather) -> None:
+    proxy = start("alice", retry_times="1")
+    gone = web(proxy, "GET", "/conversation/none")
+    assert (gone.status_code, gone.json()) == (404, {"detail": "Can't load conversation"})
+    for method, code in (("GET", 404), ("GET", 422), ("GET", 413), ("PATCH", 404), ("PATCH", 422)):
+        weather.add("/conversation/c-1", status(code, f"said {code}", "text/plain"))
+        answer = web(proxy, method, "/conversation/c-1", json={"title": "x"})
+        assert (answer.status_code, answer.text) == (code, f"said {code}")
+        assert answer.headers["content-type"] == "text/plain"
+    assert weather.count("/conversation/c-1") == 5
+    keep(weather, "alice", "c-1")
+    for fault in (status(503), cut_stream()):  # a read is tried again
+        weather.add("/conversation/c-1", fault)
+        assert web(proxy, "GET", "/conversation/c-1").status_code == 200
+    weather.add("/conversation/c-1", *[status(503, "<b>busy</b>", "text/html")] * 2)
+    answer = web(proxy, "GET", "/conversation/c-1")
+    assert (answer.status_code, answer.text) == (503, "<b>busy</b>")
+
+
+# conversation goes to the same account again after a 502 or a cut, so that the question may be in it twice
+@pytest.mark.parametrize("path", ["/conversation/c-1", "/conversation/gen_title/c-1", "/conversation"])
+@pytest.mark.parametrize("fault", [status(502), cut_stream()], ids=["502", "cut"])
+def test_a_change_is_never_sent_twice(fault: Fault, path: str, proxy: Proxy, weather: Weather) -> None:
+    keep(weather, "alice", "c-1")
+    assert web(proxy, "GET", "/conversation/c-1").status_code == 200  # whose connection is kept
+    weather.add(path, fault)
+    method = "PATCH" if path.endswith("on/c-1") else "POST"
+    body = SAID | {"title": "x", "message_id": "m", "conversation_id": "c-1"}
+    answer = web(proxy, method, path, json=body)
+    assert (answer.status_code, weather.calls.count(f"{method} /backend-api{path}")) == (502, 1)
+
+
+def test_a_change_is_sent_again_with_a_renewed_token(start: Start, weather: Weather) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh)
+    keep(weather, "alice", "c-1")
+    assert web(proxy, "GET", "/conversation/c-1").status_code == 200
+    weather.dead.add(proxy.app.pool.accounts()[0].row.access_token)
+    assert web(proxy, "PATCH", "/conversation/c-1", json={"title": "new"}).status_code == 200
+    assert weather.conversations["c-1"].title == "new" and weather.count("/oauth/token") == 2
+    assert weather.calls.count("PATCH /backend-api/conversation/c-1") == 2
+
+
+def test_a_change_is_sent_again_when_it_cannot_have_arrived(start: Start, weather: Weather) -> None:
+    keep(weather, "alice", "c-1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    proxy = start("alice", upstream=f"http://127.0.0.1:{port}")
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        answer = executor.submit(web, proxy, "PATCH", "/conversation/c-1", json={"title": "x"})
+        time.sleep(0.15)
+        server = cp.Server(
+            ("127.0.0.1", port), weather.respond, cp.settle(cp.gather({}, {})), cp.Metrics(), quiet=True
+        )
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        assert answer.result().status_code == 200
+    server.drain(0)
+    assert weather.calls.count("PATCH /backend-api/conversation/c-1") == 1
+
+
+ODD = ["a%3Fb=c", "a%23b", "a%252F..%252Fme", "{id}", "{0.x}", "a%0d%0aX:1", "%C3%A4", "%ff", "a;b", "a&b"]
+
+
+def test_no_id_changes_the_path_of_the_upstream_call(proxy: Proxy, weather: Weather) -> None:
+    for id in (*ODD, "..", "%2e%2e", "a%2F..%2F..%2Fme", "a%2Fb", "..%2Fme", ""):
+        for method, place in (("GET", "/conversation/"), ("POST", "/conversation/gen_title/")):
+            connection = http.client.HTTPConnection(*proxy.address)
+            connection.request(method, place + id, b"{}", {"Authorization": f"Bearer {KEY}"})
+            assert connection.getresponse().status in (404, 405)
+            connection.close()
+            calls = [one.target for one in weather.seen if one.path != "/"]
+            assert len(calls) == (id in ODD), id
+            assert all(re.fullmatch(f"/backend-api{place}" + r"[\w.~%-]+", target) for target in calls)
+            weather.seen.clear()
+
+
+@pytest.mark.parametrize("encoding", ["v1", "cumulative"])
+def test_a_native_turn_is_passed_on_byte_for_byte(
+    encoding: str, proxy: Proxy, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weather.encoding, weather.words = (
+        encoding,
+        ["é", " \U0001f600", " \ue200cite\ue202x\ue201", "\n\ndata: x"],
+    )
+    sent = taken_down(weather, monkeypatch)
+    answer = turn(proxy)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.content == b"".join(sent) and answer.content.count(b"[DONE]") == 1
+    odd = (b": \xff\xfe", b"\r\n\r\nevent: new\nid: 7\ndata: {", b"broken\n\n", b"data: [DONE]\n\n")
+    weather.add("/conversation", raw_stream(*odd))
+    assert turn(proxy).content == b"".join(odd)
+
+
+def test_what_a_native_turn_leaves_out_is_filled_in(proxy: Proxy, weather: Weather) -> None:
+    assert turn(proxy, conversation_id="", suggestions=["a"], model="o3").status_code == 200
+    asked = weather.asked()
+    (message,) = asked["messages"]
+    for id in (message["id"], asked["parent_message_id"]):
+        assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", id)
+    assert message["author"]["role"] == "user" and message["content"]["parts"] == ["hi"]
+    assert asked["action"] == "next" and isinstance(asked["timezone_offset_min"], int)
+    assert "conversation_id" not in asked and (asked["suggestions"], asked["model"]) == (["a"], "o3")
+    assert weather.last("/conversation").headers["openai-sentinel-proof-token"].startswith("gAAAAAB")
+    mine = {"id": "mine", "author": {"role": "system", "name": "n"}, "content": {"parts": ["x"]}}
+    given: dict[str, Any] = {
+        "action": "variant",
+        "parent_message_id": "p",
+        "timezone_offset_min": -480,
+        "own": {"a": None},
+    }
+    assert turn(proxy, messages=[mine], conversation_id=None, **given).status_code == 200
+    assert weather.asked()["messages"][0].items() >= mine.items() and weather.asked().items() >= given.items()
+    for body in ({"messages": "x"}, {"model": 1}, {"auto_continue": "yes"}, {"conversation_id": 5}):
+        answer = turn(proxy, **body)
+        assert error_of(answer) == (400, "invalid_request_error")
+        assert answer.json()["error"]["param"] == next(iter(body))
+
+
+def test_a_refused_native_turn_has_the_upstreams_own_words(start: Start, weather: Weather) -> None:
+    proxy = start("alice", retry_times="0")
+    for code in (400, 413, 422, 403, 503):
+        weather.add("/conversation", *[status(code, {"detail": [{"msg": "own", "loc": ["x"]}]})] * 2)
+        answer = turn(proxy)
+        assert (answer.status_code, answer.json()) == (code, {"detail": [{"msg": "own", "loc": ["x"]}]})
+        weather.faults.clear()
+    lost = turn(proxy, conversation_id="lost")
+    assert (lost.status_code, lost.json()["detail"]["code"]) == (404, "conversation_not_found")
+
+
+def test_a_native_turn_has_another_account_before_its_first_byte(start: Start, weather: Weather) -> None:
+    proxy = start("alice", "bob")
+    weather.add("/conversation", status(429, {"detail": {"clears_in": 500}}))
+    assert turn(proxy).content.endswith(b"data: [DONE]\n\n")
+    first, second = (asker(one) for one in weather.seen if one.path.endswith("/conversation"))
+    assert {first, second} == {"user-alice", "user-bob"} and "waiting" in proxy.states().values()
+    weather.add("/conversation", cut_stream(b'data: {"message": null}\n\n'))
+    broken = turn(proxy).text
+    assert broken.startswith('data: {"message": null}\n\ndata: {"error":') and "[DONE]" not in broken
+    assert weather.count("/conversation") == 3
+
+
+@pytest.mark.parametrize("encoding", ["v1", "cumulative"])
+def test_a_native_turn_that_was_cut_for_length_is_gone_on_with_on_request(
+    encoding: str, proxy: Proxy, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weather.encoding, weather.details = encoding, "max_tokens"
+    assert turn(proxy, auto_continue=False).text.count("[DONE]") == turn(proxy).text.count("[DONE]") == 1
+    assert weather.count("/conversation") == 2
+    parts, details, say = (
+        taken_down(weather, monkeypatch),
+        iter(["max_tokens", "max_tokens", "stop"]),
+        weather.say,
+    )
+    monkeypatch.setattr(weather, "say", lambda body, words, _, *rest: say(body, words, next(details), *rest))
+    answer = turn(proxy, auto_continue=True).content
+    whole = b"".join(parts).replace(b"data: [DONE]\n\n", b"") + b"data: [DONE]\n\n"
+    assert answer == whole and answer.count(b"message_stream_complete") == 3
+    asked = [one.json() for one in weather.seen if one.path.endswith("/conversation")][2:]
+    assert [one["action"] for one in asked] == ["next", "continue", "continue"]
+    assert not any("auto_continue" in one for one in asked)
+    for one in asked[1:]:
+        assert "messages" not in one and one["conversation_id"].encode() in parts[-1]
+        assert one["parent_message_id"].encode() in whole
+
+
+def test_signs_of_life_come_only_between_two_events(start: Start, weather: Weather) -> None:
+    pieces = (b'data: {"a": 1}\n\n', b"data: half", b" and half\n\ndata: [DONE]\n\n")
+
+    def slow() -> cp.Sent:
+        for piece in pieces:
+            yield piece, 1
+            time.sleep(0 if piece is pieces[-1] else 1.2)
+
+    weather.add("/conversation", lambda request: cp.Stream(slow()))
+    assert turn(start("alice", heartbeat="1")).content == pieces[0] + b": \n\n" + pieces[1] + pieces[2]
+
+
+def test_a_native_call_is_the_callers_accounts(start: Start, weather: Weather) -> None:
+    proxy, bob = start("alice", "carol"), cp.demo_token("bob")
+    keep(weather, "alice", "c-a")
+    keep(weather, "bob", "c-b")
+    assert [one["id"] for one in web(proxy, "GET", "/conversations", bob).json()["items"]] == ["c-b"]
+    assert web(proxy, "GET", "/conversation/c-b", bob).status_code == 200
+    assert web(proxy, "GET", "/conversation/c-a", bob).status_code == 404
+    assert weather.conversations[conversation_of(turn(proxy, bob))].owner == "user-bob"
+    assert {asker(one) for one in weather.seen if one.path != "/"} == {"user-bob"}
+    assert web(proxy, "PATCH", "/conversations", bob, json=HIDE).json()["success"] is True
+    assert set(weather.conversations) == {"c-a"}
+
+
+@pytest.mark.parametrize("key", ["sk-nobody", None])
+def test_nobody_without_a_key_reaches_the_pools_conversations(
+    key: str | None, proxy: Proxy, weather: Weather
+) -> None:
+    for path in (
+        "GET s",
+        "GET /c-1",
+        "PATCH /c-1",
+        "PATCH s?all_accounts=true",
+        "POST ",
+        "POST /gen_title/c-1",
+    ):
+        method, _, rest = path.partition(" ")
+        assert web(proxy, method, f"/conversation{rest}", key, json=SAID | HIDE).status_code == 401, path
+    assert weather.calls == []
+
+
+def test_a_pool_asks_the_account_that_holds_the_conversation(start: Start, weather: Weather) -> None:
+    proxy, names = start("alice", "bob", "carol"), ("alice", "bob", "carol")
+    ids = [conversation_of(turn(proxy)) for _ in range(6)]
+    for name in names:
+        keep(weather, name, f"c-{name}")
+    calls = len(weather.calls)
+    for method, path in (("GET", "/conversation/c-bob"), ("POST", "/conversation/gen_title/c-bob")):
+        assert error_of(web(proxy, method, path, json={"message_id": "m"})) == (404, "not_found")
+    assert len(weather.calls) == calls  # nobody is known to hold it
+    assert web(proxy, "GET", "/conversations").json()["total"] == 9
+    for id in (*ids, *(f"c-{name}" for name in names)):
+        assert web(proxy, "GET", f"/conversation/{id}").status_code == 200
+        assert conversation_of(turn(proxy, conversation_id=id)) == id
+        assert asker(weather.last("/conversation")) == weather.conversations[id].owner
+    for place in PLACES:
+        rating = {"message_id": "m", "conversation_id": "c-bob", "rating": "thumbsDown"}
+        rated = web(proxy, "POST", f"{place}/conversation/message_feedback", json=rating)
+        assert rated.json() == {"message_id": "m", "rating": "thumbsDown"}
+
+
+def test_a_pools_list_has_all_conversations_in_order(start: Start, weather: Weather) -> None:
+    proxy = start("alice", "bob", "carol", retry_times="0")
+    keep(weather, "alice", *(f"a-{number}" for number in range(230)))
+    keep(weather, "bob", *(f"b-{number}" for number in range(40)), at=1.7e9 - 3, every=35)
+    keep(weather, "carol", *(f"c-{number}" for number in range(7)), at=1.7e9 - 5000.5, every=1)
+    order = sorted(weather.conversations, key=lambda id: weather.conversations[id].updated, reverse=True)
+
+    def listed(offset: int, limit: int) -> tuple[list[str], int]:
+        told = web(proxy, "GET", f"/conversations?offset={offset}&limit={limit}").json()
+        assert (told["offset"], told["limit"]) == (offset, limit)
+        return [one["id"] for one in told["items"]], told["total"]
+
+    for offset, limit in ((0, 20), (0, 100), (95, 30), (150, 100), (250, 100), (277, 5), (999, 1)):
+        assert listed(offset, limit) == (order[offset : offset + limit], 277)
+    fails: Fault = lambda request: cp.Reply(500) if asker(request) == "user-bob" else None  # noqa: E731
+    weather.add("/conversations", *[fails] * 3)
+    assert listed(0, 100) == ([id for id in order if id[0] != "b"][:100], 237)
+    weather.faults["/conversations"] = deque([status(500)] * 3)
+    assert web(proxy, "GET", "/conversations").status_code in (500, 502)
+    answer = web(proxy, "GET", "/conversations?limit=0")
+    assert answer.status_code == 400 or answer.json()["total"] == 277
+
+
+def test_all_conversations_of_a_pool_go_only_when_that_is_said(start: Start, weather: Weather) -> None:
+    proxy = start("alice", "bob")
+    for name in ("alice", "bob", "carol"):
+        keep(weather, name, f"c-{name}")
+    for query in ("", "?all_accounts=", "?all_accounts=false"):
+        answer = web(proxy, "PATCH", f"/conversations{query}", json=HIDE)
+        assert error_of(answer) == (400, "invalid_request_error")
+        assert "all_accounts=true" in answer.json()["error"]["message"]
+    assert weather.calls == []
+    weather.add("/conversations", status(500))
+    assert web(proxy, "PATCH", "/conversations?all_accounts=true", json=HIDE).status_code >= 500
+    assert weather.count("/conversations") == 2 and len(weather.conversations) == 2
+    assert web(proxy, "PATCH", "/conversations?all_accounts=true", json=HIDE).status_code == 200
+    assert set(weather.conversations) == {"c-carol"}
+
+
+def test_a_caller_without_a_key_has_turns_and_no_conversations(start: Start, weather: Weather) -> None:
+    proxy = start(authorization="")
+    assert turn(proxy, None, model="o3").content.endswith(b"data: [DONE]\n\n")
+    assert weather.last("/conversation").path.startswith("/backend-anon/")
+    assert weather.asked()["model"] == "auto"
+    for method, path in (("GET", "/conversations"), ("GET", "/conversation/c"), ("PATCH", "/conversations")):
+        assert error_of(web(proxy, method, path, None, json={})) == (400, "login_required")
+
+
+# --- passwords --------------------------------------------------------------------------------------------------------
+
+USER, WORD, CODE = "person@demo.example", "pass-wörd&=+ %41", "492817"
+
+
+def sign_in(proxy: Proxy, key: str = KEY, **body: Any) -> httpx.Response:
+    return web(proxy, "POST", "/auth/login", key, json={"username": USER, "password": WORD} | body)
+
+
+def test_a_password_gives_tokens_and_leaves_nothing_behind(
+    proxy: Proxy, weather: Weather, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    weather.people = {USER: (WORD, CODE)}
+    answer = sign_in(proxy, code=CODE)
+    told = answer.json()
+    assert answer.status_code == 200 and answer.headers["cache-control"] == "no-store"
+    assert cp.claims(told["accessToken"])["https://api.openai.com/profile"]["email"] == USER
+    assert weather.refresh_tokens[told["refreshToken"]] == "person" and told["expires"] > "2026"
+    assert set(proxy.states()) == {"alice@demo.example"}
+    failed = [sign_in(proxy, code="000000"), sign_in(proxy, password=WORD + "x"), sign_in(proxy)]
+    for path in ("/u/login/password", "/authorize/resume", "/oauth/token"):
+        weather.add(path, *[status(500, f"{USER} {WORD} {CODE}")] * 2)
+        failed.append(sign_in(proxy, code=CODE))
+        weather.faults.clear()
+    seen = [str(vars(record)) for record in caplog.records] + [one.text for one in failed]
+    files = [file.read_bytes() for file in pathlib.Path(proxy.settings.data_dir).iterdir()]
+    for secret in (USER, WORD, CODE, told["accessToken"], told["refreshToken"]):
+        assert not any(secret in text for text in (*seen, proxy.app.metrics.render()))
+        assert secret == CODE or not any(secret.encode() in data for data in files)
+
+
+def test_a_sign_in_that_fails_says_why(proxy: Proxy, weather: Weather) -> None:
+    weather.people = {USER: (WORD, CODE)}
+    wrong = (401, "invalid_credentials")
+    assert error_of(sign_in(proxy, username="nobody@demo.example")) == wrong
+    assert error_of(sign_in(proxy, password="x")) == error_of(sign_in(proxy, code="000000")) == wrong
+    assert error_of(sign_in(proxy)) == error_of(sign_in(proxy, code="")) == (401, "mfa_required")
+    assert sign_in(proxy, code=CODE).status_code == 200
+    calls = len(weather.calls)
+    for body in ({"password": None}, {"username": ""}, {"code": 1}, {"store": "yes"}):
+        answer = sign_in(proxy, **body)
+        assert error_of(answer) == (400, "invalid_request_error")
+        assert answer.json()["error"]["param"] == next(iter(body))
+    assert error_of(sign_in(proxy, "wrong")) == (401, "invalid_api_key") and len(weather.calls) == calls
+
+
+STEPS = [
+    *(f"/u/{page}" for page in ("login/identifier", "login/password", "mfa-otp-challenge") for _ in "12")
+]
+STEPS += ["/authorize", "/authorize/resume", "/oauth/token"]
+
+
+@pytest.mark.parametrize("number", range(len(STEPS)))
+def test_any_step_of_a_sign_in_may_want_a_human_or_fail(number: int, proxy: Proxy, weather: Weather) -> None:
+    weather.people = {USER: (WORD, CODE)}
+    path = STEPS[number]
+    before: list[Fault] = [lambda request: None] * (
+        path in STEPS[:number]
+    )  # of two calls the second is meant
+    captcha = "<script src=/cdn-cgi/challenge-platform/x.js></script>"
+    for wall in (status(403, "<title>Just a moment...", "text/html"), status(200, captcha, "text/html")):
+        weather.add(path, *before, wall)
+        answer = sign_in(proxy, code=CODE)
+        assert error_of(answer) == (403, "challenge_required")
+        assert "chatproxy.py login" in answer.json()["error"]["message"]
+    for code, error in ((429, (429, "rate_limit_exceeded")), (500, (502, "upstream_error"))):
+        weather.add(path, *before, status(code))
+        assert error_of(sign_in(proxy, code=CODE)) == error
+    assert sign_in(proxy, code=CODE).status_code == 200
+
+
+def test_only_the_administrator_stores_an_account_by_its_password(start: Start, weather: Weather) -> None:
+    proxy = start()
+    weather.people = {USER: (WORD, "")}
+    assert error_of(sign_in(proxy, store=True)) == (401, "invalid_api_key")
+    assert weather.calls == [] and proxy.states() == {}
+    told = sign_in(proxy, ADMIN, store=True).json()
+    assert proxy.states() == {USER: "ready"} and proxy.say() == "Hello wide world."
+    weather.dead.add(told["accessToken"])
+    assert proxy.say() == "Hello wide world." and weather.count("/oauth/token") == 2
+    (account,) = proxy.app.pool.accounts()
+    assert weather.last("/oauth/token").json()["refresh_token"] == told["refreshToken"] != account.row.secret
+    assert sign_in(proxy, ADMIN, store=True).status_code == 200 and len(proxy.states()) == 1
+
+
+def test_an_account_is_added_by_a_password_that_is_typed(tmp_path: pathlib.Path, weather: Weather) -> None:
+    weather.people = {USER: (WORD, CODE)}
+    command = [sys.executable, str(SCRIPT), "accounts", "add", "--data-dir", str(tmp_path)]
+    command += ["--openai-auth-url", weather.url]
+
+    def add(*words: str, typed: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 30}
+        text = "\n".join((*typed, ""))  # in a session of its own: a terminal would be asked for the password
+        return subprocess.run([*command, *words], input=text, start_new_session=True, **options)
+
+    wrong, done = add("--password", typed=(USER, "x")), add("--password", "--json", typed=(USER, WORD, CODE))
+    assert wrong.returncode and "password or the one-time code is wrong" in wrong.stderr and not wrong.stdout
+    assert done.returncode == 0 and json.loads(done.stdout)["kind"] == "refresh", done.stderr
+    assert all(word in done.stderr for word in ("User name", "Password", "One-time code"))
+    assert not any(secret in done.stderr + done.stdout for secret in (WORD, CODE))
+    assert json.loads(run("accounts", "list", "--json", "--data-dir", str(tmp_path)).stdout)["email"] == USER
+    weather.add("/u/login/password", status(403, "<title>Just a moment...", "text/html"))
+    assert "chatproxy.py login" in add("--password", typed=(USER, WORD)).stderr
+    for usage in (add(), add("--password", "x")):
+        assert usage.returncode == 2 and "--password" in usage.stderr
+
+
 # --- the pages, in a real browser ------------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
