@@ -7372,6 +7372,63 @@ def case_thousand(bench: Bench) -> list[Row]:
     return [Row("1,000 streams, an event every 100 ms", measured, "none fails; 150 MB", fine)]
 
 
+async def swarm(port: int, agents: int, asking: int, each: int) -> list[float]:
+    """What questions take over their agents' own half a second or so, in ms: `asking` clients in flight, `each` in turn."""
+
+    async def answer(web: Any, said: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        await asyncio.sleep(random.uniform(0.3, 0.7))
+        told = {"response_id": "r", "conversation_id": "", "content": str(time.perf_counter() - began)}
+        await web.send(json.dumps({"id": said["id"], "message": "ChatGptResponse", "data": json.dumps(told)}))
+
+    async def agent() -> None:
+        url = f"ws://{LOCAL}:{port}/client/register?key={BENCH_KEY}"
+        async with websockets.connect(url, compression=None, ping_interval=None, proxy=None) as web:
+            answers = set()
+            async for text in web:
+                said = json.loads(text)
+                if said["message"] == "ChatGptRequest":
+                    answers.add(asyncio.create_task(answer(web, said)))
+                else:
+                    await web.send(json.dumps(said | {"message": "pong"}))
+
+    async def ask() -> list[float]:
+        reader, writer = await asyncio.open_connection(LOCAL, port)
+        wire = Load(port, "/api/ask", '{"content": "hello"}', 0).wire()
+        over = []
+        for _ in range(each):
+            began = time.perf_counter()
+            writer.write(wire)
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = int(head.lower().partition(b"content-length:")[2].split(b"\r", 1)[0])
+            said = json.loads(await reader.readexactly(size))
+            over.append((time.perf_counter() - began - float(said["content"])) * 1e3)
+        writer.close()
+        return over
+
+    kept = [asyncio.create_task(agent()) for _ in range(agents)]
+    await asyncio.sleep(3)  # until all of them are there
+    found = await asyncio.gather(*(ask() for _ in range(asking)))
+    for one in kept:
+        one.cancel()
+    return [over for one in found for over in one]
+
+
+def run_swarm(pipe: Any, *arguments: int) -> None:
+    """The process of agents and clients."""
+    pipe.send(asyncio.run(swarm(*arguments)))
+
+
+def case_agents(bench: Bench) -> list[Row]:
+    """500 agents connected, 50 questions in flight."""
+    with bench.rig() as rig:
+        ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+        fork(run_swarm, theirs, rig.proxy.port, 500, 50, bench.many(20))
+        over, memory = median(ours.recv()), rig.proxy.memory()
+    measured = f"{over:.1f} ms over the agent's; {memory:.0f} MB"
+    return [Row("500 agents, 50 questions in flight", measured, "5 ms; 60 MB", over <= 5 and memory <= 60)]
+
+
 def case_long(bench: Bench) -> list[Row]:
     """CPU time of a word of a long answer, and of a shorter one."""
     costs = []
@@ -7459,6 +7516,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "stream": case_stream,
     "tools": case_tools,
     "native": case_native,
+    "agents": case_agents,
     "paced": case_paced,
     "thousand": case_thousand,
     "long": case_long,
