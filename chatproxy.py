@@ -6915,10 +6915,14 @@ class WebSocket:
 
     def drop(self, reason: str) -> Closed:
         """Ends the connection at once, without Close: who waits for it wakes up and gets what is returned here."""
-        self._over = self._over or Closed(1006, reason)
+        self.leave(reason)
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # an SSLSocket's own goes on in plain text
         return self._end()
+
+    def leave(self, reason: str) -> None:
+        """Sends and reads no more: the socket is its owner's again."""
+        self._over = self._over or Closed(1006, reason)
 
     def _end(self) -> Closed:
         """A new exception each time: raised by several threads, one would mix their tracebacks."""
@@ -7279,7 +7283,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             log(logging.ERROR, "websocket failed", exc_info=True, id=self.request_id, route=request.route)
             self.web.close(1011, "chatproxy failed")
         finally:
-            self.web.drop("it is over")
+            self.web.leave("it is over")  # `finish` closes, so that no reset overtakes our Close
         return False
 
     def _failed(self, failure: Exception, request: Request) -> ApiError:

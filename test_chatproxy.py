@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import queue
 import random
 import re
 import resource
@@ -32,12 +33,14 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -51,6 +54,7 @@ import pydantic
 import pydantic_ai
 import pydantic_ai.models.openai
 import pytest
+import trustme
 import websockets.exceptions
 import websockets.sync.client
 from hypothesis import HealthCheck, example, given
@@ -914,9 +918,6 @@ def test_a_prefix_hides_everything_else(start: Callable[..., Proxy]) -> None:
 
 
 def test_https_is_served_with_a_certificate(start: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
-    import ssl
-
-    import trustme
 
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1")
@@ -2736,7 +2737,6 @@ def over_http2(
 
 
 def test_http_2_is_spoken_over_tls(tmp_path: pathlib.Path, weather: Weather) -> None:
-    import trustme
 
     authority, spoken = trustme.CA(), set[str]()
     issued = authority.issue_cert("127.0.0.1")
@@ -5361,6 +5361,469 @@ def test_300_streams_at_once(proxy: Proxy, weather: Weather) -> None:
     for got in asyncio.run(everyone()):
         assert got.count(b'"content":" w') == 20 and b"[DONE]" in got
     wait_until(lambda: "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text)
+
+
+# --- the WebSocket ---------------------------------------------------------------------------------------------------
+
+MOST = 1_000_000
+SAMPLE = "dGhlIHNhbXBsZSBub25jZQ=="  # the RFC's
+GREETING = {"Host": "x", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": SAMPLE}
+
+
+def greeting(change: dict[str, str] | None = None, first: str = "GET /web HTTP/1.1") -> bytes:
+    """A handshake, or what is wrong about one."""
+    given = GREETING | {"Sec-WebSocket-Version": "13"} | (change or {})
+    return "\r\n".join([first, *(f"{name}: {text}" for name, text in given.items()), "", ""]).encode()
+
+
+def masked(first: int, payload: bytes, mask: bytes = b"\x81\x02\xf3\x04") -> bytes:
+    """A client's frame."""
+    size = len(payload)
+    long = b"\xfe" + size.to_bytes(2, "big") if size < 65536 else b"\xff" + size.to_bytes(8, "big")
+    start = bytes([first]) + (bytes([0x80 | size]) if size < 126 else long) + mask
+    return start + bytes(b ^ mask[i & 3] for i, b in enumerate(payload))
+
+
+def closing(code: int, reason: bytes = b"") -> bytes:
+    return masked(0x88, code.to_bytes(2, "big") + reason)
+
+
+class Peer:
+    """A client that says what it likes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(20)
+        self.sock, self.send, self.read = sock, sock.sendall, sock.makefile("rb").read
+
+    def frame(self) -> tuple[int, bytes]:
+        """A frame's first byte and payload, its length checked to be in the shortest form; 0 at the end."""
+        with contextlib.suppress(ConnectionResetError):
+            if start := self.read(2):
+                width = {126: 2, 127: 8}.get(start[1], 0)
+                size = int.from_bytes(self.read(width), "big") if width else start[1]
+                assert start[1] < 128 and size >= {0: 0, 2: 126, 8: 65536}[width]  # and no mask
+                return start[0], self.read(size)
+        return 0, b""
+
+    def ended(self) -> int:
+        """The code of the Close that comes next, after which there is nothing."""
+        first, payload = self.frame()
+        assert first == 0x88 and self.frame() == (0, b"")
+        return int.from_bytes(payload[:2], "big")
+
+
+def echo(it: cp.WebSocket) -> None:
+    """Says what it hears, but for "ping" and "close 4999 why"."""
+    while (text := it.receive()) is not None:
+        if text.startswith("close "):
+            it.close(int(text[6:10]), text[11:])
+        elif text == "ping":
+            it.ping(b"are you there")
+        else:
+            it.send(text)
+
+
+class Site:
+    """A server whose /web is a WebSocket; `end` is how one ended, None or what was raised."""
+
+    def __init__(self, folder: pathlib.Path | None = None) -> None:
+        """Given a folder for its certificate it speaks TLS."""
+        self.has, self.ends, self.open = echo, queue.Queue[Any](), queue.Queue[cp.WebSocket]()
+        self.end, self.trust = functools.partial(self.ends.get, timeout=20), None
+        settings = cp.settle(cp.gather({}, {}))
+        if folder:
+            authority, self.trust = trustme.CA(), ssl.create_default_context()
+            authority.configure_trust(self.trust)
+            issued, path = authority.issue_cert("127.0.0.1"), str(folder / "both.pem")
+            issued.private_key_and_cert_chain_pem.write_to_path(path)
+            settings = dataclasses.replace(settings, tls_cert=path, tls_key=path)
+        self.server = cp.Server(("127.0.0.1", 0), self.respond, settings, cp.Metrics(), quiet=True)
+        self.address = ("127.0.0.1", self.server.server_port)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def respond(self, request: cp.Request) -> cp.Reply | cp.Upgrade:
+        site = request.path == "/web"
+        return cp.Upgrade(cp.handshake(request), self.serve) if site else cp.Reply(200, b"plain")
+
+    def serve(self, it: cp.WebSocket) -> None:
+        self.open.put(it)
+        try:
+            self.has(it)
+            self.ends.put(None)
+        except Exception as end:
+            self.ends.put(end)
+            raise
+
+    def peer(self, after: bytes = b"") -> Peer:
+        """A client past its handshake, with which it sends `after` in one write."""
+        sock = socket.create_connection(self.address, timeout=20)
+        peer = Peer(self.trust.wrap_socket(sock, server_hostname="127.0.0.1") if self.trust else sock)
+        offered = {"Sec-WebSocket-Extensions": "permessage-deflate", "Sec-WebSocket-Protocol": "chat"}
+        words = {"Upgrade": "h2c, WebSocket", "Connection": "keep-alive ,\tUPGRADE"}
+        peer.send(HEALTH + greeting(words | offered) + after)  # and another request before it
+        data = b""
+        while not data.endswith(b"\r\n\r\n") or b" 101 " not in data:
+            assert (more := peer.read(1)), data
+            data += more
+        assert data.startswith(b"HTTP/1.1 200 ") and b"plainHTTP/1.1 101 Switching Protocols\r\n" in data
+        assert b"\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in data  # as in the RFC
+        assert b"Sec-WebSocket-Ext" not in data and b"Sec-WebSocket-Prot" not in data
+        return peer
+
+    def client(self, **options: Any) -> websockets.sync.client.ClientConnection:
+        url = f"ws{'s' * bool(self.trust)}://127.0.0.1:{self.address[1]}/web"
+        return websockets.sync.client.connect(url, ssl=self.trust, proxy=None, max_size=None, **options)
+
+
+@pytest.fixture
+def site(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Site]:
+    served = Site(tmp_path if getattr(request, "param", "") else None)
+    yield served
+    served.server.drain(0)
+
+
+plain_and_secure = pytest.mark.parametrize("site", ["", "TLS"], indirect=True)
+
+
+@contextlib.contextmanager
+def pair(ahead: bytes = b"", buffer: int = 200_000, **limits: Any) -> Iterator[tuple[cp.WebSocket, Peer]]:
+    """A WebSocket with limits of its own and its client, without a server."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+    with ours, theirs:
+        yield cp.WebSocket(ours, ahead, **limits), Peer(theirs)
+
+
+@contextlib.contextmanager
+def aside(do: Callable[..., Any], *given: Any) -> Iterator[None]:
+    """Something done meanwhile, until it is done or its connection is lost."""
+
+    def act() -> None:
+        with contextlib.suppress(OSError, cp.Closed):
+            do(*given)
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    yield
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def took(do: Callable[..., Any], *given: Any) -> tuple[int, float]:
+    """The code that something ends with, and the seconds until then."""
+    start = time.monotonic()
+    with pytest.raises(cp.Closed) as closed:
+        do(*given)
+    return closed.value.code, time.monotonic() - start
+
+
+REFUSED = {
+    "Upgrade": ["", "h2c", "websockets"],
+    "Connection": ["", "keep-alive", "Upgraded"],
+    "Sec-WebSocket-Key": [
+        "",
+        SAMPLE[4:],
+        "AAAA" + SAMPLE,
+        "!" + SAMPLE[1:],
+        f"{SAMPLE}, {SAMPLE}",
+        "A" * 23 + "=",
+    ],
+    "Sec-WebSocket-Version": ["", "8", "13, 13"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in REFUSED for value in REFUSED[name]])
+def test_a_malformed_handshake_is_refused_and_the_next_request_answered(
+    site: Site, name: str, value: str
+) -> None:
+    got, version = talk(site.address, greeting({name: value}) + LAST), "Version" in name
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"426" if version else b"400", b"200"]
+    assert (b"\r\nSec-WebSocket-Version: 13\r\n" in got) == version and got.endswith(b"plain")
+
+
+@pytest.mark.parametrize("first", ["GET /web HTTP/1.0", "POST /web HTTP/1.1", "HEAD /web HTTP/1.1"])
+def test_a_websocket_begins_with_a_get_of_http_1_1(site: Site, first: str) -> None:
+    got = talk(site.address, greeting(first=first) + masked(0x81, b"early"))
+    assert got.startswith(b"HTTP/1.1 400 ") and got.count(b"HTTP/1.1 ") == 1 and site.open.empty()
+
+
+@plain_and_secure
+@pytest.mark.parametrize(("compression", "code"), [("deflate", 1014), (None, 4999)])
+def test_a_library_finds_nothing_to_complain_of(site: Site, compression: str | None, code: int) -> None:
+    with site.client(compression=compression) as client:
+        for size in (0, 1, 125, 126, 127, 65535, 65536, MOST):
+            for text in ("x" * size, "".join(random.choices("abcäß€😀", k=size // 4))):
+                client.send(text)
+                assert client.recv(timeout=20) == text
+        assert client.ping("one").wait(20)
+        client.send("ping")  # the server's, which the client answers by itself
+        client.send(iter(["ein ", "", "Stück ", "nach dem ", "anderen"]))
+        assert client.recv(timeout=20) == "ein Stück nach dem anderen"
+        client.send(f"close {code} grüß dich")
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            client.recv(timeout=20)
+        assert (client.close_code, client.close_reason) == (code, "grüß dich") and site.end() is None
+    with site.client(compression=compression) as client:
+        client.close(code, "bye")
+        assert client.close_code == code and site.end() is None
+
+
+def test_what_does_not_fit_is_cut_and_no_second_close_is_sent() -> None:
+    with pair() as (it, peer):
+        it.send("a\ud800b")
+        it.ping(b"x" * 200)
+        it.close(1000, "a" + "€" * 50)
+        it.close(1001, "again")
+        assert took(it.send, "too late")[0] == 1000 and it.drop("test").code == 1006
+        assert [peer.frame(), peer.frame()] == [(0x81, b"a?b"), (0x89, b"x" * 125)]
+        assert [peer.frame(), peer.frame()] == [(0x88, b"\x03\xe8a" + "€".encode() * 40), (0, b"")]
+        for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65536):
+            pytest.raises(ValueError, it.close, code)
+
+
+@plain_and_secure
+def test_many_writers_and_a_reader_share_a_connection(site: Site) -> None:
+    def write(send: Callable[[str], None], name: str, most: int = 300_000) -> None:
+        for count in range(40):
+            send(f"{name} {count} " + "x" * random.choice((0, 100, most)))
+
+    def busy(it: cp.WebSocket) -> None:
+        with aside(write, it.send, "a"), aside(write, it.send, "b"), aside(write, it.send, "c"):
+            echo(it)
+
+    site.has, seen = (
+        busy,
+        defaultdict(list),
+    )  # the client does not read while its own send waits: it says little
+    with site.client(compression=None, max_queue=None) as client, aside(write, client.send, "echo", 1000):
+        for _ in range(160):
+            name, count, _ = str(client.recv(timeout=20)).split(" ", 2)
+            seen[name].append(int(count))
+    assert len(seen) == 4 and all(counts == list(range(40)) for counts in seen.values())
+
+
+FRAMING: list[tuple[int, list[bytes]]] = [
+    (1002, [b"\x81\x02hi", b"\x89\x00"]),  # no mask
+    (1002, [masked(first, b"") for first in (0xC1, 0xA1, 0x91, 0xC9)]),  # reserved bits
+    (1002, [masked(0x80 | code, b"") for code in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)]),  # and opcodes
+    (1002, [masked(0x09, b""), masked(0x08, b"\x03\xe8")]),  # control frames that go on
+    (1002, [masked(0x89, b"x" * 126), masked(0x88, b"\x03\xe8" + b"x" * 124)]),  # or are too long
+    (1002, [masked(0x80, b""), masked(1, b"") + masked(0, b"") + masked(0x8A, b"") + masked(1, b"b")]),
+    (1002, [masked(0x01, b"a") + masked(first, b"b") for first in (0x81, 0x01, 0x82)]),  # out of order
+    (
+        1002,
+        [b"\x81" + bytes.fromhex(size) for size in ("fe007d", "ff000000000000ffff", "ff8000000000000000")],
+    ),
+    (1002, [masked(0x88, b"\x03"), *map(closing, (0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535))]),
+    (1003, [masked(0x82, b"hi"), masked(0x02, b"hi")]),  # binary
+    (1007, [masked(0x81, text) for text in (b"\xff", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xf4\x90\x80\x80")]),
+    (1007, [masked(1, b"\xf0\x9f") + masked(0x80, b"A"), masked(1, b"a") + masked(0x80, b"\xe2\x82")]),
+    (1007, [masked(1, b"ok \xff"), closing(1000, b"\xe2\x82")]),  # a message that goes on
+    (1009, [b"\x81" + bytes.fromhex(size) for size in ("ff00000000000f4241", "ff7fffffffffffffff")]),
+    (1009, [masked(1, b"x" * (MOST - 10)) + masked(0, b"x" * 10) + masked(0, b"") + masked(0, b"x")[:6]]),
+]
+
+
+@pytest.mark.parametrize(("code", "data"), [(code, data) for code, faults in FRAMING for data in faults])
+def test_a_fault_of_the_client_ends_the_connection_with_its_code(site: Site, code: int, data: bytes) -> None:
+    assert site.peer(data).ended() == code
+    end = site.end()
+    assert isinstance(end, cp.Closed) and end.code == code and end.reason
+
+
+def test_a_message_of_exactly_the_limit_passes_and_the_count_begins_anew() -> None:
+    with pair(most=300) as (it, peer):
+        parts = masked(0x01, b"y" * 200) + masked(0x89, b"p" * 125) + masked(0x80, b"y" * 100)
+        peer.send((masked(0x81, b"x" * 300) + parts) * 2 + masked(0x81, b"x" * 301))
+        assert [it.receive() for _ in range(4)] == ["x" * 300, "y" * 300] * 2 and took(it.receive)[0] == 1009
+
+
+@plain_and_secure
+def test_frames_may_come_with_the_handshake_and_control_frames_and_characters_lie_across(site: Site) -> None:
+    word = "grün".encode()
+    peer = site.peer(masked(0x81, b"early") + masked(0x01, word[:3]) + masked(0x89, b"between")[:5])
+    assert peer.frame() == (0x81, b"early")
+    peer.send(masked(0x89, b"between")[5:] + masked(0x8A, b"unasked"))
+    assert peer.frame() == (0x8A, b"between")  # at once
+    peer.send(masked(0x00, word[3:4]) + masked(0x89, b"") + masked(0x80, word[4:]) + closing(1000))
+    assert peer.frame() == (0x8A, b"") and peer.frame() == (0x81, word) and peer.ended() == 1000
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x03\xe8", b"\x0f\xa0" + "tschüß".encode()])
+def test_a_close_is_answered_once_and_then_nothing_is_read_or_sent(site: Site, payload: bytes) -> None:
+    peer = site.peer(masked(0x88, payload) + masked(0x88, payload) + masked(0x81, b"late"))
+    assert peer.frame() == (0x88, payload[:2]) and peer.frame() == (0, b"")
+    assert site.end() is None and (it := site.open.get()).receive() is None
+    assert took(it.send, "x")[0] == (int.from_bytes(payload[:2], "big") or 1005)
+    peer = site.peer(masked(0x81, b"close 4001 enough"))
+    assert peer.frame() == (0x88, b"\x0f\xa1enough")
+    peer.send(masked(0x81, b"late") + masked(0x89, b"") + masked(0x01, b"l") + masked(0x80, b"ater"))
+    peer.send(closing(4001))
+    assert peer.frame() == (0, b"") and site.end() is None  # neither echo nor pong nor a second Close
+
+
+@plain_and_secure
+def test_a_client_that_hangs_up_gives_1006_and_drop_wakes_the_reader(site: Site) -> None:
+    for last in (b"", masked(0x01, b"half"), masked(0x81, b"half")[:-1]):
+        site.peer(last).sock.shutdown(socket.SHUT_RDWR)
+        assert site.end().code == 1006 and site.open.get()
+    peer, it = site.peer(), site.open.get(timeout=20)
+    it.drop("enough")
+    assert took(it.receive)[0] == took(it.ping)[0] == 1006 and site.end().reason == "enough"
+    peer.sock.shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: site.server.connections() == 0)
+
+
+def test_a_fault_of_ours_is_told_with_1011_and_nothing_is_sent_after_the_end(site: Site) -> None:
+    site.has = lambda it: [][len(it.receive() or "")]
+    assert site.peer(masked(0x81, b"x")).ended() == 1011 and isinstance(site.end(), IndexError)
+    site.has, it = lambda it: None, site.open.get()
+    assert site.peer().frame() == (0, b"") and took(it.send, "x")[0] == 1006
+    wait_until(lambda: site.server.connections() == 0)
+    assert took(site.open.get().send, "x")[0] == 1006
+
+
+@plain_and_secure
+def test_draining_tells_open_websockets_1001_at_once(site: Site) -> None:
+    peers = [site.peer() for _ in range(5)]
+    with site.client() as client:
+        start = time.monotonic()
+        site.server.drain(10)
+        assert time.monotonic() - start < 2 and site.server.connections() == 0
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            client.recv(timeout=20)
+        assert client.close_code == 1001
+    assert all(peer.frame()[1][:2] == b"\x03\xe9" for peer in peers)
+    assert all(end is None or end.code == 1006 for end in (site.end() for _ in range(6)))
+
+
+def test_a_silent_client_is_pinged_then_dropped_in_time() -> None:
+    with pair(idle=0.4, patience=0.6) as (it, peer), aside(it.receive):
+        start = time.monotonic()
+        assert peer.frame() == (0x89, b"") and 0.35 < time.monotonic() - start < 0.7
+        assert peer.frame() == (0, b"") and 0.95 < time.monotonic() - start < 1.5
+
+
+def test_any_byte_is_a_sign_of_life_and_a_reader_that_was_away_blames_nobody() -> None:
+    with pair(masked(0x81, b"one"), idle=0.1, patience=0.25) as (it, peer):
+        assert it.receive() == "one"
+        time.sleep(0.5)  # work
+        with aside(echo, it):
+            for byte in masked(0x8A, b"") + masked(0x81, b"hi"):  # a pong, and a message, byte by byte
+                assert peer.frame() == (0x89, b"")
+                peer.send(bytes([byte]))
+            assert peer.frame() == (0x81, b"hi")
+            peer.sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_an_idle_connection_does_not_wake_its_thread_and_chatter_stretches_nothing() -> None:
+    def chatter(frame: bytes) -> None:
+        while True:
+            peer.send(frame)
+            time.sleep(0.02)
+
+    def switches() -> int:
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+    with pair() as (it, peer):
+        before, (code, seconds) = switches(), took(it.receive, time.monotonic() + 0.5)
+        assert code == 1008 and 0.45 < seconds < 1 and switches() - before <= 3
+    with pair() as (it, peer), aside(chatter, masked(0x8A, b"")):
+        code, seconds = took(it.receive, time.monotonic() + 0.3)
+        assert code == 1008 and 0.25 < seconds < 1 and peer.frame()[1][:2] == b"\x03\xf0"
+        it.drop("the end")
+    with pair(patience=0.3) as (it, peer), aside(chatter, masked(0x81, b"never mind")):
+        it.close(1001)
+        code, seconds = took(it.receive)
+        assert code == 1006 and 0.25 < seconds < 1
+
+
+@pytest.mark.parametrize("sips", [True, False])
+def test_a_client_that_hardly_reads_holds_neither_senders_nor_the_reader(sips: bool) -> None:
+    def sip() -> None:
+        while sips and peer.sock.recv(1000):
+            time.sleep(0.01)
+
+    with pair(buffer=4096, send_timeout=0.5) as (it, peer), aside(sip):
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            calls = [functools.partial(it.send, "x" * 300_000)] * 3 + [functools.partial(it.receive)]
+            ends = list(pool.map(took, calls))
+        assert all(code == 1006 and seconds < 1.2 for code, seconds in ends)
+
+
+def test_no_two_threads_are_inside_the_socket_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, crowds = threading.Semaphore(2), []
+
+    def slowly(call: Callable[..., Any], given: Any) -> Any:
+        with inside:  # which TLS could not bear; it is slow, so that another would come
+            time.sleep(0.001)
+            crowds.append(inside._value)
+            return call(given)
+
+    with pair() as (it, peer):
+        given = {name: functools.partial(slowly, getattr(it._sock, name)) for name in ("send", "recv")}
+        monkeypatch.setattr(it, "_sock", argparse.Namespace(**given))
+        peer.send(masked(0x81, b"y") * 100)
+        with aside(list, map(it.ping, [b""] * 100)):
+            assert [it.receive() for _ in range(100)] == ["y"] * 100
+    assert set(crowds) == {1}
+
+
+def test_neither_pings_nor_fragments_nor_what_was_read_take_memory() -> None:
+    pings, big = masked(0x89, b"x" * 125) * 100, masked(0x81, b"x" * 500_000)
+    bits = masked(0, b"\xc3") + masked(0, b"") * 10 + masked(0, b"\xa9")
+    parts = masked(0x01, b"") + bits * 3000 + masked(0x80, b"")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pair())  # what the first of them imports and caches
+        stack.callback(tracemalloc.stop)
+        tracemalloc.start()
+        pairs = [stack.enter_context(pair(send_timeout=0.5)) for _ in range(5)]
+        for it, peer in pairs:
+            with aside(peer.send, big):
+                assert len(it.receive() or "") == 500_000
+        assert (at_rest := tracemalloc.get_traced_memory()[0]) < 5 * 16_000  # of which most is the test's
+        tracemalloc.reset_peak()
+        with aside(peer.send, parts):
+            assert it.receive() == "é" * 3000
+        with aside(list, map(peer.send, [pings] * 10_000)):
+            assert took(it.receive)[0] == 1006
+        assert tracemalloc.get_traced_memory()[1] - at_rest < 600_000
+
+
+KINDS = st.sampled_from([0x81, 0x01, 0x00, 0x80, 0x88, 0x89, 0x8A]) | st.integers(0, 255)
+FRAMES = st.builds(masked, KINDS, st.binary(max_size=140)) | st.builds(closing, st.integers(0, 65535))
+
+
+@given(st.lists(st.binary(max_size=40) | FRAMES, max_size=8), st.integers(0, 60))
+def test_random_frames_never_hang_or_raise_anything_but_closed(parts: list[bytes], split: int) -> None:
+    data = b"".join(parts)
+    with pair(data[:split], most=200) as (it, peer):
+        peer.send(data[split:])
+        peer.sock.shutdown(socket.SHUT_WR)
+        start = time.monotonic()
+        with contextlib.suppress(cp.Closed):
+            while it.receive() is not None:
+                pass
+        assert took(it.send, "after the end") and time.monotonic() - start < 2
+
+
+@given(st.data())
+def test_a_message_arrives_the_same_in_any_fragments_and_any_pieces(data: st.DataObject) -> None:
+    def cut(whole: bytes) -> list[bytes]:
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=5)))
+        return [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+
+    texts, wire = data.draw(st.lists(st.text(max_size=200), min_size=1, max_size=3)), b""
+    for text in texts:
+        first, *pieces = cut(text.encode())
+        wire += masked(0x01, first)
+        for piece in pieces:
+            wire += masked(0x00, piece, data.draw(st.binary(min_size=4, max_size=4)))
+            wire += masked(data.draw(st.sampled_from([0x89, 0x8A])), data.draw(st.binary(max_size=20)))
+        wire += masked(0x80, b"")
+    ahead, *later = cut(wire)
+    with pair(ahead) as (it, peer), aside(list, map(peer.send, later)):
+        assert [it.receive() for _ in texts] == texts
 
 
 # --- agents ----------------------------------------------------------------------------------------------------------
