@@ -59,7 +59,7 @@ import uuid
 import webbrowser
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any, NamedTuple, NoReturn, TypeVar
@@ -708,13 +708,13 @@ class _Crew(Watch):
             raise ClientGone
 
 
-def side_by_side(jobs: list[Callable[[Watch], T]], watch: Watch) -> list[T]:
-    """What jobs give that run at the same time, each in a thread; when all of them fail, the first failure. They are
-    ended when nobody waits any more."""
+def side_by_side(jobs: Sequence[Callable[[Watch], T]], watch: Watch, most: int = 1000) -> list[T]:
+    """What jobs give that run at the same time, up to `most`, each in a thread; when all of them fail, the first
+    failure. They are ended when nobody waits any more."""
     if len(jobs) == 1:
         return [jobs[0](watch)]
     crew, results, failure = _Crew(watch.heartbeat), list[T](), None
-    with ThreadPoolExecutor(len(jobs)) as executor:
+    with ThreadPoolExecutor(max(1, min(len(jobs), most))) as executor:
         try:
             for future in [executor.submit(job, crew) for job in jobs]:
                 try:
@@ -3568,7 +3568,7 @@ class SignIn:
     """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
 
     def __init__(self, settings: Settings) -> None:
-        self.issuer, self.handles = settings.openai_auth_url, Handles()
+        self.issuer, self.handles, self.watch = settings.openai_auth_url, Handles(), Watch(math.inf)
         self.route = Route(settings.impersonate, next(iter(settings.proxy_url), ""))
         self.state, self.verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
         self.redirect = f"http://localhost:{CALLBACK_PORT}/auth/callback"
@@ -3590,8 +3590,7 @@ class SignIn:
         return f"{self.issuer}/oauth/authorize?{urllib.parse.urlencode(query)}"
 
     def _ask(self, method: str, url: str, headers: list[bytes], body: bytes | None) -> Answer:
-        watch = Watch(math.inf)
-        with self.handles.call("sign-in", self.route, method, url, headers, body, watch, 30.0) as call:
+        with self.handles.call("sign-in", self.route, method, url, headers, body, self.watch, 30.0) as call:
             return patiently(call.whole())
 
     def _post(self, path: str, kind: str, body: str) -> Answer:
@@ -3645,13 +3644,20 @@ class PasswordSignIn(SignIn):
 
     STEPS = 12  # redirects and forms
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, watch: Watch) -> None:
         super().__init__(settings)
+        self.watch = watch
         self._cookies: dict[str, str] = {}
 
     def tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
         """The access token and the refresh token ("" for none); ApiError invalid_credentials, mfa_required or
         challenge_required. `code` is a one-time code, "" for none."""
+        try:
+            return self._tokens_for(username, password, code)
+        finally:
+            self.handles.sweep(math.inf)  # which has none of them left open
+
+    def _tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
         query = {
             "client_id": REFRESH_CLIENT,
             "audience": "https://api.openai.com/v1",
@@ -3706,7 +3712,10 @@ class PasswordSignIn(SignIn):
                 if answer.status != 200 or walled(answer):
                     raise challenged()
                 return url
-            url, form = urllib.parse.urljoin(url, target), None
+            try:
+                url, form = urllib.parse.urljoin(url, target), None
+            except ValueError:
+                raise challenged() from None
             if not url.startswith(f"{self.issuer}/"):
                 return url
         raise challenged()
@@ -4431,19 +4440,23 @@ class Attempt:
 
 
 DONE = b"data: [DONE]\n\n"
+_DONE_LINES = re.compile(rb"(?m)^data: ?\[DONE\]\r?\n(?:\r?\n)?")
 
 
 def without_done(pieces: Pieces) -> Pieces:
-    """The same events but for `[DONE]`, whole ones at a time."""
+    """The same bytes but for `[DONE]`; of an unfinished line no more is held back than could become that."""
     rest = b""
     for data in pieces:
         if data is None:
             yield None
             continue
-        whole, end, rest = (rest + data).rpartition(b"\n\n")
-        if events := (whole + end).replace(DONE, b""):
-            yield events
-    if rest:
+        data, rest = _DONE_LINES.sub(b"", rest + data), b""
+        line = data[data.rfind(b"\n") + 1 :]
+        if line and DONE.startswith(line[: len(DONE) - 2]):
+            data, rest = data[: -len(line)], line
+        if data:
+            yield data
+    if rest and rest.strip() != DONE.strip():
         yield rest
 
 
@@ -4496,7 +4509,7 @@ class Answers:
             body |= {"action": "continue", "conversation_id": over.conversation}
             body |= {"parent_message_id": over.message, "websocket_request_id": new_id()}
             attempt.continuing = True
-        if again:
+        if again and over:
             yield DONE
 
     def _native_turn(self, attempt: Attempt, body: Mapping[str, Any], account: Account) -> Pieces:
@@ -4504,9 +4517,8 @@ class Answers:
         upstream, watch, decoder = self.upstream, attempt.watch, attempt.decoder
         if account.row.kind == LOGIN_FREE:
             body = {**body, "model": "auto"}
-        passed_on = contextlib.suppress(
-            Refusal
-        )  # a failure that the client hears of in the upstream's own words
+        # A failure that is streamed is passed on in the upstream's own words.
+        passed_on = contextlib.suppress(Refusal)
         needs = yield from upstream.spare(account, watch)
         while True:
             spare = needs is not None
@@ -6855,6 +6867,7 @@ class WebSocket:
         self._answer_due = math.inf  # when the client's answer to it must be here
         self._over: Closed | None = None  # how it ended
         self._clean = False  # with the client's Close
+        self.needed = 0  # how many wait for what it will say: a server that ends leaves it its time
 
     def receive(self, deadline: float = math.inf) -> str | None:
         """The next whole text message; None, then and ever after, once the client has said or answered Close.
@@ -6904,14 +6917,15 @@ class WebSocket:
         """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
         self._send(_PING, payload[:125])
 
-    def close(self, code: int = 1000, reason: str = "") -> None:
+    def close(self, code: int = 1000, reason: str = "", within: float | None = None) -> None:
         """Sends Close unless one was sent, with what fits of the reason; ValueError for a code that no Close may carry.
-        The reader then waits `patience` for the answer; one that waits already learns of that at its next time-out."""
+        The reader then waits `patience` for the answer; one that waits already learns of that at its next time-out.
+        `within`: the seconds that this may take, the time-out of sends if None."""
         if code not in _CODES:
             raise ValueError(f"no Close may carry {code}")
         words = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")  # no half of a character
         with contextlib.suppress(Closed):
-            self._send(_CLOSE, code.to_bytes(2, "big") + words.encode(), Closed(code, reason))
+            self._send(_CLOSE, code.to_bytes(2, "big") + words.encode(), Closed(code, reason), within)
 
     def drop(self, reason: str) -> Closed:
         """Ends the connection at once, without Close: who waits for it wakes up and gets what is returned here."""
@@ -6943,13 +6957,18 @@ class WebSocket:
         poll.poll(max(until - time.monotonic(), 0) * 1000)
         return None
 
-    def _send(self, opcode: int, payload: bytes, last: Closed | None = None) -> None:
+    def _send(
+        self, opcode: int, payload: bytes, last: Closed | None = None, within: float | None = None
+    ) -> None:
         """Sends a frame, whole or as the last thing ever; `last`: it is our Close. Closed as in `send`."""
-        size, deadline = len(payload), time.monotonic() + self._send_timeout
+        patience = self._send_timeout if within is None else within
+        size, deadline = len(payload), time.monotonic() + patience
         mark, width = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
         extended = size.to_bytes(width, "big") if width else b""
         rest = memoryview(bytes((0x80 | opcode, mark)) + extended + payload)
-        with self._send_lock:  # whoever holds it has a deadline too
+        if not self._send_lock.acquire(timeout=patience):
+            raise self.drop("the client reads too slowly")
+        try:
             if self._over or self._last:
                 raise self._end()
             if last:
@@ -6959,6 +6978,8 @@ class WebSocket:
                 if sent is None and time.monotonic() >= deadline:  # not a piece's: the client could sip
                     raise self.drop("the client reads too slowly")
                 rest = rest[sent or 0 :]
+        finally:
+            self._send_lock.release()
 
     def _need(self, size: int, deadline: float) -> None:
         """Reads until `_ahead` has so many bytes. It sleeps from one time-out to the next, which may be a ping's."""
@@ -7051,7 +7072,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A thread a connection, up to MAX_CONNECTIONS; `respond` turns a Request into a Reply or a Stream."""
+    """A thread a connection, up to MAX_CONNECTIONS; `respond` answers a Request."""
 
     daemon_threads = True
     request_queue_size = 1024
@@ -7129,9 +7150,10 @@ class Server(http.server.ThreadingHTTPServer):
             with self._open_lock:
                 idle = [one for one in self._open.values() if one and not one.busy]
                 webs = [one.web for one in self._open.values() if one and one.web]
+                webs = [web for web in webs if self.ending or not web.needed]
                 left = len(self._open) - len(idle)
             for web in webs:
-                web.close(1001, "the server is shutting down")
+                web.close(1001, "the server is shutting down", within=0)
                 web.drop("the server is shutting down")
             for one in idle:
                 with contextlib.suppress(OSError):
@@ -7378,7 +7400,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             events += count
             for piece, count in stream.pieces:
                 events += count
-                send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                if piece:  # a chunk of none would be the last
+                    send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if chunked:
                 send(b"0\r\n\r\n")
         except (OSError, ClientGone):
@@ -7421,7 +7444,8 @@ Respond = Callable[[Any, Request], Reply | Stream | Upgrade]  # of an App (or De
 
 
 class Endpoint(NamedTuple):
-    """A row of the route table. `access`: public, caller (an API key) or admin."""
+    """A row of the route table. `access`: public, caller (an API key), admin (its key or session) or admin key; what
+    else is written there says whom the function itself admits."""
 
     method: str
     path: str
@@ -7715,7 +7739,11 @@ class AgentAnswer(NamedTuple):
 
 
 class AgentLost(Exception):
-    """An agent that hung up, or did not answer in time."""
+    """An agent that hung up, or is `silent`: it did not answer in time."""
+
+    def __init__(self, message: str, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent
 
 
 class Agent:
@@ -7776,7 +7804,7 @@ class Agents:
             lost, agent.waiting = agent.waiting, {}
         self._lose(lost)
         if before is not None:
-            before.close(1000, "the agent connected anew")
+            before.close(1000, "the agent connected anew", within=0)
             before.drop("the agent connected anew")
         return agent
 
@@ -7804,43 +7832,51 @@ class Agents:
             if web is None or self._agents.get(agent.id) is not agent:
                 raise AgentLost("the agent hung up")
             agent.waiting[id] = future
+            web.needed = len(agent.waiting)
         try:
             web.send(compact({"id": id, "message": message, "data": data}))
             return (yield from awaited(future, watch, patience))
-        except (Closed, TimeoutError):
-            raise AgentLost("the agent did not answer") from None
+        except Closed:
+            raise AgentLost("the agent hung up") from None
+        except TimeoutError:
+            raise AgentLost("the agent did not answer in time", silent=True) from None
         finally:
             with self._agents_lock:
                 agent.waiting.pop(id, None)
+                web.needed = len(agent.waiting)
 
     def ask(self, content: str, conversation: str, parent: str, watch: Watch) -> Patient[AgentAnswer]:
         """An answer: of the agent that holds the conversation, without one of whoever answers a ping first, beginning
         with the one asked longest ago. ApiError no_agent when none is there, agent_lost when the one that holds the
         conversation is not, or fails."""
-        holder, tried = self._holder(conversation), set[str]()
+        holder, tried, end = (
+            self._holder(conversation),
+            list[WebSocket | None](),
+            time.monotonic() + ANSWER_PATIENCE,
+        )
         while True:
-            agents = [one for one in self.connected() if one.id not in tried]
+            agents = [one for one in self.connected() if one.web not in tried]
             if conversation:
                 agents = [one for one in agents if one.id == holder]
+            if not agents and conversation:
+                raise ApiError("agent_lost", "The agent that holds this conversation is not connected.")
             if not agents:
-                if conversation and self.connected():
-                    raise ApiError("agent_lost", "The agent that holds this conversation is not connected.")
                 raise ApiError("no_agent", "No agent is available.", headers={"Retry-After": "30"})
             agent = agents[0]
-            tried.add(agent.id)
+            tried.append(web := agent.web)
             agent.asked = time.time()
             try:
                 yield from self._exchange(agent, "ping", "", PING_PATIENCE, watch)
             except AgentLost:
-                if agent.web:
-                    agent.web.drop("it did not answer a ping")
+                if web and agent.web is web:  # and has not come back meanwhile
+                    web.drop("it did not answer a ping")
                 continue
             data = {"message_id": new_id(), "conversation_id": conversation, "parent_id": parent or new_id()}
-            asked = compact(data | {"content": content})
+            asked, left = compact(data | {"content": content}), max(0.0, end - time.monotonic())
             try:
-                said = yield from self._exchange(agent, "ChatGptRequest", asked, ANSWER_PATIENCE, watch)
+                said = yield from self._exchange(agent, "ChatGptRequest", asked, left, watch)
             except AgentLost as lost:
-                if conversation:
+                if conversation or lost.silent:
                     raise ApiError("agent_lost", f"The question is lost: {lost}.") from None
                 continue
             return self._answer(agent, said)
@@ -7857,14 +7893,17 @@ class Agents:
 
     def _answer(self, agent: Agent, said: Mapping[str, Any]) -> AgentAnswer:
         """An agent's answer; ApiError agent_lost for a failure that it reports, or what cannot be understood."""
-        value = Answer(200, {}, str(said.get("data") or "").encode()).object() or {}
+        data = str(said.get("data") or "").encode("utf-8", "replace")
+        value = Answer(200, {}, data).object() or {}
         content, response = value.get("content"), str(value.get("response_id") or "")
         conversation = str(value.get("conversation_id") or "")
         if said.get("message") == "error" or said.get("error") or not isinstance(content, str):
-            text = str(said.get("error") or said.get("data") or "its answer cannot be understood")[:300]
-            raise ApiError("agent_lost", f"The agent failed: {text}")
-        with self._agents_lock:
-            if conversation:
+            # Its own words may be anybody's, and this is logged.
+            raise ApiError(
+                "agent_lost", "The agent reported a failure; the console of its browser tells more."
+            )
+        if _AGENT_ID.fullmatch(conversation):
+            with self._agents_lock:
                 self._holders[conversation] = agent.id
                 self._holders.move_to_end(conversation)
                 if len(self._holders) > MOST_HELD_BY_AGENTS:
@@ -8036,8 +8075,11 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
 def _ordered(app: App, attempt: Attempt) -> Batches:
     """The answer of whom UPSTREAM_ORDER names first, or of the next when that has nobody to answer."""
     question, order = attempt.question, app.settings.upstream_order.split(",")
-    if attempt.guest:
+    talk = question.conversation or ""
+    if attempt.guest and attempt.guest.row.kind != LOGIN_FREE:
         order = ["pool"]  # which asks the caller's account
+    elif talk and len(order) > 1 and (app.agents.holds(talk) or app.pool.holder(talk)):
+        order = ["agents" if app.agents.holds(talk) else "pool"]
     elif question.attachments:
         order = [place for place in order if place != "agents"]
         if not order:
@@ -8151,9 +8193,8 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
         if wanted.store:
-            asked = next(
-                one for one in reversed(attempts) if one.account
-            )  # the last one that got as far as that
+            # The last one that got as far as an account; an agent has none.
+            asked = next((one for one in reversed(attempts) if one.account), attempts[-1])
             turn = _kept_turn(app, request.owner, response, asked)
             text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, turn))
             app.store.put_response(response.id, request.owner, text, items, time.time())
@@ -8612,19 +8653,30 @@ def _passed_on(said: tuple[int, str, bytes]) -> Reply:
     return Reply(said[0], said[2], said[1])
 
 
-def _native_answer(app: App, request: Request, method: str, path: str, holder: str | None) -> Answer:
+def _native_answer(
+    app: App, request: Request, method: str, path: str, holder: str | None, watch: Watch
+) -> Answer:
     """A call's answer by the caller's account, or by this one of the pool."""
     body = request.body if method != "GET" else None
-    work = functools.partial(app.upstream.native, method=method, path=path, body=body, watch=request.watch)
-    return patiently(app.answers.do("native", request.guest, work, request.watch, holder))
+    work = functools.partial(app.upstream.native, method=method, path=path, body=body, watch=watch)
+    return patiently(app.answers.do("native", request.guest, work, watch, holder))
+
+
+def _able(app: App) -> list[Account]:
+    """The accounts of the pool that have conversations; ApiError when there are none."""
+    able = [one for one in app.pool.accounts() if one.row.kind != LOGIN_FREE and one.row.state == "ready"]
+    if not able:
+        app.pool.lease("native", signed_in=True)  # which says why
+    return able
 
 
 def _native(app: App, request: Request, holder: str | None, query: str = "") -> Reply:
     """The call of a request, its answer as the upstream gives it."""
     steps = {name: urllib.parse.quote(value, safe="") for name, value in request.params.items()}
     path = request.route.format(**steps) + (f"?{query}" if query else "")
+    method = "GET" if request.method == "HEAD" else request.method
     try:
-        answer = _native_answer(app, request, request.method, path, holder)
+        answer = _native_answer(app, request, method, path, holder, request.watch)
     except Refusal as refused:
         if not refused.said:
             raise
@@ -8653,35 +8705,29 @@ def conversations_list(app: App, request: Request) -> Reply:
     if request.guest:
         return _native(app, request, None, urllib.parse.urlencode(query | {"offset": offset, "limit": limit}))
 
-    def read(account: Account) -> tuple[list[dict[str, Any]], int] | ApiError:
+    def read(account: Account, watch: Watch) -> tuple[list[dict[str, Any]], int]:
         """The first conversations of an account, as many as may be asked for, and how many it has."""
-        items, total, wanted = list[dict[str, Any]](), 1, max(1, offset + limit)
-        while len(items) < min(wanted, total):
-            most = min(MOST_CONVERSATIONS, wanted - len(items))
-            part = urllib.parse.urlencode(query | {"offset": len(items), "limit": most})
+        items, at, total, wanted = dict[str, dict[str, Any]](), 0, 1, max(1, offset + limit)
+        while at < min(wanted, total):
+            most = min(MOST_CONVERSATIONS, wanted - at)
+            part = urllib.parse.urlencode(query | {"offset": at, "limit": most})
             try:
-                answer = _native_answer(app, request, "GET", f"/conversations?{part}", account.id)
+                answer = _native_answer(app, request, "GET", f"/conversations?{part}", account.id, watch)
             except ApiError as error:
                 log(logging.WARNING, "conversations not listed", account=account.name, code=error.code)
-                return error
+                raise
             said = answer.object() or {}
-            more = dicts(said.get("items"))
-            items += more
-            told = said.get("total")
-            total = int(told) if isinstance(told, (int, float)) and more else len(items)
-        app.pool.hold({str(one["id"]): account.id for one in items if one.get("id")})
-        return items, total
+            more = [one for one in dicts(said.get("items")) if one.get("id")]
+            items |= {str(one["id"]): one for one in more}  # one that moves between two pages comes twice
+            at, told = at + len(more), said.get("total")
+            total = int(told) if isinstance(told, (int, float)) and more else at
+        app.pool.hold(dict.fromkeys(items, account.id))
+        return list(items.values()), total
 
-    able = [one for one in app.pool.accounts() if one.row.kind != LOGIN_FREE and one.row.state == "ready"]
-    if not able:
-        app.pool.lease("native", signed_in=True)  # which says why
-    with ThreadPoolExecutor(LISTED_AT_ONCE) as executor:
-        found = list(executor.map(read, able))
-    good = [one for one in found if not isinstance(one, ApiError)]
-    if not good:
-        raise next(one for one in found if isinstance(one, ApiError))
-    items = sorted(itertools.chain(*(one[0] for one in good)), key=_updated, reverse=True)
-    told = {"items": items[offset : offset + limit], "total": sum(one[1] for one in good)}
+    jobs = [functools.partial(read, account) for account in _able(app)]
+    found = side_by_side(jobs, request.watch, LISTED_AT_ONCE)
+    items = sorted(itertools.chain(*(one[0] for one in found)), key=_updated, reverse=True)
+    told = {"items": items[offset : offset + limit], "total": sum(one[1] for one in found)}
     return json_reply(told | {"limit": limit, "offset": offset})
 
 
@@ -8709,17 +8755,17 @@ def conversations_clear(app: App, request: Request) -> Reply:
         text = "This would change the conversations of all accounts; add ?all_accounts=true if that is meant."
         raise invalid("all_accounts", text)
 
-    def change(account: Account) -> bool:
+    def change(account: Account, watch: Watch) -> str:
+        """The account's name if it was not done for it."""
         try:
-            return _native_answer(app, request, "PATCH", "/conversations", account.id).status < 300
+            answer = _native_answer(app, request, "PATCH", "/conversations", account.id, watch)
+            return "" if answer.status < 300 else account.name
         except ApiError as error:
             log(logging.WARNING, "conversations not changed", account=account.name, code=error.code)
-            return False
+            return account.name
 
-    able = [one for one in app.pool.accounts() if one.row.kind != LOGIN_FREE]
-    with ThreadPoolExecutor(LISTED_AT_ONCE) as executor:
-        failed = [one.name for one, done in zip(able, executor.map(change, able), strict=True) if not done]
-    if failed:
+    jobs = [functools.partial(change, account) for account in _able(app)]
+    if failed := list(filter(None, side_by_side(jobs, request.watch, LISTED_AT_ONCE))):
         raise ApiError("upstream_error", f"It was not done for: {', '.join(failed[:20])}.")
     return json_reply({"success": True})
 
@@ -8769,15 +8815,20 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
 
 def _as_they_come(first: bytes, pieces: Pieces) -> Sent:
     """Bytes of events; a sign of life only between two of them."""
-    last = first
+    last = first[-2:]
     with contextlib.closing(pieces):
         yield first, first.count(b"\n\n")
-        for data in pieces:
-            if data is not None:
-                last = data
-                yield data, data.count(b"\n\n")
-            elif last.endswith(b"\n\n"):
-                yield HEARTBEAT_COMMENT, 0
+        try:
+            for data in pieces:
+                if data is not None:
+                    last = (last + data)[-2:]
+                    yield data, data.count(b"\n\n")
+                elif last == b"\n\n":
+                    yield HEARTBEAT_COMMENT, 0
+        except ApiError:
+            if last != b"\n\n":
+                yield b"\n\n", 0  # so that what is said of the failure is an event of its own
+            raise
 
 
 # -- agents ------------------------------------------------------------------------------------------------------------
@@ -8808,8 +8859,11 @@ def api_ask(app: App, request: Request) -> Reply:
     check_types(body := request.json(), ASK_FIELDS)
     content = required(body, "content")
     conversation, parent = (str(body.get(name) or "") for name in ("conversation_id", "parent_id"))
-    by_pool = not app.agents.connected() or (conversation and not app.agents.holds(conversation))
-    if request.guest or (by_pool and (not conversation or app.pool.holder(conversation))):
+    own = request.guest is not None and request.guest.row.kind != LOGIN_FREE
+    by_agent = app.agents.holds(conversation) if conversation else bool(app.agents.connected())
+    if own or not (
+        by_agent or (conversation and app.agents.connected() and not app.pool.holder(conversation))
+    ):
         said = _by_pool(app, request, content, conversation, parent)
     else:
         said = patiently(app.agents.ask(content, conversation, parent, request.watch))
@@ -8909,9 +8963,14 @@ def auth_login(app: App, request: Request) -> Reply:
         app.keys.admit_admin(request, sessions=False)
     else:
         app.keys.admit(request)
+        if request.key or (request.guest and request.guest.row.kind != LOGIN_FREE):
+            raise ApiError(
+                "invalid_api_key", "Signing in takes a key of this server, not a token of your own."
+            )
     check_types(body, {"code": _TEXT, "store": _FLAG})
     username, password = required(body, "username"), required(body, "password")
-    access, refresh = PasswordSignIn(app.settings).tokens_for(username, password, body.get("code") or "")
+    sign_in = PasswordSignIn(app.settings, request.watch)
+    access, refresh = sign_in.tokens_for(username, password, body.get("code") or "")
     try:
         row = with_access_token(AccountRow("", REFRESH if refresh else ACCESS, refresh or access), access)
         if body.get("store") is True:
@@ -8955,23 +9014,21 @@ def user_facts(user: User, ledger: Ledger) -> dict[str, Any]:
     return facts | {"used": iso(today.used), "added": iso(user.added)}
 
 
-def checked(app: App, accounts: Iterable[Account], watch: Watch) -> Iterator[tuple[str, str | None]]:
-    """Asks the upstream about accounts, several at a time: their ids in turn, each with why it does not work, "" when
-    it does, None when there is nothing to ask: for a login-free or a disabled one."""
+CHECKED_AT_ONCE = 8
 
-    def check(account: Account) -> tuple[str, str | None]:
-        if account.row.kind == LOGIN_FREE or account.row.state == DISABLED:
-            return account.id, None
-        try:
-            me = functools.partial(app.upstream.me, watch=watch)
-            patiently(app.answers.do("check", None, me, watch, account.id))
-        except ApiError as error:
-            state = account.told(time.time())
-            return account.id, error.message if state == "ready" else state
-        return account.id, ""
 
-    with ThreadPoolExecutor(8) as executor:
-        yield from executor.map(check, accounts)
+def checked(app: App, account: Account, watch: Watch) -> tuple[str, str | None]:
+    """Asks the upstream about an account: its id, and why it does not work, "" when it does, None when there is nothing
+    to ask: of a login-free or a disabled one."""
+    if account.row.kind == LOGIN_FREE or account.row.state == DISABLED:
+        return account.id, None
+    try:
+        me = functools.partial(app.upstream.me, watch=watch)
+        patiently(app.answers.do("check", None, me, watch, account.id))
+    except ApiError as error:
+        state = account.told(time.time())
+        return account.id, error.message if state == "ready" else state
+    return account.id, ""
 
 
 def _count_of(app: App) -> int:
@@ -9051,7 +9108,7 @@ def _whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:
     """A number of the query."""
     text = query.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > most:
-        raise unfit(name, f"must be a whole number of at most {most}.")
+        raise unfit(name, f"must be a whole number from 0 to {most}.")
     return int(text)
 
 
@@ -9074,7 +9131,8 @@ def tokens_disable(app: App, request: Request) -> Reply:
 @ROUTER.on("POST", "/tokens/check", access="admin")
 def tokens_check(app: App, request: Request) -> Reply:
     """asks the upstream about the accounts named by `{"ids"}`: `{"results": {id: "", why it does not work, or null if not asked}}`"""
-    found = checked(app, _named(app, request, MOST_CHECKED), request.watch)
+    jobs = [functools.partial(checked, app, account) for account in _named(app, request, MOST_CHECKED)]
+    found = side_by_side(jobs, request.watch, CHECKED_AT_ONCE)
     return json_reply({"status": "success", "results": dict(found)})
 
 
@@ -11285,10 +11343,11 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
         fail(f"no such account: {', '.join(sorted(missing))}")
     app = App(settings, store, solver := Solver())
     chosen = [account for account in app.pool.accounts() if not ids or account.id in ids]
-    with click.progressbar(
-        checked(app, chosen, Watch(math.inf)), len(chosen), "checking", file=sys.stderr
-    ) as done:
-        results = dict(done)
+    ask = functools.partial(checked, app, watch=Watch(math.inf))
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as executor:
+        asked = executor.map(ask, chosen)
+        with click.progressbar(asked, len(chosen), "checking", file=sys.stderr) as done:
+            results = dict(done)
     solver.close()
     for account in chosen:
         row, result = account.row, results[account.id]
@@ -11350,7 +11409,7 @@ def _by_password(settings: Settings) -> tuple[str, str]:
     password, code = click.prompt("Password", hide_input=True, err=True), ""
     while True:
         try:
-            return PasswordSignIn(settings).tokens_for(username, password, code)
+            return PasswordSignIn(settings, Watch(math.inf)).tokens_for(username, password, code)
         except ApiError as error:
             if error.code != "mfa_required" or code:
                 fail(error.message)

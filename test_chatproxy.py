@@ -5832,7 +5832,7 @@ def test_a_message_arrives_the_same_in_any_fragments_and_any_pieces(data: st.Dat
 class Browser:
     """An agent that behaves as the Firefox extension does: it keeps its id in a cookie and answers what it is asked."""
 
-    def __init__(self, proxy: Proxy, cookie: str = "", key: str = ADMIN, **headers: str) -> None:
+    def __init__(self, proxy: Proxy | Served, cookie: str = "", key: str = ADMIN, **headers: str) -> None:
         query = f"?key={key}" if key else ""
         url = f"ws{proxy.url.removeprefix('http')}/client/register{query}"
         connected = websockets.sync.client.connect(url, additional_headers=headers, proxy=None)
@@ -5844,7 +5844,9 @@ class Browser:
         self.pongs, self.error = True, ""
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        wait_until(lambda: self.id and any(one.id == self.id for one in proxy.app.agents.connected()))
+        wait_until(lambda: self.id)
+        if isinstance(proxy, Proxy):
+            wait_until(lambda: any(one.id == self.id for one in proxy.app.agents.connected()))
 
     def _run(self) -> None:
         with contextlib.suppress(websockets.exceptions.ConnectionClosed):
@@ -5881,7 +5883,7 @@ class Browser:
         self.web.socket.shutdown(socket.SHUT_RDWR)
 
 
-def put(proxy: Proxy, content: Any = "hi", key: str = KEY, **more: Any) -> httpx.Response:
+def put(proxy: Proxy | Served, content: Any = "hi", key: str = KEY, **more: Any) -> httpx.Response:
     """A question as ChatGPT-API-server's clients put it, the key bare."""
     body = {"content": content} | more
     return httpx.post(f"{proxy.url}/api/ask", json=body, headers={"Authorization": key}, timeout=30)
@@ -6014,15 +6016,18 @@ def test_nobody_volunteers_as_an_agent_without_the_key(start: Callable[..., Prox
     assert plain.status_code == 400
 
 
-def test_what_an_agent_says_is_not_trusted(start: Callable[..., Proxy]) -> None:
+def test_what_an_agent_says_is_not_trusted(
+    start: Callable[..., Proxy], caplog: pytest.LogCaptureFixture
+) -> None:
     proxy = start()
     agent = Browser(proxy)
     for noise in ("nonsense", "[]", "{}", '{"id": 5}', json.dumps({"id": "unknown", "data": "x"}), "5" * 999):
         agent.web.send(noise)
     assert put(proxy).json()["content"] == "You said hi"
-    agent.error = "rate limited"
+    agent.error = "what only the person and the model should read"
     failed = put(proxy)
-    assert failed.status_code == 500 and "rate limited" in failed.json()["error"]
+    assert failed.status_code == 500 and "only the person" not in failed.text
+    assert not any("only the person" in str(vars(record)) for record in caplog.records)
     agent.error = ""
     agent.answers = lambda question: 5  # type: ignore[assignment, return-value]
     assert put(proxy).status_code == 500
@@ -6057,6 +6062,82 @@ def test_a_question_without_agents_is_answered_by_the_pool(
         assert answer.status_code == 400 and isinstance(answer.json()["error"], str)
     empty = start(folder="empty")
     assert put(empty).status_code == 503
+
+
+def test_an_agent_that_comes_back_while_it_is_pinged_is_asked(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    first = Browser(proxy)
+    first.pongs = False
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(put, proxy)
+        wait_until(lambda: any(one.waiting for one in proxy.app.agents.connected()))
+        back = Browser(proxy, cookie=first.id)
+        assert asked.result().json()["content"] == "You said hi" and len(back.asked) == 1
+
+
+def test_a_silent_agent_has_the_time_of_the_whole_exchange_and_no_other_is_asked(
+    start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp, "ANSWER_PATIENCE", 0.5)
+    proxy = start()
+    agents = [Browser(proxy) for _ in range(3)]
+    for agent in agents:
+        agent.answers = lambda question: None
+    began = time.monotonic()
+    assert put(proxy).status_code == 500 and time.monotonic() - began < 2
+    assert sum(len(agent.asked) for agent in agents) == 1
+
+
+def test_a_server_that_ends_leaves_agents_time_for_their_answers(tmp_path: pathlib.Path) -> None:
+    def late(question: dict[str, Any]) -> str:
+        time.sleep(1)
+        return "late, but there"
+
+    env = {"DATA_DIR": str(tmp_path), "AUTHORIZATION": ADMIN, "SHUTDOWN_GRACE": "10"}
+    with Served(env=env) as served:
+        agent, idle = (Browser(served, key=ADMIN) for _ in range(2))
+        for one in (agent, idle):
+            one.answers = late
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(put, served, "hi", ADMIN)
+            wait_until(lambda: agent.asked or idle.asked)
+            began = time.monotonic()
+            served.process.terminate()
+            assert asked.result().json()["content"] == "late, but there"
+            assert served.process.wait(10) == 0 and time.monotonic() - began < 4
+        for one in (agent, idle):
+            one.thread.join(5)
+            assert one.web.protocol.close_code == 1001
+
+
+def test_responses_are_answered_by_agents_and_gone_on_from(start: Callable[..., Proxy]) -> None:
+    proxy = start(upstream_order="agents")
+    agent = Browser(proxy)
+    client = proxy.client()
+    first = client.responses.create(model="gpt-4o", input="hello")
+    assert first.output_text == "You said hello"
+    second = client.responses.create(model="gpt-4o", input="more", previous_response_id=first.id)
+    assert "hello" in second.output_text and "more" in second.output_text and len(agent.asked) == 2
+
+
+def test_a_conversation_goes_on_with_whom_it_was_begun(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", upstream_order="agents,pool", history_disabled="false")
+    mine = proxy.ask().json()
+    agent = Browser(proxy)
+    ids = {"conversation_id": mine["conversation_id"], "parent_message_id": mine["message_id"]}
+    assert proxy.say("more", **ids) == "Hello wide world."
+    theirs = proxy.ask().json()
+    ids = {"conversation_id": theirs["conversation_id"], "parent_message_id": theirs["message_id"]}
+    assert proxy.say("on", **ids) == "You said on" and len(agent.asked) == 2
+
+
+def test_who_needs_no_key_is_answered_by_agents_too(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", authorization="", admin_key="", upstream_order="agents,pool")
+    Browser(proxy, key="")
+    assert put(proxy, key="").json()["content"] == "You said hi"
+    assert proxy.ask(key=None).json()["choices"][0]["message"]["content"] == "You said hi"
+    own = proxy.ask(key=cp.demo_token("bob")).json()["choices"][0]["message"]["content"]
+    assert own == "Hello wide world." and weather.count("/conversation") == 1
 
 
 @pytest.mark.parametrize("order", ["agents", "agents,pool", "pool,agents", "pool"])
@@ -6545,6 +6626,73 @@ def test_an_account_is_added_by_a_password_that_is_typed(tmp_path: pathlib.Path,
     assert "chatproxy.py login" in add("--password", typed=(USER, WORD)).stderr
     for usage in (add(), add("--password", "x")):
         assert usage.returncode == 2 and "--password" in usage.stderr
+
+
+def native(proxy: Proxy, method: str, path: str, **options: Any) -> httpx.Response:
+    return admin(proxy, method, path, KEY, **options)
+
+
+def test_signing_in_takes_a_key_of_the_server_and_leaves_nothing_open(start: Callable[..., Proxy]) -> None:
+    proxy = start()
+    right = {"username": "person@demo.example", "password": "password"}
+    for key in ("sk-whoever", cp.demo_token("anybody"), "rt_" + "x" * 40):
+        assert error_of(admin(proxy, "POST", "/auth/login", key, json=right)) == (401, "invalid_api_key")
+    open_files = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        assert native(proxy, "POST", "/auth/login", json=right).status_code == 200
+    assert len(os.listdir("/proc/self/fd")) - open_files < 10
+
+
+def test_a_sign_in_that_leads_nowhere_is_a_challenge(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start()
+    right = {"username": "person@demo.example", "password": "password"}
+    for place in ("http://[x", "https://elsewhere.example/", "/authorize", ""):
+        weather.add("/authorize", *[status(302, Location=place)] * 20)
+        answer = native(proxy, "POST", "/auth/login", json=right)
+        assert error_of(answer) == (403, "challenge_required"), place
+        weather.faults["/authorize"].clear()
+
+
+def test_a_head_is_answered_as_its_get_would_be(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", upstream_timeout="3")
+    made = native(proxy, "POST", "/conversation", json={"messages": [{"content": {"parts": ["hi"]}}]})
+    id = re.search(r'"conversation_id": ?"([^"]+)"', made.text)
+    assert id and native(proxy, "HEAD", f"/conversation/{id[1]}").status_code == 200
+
+
+def test_a_failure_in_the_middle_of_an_event_is_an_event_of_its_own(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice")
+    weather.add("/conversation", cut_stream(b'data: {"message": {"author": {"role": "assist'))
+    got = native(proxy, "POST", "/conversation", json={"messages": [{"content": {"parts": ["hi"]}}]}).text
+    assert got.split("\n\n")[1].startswith('data: {"error":') and "assist" in got
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\n", b""])
+@given(cuts=st.lists(st.integers(0, 60), max_size=6))
+def test_a_done_is_taken_out_however_it_is_cut(end: bytes, cuts: list[int]) -> None:
+    line = end[: len(end) // 2] or b"\n"
+    text = b"data: {}" + line * 2 + b"data: [DONEY]" + line * 2
+    wire, places = text + b"data: [DONE]" + end, sorted({0, *cuts})
+    pieces = [wire[a:b] for a, b in zip(places, [*places[1:], len(wire)], strict=True)]
+    got = b"".join(filter(None, cp.without_done(piece for piece in pieces)))
+    assert got.rstrip() == text.rstrip() and got.startswith(text)
+
+
+def test_clearing_needs_an_account_and_passes_over_those_that_are_set_aside(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start()
+    body, path = {"is_visible": False}, "/conversations?all_accounts=true"
+    assert error_of(native(proxy, "PATCH", path, json=body)) == (503, "no_account")
+    proxy.app.pool.add([cp.demo_token("alice"), cp.demo_token("bob")])
+    bob = next(one for one in proxy.app.pool.accounts() if one.row.email.startswith("bob"))
+    proxy.app.pool.disable([bob.id], True)
+    assert native(proxy, "PATCH", path, json=body).json() == {"success": True}
+    weather.add("/conversations", status(404))
+    refused = native(proxy, "PATCH", path, json=body)
+    assert error_of(refused) == (502, "upstream_error") and "alice@demo.example" in refused.text
 
 
 # --- the pages, in a real browser ------------------------------------------------------------------------------------
