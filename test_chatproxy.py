@@ -6632,6 +6632,14 @@ def native(proxy: Proxy, method: str, path: str, **options: Any) -> httpx.Respon
     return admin(proxy, method, path, KEY, **options)
 
 
+def test_a_conversation_is_known_to_its_account_from_its_beginning(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", "bob", "carol")
+    for _ in range(4):
+        made = native(proxy, "POST", "/conversation", json={"messages": [{"content": {"parts": ["hi"]}}]})
+        id = re.search(r'"conversation_id": ?"([^"]+)"', made.text)
+        assert id and native(proxy, "GET", f"/conversation/{id[1]}").json()["conversation_id"] == id[1]
+
+
 def test_signing_in_takes_a_key_of_the_server_and_leaves_nothing_open(start: Callable[..., Proxy]) -> None:
     proxy = start()
     right = {"username": "person@demo.example", "password": "password"}
