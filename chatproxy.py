@@ -49,6 +49,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import stat
 import struct
 import sys
 import tempfile
@@ -305,6 +306,11 @@ class Settings:
     )
     max_body_mb: int = setting("20", _number(1, 2048), "largest request body, in MiB")
     max_connections: int = setting("2048", _number(1, 100_000), "most client connections at a time")
+    max_connections_per_address: int = setting(
+        "256",
+        _number(0, 100_000),
+        "most of them from one address (IPv6: from one /64); 0 is no limit, and loopback has none",
+    )
     read_timeout: int = setting(
         "30", _number(1, 3600), "seconds a client may take to send a request, or idle between two"
     )
@@ -416,13 +422,17 @@ CAUSES = {
     "request_timeout": (408, "client too slow to send its request"),
     "request_too_large": (413, "body over MAX_BODY_MB, or a prompt too long for the upstream"),
     "uri_too_long": (414, "URL over its limit"),
-    "origin_refused": (403, "an agent in a browser on another site than chatgpt.com"),
+    "origin_refused": (
+        403,
+        "a page of another site: while no key is set, or one that is not chatgpt.com's as an agent",
+    ),
     "upgrade_required": (426, "a WebSocket of another version than 13"),
     "expectation_failed": (417, "an `Expect` other than `100-continue`"),
     "headers_too_large": (431, "headers over their limit"),
     "rate_limit_exceeded": (
         429,
-        "every usable account is waiting out a limit, or an API user's requests of today are used up; `Retry-After`",
+        "every usable account is waiting out a limit, an API user's requests of today are used up, or too many wrong "
+        "keys come from this address; `Retry-After`",
     ),
     "upstream_blocked": (403, "the upstream refuses this address (Cloudflare page, unusual activity)"),
     "challenge_required": (403, "the sign-in wants to see a human: `chatproxy.py login` lets one sign in"),
@@ -437,7 +447,11 @@ CAUSES = {
     "agent_lost": (500, "the agent that was asked hung up, failed, or is not there any more"),
     "no_agent": (503, "no agent is connected and answers; `Retry-After`"),
     "no_account": (503, "no account in the pool can answer (none, or all expired); `Retry-After`"),
-    "overloaded": (503, "more connections than MAX_CONNECTIONS, or shutting down; `Retry-After`"),
+    "overloaded": (
+        503,
+        "more connections or request bodies than there is room for, or shutting down; `Retry-After`",
+    ),
+    "store_unavailable": (503, "the store cannot be read or written, as on a full disk; `Retry-After`"),
     "upstream_timeout": (504, "upstream silent"),
 }
 # The `type` of an error by its status.
@@ -741,18 +755,73 @@ MOST_IN_MEMORY = 1 << 20
 PIECE = 1 << 16  # bytes that are read or copied at a time
 
 
-class Blob:
-    """Bytes that are written once and then read by any thread: in memory, past MOST_IN_MEMORY in an unnamed file."""
+class Room:
+    """How many bytes of all request bodies there may be at a time, in memory and in files."""
 
-    def __init__(self, data: bytes = b"") -> None:
+    def __init__(self, memory: int, disk: int) -> None:
+        self._left_lock = threading.Lock()
+        self._left = {"memory": memory, "disk": disk}
+
+    def take(self, place: str, size: int) -> bool:
+        """Takes some of the room, if there is so much."""
+        with self._left_lock:
+            if self._left[place] < size:
+                return False
+            self._left[place] -= size
+            return True
+
+    def give_back(self, place: str, size: int) -> None:
+        with self._left_lock:
+            self._left[place] += size
+
+
+class Share:
+    """What one request has of the room for bodies, until it is answered."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._taken = {"memory": 0, "disk": 0}
+
+    def grow(self, place: str, size: int) -> None:
+        """Takes more room; ApiError overloaded when there is not so much."""
+        if not self._room.take(place, size):
+            raise overloaded("The server has no room for more request bodies just now")
+        self._taken[place] += size
+
+    def move(self, size: int) -> None:
+        """What was in memory goes into a file."""
+        self.grow("disk", size)
+        self._taken["memory"] -= size
+        self._room.give_back("memory", size)
+
+    def end(self) -> None:
+        """Gives everything back."""
+        for place, size in self._taken.items():
+            self._room.give_back(place, size)
+        self._taken = {"memory": 0, "disk": 0}
+
+
+class Blob:
+    """Bytes that are written once and then read by any thread: in memory, past MOST_IN_MEMORY in an unnamed file.
+    Those of a request's body take their `share` of the room for bodies."""
+
+    def __init__(self, data: bytes = b"", share: Share | None = None) -> None:
         self._data: bytes | bytearray = data
         self._file: IO[bytes] | None = None
         self._start, self.size = 0, len(data)
+        self.share = share
+        if share and data:
+            share.grow("memory", len(data))
 
     def write(self, data: bytes) -> None:
         """Appends; not to a part of another blob. ApiError overloaded when there is no room."""
+        large = self.size + len(data) > MOST_IN_MEMORY
+        if self.share:
+            if large and self._file is None:
+                self.share.move(self.size)
+            self.share.grow("disk" if large else "memory", len(data))
         try:
-            if self._file is None and self.size + len(data) > MOST_IN_MEMORY:
+            if self._file is None and large:
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 # open as long as the blob lives
                 self._file.write(self._data)
                 self._data = b""
@@ -867,6 +936,24 @@ def _jpeg_facts(blob: Blob) -> tuple[str, int, int] | None:
 # ============================================================================================================
 
 
+ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-free"  # kinds of accounts
+
+
+class Scope(NamedTuple):
+    """What of others a caller may see and change. `owner` is whose their own conversations, files and responses are;
+    `everyone` is for the keys of AUTHORIZATION and the administrator's, who see those of all keys and API users."""
+
+    owner: str
+    everyone: bool = False
+
+    def covers(self, owner: str) -> bool:
+        """Whether something of this owner's is the caller's too. What nobody is known to have begun ("") is for those who
+        see all, and for callers who need no key."""
+        if owner == "":
+            return self.everyone or self.owner == LOGIN_FREE
+        return owner == self.owner or (self.everyone and owner.startswith(("key-", "user-")))
+
+
 @dataclass(frozen=True)
 class AccountRow:
     """An account as it is kept. `secret` is the token it was added with (or the newest refresh token), `access_token`
@@ -906,6 +993,13 @@ class File(NamedTuple):
     purpose: str
     digest: str
     used: float
+
+
+class Held(NamedTuple):
+    """Which account holds a conversation, and who began it here ("" when that is not known)."""
+
+    account: str
+    owner: str = ""
 
 
 class User(NamedTuple):
@@ -967,15 +1061,42 @@ MIGRATIONS = (
         requests INTEGER NOT NULL, tokens INTEGER NOT NULL, used REAL NOT NULL, PRIMARY KEY (subject, since)
         ) WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE conversations ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    CREATE INDEX conversations_by_owner ON conversations (owner, account);
+    ALTER TABLE responses ADD COLUMN size INTEGER NOT NULL DEFAULT 0;
+    UPDATE responses SET size = LENGTH(response) + LENGTH(items);
+    CREATE INDEX responses_by_owner ON responses (owner, made, size);
+    CREATE TABLE room (data BLOB NOT NULL);
+    """,
 )
+TABLES = set(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS)))
 # Seconds that a response is kept, a file that came inside a message, and a tally.
 RESPONSE_LIFE, LOOSE_FILE_LIFE = 86400.0, 7 * 86400.0
 TALLY_LIFE = 3 * 86400.0
 MOST_RESPONSES = 256 << 20  # characters of kept responses; the oldest go first
+MOST_RESPONSES_OF_ONE = 64 << 20  # of one owner's
+ROOM_FOR_A_TOKEN = 1 << 16  # bytes that the disk must take before a token is exchanged
 
 
 class StoreError(Exception):
-    """The store cannot be opened; one line that says why."""
+    """The store cannot be opened; one line that says why, and what to do."""
+
+
+def store_advice(cause: str) -> str:
+    """What to do about a store that cannot be used for this cause, as SQLite tells it."""
+    if re.search(r"full|locked|I/O|read-?only|unable to open", cause):
+        return "make room on its disk, and see to it that this user may write there"
+    return "restore a copy of it, or move it away and add the accounts anew"
+
+
+class StoreUnavailable(ApiError):
+    """The store cannot be read or written just now: its disk is full, or the file is damaged or locked for long."""
+
+    def __init__(self, cause: str) -> None:
+        text = "The server's store cannot be used just now; its disk may be full. Try again later."
+        super().__init__("store_unavailable", text, headers={"Retry-After": "30"})
+        self.cause = cause
 
 
 class Store:
@@ -987,21 +1108,46 @@ class Store:
 
     def __init__(self, folder: str) -> None:
         path = pathlib.Path(folder)
+        self.trouble = ""  # why the last attempt to use it failed
+        self._opened = False
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.chmod(0o700)
             self.path = path / "chatproxy.db"
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            self.path.chmod(0o600)
-            self._turns = os.open(path / "chatproxy.lock", os.O_CREAT | os.O_RDWR, 0o600)
+            self._private(path, 0o700)
+            for name in ("chatproxy.db", "chatproxy.lock"):
+                file = os.open(path / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                self._private(path / name, 0o600)
+                if name == "chatproxy.lock":
+                    self._turns = file
+                else:
+                    os.close(file)
             self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
             self._db_lock = threading.RLock()
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
                 self._db.execute(f"PRAGMA {pragma}")
             self._migrate()
             self._version = self._data_version()
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"DATA_DIR: {folder!r} cannot be used: {error}") from None
+            self._opened = True
+        except StoreUnavailable as error:
+            raise self._error(error.cause) from None
+        except sqlite3.Error as error:
+            raise self._error(str(error)) from None
+        except OSError as error:
+            why = (
+                "is a symbolic link; put the file itself there" if error.errno == errno.ELOOP else str(error)
+            )
+            raise StoreError(f"DATA_DIR: {folder!r} cannot be used: {why}") from None
+
+    def _error(self, cause: str) -> StoreError:
+        return StoreError(f"DATA_DIR: {str(self.path)!r} cannot be used: {cause}; {store_advice(cause)}")
+
+    @staticmethod
+    def _private(path: pathlib.Path, mode: int) -> None:
+        """StoreError for what others on this machine could read."""
+        has = stat.S_IMODE(path.stat().st_mode)
+        if has & 0o077:
+            text = f"others may use it (mode {has:04o}); `chmod {mode:o} {path}` makes it private"
+            raise StoreError(f"DATA_DIR: {str(path)!r} cannot be used: {text}")
 
     def _migrate(self) -> None:
         """Brings the schema to this program's version; two processes at once take turns."""
@@ -1009,6 +1155,11 @@ class Store:
             have = self._db.execute("PRAGMA user_version").fetchone()[0]
             if have > len(MIGRATIONS):
                 raise StoreError(f"DATA_DIR: {self.path} was written by a newer chatproxy (schema {have})")
+            known = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+            if have < 0 or (have and not known) or (have == len(MIGRATIONS) and TABLES - known):
+                raise sqlite3.DatabaseError(
+                    "it is not a database of chatproxy's, or tables of it are missing"
+                )
             for script in MIGRATIONS[have:]:
                 for statement in filter(str.strip, script.split(";")):
                     self._db.execute(statement)
@@ -1021,16 +1172,36 @@ class Store:
             if self._db.in_transaction:
                 yield self._db
                 return
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+            with self._watched(writes=True):
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                    self._db.execute("COMMIT")
+                finally:
+                    if self._db.in_transaction:  # some failures have rolled it back already
+                        self._db.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def _watched(self, writes: bool) -> Iterator[None]:
+        """Says StoreUnavailable for what SQLite says, and notes whether the store can be used."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if not self.trouble and self._opened:
+                log(logging.ERROR, "the store cannot be used", reason=str(error))
+            self.trouble = str(error)
+            raise StoreUnavailable(str(error)) from None
+        if self.trouble and writes:
+            self.trouble = ""
+            log(logging.WARNING, "the store can be used again")
+
+    def try_room(self) -> None:
+        """Whether the disk takes what a new token needs; StoreUnavailable when it does not."""
+        self._write("INSERT INTO room VALUES (zeroblob(?))", ROOM_FOR_A_TOKEN)
+        self._write("DELETE FROM room")
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._db_lock:
+        with self._db_lock, self._watched(writes=False):
             return self._db.execute(query, values).fetchall()
 
     def _write(self, query: str, *values: Any) -> int:
@@ -1139,16 +1310,26 @@ class Store:
     def remove_wait(self, account: str, model: str) -> None:
         self._write("DELETE FROM waits WHERE account=? AND model=?", account, model)
 
-    def conversation_account(self, id: str) -> str | None:
-        """The id of the account that holds a conversation, None when it is not known."""
-        rows = self._rows("SELECT account FROM conversations WHERE id=?", id)
-        return rows[0][0] if rows else None
+    def conversation(self, id: str) -> Held | None:
+        """Who holds a conversation, None when that is not known."""
+        rows = self._rows("SELECT account, owner FROM conversations WHERE id=?", id)
+        return Held(*rows[0]) if rows else None
 
-    def put_conversations(self, accounts: Mapping[str, str]) -> None:
-        """Notes which account holds which conversation."""
-        query = "INSERT INTO conversations SELECT ?, id, ? FROM accounts WHERE id=? ON CONFLICT(id)"
-        changes = "DO UPDATE SET account=excluded.account, used=excluded.used"
-        rows = [(id, time.time(), account) for id, account in accounts.items()]
+    def conversations_of(self, owner: str) -> dict[str, set[str]]:
+        """The conversations that somebody began, by the accounts that hold them."""
+        found: dict[str, set[str]] = {}
+        for id, account in self._rows("SELECT id, account FROM conversations WHERE owner=?", owner):
+            found.setdefault(account, set()).add(id)
+        return found
+
+    def put_conversations(self, held: Mapping[str, Held]) -> None:
+        """Notes which account holds which conversation; who began one stays who was noted first."""
+        query = (
+            "INSERT INTO conversations (id, account, used, owner) SELECT ?, id, ?, ? FROM accounts WHERE id=?"
+        )
+        owner = "CASE conversations.owner WHEN '' THEN excluded.owner ELSE conversations.owner END"
+        changes = f"ON CONFLICT(id) DO UPDATE SET account=excluded.account, used=excluded.used, owner={owner}"
+        rows = [(id, time.time(), one.owner, one.account) for id, one in held.items()]
         with self.writing() as db:
             db.executemany(f"{query} {changes}", rows)
 
@@ -1159,9 +1340,7 @@ class Store:
             db.execute("DELETE FROM waits WHERE until < ?", (now - 86400,))
             db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
             db.execute("DELETE FROM responses WHERE made < ?", (now - RESPONSE_LIFE,))
-            sizes = "SELECT id, SUM(LENGTH(response) + LENGTH(items)) OVER (ORDER BY made DESC) AS size FROM responses"
-            excess = f"SELECT id FROM ({sizes}) WHERE size > ?"
-            db.execute(f"DELETE FROM responses WHERE id IN ({excess})", (MOST_RESPONSES,))
+            self._shorten("1", (), MOST_RESPONSES)
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
             # The last of a subject stays: it tells when that was last used.
             later = "SELECT 1 FROM tallies AS later WHERE later.subject=tallies.subject AND later.since>tallies.since"
@@ -1183,13 +1362,28 @@ class Store:
     def remove_file(self, id: str) -> None:
         self._write("DELETE FROM files WHERE id=?", id)
 
-    def response(self, id: str, owner: str, now: float) -> tuple[str, str] | None:
-        """A response that is kept, as JSON: itself, and the items it can be gone on from."""
-        query = "SELECT response, items FROM responses WHERE id=? AND owner=? AND made>=?"
-        return next(((row[0], row[1]) for row in self._rows(query, id, owner, now - RESPONSE_LIFE)), None)
+    def response(self, id: str, scope: Scope, now: float) -> tuple[str, str] | None:
+        """A response that is kept, if the caller may see it, as JSON: itself, and the items it can be gone on from."""
+        query = "SELECT owner, response, items FROM responses WHERE id=? AND made>=?"
+        rows = self._rows(query, id, now - RESPONSE_LIFE)
+        return (rows[0][1], rows[0][2]) if rows and scope.covers(rows[0][0]) else None
 
     def put_response(self, id: str, owner: str, response: str, items: str, now: float) -> None:
-        self._write("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", id, owner, response, items, now)
+        """Keeps a response; the oldest of its owner's go when they are too many together."""
+        with self.writing() as db:
+            size = len(response) + len(items)
+            db.execute(
+                "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", (id, owner, response, items, now, size)
+            )
+            self._shorten("owner=?", (owner,), MOST_RESPONSES_OF_ONE)
+
+    def _shorten(self, where: str, values: tuple[str, ...], most: int) -> None:
+        """Forgets the oldest of some responses, as far as together they have more than so many characters."""
+        total = self._rows(f"SELECT TOTAL(size) FROM responses WHERE {where}", *values)[0][0]
+        if total > most:
+            sizes = f"SELECT id, SUM(size) OVER (ORDER BY made DESC, id) AS size FROM responses WHERE {where}"
+            excess = f"SELECT id FROM ({sizes}) WHERE size > ?"
+            self._write(f"DELETE FROM responses WHERE id IN ({excess})", *values, most)
 
     def remove_response(self, id: str) -> None:
         self._write("DELETE FROM responses WHERE id=?", id)
@@ -1484,8 +1678,11 @@ class Solver:
         jobs.settimeout(2.0)
         while os.getppid() == parent:
             with contextlib.suppress(OSError):  # a time-out, or the parent's end is closed
-                number, job = json.loads(jobs.recv(65536))
-                jobs.send(json.dumps([number, proof_token(*job)]).encode())
+                job_number, token = 0, ""
+                with contextlib.suppress(ValueError, TypeError):  # a job that is none ends nobody
+                    job_number, job = json.loads(jobs.recv(65536))
+                    token = proof_token(*job)
+                jobs.send(json.dumps([job_number, token]).encode())
         os._exit(0)
 
 
@@ -1498,7 +1695,9 @@ CONNECT_TIMEOUT = 10.0  # seconds
 _NOT_CONNECTED = (5, 6, 7, 35, 60, 97)
 LAST_SILENCE_MS = 50  # what an upstream may take to end an answer after its last event
 IDLE_HANDLE_LIFE = 60.0  # seconds an unused connection is kept
-MOST_IDLE_HANDLES = 64  # kept for one account
+MOST_IDLE_HANDLES = 64  # kept for one account, and for all guests together
+# What an upstream may send: bytes of a whole answer, decoded; of what comes together; of a head, and lines of it.
+MAX_ANSWER, MAX_AT_ONCE, MAX_ANSWER_HEAD, MAX_ANSWER_LINES = 32 << 20, 16 << 20, 128 << 10, 300
 
 
 class Route(NamedTuple):
@@ -1531,10 +1730,23 @@ class _Sink:
         self.callback, self.exception = callback, None
 
 
-class _Pile(list[bytes]):
-    """A list that can be written to: a callback's bytes with no Python frame of our own."""
+class _Received(list[bytes]):
+    """The bytes that libcurl's callbacks have brought since it was last emptied, up to `most`: what is compressed may
+    become a thousand times as much while it is decoded, before anybody can count it."""
 
-    write = list.append
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.size, self.most = 0, most
+
+    def write(self, data: bytes) -> None:
+        self.size += len(data)
+        if self.size > self.most:
+            raise OverflowError("too much at once")  # which ends the call
+        self.append(data)
+
+    def clear(self) -> None:
+        super().clear()
+        self.size = 0
 
 
 def _options(*names: str) -> tuple[int, ...]:
@@ -1546,6 +1758,23 @@ _URL, _METHOD, _GET, _POST, _HTTPHEADER = _options("URL", "CUSTOMREQUEST", "HTTP
 _POSTFIELDS, _POSTSIZE, _READDATA = _options("POSTFIELDS", "POSTFIELDSIZE_LARGE", "READDATA")
 _SEEKDATA, _VERSION, _VERBOSE, _FRESH = _options("SEEKDATA", "HTTP_VERSION", "VERBOSE", "FRESH_CONNECT")
 _HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
+_NOT_WRITTEN = 23  # CURLE_WRITE_ERROR: a callback of ours did not take what came
+_STATUS_LINE = re.compile(r"HTTP/[0-9.]+ ([2-5][0-9][0-9])(?: |$)")
+_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # in a header's value
+
+
+def no_handle() -> Refusal:
+    """What is told when this process has no room for another connection of its own."""
+    refused = Refusal(
+        "unreachable", "The server has no room for another connection to the upstream; try again."
+    )
+    refused.unsent = True
+    return refused
+
+
+def too_large() -> Refusal:
+    """What is told of an answer that is longer than what was asked for can be."""
+    return Refusal("broken", f"The upstream's answer is larger than {MAX_ANSWER >> 20} MiB; it was left.")
 
 
 class Handle:
@@ -1560,7 +1789,7 @@ class Handle:
     def __init__(self, route: Route) -> None:
         self._easy, self._multi = lib.curl_easy_init(), lib.curl_multi_init()
         self._running, self._number = ffi.new("int *"), ffi.new("int *")
-        self._body, self._head = _Pile(), _Pile()
+        self._body, self._head = _Received(MAX_AT_ONCE), _Received(MAX_ANSWER_HEAD)
         self._error = ffi.new("char[]", 256)
         self._kept: list[Any] = []  # what libcurl points to
         self._lines = self._pinned = ffi.NULL
@@ -1570,6 +1799,10 @@ class Handle:
         self.silence = 0.0  # seconds without a byte that end the call
         self.once_sent: Callable[[], None] | None = None  # called when the next call is on its way
         self._hears = self._fresh = False
+        self.failed = False  # whether its last call did: such a handle is not used again
+        if not self._easy or not self._multi:
+            self.close()
+            raise no_handle()
         if route.browser:
             lib.curl_easy_impersonate(self._easy, route.browser.encode(), 1)
         for name, value in {
@@ -1608,10 +1841,11 @@ class Handle:
         """Frees the handle and closes its connections."""
         if self._multi:
             lib.curl_multi_cleanup(self._multi)
+        if self._easy:
             lib.curl_easy_cleanup(self._easy)
             lib.curl_slist_free_all(self._lines)
             lib.curl_slist_free_all(self._pinned)
-            self._multi = self._easy = None
+        self._multi = self._easy = None
 
     def as_it_comes(self) -> None:
         """Does not decode answers from now on: what grows without bound as it is decoded cannot be counted in time."""
@@ -1718,6 +1952,9 @@ class Handle:
                     break
                 lib.curl_multi_poll(multi, ffi.NULL, 0, 1000, number)
             self._raise_for_result()
+        except Refusal:
+            self.failed = True
+            raise
         finally:
             if running[0]:  # left early: a connection whose answer's end is just coming can be kept
                 lib.curl_multi_poll(multi, ffi.NULL, 0, LAST_SILENCE_MS, number)
@@ -1738,6 +1975,8 @@ class Handle:
             return
         text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
         tunnel = text.startswith("CONNECT tunnel failed")
+        if code == _NOT_WRITTEN:
+            raise Refusal("broken", "The upstream sent more at once than any answer has; it was left.")
         if self._head and not tunnel:
             raise Refusal("broken", f"The upstream broke off its answer: {text}")
         advice = "check this server's network, or PROXY_URL"
@@ -1751,12 +1990,16 @@ class Handle:
         newest = b"".join(self._head[starts[-1] :] if starts else []).partition(b"\r\n\r\n")[0]
         first, *lines = newest.decode("latin-1").split("\r\n")
         headers: dict[str, str] = {}
+        status = _STATUS_LINE.match(first)
+        if status is None or len(lines) > MAX_ANSWER_LINES:
+            self.failed = True
+            raise Refusal("broken", "The upstream's answer has no status, or a head that no server sends.")
         for line in lines:
             name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip()
+            name, value = name.lower(), _NO_TEXT.sub("", value).strip()
             between = "\n" if name == "set-cookie" else ", "
             headers[name] = f"{headers[name]}{between}{value}" if name in headers else value
-        return int(first.split(" ", 2)[1]) if first else 0, headers
+        return int(status[1]), headers
 
 
 class Call:
@@ -1774,8 +2017,10 @@ class Call:
 
     def __exit__(self, *_: object) -> None:
         """Ends the call where it is; its connection goes too if the answer was not over."""
-        self._bytes.close()
-        self._release()
+        try:
+            self._bytes.close()
+        finally:
+            self._release()
 
     def start(self) -> Patient[None]:
         """Waits for the first byte of the body (or its end): status and headers are known then."""
@@ -1801,12 +2046,15 @@ class Call:
         """The whole answer."""
         if not self.status:
             yield from self.start()
-        parts = []
+        parts, size = [], 0
         for data in self.rest():
             if data is None:
                 yield
-            else:
-                parts.append(data)
+                continue
+            parts.append(data)
+            size += len(data)
+            if size > MAX_ANSWER:
+                raise too_large()
         return Answer(self.status, self.headers, b"".join(parts))
 
     def blobs(self) -> Generator[Blob | None, None, None]:
@@ -1818,35 +2066,58 @@ class Call:
 
 
 class Handles:
-    """Kept handles by owner and route: two owners never share a connection."""
+    """Kept handles by owner and route: two owners never share a connection. Up to `most` are kept for each owner, or in
+    all when they are `together`: then the one used longest ago goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: bool = False, most: int = MOST_IDLE_HANDLES) -> None:
+        self._together, self._most = together, most
         self._idle_lock = threading.Lock()
-        self._idle: dict[tuple[str, Route], list[Handle]] = {}
+        self._idle: OrderedDict[tuple[str, Route, str], list[Handle]] = OrderedDict()
 
     def call(
         self, owner: str, route: Route, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
-        watch: Watch, silence: float,
+        watch: Watch, silence: float, kept: bool = True, address: str = "",
     ) -> Call:  # fmt: skip
         """A call on a handle of the owner's: the one used last, whose connection is most likely alive.
 
-        `headers` are whole lines; `silence` is how many seconds without a byte end the call. To be used in a `with`
-        block, at whose end the call is ended where it is.
+        `headers` are whole lines; `silence` is how many seconds without a byte end the call; `kept` is whether the handle
+        is, if the call does not fail; `address` is the one to connect to instead of the URL's host, "" for that. To be
+        used in a `with` block, at whose end the call is ended where it is.
         """
+        key = (owner, route, address)
         with self._idle_lock:
-            idle = self._idle.get((owner, route))
+            idle = self._idle.get(key)
             handle = idle.pop() if idle else None
-        handle = handle or Handle(route)
-        handle.prepare(method, url, headers, body, silence)
-        return Call(handle, watch, lambda: self._give_back(owner, route, handle))
+        if handle is None:
+            handle = Handle(route)
+            if address:
+                handle.pin(address)
+        try:
+            handle.prepare(method, url, headers, body, silence)
+        except BaseException:
+            handle.close()
+            raise
+        return Call(handle, watch, functools.partial(self._give_back, key, handle, kept))
 
-    def _give_back(self, owner: str, route: Route, handle: Handle) -> None:
-        with self._idle_lock:
-            idle = self._idle.setdefault((owner, route), [])
-            if len(idle) < MOST_IDLE_HANDLES:
+    def _give_back(self, key: tuple[str, Route, str], handle: Handle, kept: bool) -> None:
+        surplus: Handle | None = handle
+        if kept and not handle.failed:
+            with self._idle_lock:
+                idle = self._idle.setdefault(key, [])
                 idle.append(handle)
-                return
-        handle.close()
+                self._idle.move_to_end(key)
+                surplus = self._surplus(idle)
+        if surplus:
+            surplus.close()
+
+    def _surplus(self, idle: list[Handle]) -> Handle | None:
+        """Takes out the handle that there is no place for, if there is one; the lock is held."""
+        if not self._together:
+            return idle.pop(0) if len(idle) > self._most else None
+        if sum(map(len, self._idle.values())) <= self._most:
+            return None
+        oldest = next(one for one in self._idle.values() if one)
+        return oldest.pop(0)
 
     def sweep(self, now: float) -> None:
         """Closes what has been idle for long."""
@@ -1905,7 +2176,7 @@ class Fetcher:
         host = ""
         try:
             for _ in range(MOST_REDIRECTS + 1):
-                host, port, name = self._parted(url)
+                host, port, name = self.parted(url)
                 blob, status, headers = yield from self._get(url, host, port, end, watch)
                 if status in (301, 302, 303, 307, 308) and headers.get("location"):
                     with contextlib.suppress(ValueError):  # else the next round says what is wrong
@@ -1923,7 +2194,7 @@ class Fetcher:
             raise invalid(where, f"Fetching from {host or 'a URL'} failed: {error}.") from None
 
     @staticmethod
-    def _parted(url: str) -> tuple[str, int, str]:
+    def parted(url: str) -> tuple[str, int, str]:
         """Host, port and file name of a URL; ValueError when it is not to be fetched."""
         try:
             parts = urllib.parse.urlsplit(url)
@@ -1936,12 +2207,19 @@ class Fetcher:
         return host, port, urllib.parse.unquote(parts.path.rpartition("/")[2])
 
     def _addresses(self, host: str, port: int, watch: Watch) -> Patient[list[str]]:
-        """What a host resolves to, IPv4 first; ValueError when any of it is private."""
+        """What a client's host resolves to; ValueError when any of it is private and that is not allowed."""
         if self.settings.allow_private_urls and self.settings.export_proxy_url:
             return [""]  # the proxy may know names that this machine does not
+        addresses = yield from self.resolved(host, port, watch)
+        if not self.settings.allow_private_urls and not all(map(is_public, filter(None, addresses))):
+            raise ValueError("it is a private address, which ALLOW_PRIVATE_URLS=true would allow")
+        return addresses
+
+    def resolved(self, host: str, port: int, watch: Watch) -> Patient[list[str]]:
+        """Up to three addresses of a host, IPv4 first; "" for one that is a public address itself. ValueError for none."""
         with contextlib.suppress(ValueError):
             if is_public(str(ipaddress.ip_address(host))):
-                return [""]  # it is an address
+                return [""]
         asked = self._resolving.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
             found = yield from awaited(asked, watch, 10.0)
@@ -1951,9 +2229,9 @@ class Fetcher:
         except (OSError, UnicodeError):
             raise ValueError("its name cannot be resolved") from None
         addresses = [str(row[4][0]) for row in sorted(found, key=lambda row: row[0] != socket.AF_INET)]
-        if not self.settings.allow_private_urls and not all(map(is_public, addresses)):
-            raise ValueError("it is a private address, which ALLOW_PRIVATE_URLS=true would allow")
-        return list(dict.fromkeys(addresses))[:3]
+        # All of them are told where one is private: the connection could be made to any.
+        private = [one for one in addresses if not is_public(one)]
+        return list(dict.fromkeys([*private, *addresses]))[:3]
 
     def _get(
         self, url: str, host: str, port: int, end: float, watch: Watch
@@ -1995,7 +2273,6 @@ class Fetcher:
 # ============================================================================================================
 
 SESSION_COOKIE = "__Secure-next-auth.session-token"
-ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-free"
 DISABLED = "disabled"  # the state of an account that the administrator has taken out
 # Seconds; a 429 that names no time doubles its account's wait each time.
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
@@ -2006,12 +2283,19 @@ EXCHANGE_PATIENCE = 10.0  # seconds that an exchange waits for another process t
 _TOKEN_COLUMNS = ("access_token", "expires", "email", "plan", "workspace", "state", "reason")
 PROXY_PATIENCE = 3  # calls in a row that a proxy may leave without a connection
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
+MOST_UNSAVED = 10_000  # conversations that are remembered in memory while the store cannot take them
+LAST_MOMENT = 253402300799.0  # of the year 9999, the last that can be told
+_TOKEN_TEXT = re.compile(
+    r"[\x21-\x2b\x2d-\x7e]{20,16384}"
+)  # what may stand in a header: nothing to end its line
+_JWT = re.compile(r"eyJ[\w-]*=*\.[\w-]+=*\.[\w.=-]*", re.ASCII)
+_REFRESH_TOKEN = re.compile(r"rt_[\x21-\x2b\x2d-\x7e]+|[0-9A-Za-z_-]{45}")
 
 
 def claims(token: str) -> dict[str, Any]:
     """What an access token (a JWT) says of itself, unverified; ValueError when it is none. "Accounts: Access token"."""
     parts = token.split(".")
-    if len(parts) != 3 or not token.startswith("eyJ"):
+    if len(parts) != 3 or not _JWT.fullmatch(token):
         raise ValueError("not a JWT")
     payload = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
     if not isinstance(payload, dict):
@@ -2027,7 +2311,7 @@ def with_access_token(row: AccountRow, token: str) -> AccountRow:
         auth = said.get("https://api.openai.com/auth") or {}
         email, plan = str(profile.get("email") or row.email), str(auth.get("chatgpt_plan_type") or row.plan)
         workspace, expires = str(auth.get("chatgpt_account_id") or ""), float(said.get("exp") or 0)
-        if math.isnan(expires):
+        if not 0 <= expires <= LAST_MOMENT:  # as NaN is not either
             raise TypeError
     except (TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError("not an access token") from None
@@ -2057,11 +2341,11 @@ def recognise(line: str) -> AccountRow:
         raise ValueError("what follows the comma is not a workspace id")
     if token == LOGIN_FREE:
         return AccountRow(id=f"free-{secrets.token_hex(5)}", kind=LOGIN_FREE, secret="")
-    if not re.fullmatch(r"[\x21-\x2b\x2d-\x7e]{20,16384}", token):
+    if not _TOKEN_TEXT.fullmatch(token):
         raise ValueError("not a token")
     row = AccountRow(id="", kind=ACCESS, secret=token, workspace=workspace)
     owner = token
-    if token.startswith("rt_") or re.fullmatch(r"[0-9A-Za-z_-]{45}", token):
+    if _REFRESH_TOKEN.fullmatch(token):
         row = replace(row, kind=REFRESH)
     elif token.startswith("eyJ") and token.count(".") == 4:
         row = replace(row, kind=SESSION)
@@ -2075,6 +2359,18 @@ def recognise(line: str) -> AccountRow:
         owner = str(user) if user else token
     digest = hashlib.sha256(f"{row.kind} {owner} {row.workspace}".encode()).hexdigest()
     return replace(row, id=f"{row.kind[:3]}-{digest[:10]}")
+
+
+def callers_token(key: str) -> AccountRow:
+    """A token that a caller brings as API key: an access token or a refresh token as it is, a workspace's id may follow
+    after a comma. ValueError for anything else, such as what people paste when they add an account."""
+    token = key.partition(",")[0]
+    if not (_JWT.fullmatch(token) or _REFRESH_TOKEN.fullmatch(token)):
+        raise ValueError("not a caller's token")
+    row = recognise(key)
+    if row.kind not in (ACCESS, REFRESH):
+        raise ValueError("not a caller's token")
+    return row
 
 
 def _identity(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -2099,6 +2395,17 @@ def owner_of(row: AccountRow) -> tuple[str, str] | None:
     return None
 
 
+def guest_id(row: AccountRow) -> str:
+    """The id of a caller's account: the whole digest of the token that is brought, and its workspace."""
+    return f"guest-{hashlib.sha256(f'{row.secret},{row.workspace}'.encode()).hexdigest()}"
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two tokens are the same and not empty, compared by their whole digests."""
+    digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in (one, other)]
+    return one != "" and hmac.compare_digest(*digests)
+
+
 def drawn_lot(id: str) -> int:
     """A large number that stays the same for an id: which of several proxies or gateways it gets."""
     return int(hashlib.sha256(id.encode()).hexdigest(), 16)
@@ -2121,6 +2428,14 @@ class Added(NamedTuple):
     merged: int
 
 
+def _cookies_of(row: AccountRow) -> dict[str, str]:
+    """The cookies of a row; none where they cannot be read."""
+    kept = Answer(200, {}, row.cookies.encode()).object()
+    if kept is None:
+        log(logging.WARNING, "an account's cookies cannot be read; it goes on without", account=row.id)
+    return {name: value for name, value in (kept or {}).items() if isinstance(value, str)}
+
+
 class Account:
     """An account at work: its row of the store and what only the running process knows of it."""
 
@@ -2128,8 +2443,11 @@ class Account:
         self.row, self.route, self.gateway = row, route, gateway
         self.waits: dict[str, Wait] = {}
         # Replaced, never changed: others may be reading it.
-        self.cookies: dict[str, str] = json.loads(row.cookies)
+        self.cookies = _cookies_of(row)
         self.renewal: Future[None] | None = None  # the exchange under way
+        self.unstored: tuple[str, str | None] | None = (
+            None  # what an exchange gave that the store could not take
+        )
         # Seconds before its token's expiry at which it is renewed: not all accounts at the same moment.
         self.renewed_ahead = RENEWAL_AHEAD + drawn_lot(row.id) % int(RENEWAL_SPREAD)
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
@@ -2267,7 +2585,7 @@ class Ledger:
         try:
             if unsaved:
                 self.store.add_tallies(unsaved)
-        except sqlite3.Error:  # busy, or full: it will be tried again
+        except StoreUnavailable:  # it will be tried again
             with self._tallies_lock:
                 for key, tally in unsaved.items():
                     self._unsaved[key] = self._unsaved.get(key, Tally()).plus(tally)
@@ -2287,15 +2605,17 @@ class Pool:
     guards the memory alone, so that a lease never waits for the disk.
     """
 
-    MOST_GUESTS = 10_000
+    MOST_GUESTS = 1000
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
+        self._unsaved_held: dict[str, Held] = {}  # conversations that the store could not take
         self._changes_lock = threading.RLock()
         self._accounts_lock = threading.Lock()
         self._accounts: dict[str, Account] = {}
         self._turn_order: list[Account] = []  # those not set aside
         self._signed_in: list[Account] = []  # those of them with a token
+        self._by_secret: dict[str, Account] = {}  # those that renew themselves, by their current token
         self._cursor = 0
         self._guests: OrderedDict[str, Account] = OrderedDict()
         self.reload()
@@ -2345,6 +2665,7 @@ class Pool:
         with self._accounts_lock:
             self._turn_order = [one for one in self._accounts.values() if one.row.state == "ready"]
             self._signed_in = [one for one in self._turn_order if one.row.kind != LOGIN_FREE]
+            self._by_secret = {one.row.secret: one for one in self._accounts.values() if one.renewable}
 
     def add(self, lines: Iterable[str]) -> Added:
         """Stores the tokens, one a line (`#` begins a comment).
@@ -2387,7 +2708,12 @@ class Pool:
         merged: dict[str, AccountRow] = {}
         for row in found.values():
             token = row.device if row.kind == LOGIN_FREE else row.secret
-            old = known.get(row.id) or tokens.get(token) or owners.get(owner_of(row))
+            old = (
+                known.get(row.id)
+                or known.get(guest_id(row))
+                or tokens.get(token)
+                or owners.get(owner_of(row))
+            )
             row = self._renamed(row, old)
             merged[row.id] = row
         return list(merged.values())
@@ -2409,38 +2735,60 @@ class Pool:
         row = replace(row, email=row.email or old.email, plan=row.plan or old.plan)
         return replace(row, state=DISABLED) if old.state == DISABLED else row
 
-    def guest(self, key: str, kinds: tuple[str, ...] = (ACCESS, REFRESH, LOGIN_FREE)) -> Account:
-        """The account of a caller who brings a token (or none: `login-free`); ValueError when it is none of these
-        kinds."""
-        row = recognise(key)
-        if row.kind not in kinds:
-            raise ValueError(f"not a token of these kinds: {', '.join(kinds)}")
+    def guest(self, row: AccountRow) -> Account:
+        """The account of a caller who brings this token: the pool's if it is that one's current token, and no other.
+
+        What a token says of itself is not verified, so nobody but who brings the same token is the same guest: who has
+        brought a refresh token goes on with what has replaced it. A guest is remembered once the upstream has accepted
+        the token (`welcome`).
+        """
         with self._accounts_lock:
             own = self._accounts.get(row.id)
-        if own is not None and own.row.access_token == row.secret != "":
+            if own is None or own.renewable:  # which keeps its id while its token is replaced
+                own = self._by_secret.get(row.secret)
+        if own and _same(own.row.access_token if row.kind == ACCESS else own.row.secret, row.secret):
             return own
-        device = str(uuid.uuid5(uuid.NAMESPACE_URL, row.id))
-        if row.kind == ACCESS:
-            # What a token says of its owner is not verified: only the same token is the same guest.
-            row = replace(row, id=f"guest-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
-        elif row.kind == LOGIN_FREE:
-            row, device = replace(row, id="free-caller"), new_id()
+        id = guest_id(row)
         with self._accounts_lock:
-            account = self._guests.get(row.id) or self._accounts.get(row.id)
+            account = self._guests.get(id)
         if account is None:
-            with self._changes_lock:
-                kept, browser = self.store.account(row.id), self.settings.impersonate
-                fresh = replace(row, guest=1, device=device, browser=browser, added=time.time())
-                account = self._enliven(kept or fresh, Counter())
-                if row.kind == LOGIN_FREE and not kept:
-                    self.store.merge_accounts(lambda known: [known.get(row.id) or fresh])
-        with self._accounts_lock:
-            if account.row.guest:
-                account = self._guests.setdefault(row.id, account)
-                self._guests.move_to_end(row.id)
-                if len(self._guests) > self.MOST_GUESTS:
-                    self._guests.popitem(last=False)
+            device = str(uuid.uuid5(uuid.NAMESPACE_URL, id))
+            fresh = replace(
+                row, id=id, guest=1, device=device, browser=self.settings.impersonate, added=time.time()
+            )
+            account = self._enliven(self.store.account(id) or fresh, Counter())
         return account
+
+    def welcome(self, account: Account) -> Account:
+        """Remembers a guest whose token the upstream has accepted; of many the one used longest ago is forgotten."""
+        if not account.row.guest:
+            return account
+        with self._accounts_lock:
+            account = self._guests.setdefault(account.id, account)
+            self._guests.move_to_end(account.id)
+            if len(self._guests) > self.MOST_GUESTS:
+                self._guests.popitem(last=False)
+        return account
+
+    def login_free(self) -> Account:
+        """The account of callers who need no key and bring none."""
+        id = "free-caller"
+        with self._accounts_lock:
+            account = self._guests.get(id)
+        if account is None:
+            row = AccountRow(
+                id,
+                LOGIN_FREE,
+                "",
+                device=new_id(),
+                browser=self.settings.impersonate,
+                guest=1,
+                added=time.time(),
+            )
+            with self._changes_lock, contextlib.suppress(StoreUnavailable):
+                (row,) = self.store.merge_accounts(lambda known: [known.get(id) or row])
+            account = self._enliven(row, Counter())
+        return self.welcome(account)
 
     def find(self, id: str) -> Account | None:
         """An account or guest by its id."""
@@ -2456,13 +2804,31 @@ class Pool:
         with self._accounts_lock:
             return [*self._accounts.values(), *self._guests.values()]
 
-    def holder(self, conversation: str) -> str | None:
-        """The id of the account that holds a conversation, None when that is not known."""
-        return self.store.conversation_account(conversation)
+    def holder(self, conversation: str, scope: Scope) -> str | None:
+        """The id of the account that holds a conversation, None when that is not known; not_found for one that is not
+        the caller's to see, be it there or not."""
+        held = self._unsaved_held.get(conversation) or self.store.conversation(conversation)
+        if not scope.covers(held.owner if held else ""):
+            raise ApiError("not_found", "There is no such conversation.")
+        return held.account if held else None
 
-    def hold(self, conversations: Mapping[str, str]) -> None:
-        """Remembers which account holds which conversation, both by id."""
-        self.store.put_conversations(conversations)
+    def conversations_of(self, owner: str) -> dict[str, set[str]]:
+        """The conversations that somebody began, by the accounts that hold them."""
+        found = self.store.conversations_of(owner)
+        for id, held in self._unsaved_held.items():
+            if held.owner == owner:
+                found.setdefault(held.account, set()).add(id)
+        return found
+
+    def hold(self, conversations: Mapping[str, Held]) -> None:
+        """Remembers which account holds which conversation, and who began it; in memory while the store cannot."""
+        with self._changes_lock:
+            unsaved = {**self._unsaved_held, **conversations}
+            try:
+                self.store.put_conversations(unsaved)
+                self._unsaved_held = {}
+            except StoreUnavailable:
+                self._unsaved_held = dict(itertools.islice(unsaved.items(), MOST_UNSAVED))
 
     def states(self) -> dict[str, int]:
         """How many accounts are in which state."""
@@ -2574,7 +2940,8 @@ class Pool:
             wait = Wait(max(now + pause, old.until), strikes)
             recent = {name: one for name, one in account.waits.items() if one.until > now - 86400}
             account.waits = recent | {model: wait}
-            self.store.put_wait(account.id, model, wait.until, wait.strikes)
+            with contextlib.suppress(StoreUnavailable):  # it is kept in memory, at least
+                self.store.put_wait(account.id, model, wait.until, wait.strikes)
         return wait.until - now
 
     def answered(self, account: Account, model: str) -> None:
@@ -2584,7 +2951,8 @@ class Pool:
         if (wait := account.waits.get(model)) and wait.until <= account.used:
             with self._changes_lock:
                 account.waits = {name: wait for name, wait in account.waits.items() if name != model}
-                self.store.remove_wait(account.id, model)
+                with contextlib.suppress(StoreUnavailable):
+                    self.store.remove_wait(account.id, model)
 
     def _change(self, account: Account, **columns: Any) -> None:
         """Changes columns of an account, in the store and then in memory."""
@@ -2604,9 +2972,12 @@ class Pool:
             if token not in (now.access_token, now.secret):
                 self.reload()
                 return False
-            if account.row.guest:
-                self.store.remove_accounts([account.id])
-            self._change(account, state=state, reason=reason)
+            try:
+                if account.row.guest:
+                    self.store.remove_accounts([account.id])
+                self._change(account, state=state, reason=reason)
+            except StoreUnavailable:  # the upstream will say it again after the next start
+                account.row = replace(account.row, state=state, reason=reason)
             self._order()
         log(logging.WARNING, f"account set aside as {state}", account=account.name, reason=reason)
         return True
@@ -2632,7 +3003,7 @@ class Pool:
         with self._changes_lock:
             if account.row.guest:
                 self.store.merge_accounts(lambda known: [known.get(account.id) or account.row])
-            if secret:
+            if secret and re.fullmatch(r"[\x21-\x2b\x2d-\x7e]{1,16384}", secret):
                 self._change(account, secret=secret)
             row, first = with_access_token(account.row, token), not account.row.access_token
             if row.state != DISABLED:
@@ -2749,6 +3120,8 @@ _SCRIPT_HEADERS = (
 )  # fmt: skip
 _JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
 _FILE_ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
+_SEED = re.compile(r"[\x20-\x7e]{1,64}")
+_URL_TEXT = re.compile(r"https?://[\x21-\x7e]{1,8000}")
 _BLOCK_MARKS = re.compile(r"just a moment|cf-spinner|cf-chl|challenge-platform|unusual activity", re.I)
 
 
@@ -2765,6 +3138,22 @@ class Requirements:
         """The `openai-sentinel-…` header lines."""
         values = {"chat-requirements": self.token, "proof": self.proof, "arkose": self.arkose}
         return [f"openai-sentinel-{name}-token: {one}".encode() for name, one in values.items() if one]
+
+
+def granted(said: Mapping[str, Any], name: str) -> str:
+    """A token that an answer has under a name, "" for none; Refusal for one that cannot stand in a header."""
+    value = said.get(name)
+    if value in (None, ""):
+        return ""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,16384}", value):
+        raise Refusal("broken", f"The upstream's answer has a {name} that cannot be used; try again.")
+    return value
+
+
+def inner(said: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within an answer, {} where there is none."""
+    value = said.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -2964,7 +3353,7 @@ def _meaning(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
 def _seconds(said: Any, headers: Mapping[str, str]) -> float | None:
     """The pause that a 429 asks for: its body's `clears_in`, else Retry-After as seconds."""
     for value in (said, headers.get("retry-after")):
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             if math.isfinite(seconds := float(value or "")) and seconds >= 0:
                 return min(seconds, 30 * 86400.0)
     return None
@@ -2975,12 +3364,17 @@ def dicts(value: Any) -> list[dict[str, Any]]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
+MAX_COOKIES, MAX_COOKIE = 50, 4096  # in a jar, characters of one: what browsers keep
+
+
 def with_cookies(cookies: Mapping[str, str], headers: Mapping[str, str]) -> dict[str, str]:
-    """The cookies after an answer: with those that it sets, without those that it ends."""
+    """The cookies after an answer: with those that it sets, without those that it ends. What is too large, or one too
+    many, is left out."""
     kept = dict(cookies)
     for line in headers.get("set-cookie", "").split("\n"):
         key, equals, value = (part.strip() for part in line.partition(";")[0].partition("="))
-        if equals and key and not re.search(r"[\s\x00-\x1f]", key + value):
+        fits = equals and key and len(key) + len(value) <= MAX_COOKIE
+        if fits and re.fullmatch(r"[\x21-\x7e]*", key + value) and (key in kept or len(kept) < MAX_COOKIES):
             ended = not value or re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I)
             kept[key] = "" if ended else value
     return {key: value for key, value in kept.items() if value}
@@ -2997,8 +3391,12 @@ class ChatGPT:
         self.settings, self.pool, self.handles = settings, pool, handles
         self.solver, self.metrics = solver, metrics
         self.silence = float(settings.upstream_timeout)
+        self.fetcher, self.guest_handles = Fetcher(settings), Handles(together=True)
         self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
         self._renewals = ThreadPoolExecutor(32, thread_name_prefix="renewal")
+        # Of their own, so that made-up tokens keep no account of the pool from its renewal.
+        self._guest_renewals = ThreadPoolExecutor(4, thread_name_prefix="guest-renewal")
+        self._private: dict[str, bool] = {}  # whether a gateway's address is
         self._pages: dict[tuple[str, str], Page] = {}
         self._agents: dict[str, str] = {}
         self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
@@ -3006,30 +3404,42 @@ class ChatGPT:
 
     def close(self) -> None:
         """Begins no more background work."""
-        for executor in (self._ahead, self._renewals):
+        for executor in (self._ahead, self._renewals, self._guest_renewals):
             executor.shutdown(wait=False, cancel_futures=True)
 
     # -- calls -----------------------------------------------------------------------------------------------
 
     def _call(
         self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, watch: Watch,
-        silence: float | None = None,
+        silence: float | None = None, address: str = "",
     ) -> Call:  # fmt: skip
-        """A call on a connection of the account's own."""
-        call = self.handles.call(
-            account.id, account.route, method, url, headers, body, watch, silence or self.silence
+        """A call on a connection of the account's own; a guest's is kept once the upstream has accepted its token."""
+        guest = account.row.guest
+        handles = self.guest_handles if guest else self.handles
+        kept = not guest or self.pool.find(account.id) is account
+        call = handles.call(
+            account.id,
+            account.route,
+            method,
+            url,
+            headers,
+            body,
+            watch,
+            silence or self.silence,
+            kept,
+            address,
         )
         call.reached = functools.partial(self.pool.reached, account, account.route)
         return call
 
     def _answer(
         self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
-        watch: Watch, silence: float | None = None, once: bool = False,
+        watch: Watch, silence: float | None = None, once: bool = False, address: str = "",
     ) -> Patient[Answer]:  # fmt: skip
         """The whole answer of a call; counted under `name`, its cookies kept if it is the site's. `once`: it must not be
         made twice."""
         try:
-            with self._call(account, method, url, headers, body, watch, silence) as call:
+            with self._call(account, method, url, headers, body, watch, silence, address) as call:
                 if once:
                     call.handle.sent_once()
                 answer = yield from call.whole()
@@ -3137,9 +3547,9 @@ class ChatGPT:
             raise
         self._newer.add(newer)
         ready = yield from self._satisfied(account, page, answer, watch)
-        final = {"prepare_token": answer.get("prepare_token"), "proofofwork": ready.proof}
+        final = {"prepare_token": granted(answer, "prepare_token"), "proofofwork": ready.proof}
         answer = yield from self._object("requirements", account, f"{path}/finalize", watch, final)
-        return replace(ready, token=str(answer.get("token") or ""), expires=_expiry(answer))
+        return replace(ready, token=granted(answer, "token"), expires=_expiry(answer))
 
     def _satisfied(
         self, account: Account, page: Page, asked: Mapping[str, Any], watch: Watch
@@ -3148,17 +3558,17 @@ class ChatGPT:
         expires = _expiry(asked)
         if asked.get("force_login") and account.row.kind == LOGIN_FREE:
             raise Refusal("blocked", "The upstream wants a signed-in account here; add one to the pool.")
-        proof, arkose = asked.get("proofofwork") or {}, asked.get("arkose") or {}
+        proof, arkose = inner(asked, "proofofwork"), inner(asked, "arkose")
         solution = token = ""
         if proof.get("required"):
             seed, difficulty = str(proof.get("seed")), str(proof.get("difficulty"))
             solution = yield from self._proof(account, page, seed, difficulty, watch)
         if arkose.get("required"):
             token = yield from self._arkose(str(arkose.get("dx") or ""), watch)
-        return Requirements(str(asked.get("token") or ""), solution, token, expires)
+        return Requirements(granted(asked, "token"), solution, token, expires)
 
     def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> Patient[str]:
-        if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty):
+        if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty) or not _SEED.fullmatch(seed):
             text = "The upstream asks a proof of work of an unknown kind."
             raise Refusal("rejected", text, "upstream_error")
         if harder(difficulty, limit := self.settings.pow_difficulty):
@@ -3175,12 +3585,12 @@ class ChatGPT:
         if not (url := self.settings.arkose_token_url):
             text = "The upstream wants an Arkose token; set ARKOSE_TOKEN_URL to a service that provides them."
             raise Refusal("rejected", text, "arkose_required")
-        body, route, token = compact({"blob": dx}).encode(), Route("", ""), None
+        body, route, token = compact({"blob": dx}).encode("utf-8", "replace"), Route("", ""), ""
         call = self.handles.call("arkose", route, "POST", url, _JSON_HEADERS, body, watch, self.silence)
         with call, contextlib.suppress(Refusal):
             answer = yield from call.whole()
-            token = (answer.object() or {}).get("token") if answer.status == 200 else None
-        if not isinstance(token, str) or not token:
+            token = granted(answer.object() or {}, "token") if answer.status == 200 else ""
+        if not token:
             raise Refusal("rejected", "The service at ARKOSE_TOKEN_URL gave no token.", "arkose_required")
         return token
 
@@ -3200,7 +3610,7 @@ class ChatGPT:
         try:
             answer = yield from self._object("conduit", account, "/f/conversation/prepare", watch, bare)
             self._newer.add(newer)
-            conduit = f"x-conduit-token: {answer.get('conduit_token') or ''}".encode()
+            conduit = f"x-conduit-token: {granted(answer, 'conduit_token')}".encode()
             yield from self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
         except Refusal as refused:
             if refused.reason == "missing":
@@ -3238,11 +3648,12 @@ class ChatGPT:
         asked |= {"timezone_offset_min": TIMEZONE_OFFSET_MIN, "reset_rate_limits": False}
         made = yield from self._object("files", account, "/files", watch, asked)
         id, url = str(made.get("file_id") or ""), str(made.get("upload_url") or "")
-        if not _FILE_ID.fullmatch(id) or not url.startswith(("https://", "http://")):
+        if not _FILE_ID.fullmatch(id) or not _URL_TEXT.fullmatch(url):
             raise Refusal("broken", "The upstream did not say where to upload a file; try again.")
+        address = yield from self.named_address(account, url, watch)
         headers = [b"x-ms-blob-type: BlockBlob", b"x-ms-version: 2020-04-08", b"Expect:"]
         headers += [f"Content-Type: {file.mime}".encode(), f"Origin: {account.gateway}".encode()]
-        answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch)
+        answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch, address=address)
         if not 200 <= answer.status < 300:
             raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
         # What is uploaded is not sent again for a hiccup of these two calls.
@@ -3283,15 +3694,17 @@ class ChatGPT:
 
     def file_url(self, account: Account, id: str, watch: Watch, conversation: str = "") -> Patient[str]:
         """A short-lived URL for a file that the account holds; for `sediment` files the conversation's."""
-        place = f"/conversation/{conversation}/attachment" if conversation else "/files"
+        talk = urllib.parse.quote(conversation, safe="", errors="replace")
+        place = f"/conversation/{talk}/attachment" if conversation else "/files"
         return (yield from self._url("download", account, f"{place}/{id}/download", watch))
 
     def sandbox_url(
         self, account: Account, conversation: str, message: str, path: str, watch: Watch
     ) -> Patient[str]:
         """A short-lived URL for a file that the model made at `/mnt/data/…`."""
-        query = urllib.parse.urlencode({"message_id": message, "sandbox_path": path})
-        address = f"/conversation/{conversation}/interpreter/download?{query}"
+        query = urllib.parse.urlencode({"message_id": message, "sandbox_path": path}, errors="replace")
+        talk = urllib.parse.quote(conversation, safe="", errors="replace")
+        address = f"/conversation/{talk}/interpreter/download?{query}"
         return (yield from self._url("interpreter", account, address, watch))
 
     def _url(self, name: str, account: Account, path: str, watch: Watch) -> Patient[str]:
@@ -3300,26 +3713,61 @@ class ChatGPT:
             said = yield from self._object(name, account, path, watch)
         except Refusal as refused:
             raise gone if refused.reason == "missing" else refused from None
-        if not isinstance(url := said.get("download_url"), str) or not url.startswith(
-            ("https://", "http://")
-        ):
+        url = said.get("download_url")
+        if not isinstance(url, str) or not _URL_TEXT.fullmatch(url):
             raise gone
         return url
 
-    def content(self, account: Account, url: str, watch: Watch) -> Call:
-        """The call that gets a file's bytes; its own files the site gives to the account alone."""
-        own = url.startswith(account.gateway + "/")
-        return self._call(account, "GET", url, self._headers(account) if own else [b"Expect:"], None, watch)
+    def named_address(self, account: Account, url: str, watch: Watch) -> Patient[str]:
+        """Where to connect to for a URL that the upstream names, "" for wherever its host is; Refusal when that is a
+        private address, unless the upstream's own is one."""
+        private = yield from self._gateway_private(account.gateway, watch)
+        if private or url.startswith(account.gateway + "/"):
+            return ""
+        try:
+            host, port, _ = Fetcher.parted(url)
+            addresses = yield from self.fetcher.resolved(host, port, watch)
+        except ValueError:
+            if account.route.proxy:  # which may know names that this machine does not
+                return ""
+            raise Refusal("broken", "The upstream named a place for a file that cannot be found.") from None
+        if not all(map(is_public, filter(None, addresses))):
+            raise Refusal("broken", "The upstream named a private address for a file, which is not asked.")
+        return addresses[0]
 
-    def downloaded(self, account: Account, url: str, watch: Watch) -> Patient[Blob]:
-        """A file's bytes."""
-        with self.content(account, url, watch) as call:
+    def _gateway_private(self, gateway: str, watch: Watch) -> Patient[bool]:
+        """Whether the upstream itself is at a private address, as a gateway of one's own may be."""
+        if gateway not in self._private:
+            private = False
+            with contextlib.suppress(ValueError):  # what cannot be resolved here is a proxy's to find
+                host, port, _ = Fetcher.parted(gateway)
+                addresses = yield from self.fetcher.resolved(host, port, watch)
+                private = not all(map(is_public, filter(None, addresses)))
+            self._private[gateway] = private
+        return self._private[gateway]
+
+    def content(self, account: Account, url: str, watch: Watch) -> Patient[Call]:
+        """The call that gets a file's bytes, begun; its own files the site gives to the account alone."""
+        address = yield from self.named_address(account, url, watch)
+        own = url.startswith(account.gateway + "/")
+        headers = self._headers(account) if own else [b"Expect:"]
+        with contextlib.ExitStack() as guard:
+            call = guard.enter_context(self._call(account, "GET", url, headers, None, watch, address=address))
             yield from call.start()
             if call.status != 200:
                 raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
+            guard.pop_all()
+        return call
+
+    def downloaded(self, account: Account, url: str, watch: Watch) -> Patient[Blob]:
+        """A file's bytes."""
+        most = max(MAX_ANSWER, self.settings.max_body_mb << 20)
+        with (yield from self.content(account, url, watch)) as call:
             for blob in call.blobs():
                 if blob is None:
                     yield
+                elif blob.size > most:
+                    raise too_large()
         return call.body
 
     def me(self, account: Account, watch: Watch) -> Patient[None]:
@@ -3443,7 +3891,8 @@ class ChatGPT:
         """
         if not account.renewable:
             return
-        renewal = self.pool.renewal(account, refused, lambda: self._renewals.submit(self._renew, account))
+        executor = self._guest_renewals if account.row.guest else self._renewals
+        renewal = self.pool.renewal(account, refused, lambda: executor.submit(self._renew, account))
         if renewal is not None:
             try:
                 yield from awaited(renewal, watch, self.silence)
@@ -3489,11 +3938,21 @@ class ChatGPT:
         account.retry_renewal = (0.0, 0)
 
     def _exchange(self, account: Account, failures: int) -> None:
+        """Asks for a new token, once it is sure that there is room to keep it, and keeps it."""
         secret = account.row.secret
         try:
-            ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
-            self.pool.renewed(account, *ask(account, secret))
+            if account.unstored is None:
+                self.pool.store.try_room()
+                ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
+                account.unstored = ask(account, secret)
+            tokens = account.unstored
+            self.pool.renewed(account, *tokens)
+            account.unstored = None
+        except StoreUnavailable as error:
+            account.retry_renewal = (time.time() + 5.0, failures)
+            raise Refusal("broken", error.message, error.code) from None
         except (Refusal, ValueError) as error:
+            account.unstored = None
             reason = error.reason if isinstance(error, Refusal) else "broken"
             if reason == "dead" and self.pool.set_aside(account, "dead", str(error), secret):
                 raise Refusal("expired", "This account's sign-in is no longer valid.") from None
@@ -3739,7 +4198,8 @@ def next_refresh(now: float) -> float:
 def _expiry(answer: Mapping[str, Any]) -> float:
     """When requirements end, in monotonic seconds; ten minutes less a bit where the upstream does not say."""
     after = answer.get("expire_after")
-    return time.monotonic() + (float(after) if isinstance(after, (int, float)) and after > 0 else 540.0)
+    known = isinstance(after, (int, float)) and 0 < after <= 86400
+    return time.monotonic() + (float(after) if known else 540.0)  # type: ignore[arg-type] # known: a number
 
 
 # ============================================================================================================
@@ -3812,6 +4272,10 @@ class Finish(NamedTuple):
 Event = Begin | Text | Reasoning | ToolUse | Drawing | Image | SandboxLink | FunctionCall | Finish
 
 
+# Bytes of one event, characters of a message, messages of an answer, characters of a name in it.
+MAX_EVENT, MAX_MESSAGE, MAX_MESSAGES, MAX_NAME = 16 << 20, 16 << 20, 10_000, 200
+
+
 class EventStream:
     """Server-sent events: takes bytes however they are cut, gives the `data` of whole events.
 
@@ -3820,6 +4284,7 @@ class EventStream:
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
+        self._size = 0  # of what is put aside
         self._last = b""  # the last byte put aside, to see an end that is cut in two
         self._cr = False  # a carriage return was last: a line feed that follows belongs to it
 
@@ -3832,11 +4297,14 @@ class EventStream:
             if data:
                 self._parts.append(data)
                 self._last = data[-1:]
+                self._size += len(data)
+                if self._size > MAX_EVENT:
+                    raise Refusal("broken", "The upstream's answer has an event without end; it was left.")
             return []
         cut = end + 2 if end >= 0 else 1
         block = b"".join([*self._parts, data[:cut]]) if self._parts else data[:cut]
         rest = data[cut:]
-        self._parts, self._last = [rest] if rest else [], rest[-1:]
+        self._parts, self._last, self._size = [rest] if rest else [], rest[-1:], len(rest)
         events = map(self._data, block.decode("utf-8", "replace").split("\n\n"))
         return [data for data in events if data is not None]
 
@@ -3965,7 +4433,7 @@ class _Growing:
 
     def __init__(self, message: dict[str, Any]) -> None:
         self.raw = message
-        self.id = str(message.get("id") or "")
+        self.id = identifier(message.get("id"))
         self.sent = 0
         self.prose = Prose(message)
         self.shown: set[str] = set()  # what has been passed on that comes whole
@@ -4126,6 +4594,8 @@ class Decoder:
                 self._current.append(more, out)  # type: ignore[union-attr] # hot: there is one
             else:
                 self._take(value, out)
+        if self._current is not None and self._current.sent > MAX_MESSAGE:
+            raise Refusal("broken", "The upstream's answer is longer than any that is read; it was left.")
         return out
 
     def rest(self) -> list[Event]:
@@ -4151,7 +4621,7 @@ class Decoder:
         elif "message" in value or "error" in value:
             self._begin(value, out)
         elif value.get("type") == "message_stream_complete":
-            self.conversation = str(value.get("conversation_id") or self.conversation)
+            self.conversation = identifier(value.get("conversation_id")) or self.conversation
             return
         elif value.get("type") == "moderation" and _at(value, ("moderation_response", "blocked")):
             self._reason = "content_filter"
@@ -4166,7 +4636,7 @@ class Decoder:
         """A message, new or (in the cumulative encoding) known and grown."""
         if value.get("error"):
             raise Refusal("broken", "The upstream broke off its answer with an error; try again.")
-        self.conversation = str(value.get("conversation_id") or self.conversation)
+        self.conversation = identifier(value.get("conversation_id")) or self.conversation
         if not isinstance(value.get("message"), dict):
             return
         message = _Growing(value["message"])
@@ -4181,6 +4651,8 @@ class Decoder:
             self._reason = ""  # an earlier message's end was not the answer's
         if message.id:
             self._messages[message.id] = message
+            if len(self._messages) > MAX_MESSAGES:
+                raise Refusal("broken", "The upstream's answer has more messages than any; it was left.")
         self._current = message
 
     def _apply(self, path: str, op: str, value: Any, out: list[Event]) -> None:
@@ -4188,14 +4660,14 @@ class Decoder:
         current = self._current
         if op == "patch" and isinstance(value, list):
             for one in value:
-                if isinstance(one, dict):
+                if isinstance(one, dict) and one.get("o") != "patch":
                     inner = str(one.get("p", ""))
                     whole = inner if inner.startswith("/message") else path + inner
                     self._apply(whole, str(one.get("o", "append")), one.get("v"), out)
         elif path == "" and isinstance(value, dict):
             self._begin(value, out)
-        elif path == "/conversation_id" and isinstance(value, str):
-            self.conversation = value
+        elif path == "/conversation_id":
+            self.conversation = identifier(value) or self.conversation
         elif (
             path == _ANSWER_PATH
             and op == "append"
@@ -4211,7 +4683,7 @@ class Decoder:
         kind = message.kind
         if kind is None:
             return
-        self.model = str(_at(message.raw, ("metadata", "model_slug")) or self.model)
+        self.model = identifier(_at(message.raw, ("metadata", "model_slug"))) or self.model
         if not self._begun:
             self._begun = True
             out.insert(0, Begin(self.model, self.conversation, message.id))
@@ -4220,6 +4692,14 @@ class Decoder:
             self.message = message.id or self.message
             if self._reason != "content_filter":
                 self._reason = message.ending() or self._reason
+
+
+def identifier(value: Any) -> str:
+    """An id or a model's name as the upstream gives it, "" for what is none."""
+    return value if isinstance(value, str) and len(value) <= MAX_NAME and _NAME_TEXT.fullmatch(value) else ""
+
+
+_NAME_TEXT = re.compile(r"[\x21-\x7e]+")
 
 
 def _step(text: str) -> str | int:
@@ -4254,6 +4734,8 @@ def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
             del target[last]
         return
     if op == "append" and isinstance(old, str) and isinstance(value, str):
+        if len(old) + len(value) > MAX_MESSAGE:
+            raise Refusal("broken", "The upstream's answer is longer than any that is read; it was left.")
         value = old + value
     elif op == "append" and isinstance(old, list):
         value = [*old, *value] if isinstance(value, list) else [*old, value]
@@ -4284,30 +4766,33 @@ _MIME = re.compile(r"[0-9A-Za-z_.+-]{1,100}/[0-9A-Za-z_.+-]{1,100}")
 class Files:
     """Files on their way to the accounts that need them: fetched from URLs, found again by content or id, uploaded."""
 
-    def __init__(self, settings: Settings, pool: Pool, upstream: ChatGPT) -> None:
+    def __init__(self, pool: Pool, upstream: ChatGPT) -> None:
         self.pool, self.store, self.upstream = pool, pool.store, upstream
-        self.fetcher = Fetcher(settings)
+        self.fetcher = upstream.fetcher
         self._uploads_lock = threading.Lock()
         self._uploads: dict[tuple[str, str], Future[None]] = {}  # under way, by account and content
 
-    def find(self, id: str, owner: str, where: str | None = None) -> File:
-        """A file by its id, if it is the owner's; else not_found."""
-        if found := self.store.files("id=? AND owner=?", id, owner):
+    def find(self, id: str, scope: Scope, where: str | None = None) -> File:
+        """A file by its id, if the caller may see it; else not_found."""
+        found = self.store.files("id=?", id)
+        if found and scope.covers(found[0].owner):
             return found[0]
         raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.", where)
 
-    def gathered(self, attachment: Attachment, owner: str, watch: Watch) -> Patient[tuple[File, Blob | None]]:
+    def gathered(
+        self, attachment: Attachment, scope: Scope, watch: Watch
+    ) -> Patient[tuple[File, Blob | None]]:
         """A message's file, and its bytes unless an account has it already; fetched if it is given by URL."""
         blob, mime, name = attachment.blob, attachment.mime, attachment.name
         if attachment.file:
-            file = self.find(attachment.file, owner, attachment.where)
+            file = self.find(attachment.file, scope, attachment.where)
             if attachment.image and not file.width:
                 raise unfit(attachment.where, NO_IMAGE)
             return file, None
         if blob is None:
             blob, said, named = yield from self.fetcher.fetched(attachment.url, attachment.where, watch)
             mime, name = mime or said, name or named
-        file = self.described(blob, name, mime, owner)
+        file = self.described(blob, name, mime, scope.owner)
         if attachment.image and not file.width:
             raise unfit(attachment.where, NO_IMAGE)
         return file, blob
@@ -4336,7 +4821,8 @@ class Files:
         for one in self.store.files("digest=? AND account=?", file.digest, account.id):
             if use_case(one) == use_case(file):
                 if not one.purpose and one.used < time.time() - 3600:
-                    self.store.put_file(one._replace(used=time.time()))
+                    with contextlib.suppress(StoreUnavailable):  # it is forgotten a little earlier
+                        self.store.put_file(one._replace(used=time.time()))
                 return one._replace(name=file.name, mime=file.mime)
         return None
 
@@ -4353,7 +4839,10 @@ class Files:
             yield from awaited(other, watch, math.inf)  # who uploads sees to it that it ends
         try:
             id = yield from self._sent(account, file, blob, watch)
-            return self.kept(file._replace(account=account.id, upstream=id, purpose="", used=time.time()))
+            file = file._replace(account=account.id, upstream=id, purpose="", used=time.time())
+            with contextlib.suppress(StoreUnavailable):  # it is uploaded again next time
+                file = self.kept(file)
+            return file
         finally:
             with self._uploads_lock:
                 del self._uploads[key]
@@ -4417,11 +4906,11 @@ class Attempt:
     """One question's way through the accounts: those tried, and what the client has of the answer."""
 
     def __init__(
-        self, question: Question, watch: Watch, guest: Account | None, owner: str, signed_in: bool = False
+        self, question: Question, watch: Watch, guest: Account | None, scope: Scope, signed_in: bool = False
     ) -> None:
-        """`guest` is the one account that is to answer, None the pool; `owner` is whose files the question may use, and
-        `signed_in` whether a login-free account will not do."""
-        self.question, self.watch, self.guest, self.owner = question, watch, guest, owner
+        """`guest` is the one account that is to answer, None the pool; `scope` is whose conversations and files the
+        question may use, and `signed_in` whether a login-free account will not do."""
+        self.question, self.watch, self.guest, self.scope = question, watch, guest, scope
         self.signed_in = signed_in
         self.kept_by: str | None = None  # the account that holds the conversation
         self.holder: str | None = None  # the one account that will do: it has the conversation or a file
@@ -4474,7 +4963,7 @@ class Answers:
         """
         question = attempt.question
         if attempt.guest is None and question.conversation:
-            attempt.holder = attempt.kept_by = self.pool.holder(question.conversation)
+            attempt.holder = attempt.kept_by = self.pool.holder(question.conversation, attempt.scope)
         yield from self._gather(attempt)
         try:
             yield from self._attempts(
@@ -4552,7 +5041,7 @@ class Answers:
         for one in attachments:
             attempt.signed_in = True
             if one not in attempt.materials:
-                attempt.materials[one] = yield from self.files.gathered(one, attempt.owner, attempt.watch)
+                attempt.materials[one] = yield from self.files.gathered(one, attempt.scope, attempt.watch)
             file = attempt.materials[one][0]
             fetched += file.size if one.url else 0
             if fetched > most << 20:
@@ -4571,7 +5060,7 @@ class Answers:
         preferred: str | None = None,
     ) -> Patient[T]:
         """The result of some calls that need a signed-in account; `kind` is what its rate limits are counted under."""
-        attempt = Attempt(Question((), kind), watch, guest, "", signed_in=True)
+        attempt = Attempt(Question((), kind), watch, guest, Scope("nobody"), signed_in=True)
         attempt.holder, attempt.preferred = holder if guest is None else None, preferred
         return (yield from self._attempts(attempt, lambda account: self._signed_in(account, attempt, work)))
 
@@ -4829,7 +5318,7 @@ class Answers:
         attempt.kept = conversation
         keeps = attempt.keeps or not self.settings.history_disabled
         if keeps and not attempt.guest and attempt.kept_by != account.id:
-            self.pool.hold({conversation: account.id})
+            self.pool.hold({conversation: Held(account.id, attempt.scope.owner)})
 
 
 # ============================================================================================================
@@ -4876,7 +5365,7 @@ def read_json(text: str | bytes | bytearray) -> Any:
     """Parses JSON as it is defined, and no deeper than MOST_DEEP, which recursion stands; ValueError for anything else."""
     try:
         if not isinstance(text, str):
-            text = text.decode(json.detect_encoding(text), "surrogatepass")
+            text = text.decode("utf-8-sig")
         return _not_too_deep(_DECODER.decode(text))
     except RecursionError:
         raise ValueError("too deep") from None
@@ -4903,30 +5392,68 @@ def _no_constant(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
+class TooMuchEffort(Exception):
+    """A validation has done all the work that it may."""
+
+
+class Effort:
+    """How much a validation may still do, over everything that it is tried on: about a microsecond or two a unit.
+
+    References can branch without end, and every comparison takes the time of what is compared. `check` is called now
+    and then, and raises when nobody waits for the result any more.
+    """
+
+    MOST = 100_000
+    CHECKED_EVERY = 2_000
+
+    def __init__(self, check: Callable[[], None] | None = None) -> None:
+        self._left, self._check = self.MOST, check
+        self._check_at = self.MOST - self.CHECKED_EVERY
+
+    def spend(self, units: int) -> None:
+        """TooMuchEffort when there is nothing left."""
+        self._left -= units
+        if self._left < 0:
+            raise TooMuchEffort
+        if self._check and self._left < self._check_at:
+            self._check_at = self._left - self.CHECKED_EVERY
+            self._check()
+
+    def canonical(self, value: Any) -> Any:
+        """Hashable, and equal for what JSON holds equal: 1 and 1.0, but not 1 and true."""
+        self.spend(1 + len(value) // 64 if isinstance(value, str) else 1)
+        if isinstance(value, dict):
+            return frozenset((name, self.canonical(one)) for name, one in value.items())
+        if isinstance(value, list):
+            return tuple([self.canonical(one) for one in value])
+        return (type(value) is bool, value)
+
+
 class Schema:
     """A JSON Schema (draft 2020-12) as far as functions and structured output need it: types, enum, const, objects,
     arrays, lengths, ranges, local references, allOf, anyOf, oneOf and not.
 
-    `pattern` and `format` are annotations here: a client's regular expression could hold up the whole process.
+    `pattern` and `format` are annotations here: a client's regular expression could hold up the whole process. What is
+    too much `effort` to be validated counts as fitting.
     """
 
-    MOST_CHECKS = 20_000  # after which the rest counts as fitting: references can branch without end
-
-    def __init__(self, schema: Any) -> None:
-        self._root = schema
-        self._left = self.MOST_CHECKS
+    def __init__(self, schema: Any, effort: Effort | None = None) -> None:
+        self._root, self._effort = schema, effort or Effort()
         self._enums: dict[int, set[Any]] = {}  # what the enums allow, by the identity of their lists
+        self._referred: dict[str, Any] = {}  # what references lead to
 
     def fault(self, value: Any) -> str:
         """Why a value does not fit, with the path to the place; "" when it fits."""
-        self._left = self.MOST_CHECKS
-        return self._fault(value, self._root, "it", 0)
+        try:
+            return self._fault(value, self._root, "it", 0)
+        except TooMuchEffort:
+            return ""
 
     def _fault(self, value: Any, schema: Any, where: str, depth: int) -> str:
-        self._left -= 1
+        self._effort.spend(4 + len(where) // 64)
         if schema is False:
             return f"{where} is not allowed"
-        if not isinstance(schema, dict) or self._left < 0 or depth > MOST_DEEP:
+        if not isinstance(schema, dict) or depth > MOST_DEEP:
             return ""
         for check in (self._alone, self._in_range, self._in_object, self._in_array, self._in_branches):
             if fault := check(value, schema, where, depth + 1):
@@ -4941,12 +5468,11 @@ class Schema:
             return f"{where} is not of type {' or '.join(known)}"
         if isinstance(choices := schema.get("enum"), list):
             if id(choices) not in self._enums:
-                self._left -= len(choices)
-                self._enums[id(choices)] = set(map(_canonical, choices))
-            if _canonical(value) not in self._enums[id(choices)]:
-                return f"{where} is none of {compact(choices[:20])[:300]}"
-        if "const" in schema and _canonical(value) != _canonical(schema["const"]):
-            return f"{where} is not {compact(schema['const'])[:300]}"
+                self._enums[id(choices)] = set(map(self._effort.canonical, choices))
+            if self._effort.canonical(value) not in self._enums[id(choices)]:
+                return f"{where} is none of {', '.join(map(_shown, choices[:10]))}"
+        if "const" in schema and self._effort.canonical(value) != self._effort.canonical(schema["const"]):
+            return f"{where} is not {_shown(schema['const'])}"
         return ""
 
     def _in_range(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
@@ -4961,6 +5487,7 @@ class Schema:
             if value >= _bound(schema, "exclusiveMaximum", math.inf) and value != math.inf:
                 return f"{where} is not below exclusiveMaximum"
             step = _bound(schema, "multipleOf", 0)
+            self._effort.spend(100 if isinstance(value, int) and value.bit_length() > 64 else 0)
             exact = isinstance(value, int) and isinstance(step, int)
             with contextlib.suppress(OverflowError):  # past what a float can hold nobody can tell
                 if step and (value % step if exact else abs(value / step - round(value / step)) > 1e-9):
@@ -4972,17 +5499,18 @@ class Schema:
             return ""
         given = schema.get("properties")
         properties = given if isinstance(given, dict) else {}
-        if "patternProperties" in schema:  # whose names are not looked at
-            schema = {name: one for name, one in schema.items() if name != "additionalProperties"}
-        others = schema.get("additionalProperties", True)
-        for name in _listed(schema, "required"):
+        # The names of patternProperties are not looked at.
+        others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
+        must = _listed(schema, "required")
+        self._effort.spend(len(must) // 4)
+        for name in must:
             if isinstance(name, str) and name not in value:
                 return f"{where} has no {name}"
         for name, one in value.items():
             if name not in properties and others is False:
                 return f"{where} must not have {name[:100]}"
-            inner = name if where == "it" else f"{where}.{name}"
-            if fault := self._fault(one, properties.get(name, others), inner, depth):
+            place = name[:100] if where == "it" else f"{where}.{name[:100]}"
+            if fault := self._fault(one, properties.get(name, others), place, depth):
                 return fault
         return ""
 
@@ -4993,7 +5521,7 @@ class Schema:
         for i, one in enumerate(value):
             if fault := self._fault(one, first[i] if i < len(first) else others, f"{where}[{i}]", depth):
                 return fault
-        if schema.get("uniqueItems") is True and len(set(map(_canonical, value))) < len(value):
+        if schema.get("uniqueItems") is True and len(set(map(self._effort.canonical, value))) < len(value):
             return f"{where} has the same item twice"
         return ""
 
@@ -5017,13 +5545,13 @@ class Schema:
 
     def referred(self, pointer: str) -> Any:
         """What a reference within the schema leads to; any value fits one that leads elsewhere."""
-        if not pointer.startswith("#"):
-            return True
-        found = self._root
-        for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            found = found.get(step, True) if isinstance(found, dict) else True
-        return found
+        if pointer not in self._referred:
+            found = self._root if pointer.startswith("#") else True
+            for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
+                step = step.replace("~1", "/").replace("~0", "~")
+                found = found.get(step, True) if isinstance(found, dict) else True
+            self._referred[pointer] = found
+        return self._referred[pointer]
 
 
 def unknown_type(schema: Any) -> str:
@@ -5042,13 +5570,11 @@ def unknown_type(schema: Any) -> str:
     return unknown_type([*inner, *(schema.get(name) for name in ("anyOf", "oneOf", "allOf"))])
 
 
-def _canonical(value: Any) -> Any:
-    """Hashable, and equal for what JSON holds equal: 1 and 1.0, but not 1 and true."""
-    if isinstance(value, dict):
-        return frozenset((name, _canonical(one)) for name, one in value.items())
-    if isinstance(value, list):
-        return tuple([_canonical(one) for one in value])
-    return (type(value) is bool, value)
+def _shown(value: Any) -> str:
+    """A value of a schema as a fault tells it: in short."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return compact(value[:60] if isinstance(value, str) else value)[:64]
 
 
 # ============================================================================================================
@@ -5056,19 +5582,35 @@ def _canonical(value: Any) -> Any:
 # ============================================================================================================
 
 
-MOST_ITEMS = 1_000_000  # commas in a body: reading more would hold up everybody
+MAX_TOKENS = 500_000  # strings, commas and opening brackets in a body: reading more would hold up everybody
+_JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*|[,\[{]', re.DOTALL)
+
+
+def _too_many_values(data: bytes | bytearray) -> bool:
+    """Whether JSON has more values than are read; a text that is full of commas is one value."""
+    if sum(map(data.count, (b",", b"[", b"{"))) <= MAX_TOKENS // 2:
+        return False
+    return any(number > MAX_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(data)))
 
 
 def parse_object(body: Blob) -> dict[str, Any]:
     """A request's body as a JSON object, without lone surrogates, which nobody could send on."""
     mark, blobs = f"@{random.getrandbits(64):016x}:", list[Blob]()
-    data = body.read() if body.size <= MOST_IN_MEMORY else _lifted(body, mark, blobs)
+    data: bytes | bytearray = b""
+    if body.size <= MOST_IN_MEMORY:
+        data = body.read()
+    else:
+        data = _lifted(body, mark, blobs)
+        if body.share:
+            body.share.grow("memory", len(data))
+    if _too_many_values(data):
+        raise invalid(None, "The body is JSON of more values than any request has; send a smaller one.")
     try:
-        value = read_json(data) if data.count(b",") <= MOST_ITEMS else None
+        value = read_json(data)
     except ValueError:
         raise invalid(None, "The body is not valid JSON; send one JSON object.") from None
     if not isinstance(value, dict):
-        raise invalid(None, "The body is not a JSON object of a usual size; send one.")
+        raise invalid(None, "The body is not a JSON object; send one.")
     if b"\\ud" in data or b"\\uD" in data:
         value = _changed(value, _without_surrogates)
     for name, one in value.items() if blobs else ():
@@ -5107,11 +5649,11 @@ MOST_LIFTED = 200
 def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
     """A large body with the files in it decoded on their way into `blobs`, and in their places the mark and their
     numbers: as text they would stand in memory three times."""
-    rest, at, reach = bytearray(), 0, 512
+    rest, at, reach, tried = bytearray(), 0, 512, 0
     while at < body.size:
         window = body.read(at, PIECE)
         escaped = rest[-1:] == b"\\"  # then the window's first character is no quote
-        match = _INLINE.search(window, int(escaped)) if len(blobs) < MOST_LIFTED else None
+        match = _INLINE.search(window, int(escaped)) if tried < MOST_LIFTED else None
         if match is None:
             # A name may be cut by the window's end.
             step = len(window) if at + PIECE >= body.size else PIECE - reach
@@ -5120,6 +5662,7 @@ def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
             continue
         rest += window[: match.end()]
         at += match.end()
+        tried += 1  # whether it is base64 or not: each try reads a window
         if found := _decoded_run(body, at):
             rest += f"{mark}{len(blobs)}".encode()
             blobs.append(found[0])
@@ -5129,7 +5672,7 @@ def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
 
 def _decoded_run(body: Blob, start: int) -> tuple[Blob, int] | None:
     """The bytes of the base64 that begins there and where it ends; None if that is not at the end of its string."""
-    blob = Blob()
+    blob = Blob(share=body.share)
     for at in range(start, body.size, PIECE):
         piece = body.read(at, PIECE)
         end = _NOT_BASE64.search(piece)
@@ -5174,6 +5717,16 @@ def check_types(body: Mapping[str, Any], types: Types, where: str = "") -> None:
             kinds, what = types[name]
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                 raise unfit(where + name, f"must be {what}.")
+
+
+def model_of(body: Mapping[str, Any]) -> str:
+    """The model that a request names; every event of an answer repeats it."""
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise unfit("model", "is missing; name one, such as gpt-4o or auto.")
+    if len(model) > MAX_NAME:
+        raise unfit("model", f"must have at most {MAX_NAME} characters.")
+    return model
 
 
 def required(body: Mapping[str, Any], name: str, where: str = "") -> str:
@@ -5351,7 +5904,7 @@ class Offer:
         ]
         return "\n".join([*lines, *(compact(one._asdict()) for one in self.functions.values())])
 
-    def fault(self, call: Mapping[str, Any]) -> str:
+    def fault(self, call: Mapping[str, Any], effort: Effort) -> str:
         """What is wrong with a call as the model wrote it, "" for nothing."""
         name, arguments = call.get("name"), call.get("arguments")
         if not isinstance(name, str) or name not in self.functions:
@@ -5361,7 +5914,7 @@ class Offer:
             return f"the function to be called is {self.choice}"
         if not isinstance(arguments, dict):
             return "the arguments are not a JSON object"
-        fault = Schema(self.functions[name].parameters).fault(arguments)
+        fault = Schema(self.functions[name].parameters, effort).fault(arguments)
         return f"the arguments for {name} do not fit its schema: {fault}" if fault else ""
 
 
@@ -5436,9 +5989,9 @@ class CallScanner:
     MOST_CALLS = 128
     MOST_TRIES = 16  # end tags at which a call may end: they may stand in a string of its arguments
 
-    def __init__(self, offer: Offer, last: bool = False, told: str = "") -> None:
+    def __init__(self, offer: Offer, effort: Effort, last: bool = False, told: str = "") -> None:
         """`told` is what the client has of an answer that is being given again."""
-        self._offer, self._last, self._told = offer, last, told
+        self._offer, self._effort, self._last, self._told = offer, effort, last, told
         self._patient = last or offer.choice != "auto"  # text too waits until it is clear what becomes of it
         self._start = ""  # what may be the beginning of a tag
         self._inside: list[str] | None = None  # what has come of a call
@@ -5519,7 +6072,7 @@ class CallScanner:
             if (call := self._parsed(body[:end])) is not None:
                 self._inside = None
                 self._calls.append(call)
-                self._fault = self._fault or self._offer.fault(call)
+                self._fault = self._fault or self._offer.fault(call, self._effort)
                 most = self.MOST_CALLS if self._offer.parallel else 1
                 if len(self._calls) >= most and not self._fault:
                     self._finish(Finish("stop"), out)
@@ -5546,7 +6099,7 @@ class CallScanner:
         if self._inside is not None:
             if (call := self._parsed("".join(self._inside))) is not None:
                 self._calls.append(call)  # only the end tag is missing
-                fault = fault or self._offer.fault(call)
+                fault = fault or self._offer.fault(call, self._effort)
             else:
                 fault = fault or "the call is not valid JSON between its tags"
         if not self._calls and not fault and self._offer.choice != "auto":
@@ -5609,17 +6162,18 @@ def parse_shape(value: Any, where: str) -> Shape | None:
 MOST_STARTS = 64  # places of a text at which JSON is looked for
 
 
-def find_json(text: str, schema: Mapping[str, Any] | None) -> tuple[str, str]:
+def find_json(text: str, schema: Mapping[str, Any] | None, effort: Effort) -> tuple[str, str]:
     """The first JSON object (or array, where a schema allows one) in a text that fits, or "" and why there is none.
 
     What stands inside of brackets is never taken for the whole, even when that is not valid."""
     fault, at = "there is no JSON object in it", 0
+    wanted = Schema({"type": "object"} if schema is None else schema, effort)
     for _ in range(MOST_STARTS):
         if not (match := re.compile(r"[{\[]").search(text, at)):
             break
         try:
             value, at = _DECODER.raw_decode(text, match.start())
-            wrong = Schema({"type": "object"} if schema is None else schema).fault(_not_too_deep(value))
+            wrong = wanted.fault(_not_too_deep(value))
             if not wrong:
                 return text[match.start() : at], ""
             fault = f"it does not fit the schema: {wrong}"
@@ -5644,8 +6198,8 @@ class ShapeScanner:
 
     told, over = "", False
 
-    def __init__(self, shape: Shape, last: bool = False) -> None:
-        self._shape, self._last = shape, last
+    def __init__(self, shape: Shape, effort: Effort, last: bool = False) -> None:
+        self._shape, self._effort, self._last = shape, effort, last
         self._text: list[str] = []
         self.complaint = ""
 
@@ -5669,7 +6223,7 @@ class ShapeScanner:
         """An answer that did not come to its own end is passed on as it is, as OpenAI does it."""
         text = self.said()
         if event.reason == "stop":
-            text, fault = find_json(text, self._shape.schema)
+            text, fault = find_json(text, self._shape.schema, self._effort)
             if fault and self._last:
                 message = "The model's answer is not the JSON that was asked for, twice; simplify the schema or ask again."
                 raise ApiError("invalid_structured_output", message)
@@ -5693,11 +6247,12 @@ def instructed(
     return (Message("system", ("\n\n".join(told),)), *messages) if told else messages
 
 
-def exchange(turn: Turn, ask: Callable[[Question], Batches], heartbeat: float) -> Batches:
+def exchange(turn: Turn, ask: Callable[[Question], Batches], watch: Watch) -> Batches:
     """The answer to a turn, as `ask` gives it, with the client's functions and shape seen to: what cannot be used is
     asked for again, once, without the client's noticing."""
-    scanners: list[CallScanner | ShapeScanner] = [CallScanner(turn.offer)] if turn.offer else []
-    scanners += [ShapeScanner(turn.shape)] if turn.shape else []
+    effort, heartbeat = Effort(watch.check), watch.heartbeat
+    scanners: list[CallScanner | ShapeScanner] = [CallScanner(turn.offer, effort)] if turn.offer else []
+    scanners += [ShapeScanner(turn.shape, effort)] if turn.shape else []
     if not scanners:
         yield from ask(turn.question)
         return
@@ -5707,8 +6262,8 @@ def exchange(turn: Turn, ask: Callable[[Question], Batches], heartbeat: float) -
     first = scanners[0]
     told = first.told if len(scanners) == 1 else ""
     said = (Message("assistant", (first.said(),)), Message("system", (complaint,)))
-    scanners = [CallScanner(turn.offer, True, told)] if turn.offer else []
-    scanners += [ShapeScanner(turn.shape, True)] if turn.shape else []
+    scanners = [CallScanner(turn.offer, effort, True, told)] if turn.offer else []
+    scanners += [ShapeScanner(turn.shape, effort, True)] if turn.shape else []
     again = replace(turn.question, messages=(*turn.question.messages, *said))
     try:
         yield from _scanned(scanners, _words(ask(again)), heartbeat)
@@ -5778,8 +6333,7 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
     check_types(body, CHAT_FIELDS)
     if not (messages := body.get("messages")):
         raise unfit("messages", "must be a list of at least one message.")
-    if not (model := body.get("model")):
-        raise unfit("model", "is missing; name one, such as gpt-4o or auto.")
+    model = model_of(body)
     if body.get("n") not in (None, 1):
         raise unfit("n", "must be 1: the upstream gives one answer a request.")
     if "audio" in (body.get("modalities") or ()):
@@ -6194,7 +6748,7 @@ class ResponseRequest:
     turn: Turn
     messages: tuple[Message, ...]
     names: Mapping[str, str]  # of the functions called so far, by the ids of the calls
-    echo: Mapping[str, Any]
+    echo: dict[str, Any]
     store: bool
 
 
@@ -6207,7 +6761,7 @@ def parse_response(
 ) -> ResponseRequest:
     """A request of the Responses API that goes on from the messages of an earlier one; 400 names what is wrong.
     `find_item` gives an item of a response that is kept."""
-    model = required(body, "model")
+    model = model_of(body)
     for name in ("conversation", "prompt"):
         if body.get(name) is not None:
             raise unfit(name, "must be absent: nothing of the kind is kept here; see `previous_response_id`.")
@@ -6216,8 +6770,9 @@ def parse_response(
     if body.get("truncation") not in (None, "auto", "disabled"):
         raise unfit("truncation", "must be auto or disabled.")
     metadata = body.get("metadata") or {}
-    if len(metadata) > 16 or not all(isinstance(one, str) and len(one) <= 512 for one in metadata.values()):
-        raise unfit("metadata", "must have at most 16 strings of up to 512 characters.")
+    fits = len(metadata) <= 16 and all(len(name) <= 64 for name in metadata)
+    if not fits or not all(isinstance(one, str) and len(one) <= 512 for one in metadata.values()):
+        raise unfit("metadata", "must have at most 16 strings of up to 512 characters, by names of up to 64.")
     names = dict(names)
     messages = (*earlier, *parse_items(body.get("input"), names, find_item, upload_by_url))
     system = (Message("system", (body["instructions"],)),) if body.get("instructions") else ()
@@ -6243,7 +6798,22 @@ def parse_response(
     echo |= {"text": {"format": {"type": "text"}} | text, "truncation": body.get("truncation") or "disabled"}
     store = body.get("store") is not False
     echo |= {"tool_choice": body.get("tool_choice") or "auto", "store": store}
-    return ResponseRequest(turn, messages, names, echo, store)
+    return ResponseRequest(turn, messages, names, _echoed(echo), store)
+
+
+MAX_ECHO = 64 << 10  # characters of JSON
+_LEFT_OUT = {"tools": [], "metadata": {}, "text": {"format": {"type": "text"}}, "tool_choice": "auto"}
+
+
+def _echoed(echo: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a response repeats, and that are kept with it: without the longest ones if they are too long
+    together."""
+    sizes = {name: len(compact(value)) for name, value in echo.items()}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        if sum(sizes.values()) <= MAX_ECHO:
+            break
+        echo[name], sizes[name] = _LEFT_OUT.get(name), 0
+    return echo
 
 
 def _response_tools(tools: list[Any]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
@@ -6456,8 +7026,15 @@ class ModelResponse(Answered):
 MOST_LINE = 8192  # bytes of the request line
 MOST_HEAD = 32768  # bytes of the request line and all headers
 MOST_HEADERS = 100
+MAX_PUBLIC_BODY = 64 << 10  # bytes of the body of a request that anybody may make
+MAX_FIELDS = 1000  # of a form or a query
+ROOM_IN_MEMORY, ROOM_ON_DISK = 256 << 20, 4 << 30  # bytes of all request bodies at a time
+CRUMB, MAX_CRUMBS = 256, 32  # reads of fewer bytes, so many of which are a client that sends in crumbs
 BODY_RATE = 10_000  # bytes a second that extend the time a client has for its body
 SEND_TIMEOUT = 30  # seconds without a byte read by a client that end its answer
+DRAIN_TIME = (
+    1.0  # seconds in which a client may go on sending after its answer, before the connection is closed
+)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET = re.compile(r"[\x21-\x7e]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -6479,11 +7056,15 @@ class Request:
     params: dict[str, str] = field(default_factory=dict)
     guest: Account | None = None
     asker: str = ""
-    owner: str = ""  # whose files and responses it may use
+    scope: Scope = Scope("nobody")  # whose conversations, files and responses it may use
     user: str = ""  # the API user whose requests and tokens are counted
     route: str = "none"
+    endpoint: Endpoint | None = None
+    admin: bool = False  # whether it has the administrator's key
     key: str = ""
-    target: str = "/"  # path and query as they came, API_PREFIX included
+    raw_query: str = ""
+    port: int = 0  # that the server listens on
+    version: str = "1.1"
 
     def json(self) -> dict[str, Any]:
         return parse_object(self.body)
@@ -6507,9 +7088,16 @@ def parse_form(headers: Mapping[str, str], body: Blob) -> dict[str, list[Part]]:
         return _multipart(kind, body)
     form: dict[str, list[Part]] = {}
     text = body.read().decode("utf-8", "replace")
-    for name, value in urllib.parse.parse_qsl(text, keep_blank_values=True):
-        form.setdefault(name, []).append(Part(None, "", Blob(value.encode())))
+    for name, value in fields_of(text):
+        form.setdefault(name, []).append(Part(None, "", Blob(value.encode("utf-8", "replace"))))
     return form
+
+
+def fields_of(text: str) -> list[tuple[str, str]]:
+    """The fields of a query, or of a form in the same encoding, counted before they are built."""
+    if text.count("&") >= MAX_FIELDS:
+        raise invalid(None, f"There are more than {MAX_FIELDS} fields; send fewer.")
+    return urllib.parse.parse_qsl(text, keep_blank_values=True)
 
 
 MOST_PARTS, MOST_PART_HEAD = 100, 4096
@@ -6652,6 +7240,35 @@ def parse_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
     return method, target, version, headers
 
 
+_ABSOLUTE = re.compile(r"(?i)https?://(?:[0-9a-z._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?=[/?]|\Z)")
+_ENCODED_PLAIN = re.compile(
+    r"%(?:2[dDeEfF]|3[0-9]|4[1-9a-fA-F]|5[0-9aAcCfF]|6[1-9a-fA-F]|7[0-9aA]|[01][0-9a-fA-F]|7[fF])"
+)
+
+
+def parse_target(target: str) -> tuple[str, str]:
+    """Path, decoded, and query of a request's target: a path, or an http:// or https:// URL as it is sent to proxies.
+
+    A path has one spelling, so that a front server and this one never take it for two. Refused with 400 are `//`, `#`,
+    back-slashes, and what is percent-encoded although it could stand as it is: letters, digits, `-`, `.`, `_`, and
+    what would be a slash or a control character.
+    """
+    if match := _ABSOLUTE.match(target):
+        target = target[match.end() :]
+        target = target if target.startswith("/") else "/" + target
+    raw, _, query = target.partition("?")
+    if not raw.startswith("/") or "#" in target or "\\" in raw or "//" in raw:
+        raise malformed("the request's target")
+    if "%" not in raw:
+        return raw, query
+    if _ENCODED_PLAIN.search(raw) or re.search(r"%(?![0-9a-fA-F]{2})", raw):
+        raise malformed("a path that is encoded more than it must be, or wrongly")
+    try:
+        return urllib.parse.unquote(raw, errors="strict"), query
+    except UnicodeDecodeError:
+        raise malformed("a path that is not UTF-8") from None
+
+
 class Wire:
     """A client's socket: reads heads and bodies with their limits and time-outs, keeps what was sent ahead."""
 
@@ -6659,6 +7276,7 @@ class Wire:
         self._sock, self._timeout = sock, timeout
         self._ahead = b""
         self._limited = 0.0
+        self._crumbs = 0  # reads of this request that brought next to nothing
 
     def _limit(self, seconds: float) -> None:
         """The kernel's own time-out: a timed Python socket calls poll() before each read and write, as TLS must."""
@@ -6682,13 +7300,19 @@ class Wire:
             self._limit(SEND_TIMEOUT)
 
     def _more(self, deadline: float) -> bytes:
-        """The next bytes, b"" at the end; ApiError request_timeout when they are not there in time."""
+        """The next bytes, b"" at the end; ApiError request_timeout when they are not there in time. What is sent in
+        crumbs is left to gather, up to a twentieth of a second: each read takes its time."""
+        if self._crumbs > MAX_CRUMBS:
+            time.sleep(min(0.05, 0.001 * (self._crumbs - MAX_CRUMBS)))
         left = deadline - time.monotonic()
         try:
             if left > 0:
                 if left < self._timeout - 0.5:
                     self._limit(max(left, 0.01))
-                return self._sock.recv(16384)
+                data = self._sock.recv(16384)
+                if len(data) < CRUMB:
+                    self._crumbs += 1
+                return data
         except (BlockingIOError, TimeoutError, ssl.SSLWantReadError):
             pass
         except OSError:
@@ -6701,17 +7325,19 @@ class Wire:
         A client that sends nothing at all is given the time-out too, and then left without a word.
         """
         self._limit(self._timeout)
-        data, begun = self._ahead, False
+        data, begun, seen = bytearray(self._ahead), False, 0  # how much of it holds no end
+        self._crumbs = 0
         deadline = time.monotonic() + self._timeout
         while True:
             if not begun and data not in (b"", b"\r"):  # one empty line before a request is forgiven
                 data, begun = data.removeprefix(b"\r\n"), True
-            end = data.find(b"\r\n\r\n")
+            end = data.find(b"\r\n\r\n", max(seen - 3, 0))
             if 0 <= end <= MOST_HEAD:
-                self._ahead = data[end + 4 :]
-                return data[:end]
-            if _BARE_LF.search(data):
+                self._ahead = bytes(data[end + 4 :])
+                return bytes(data[:end])
+            if _BARE_LF.search(data, max(seen - 1, 0)):
                 raise malformed("a line feed without carriage return")
+            seen = len(data)
             if len(data) > MOST_HEAD:
                 line = data.find(b"\r\n")
                 if not 0 <= line <= MOST_LINE:
@@ -6729,11 +7355,12 @@ class Wire:
                 deadline = time.monotonic() + self._timeout
             data += more
 
-    def body(self, headers: Mapping[str, str], most: int) -> Blob:
-        """The request's body, by length or in chunks; request_too_large past `most` bytes."""
+    def body(self, headers: Mapping[str, str], most: int, share: Share) -> Blob:
+        """The request's body, by length or in chunks; request_too_large past `most` bytes, overloaded when there is no
+        room for more bodies."""
         start, read = time.monotonic(), 0
-        text = f"The body is larger than MAX_BODY_MB allows ({most >> 20} MiB)."
-        too_large = ApiError("request_too_large", text)
+        size = f"{most >> 20} MiB, see MAX_BODY_MB" if most >= 1 << 20 else f"{most >> 10} KiB here"
+        too_large = ApiError("request_too_large", f"The body is larger than allowed ({size}).")
 
         def more() -> bytes:
             nonlocal read
@@ -6744,19 +7371,19 @@ class Wire:
             return data
 
         if "transfer-encoding" in headers:
-            return self._chunks(more, most, too_large)
+            return self._chunks(more, most, too_large, share)
         length = int(headers.get("content-length", 0))
         if length > most:
             raise too_large
-        body, self._ahead = Blob(self._ahead[:length]), self._ahead[length:]
+        body, self._ahead = Blob(self._ahead[:length], share), self._ahead[length:]
         while (left := length - body.size) > 0:
             data = more()
             body.write(data[:left])
             self._ahead = data[left:]
         return body
 
-    def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError) -> Blob:
-        body, data, beside = Blob(), bytearray(self._ahead), 0
+    def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError, share: Share) -> Blob:
+        body, data, beside = Blob(share=share), bytearray(self._ahead), 0
         while True:
             digits, _, extension = self._line(data, more).partition(b";")
             beside += len(extension)
@@ -7071,23 +7698,58 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
+class Application:
+    """What a server serves. A request's head is looked at first: who may send what is settled before its body is read."""
+
+    def admit(self, request: Request) -> int:
+        """How many bytes the body of a request may have, of which the head alone is there; ApiError when it is refused."""
+        return MAX_PUBLIC_BODY
+
+    def respond(self, request: Request) -> Reply | Stream | Upgrade:
+        """The answer to a whole request."""
+        raise NotImplementedError
+
+    def shared(self) -> bool:
+        """Whether pages of any web site may read the answers (CORS)."""
+        return True
+
+
+def is_loopback(text: str) -> bool:
+    """Whether an address, or `localhost`, is this machine by itself."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(text.partition("%")[0])
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    return text == "localhost"
+
+
+def place_of(peer: str) -> str:
+    """What one person may be expected to have of a peer's addresses: a house has 2**64 of IPv6."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.IPv6Address(peer.partition("%")[0])
+        return str(address.ipv4_mapped or int(address) >> 64)
+    return peer
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """A thread a connection, up to MAX_CONNECTIONS; `respond` answers a Request."""
+    """A thread a connection, up to MAX_CONNECTIONS; the application answers a Request."""
 
     daemon_threads = True
     request_queue_size = 1024
     allow_reuse_address = True
 
     def __init__(
-        self, address: tuple[str, int], respond: Callable[[Request], Reply | Stream | Upgrade], settings: Settings,
-        metrics: Metrics, quiet: bool = False,
+        self, address: tuple[str, int], application: Application, settings: Settings, metrics: Metrics,
+        quiet: bool = False,
     ) -> None:  # fmt: skip
-        self.respond, self.settings, self.metrics, self.quiet = respond, settings, metrics, quiet
+        self.application, self.settings, self.metrics, self.quiet = application, settings, metrics, quiet
+        self.room = Room(ROOM_IN_MEMORY, max(ROOM_ON_DISK, 4 * (settings.max_body_mb << 20)))
         self.prefix = f"/{settings.api_prefix}" if settings.api_prefix else ""
         self.stopping = False  # no new requests
         self.ending = False  # open answers are to end
         self._open_lock = threading.Lock()
         self._open: dict[socket.socket, Connection | None] = {}  # by the socket that was accepted
+        self._places: dict[socket.socket, str] = {}  # where those come from that are counted
+        self._from = Counter[str]()  # how many come from a place
         self.tls = tls_context(settings)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -7109,14 +7771,22 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Refuses what is over MAX_CONNECTIONS, in the accepting thread and without waiting."""
+        """Refuses what is over MAX_CONNECTIONS or MAX_CONNECTIONS_PER_ADDRESS, in the accepting thread and without
+        waiting."""
+        peer, most = str(client_address[0]), self.settings.max_connections_per_address
+        place = "" if not most or is_loopback(peer) else place_of(peer)
         with self._open_lock:
-            if len(self._open) < self.settings.max_connections and not self.stopping:
+            crowded = bool(place) and self._from[place] >= most
+            if len(self._open) < self.settings.max_connections and not self.stopping and not crowded:
                 self._open[request] = None
+                if place:
+                    self._places[request] = place
+                    self._from[place] += 1
                 return True
         self.metrics.add("chatproxy_requests_total", labels='route="none",status="503"')
         if not self.tls:
-            reply = error_reply(overloaded("Too many connections"))
+            text = "Too many connections from this address" if crowded else "Too many connections"
+            reply = error_reply(overloaded(text))
             with contextlib.suppress(OSError):
                 request.settimeout(0)
                 request.send(head_bytes(reply, "1.1", "close") + reply.body)
@@ -7126,6 +7796,10 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         with self._open_lock:
             self._open.pop(request, None)
+            if place := self._places.pop(request, ""):
+                self._from[place] -= 1
+                if not self._from[place]:
+                    del self._from[place]
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -7182,9 +7856,11 @@ def head_bytes(reply: Reply | Stream | Upgrade, version: str, connection: str, e
         if reply.status != 204:
             lines.append(f"Content-Length: {len(reply.body)}")
     elif isinstance(reply, Stream):
-        lines += ["Cache-Control: no-cache", "X-Accel-Buffering: no"]
+        lines.append("X-Accel-Buffering: no")
         if version == "1.1":
             lines.append("Transfer-Encoding: chunked")
+    if "Cache-Control" not in reply.headers:
+        lines.append("Cache-Control: no-store")
     if connection:
         lines.append(f"Connection: {connection}")
     lines += [f"{name}: {value}" for name, value in reply.headers.items()]
@@ -7197,6 +7873,7 @@ def _date(now: int) -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
 
 
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # that a log names
 _CORS = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: x-request-id, retry-after\r\n"
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
@@ -7242,7 +7919,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Closes without a reset that could overtake the answer: reads what the client still sends, for a moment."""
-        plain = self.plain
+        plain, end = self.plain, time.monotonic() + DRAIN_TIME
         with contextlib.suppress(OSError, ValueError):
             if isinstance(self.sock, ssl.SSLSocket):
                 self.sock.settimeout(1)
@@ -7251,7 +7928,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             plain.shutdown(socket.SHUT_WR)
             plain.settimeout(0.2)
             for _ in range(64):
-                if not plain.recv(65536):
+                if not plain.recv(65536) or time.monotonic() > end:
                     break
         self.sock.close()
 
@@ -7268,18 +7945,35 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 return False
             self.busy = True
             self.start = time.monotonic()
-            request, keep = self._read(head)
+            request, keep = self._parsed(head)
         except ApiError as error:
             self.failure = error
             self._send(error_reply(error), request, False)
             return False
+        share = Share(self.server.room)
         try:
-            answer = self._routed(request)
+            return self._answered(request, keep, share)
+        finally:
+            share.end()
+
+    def _answered(self, request: Request, keep: bool, share: Share) -> bool:
+        """Reads the body of a request that is admitted, and answers; whether another request may follow."""
+        answer: Reply | Stream | Upgrade
+        bodiless = {"content-length", "transfer-encoding"}.isdisjoint(request.headers)
+        whole = bodiless or request.headers.get("content-length") == "0"
+        try:
+            early = self._placed(request)
+            most = 0 if early else self.server.application.admit(request)
+            if not whole and not early:
+                self._read(request, most, share)
+                whole = True
+            answer = early or self.server.application.respond(request)
         except ClientGone:
             self._log(request, 499, 0)
             return False
         except Exception as failure:
             answer = error_reply(self._failed(failure, request))
+        keep = keep and whole  # else nobody reads on to where the next request begins
         if isinstance(answer, Reply):
             return self._send(answer, request, keep)
         if isinstance(answer, Upgrade):
@@ -7316,50 +8010,46 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.failure = failure
         return failure
 
-    def _read(self, head: bytes) -> tuple[Request, bool]:
-        """The whole request, and whether its connection may be kept."""
+    def _parsed(self, head: bytes) -> tuple[Request, bool]:
+        """The request by its head, and whether its connection may be kept."""
         method, target, version, headers = parse_head(head)
-        most = self.server.settings.max_body_mb << 20
         self.version, self.method = version[5:], method
         options = {word.strip().lower() for word in headers.get("connection", "").split(",")}
         keep = "close" not in options if version == "HTTP/1.1" else "keep-alive" in options
-        if expected := headers.get("expect"):
-            if expected.lower() != "100-continue":
-                raise ApiError("expectation_failed", "`Expect` may only be `100-continue`.")
-            if int(headers.get("content-length", 0)) <= most and version == "HTTP/1.1":
-                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.wire.body(headers, most)
-        if "://" in target.partition("?")[0]:  # absolute form, as sent to proxies
-            try:
-                parts = urllib.parse.urlsplit(target)
-            except ValueError:
-                raise malformed("the request line") from None
-            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        raw, _, query = target.partition("?")
-        path = urllib.parse.unquote(raw) if "%" in raw else raw
-        values = dict(urllib.parse.parse_qsl(query, keep_blank_values=True)) if query else {}
-        request = Request(method, path, values, headers, body, self.peer, self.client, self.request_id)
-        request.target = target
+        if headers.get("expect", "100-continue").lower() != "100-continue":
+            raise ApiError("expectation_failed", "`Expect` may only be `100-continue`.")
+        path, query = parse_target(target)
+        values = dict(fields_of(query)) if query else {}
+        request = Request(method, path, values, headers, Blob(), self.peer, self.client, self.request_id)
+        request.raw_query, request.port, request.version = query, self.server.server_port, self.version
         return request, keep
 
-    def _routed(self, request: Request) -> Reply | Stream | Upgrade:
+    def _placed(self, request: Request) -> Reply | None:
+        """Takes API_PREFIX off the path of a request; the answer where the application is not needed for it."""
         prefix = self.server.prefix
         if self.server.stopping:
             raise overloaded("The server is shutting down")
         if prefix and not (request.path == prefix or request.path.startswith(prefix + "/")):
             raise ApiError("not_found", "There is nothing at this address.")
         request.path = request.path[len(prefix) :] or "/"
-        request.target = request.target[len(prefix) :] or "/"
         if not {".", ".."}.isdisjoint(request.path.split("/")):
             raise ApiError("not_found", "There is nothing at this address.")
         if request.method == "OPTIONS":
-            return Reply(204, headers=dict(_PREFLIGHT))
-        return self.server.respond(request)
+            return Reply(204, headers=dict(_PREFLIGHT) if self.server.application.shared() else {})
+        return None
+
+    def _read(self, request: Request, most: int, share: Share) -> None:
+        """Reads the body of a request, of up to `most` bytes."""
+        headers = request.headers
+        fits = int(headers.get("content-length", 0)) <= most
+        if "expect" in headers and fits and self.version == "1.1":
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.body = self.wire.body(headers, most, share)
 
     def _send(self, reply: Reply, request: Request | None, keep: bool) -> bool:
         keep = keep and not self.server.stopping
         connection = ("" if self.version == "1.1" else "keep-alive") if keep else "close"
-        head = head_bytes(reply, self.version, connection, f"x-request-id: {self.request_id}\r\n{_CORS}")
+        head = head_bytes(reply, self.version, connection, self._extra())
         self.wire.sending()
         try:
             self.sock.sendall(head if self.method == "HEAD" else head + reply.body)
@@ -7369,6 +8059,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self._first_byte(request)
         self._log(request, reply.status, 0)
         return keep
+
+    def _extra(self) -> str:
+        """The header lines that every answer has."""
+        shared = _CORS if self.server.application.shared() else ""
+        return f"x-request-id: {self.request_id}\r\n{shared}"
 
     def _first_byte(self, request: Request) -> None:
         labels = f'route="{request.route}"'
@@ -7391,7 +8086,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         keep = keep and self.version == "1.1" and not self.server.stopping
         chunked, send = self.version == "1.1", self.sock.sendall
         connection = "" if keep else "close"
-        head = head_bytes(stream, self.version, connection, f"x-request-id: {self.request_id}\r\n{_CORS}")
+        head = head_bytes(stream, self.version, connection, self._extra())
         self._first_byte(request)
         self.wire.sending()
         try:
@@ -7427,7 +8122,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         level = logging.WARNING if status >= 500 else logging.INFO
         if not LOG.isEnabledFor(level) or self.server.quiet:
             return
-        facts: dict[str, Any] = {"id": self.request_id, "method": self.method or "-", "route": route}
+        method = self.method if self.method in _METHODS else "-"
+        facts: dict[str, Any] = {"id": self.request_id, "method": method, "route": route}
         facts |= {"status": status, "ms": round((time.monotonic() - self.start) * 1000, 1), "peer": self.peer}
         if request and request.asker:
             facts["as"] = request.asker
@@ -7515,28 +8211,100 @@ class Router:
         return "\n".join(lines)
 
 
+# ============================================================================================================
+# access: who may call, who administers, and who owns what
+# ============================================================================================================
+
 SESSION_LIFE = 12 * 3600.0  # seconds that an administrator stays signed in
 WRONG_KEYS, WRONG_KEY_TIME, WRONG_KEY_DELAY = 5, 60.0, 1.0  # so many in so many seconds; then each waits
+MAX_WAITING = 4  # wrong keys of one address that wait; further ones are refused
+MAX_STRANGERS = 16  # callers' own tokens that the upstream is asked about at a time
 ADMIN_COOKIE = "chatproxy_admin_{}"  # and the port: browsers send a host's cookies to all of its ports
-MOST_REMEMBERED = 10_000  # addresses, sessions
+MOST_REMEMBERED = 10_000  # addresses, sessions, tokens
+# Headers by which a server in front of this one tells for whom it asks: what they are, or begin with.
+_FRONT_NAMES = {
+    "via",
+    "cdn-loop",
+    "client-ip",
+    "true-client-ip",
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "x-host",
+}
+_FRONT_PREFIXES = (
+    "forwarded", "x-forwarded", "x-real-", "x-original-", "x-envoy-", "x-amz", "x-azure-", "x-appengine-", "x-arr-",
+    "x-proxy", "x-scheme", "cf-", "fly-", "fastly-", "akamai-", "cloudfront-",
+)  # fmt: skip
+
+
+class Guesses:
+    """Wrong keys by the address that they come from. After WRONG_KEYS of them in a minute every further one waits for
+    its answer, one after another, up to MAX_WAITING at a time."""
+
+    def __init__(self) -> None:
+        self._guesses_lock = threading.Lock()
+        self._wrong: OrderedDict[str, list[float]] = OrderedDict()  # when an address had wrong keys
+        self._waiting: dict[
+            str, tuple[int, float]
+        ] = {}  # how many wait, and until when the last of them does
+
+    def note(self, peer: str) -> None:
+        """A key of this peer's was wrong."""
+        now, place = time.monotonic(), place_of(peer)
+        with self._guesses_lock:
+            recent = [one for one in self._wrong.pop(place, ()) if now - one < WRONG_KEY_TIME]
+            self._wrong[place] = [*recent[-WRONG_KEYS:], now]
+            if len(self._wrong) > MOST_REMEMBERED:
+                self._wrong.popitem(last=False)
+
+    def slow_down(self, request: Request) -> None:
+        """Waits if there were many wrong keys from the peer's address; rate_limit_exceeded when enough wait already."""
+        now, place = time.monotonic(), place_of(request.peer)
+        with self._guesses_lock:
+            recent = [one for one in self._wrong.get(place, ()) if now - one < WRONG_KEY_TIME]
+            if len(recent) < WRONG_KEYS:
+                return
+            waiting, until = self._waiting.get(place, (0, now))
+            if waiting >= MAX_WAITING:
+                headers = {"Retry-After": str(math.ceil(WRONG_KEY_TIME))}
+                text = "Too many wrong keys come from this address; send the right one, or come back in a minute."
+                raise ApiError("rate_limit_exceeded", text, headers=headers)
+            until = max(now, until) + WRONG_KEY_DELAY
+            self._waiting[place] = (waiting + 1, until)
+        try:
+            patiently(paused(until - now, request.watch))
+        finally:
+            with self._guesses_lock:
+                waiting, until = self._waiting.pop(place)
+                if waiting > 1:
+                    self._waiting[place] = (waiting - 1, until)
 
 
 class Keys:
-    """Who may call: the keys of AUTHORIZATION, API users and the administrator, compared by digest in constant time."""
+    """Who may call: the keys of AUTHORIZATION, API users and the administrator, compared by digest in constant time,
+    and whoever brings a token that the upstream accepts."""
 
-    def __init__(self, settings: Settings, pool: Pool, ledger: Ledger, extra: Iterable[str] = ()) -> None:
-        self.settings, self.pool, self.ledger = settings, pool, ledger
-        # Who has a key: how logs call them, and whose files and responses are theirs.
+    def __init__(
+        self, settings: Settings, pool: Pool, ledger: Ledger, prove: Callable[[Request], None],
+        extra: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        """`prove` asks the upstream about the token that a request brings: invalid_api_key when it does not accept it."""
+        self.settings, self.pool, self.ledger, self._prove = settings, pool, ledger, prove
+        # Who has a key: how logs call them, and whose conversations, files and responses are theirs.
         self._keys = {
             self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
             for key in (*settings.authorization, *extra)
         }
         self.cookie = ADMIN_COOKIE.format(settings.port)
+        self.guesses = Guesses()
         self._users_lock = threading.Lock()
         self._users: dict[bytes, User] = {}
         self._remembered_lock = threading.Lock()
-        self._wrong: OrderedDict[str, list[float]] = OrderedDict()  # when an address had wrong keys
         self._sessions: OrderedDict[bytes, float] = OrderedDict()  # when one ends, by its cookie's digest
+        self._proved: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # callers' tokens that the upstream has accepted
+        self._strangers = threading.BoundedSemaphore(MAX_STRANGERS)
         self.reload()
 
     @staticmethod
@@ -7548,6 +8316,11 @@ class Keys:
         with self._users_lock:  # what was read last is what stays
             self._users = {bytes.fromhex(user.token_hash): user for user in self.pool.store.users()}
 
+    @property
+    def keyless(self) -> bool:
+        """Whether callers need no key: there is neither AUTHORIZATION nor an API user."""
+        return not self.settings.authorization and not self._users
+
     @staticmethod
     def given(request: Request) -> str:
         """The API key of a request, "" for none: `Authorization: Bearer X`, or bare `X`."""
@@ -7558,66 +8331,101 @@ class Keys:
 
     def _refused(self, request: Request, text: str) -> ApiError:
         """A wrong key; who has had too many of them waits for this answer."""
-        now, place = time.monotonic(), request.peer
-        with contextlib.suppress(ValueError):  # a house has 2**64 addresses of IPv6
-            address = ipaddress.IPv6Address(place.partition("%")[0])
-            place = place if address.ipv4_mapped else str(int(address) >> 64)
-        with self._remembered_lock:
-            recent = [one for one in self._wrong.pop(place, ()) if now - one < WRONG_KEY_TIME]
-            self._wrong[place] = [*recent[-WRONG_KEYS:], now]
-            if len(self._wrong) > MOST_REMEMBERED:
-                self._wrong.popitem(last=False)
-        if len(recent) >= WRONG_KEYS:
-            patiently(paused(WRONG_KEY_DELAY, request.watch))
+        self.guesses.slow_down(request)
+        self.guesses.note(request.peer)
         return ApiError("invalid_api_key", text)
 
-    def admit(self, request: Request) -> None:
-        """Decides who answers: sets `guest` (None: the pool), `asker`, `owner` and `user`, or `key` for an `sk-` key;
-        else invalid_api_key. An API user's requests are counted, rate_limit_exceeded past its limit."""
+    def admit(self, request: Request, own: bool = True, administers: bool = False) -> None:
+        """Decides who answers: sets `guest` (None: the pool), `asker`, `scope` and `user`, or `key` for an `sk-` key; else
+        invalid_api_key. An API user's requests are counted, rate_limit_exceeded past its limit. `own`: whether callers
+        may bring tokens of their own; `administers`: whether the administrator's key is one here."""
         key = self.given(request)
         # Digests are compared: how long that takes tells nothing of a key.
         digest = self._digest(key)
+        request.admin = key != "" and self._is_administrators(digest)
         if key and (known := self._keys.get(digest)):
-            request.asker, request.owner = known
-            return
-        if key and (user := self._users.get(digest)):
-            request.asker, request.owner, request.user = f"user {user.name or user.id}", user.id, user.id
-            if request.method not in ("POST", "PATCH"):
-                self.ledger.count(user.id)
-            elif left := self.ledger.admit(user.id, user.limit):
-                text = (
-                    f"The {user.limit} requests that this API user has a day are used up; come back tomorrow."
-                )
-                headers = {"Retry-After": str(math.ceil(left))}
-                raise ApiError("rate_limit_exceeded", text, headers=headers)
-            return
-        if not key:
-            if not self.settings.authorization and not self._users:
-                request.guest, request.asker = self.pool.guest(LOGIN_FREE), "login-free"
-                request.owner = "login-free"
-                return
-            raise ApiError("invalid_api_key", "No API key was sent; send one as `Authorization: Bearer KEY`.")
-        if self.settings.allow_direct_tokens:
-            if key.startswith("sk-"):
-                request.key, request.asker = key, f"key {masked(key)}"
-                return
-            with contextlib.suppress(ValueError):
-                request.guest = self.pool.guest(key)
-                request.asker, request.owner = request.guest.name, request.guest.id
-                return
-        text = "send one of the server's AUTHORIZATION, an API user's token, or your own."
-        raise self._refused(request, f"Incorrect API key provided: {text}")
+            request.asker, request.scope = known[0], Scope(known[1], everyone=True)
+        elif administers and request.admin:
+            request.asker, request.scope = "admin", Scope("key-admin", everyone=True)
+        elif key and (user := self._users.get(digest)):
+            self._admit_user(request, user)
+        elif not key:
+            if not self.keyless:
+                text = "No API key was sent; send one as `Authorization: Bearer KEY`."
+                raise ApiError("invalid_api_key", text)
+            request.guest, request.asker = self.pool.login_free(), LOGIN_FREE
+            request.scope = Scope(LOGIN_FREE)
+        elif not own or not self.settings.allow_direct_tokens or not self._admit_own(request, key, digest):
+            text = "send one of the server's AUTHORIZATION, an API user's token, or your own."
+            raise self._refused(request, f"Incorrect API key provided: {text}")
+
+    def _admit_user(self, request: Request, user: User) -> None:
+        request.asker, request.scope, request.user = f"user {user.name or user.id}", Scope(user.id), user.id
+        if request.method not in ("POST", "PATCH"):
+            self.ledger.count(user.id)
+        elif left := self.ledger.admit(user.id, user.limit):
+            text = f"The {user.limit} requests that this API user has a day are used up; come back tomorrow."
+            raise ApiError("rate_limit_exceeded", text, headers={"Retry-After": str(math.ceil(left))})
+
+    def _admit_own(self, request: Request, key: str, digest: bytes) -> bool:
+        """Admits who brings an access token, a refresh token or an `sk-` key, once the upstream has accepted it; False for
+        what is none of these. A stranger's body is not read before that, and nothing is kept for one."""
+        if key.startswith("sk-"):
+            if not request.path.startswith("/v1/"):
+                text = "An `sk-` key opens nothing but /v1, where OpenAI's API takes it."
+                raise ApiError("invalid_api_key", text)
+            request.key, request.asker = key, f"key {masked(key)}"
+        else:
+            try:
+                request.guest = self.pool.guest(callers_token(key))
+            except ValueError:
+                return False
+            request.asker, request.scope = request.guest.name, Scope(request.guest.id)
+        known = digest in self._proved or (request.guest is not None and not request.guest.row.guest)
+        if not known:
+            self._ask_about(request, digest)
+        if request.guest:
+            request.guest = self.pool.welcome(request.guest)
+        return True
+
+    def _ask_about(self, request: Request, digest: bytes) -> None:
+        """Has the upstream say whether it accepts a token; of those that it does not, an address has as few as of wrong
+        keys."""
+        self.guesses.slow_down(request)
+        if not self._strangers.acquire(blocking=False):
+            raise overloaded("Too many new tokens are being looked at just now", 1)
+        try:
+            self._prove(request)
+        except ApiError as error:
+            if error.code == "invalid_api_key":
+                self.guesses.note(request.peer)
+            raise
+        finally:
+            self._strangers.release()
+        with self._remembered_lock:
+            self._proved[digest] = None
+            if len(self._proved) > MOST_REMEMBERED:
+                self._proved.popitem(last=False)
+
+    def doubt(self, request: Request) -> None:
+        """The upstream does not accept a caller's token any more."""
+        with self._remembered_lock:
+            self._proved.pop(self._digest(self.given(request)), None)
+        self.guesses.note(request.peer)
 
     # -- the administrator -------------------------------------------------------------------------------------
 
     def admit_admin(self, request: Request, named: str = "", sessions: bool = True) -> None:
         """Admits the administrator's key (in the header, or `named` elsewhere in the request) and, from a page of this
-        server, who signed in with it. Without any key set, clients of this machine."""
-        request.asker = "admin"
+        server, who signed in with it. Without any key set, clients of this machine, until there is an API user."""
+        request.asker, request.admin, request.scope = "admin", True, Scope("key-admin", everyone=True)
         if self.settings.administrator is None:
             browsed = not sessions and "sec-fetch-site" in request.headers  # a link that changes something
-            if browsed or not self._local(request):
-                text = "Admin routes answer only this machine until ADMIN_KEY is set."
+            if self._users:
+                text = "There are API users now: set ADMIN_KEY to administer this server."
+                raise ApiError("invalid_api_key", text)
+            if browsed or not self._local(request) or self._foreign(request):
+                text = "Admin routes answer only this machine, asked directly, until ADMIN_KEY is set."
                 raise ApiError("invalid_api_key", text)
         elif key := self.given(request) or named:
             self._check(request, key)
@@ -7625,39 +8433,48 @@ class Keys:
             text = "The admin key is missing; send it as `Authorization: Bearer KEY`."
             raise ApiError("invalid_api_key", text)
 
+    def _is_administrators(self, digest: bytes) -> bool:
+        wanted = self.settings.administrator
+        return wanted is not None and hmac.compare_digest(digest, self._digest(wanted))
+
     def _check(self, request: Request, key: str) -> None:
-        if not hmac.compare_digest(self._digest(key), self._digest(self.settings.administrator or "")):
+        if not self._is_administrators(self._digest(key)):
             raise self._refused(request, "The admin key is wrong.")
 
-    def admit_agent(self, request: Request, named: str) -> None:
-        """Admits who has the agents' key, in the header or `named` in the query; without any key set, this machine."""
+    def admit_agent(self, request: Request, named: str) -> str:
+        """Admits who has the agents' key, in the header or `named` in the query; without any key set, this machine. What
+        tells the key from others, for the ids that are registered with it."""
         request.asker = "agent"
         key, wanted = self.given(request) or named, self.settings.agent_key or self.settings.administrator
         if wanted is None:
-            if not self._local(request, agents=True):
+            if not self._local(request):
                 raise ApiError("invalid_api_key", "Agents connect from this machine until AGENT_KEY is set.")
-        elif not key:
+            return ""
+        if not key:
             raise ApiError("invalid_api_key", "An agent needs the key; connect to /client/register?key=KEY.")
-        elif not hmac.compare_digest(self._digest(key), self._digest(wanted)):
+        if not hmac.compare_digest(self._digest(key), self._digest(wanted)):
             raise self._refused(request, "The agent's key is wrong.")
+        return self._digest(key).hex()
 
-    def _local(self, request: Request, agents: bool = False) -> bool:
-        """Whether a request comes from this machine: neither through a reverse proxy, as far as that says so, nor from
-        another site's page in a browser here, be its name one that was made to lead here."""
-
-        def loopback(text: str) -> bool:
-            with contextlib.suppress(ValueError):
-                address = ipaddress.ip_address(text.partition("%")[0])
-                return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-            return text == "localhost"
-
+    def _local(self, request: Request) -> bool:
+        """Whether a request comes from this machine, as far as anybody can tell: from a loopback address, asking for the
+        address and port that are listened on, and not through another server, which would say so (or speak HTTP/1.0, as
+        nginx does unless told otherwise)."""
         headers = request.headers
+        told = any(name in _FRONT_NAMES or name.startswith(_FRONT_PREFIXES) for name in headers)
+        fronted = told or request.version == "1.0"
+        host, port = self._asked_for(request)
+        listened = is_loopback(host) or host == self.settings.host
+        return is_loopback(request.peer) and not fronted and listened and port == request.port
+
+    def _asked_for(self, request: Request) -> tuple[str, int]:
+        """Host and port of the Host header; ("", 0) for what is none."""
         with contextlib.suppress(ValueError):
-            host = urllib.parse.urlsplit(f"//{headers.get('host', 'localhost')}").hostname or ""
-            passed_on = {"forwarded", "via", "x-real-ip"} & set(headers) or "x-forwarded" in " ".join(headers)
-            own = agents or not self._foreign(request)
-            return loopback(request.peer) and loopback(host) and not passed_on and own
-        return False
+            parts = urllib.parse.urlsplit(f"//{request.headers.get('host', '')}")
+            usual = 443 if self.settings.tls_cert else 80
+            if "@" not in parts.netloc:
+                return parts.hostname or "", parts.port or usual
+        return "", 0
 
     @staticmethod
     def _foreign(request: Request) -> bool:
@@ -7668,6 +8485,23 @@ class Keys:
         return headers.get("origin", "").partition("://")[2].lower() != headers.get("host", "").lower() and (
             "origin" in headers
         )
+
+    def refuse_pages(self, request: Request) -> None:
+        """Without a key any page that somebody on this machine has open could ask for answers: origin_refused for what
+        another site's page sends, or one that has had its name lead here."""
+        headers = request.headers
+        browsed = {"origin", "sec-fetch-site"} & set(headers)
+        if not self.keyless or not browsed or request.method in ("GET", "HEAD"):
+            return
+        host = self._asked_for(request)[0]
+        named = (
+            host != "localhost" and host != self.settings.host and not re.fullmatch(r"[0-9.]+|.*:.*", host)
+        )
+        if named or self._foreign(request):
+            text = (
+                "Pages of other sites may not ask a server that has no key; set AUTHORIZATION to allow them."
+            )
+            raise ApiError("origin_refused", text)
 
     def _signed_in(self, request: Request) -> bool:
         """Whether a request has the cookie of a session and, if it changes anything, comes from a page of this server."""
@@ -7763,22 +8597,24 @@ class Agents:
     def __init__(self) -> None:
         self._agents_lock = threading.Lock()
         self._agents: dict[str, Agent] = {}  # those that are connected
-        self._holders: OrderedDict[str, str] = OrderedDict()  # conversation → agent, connected or not
+        self._holders: OrderedDict[str, Held] = OrderedDict()  # conversations → agents, connected or not
+        self._keys: OrderedDict[str, str] = OrderedDict()  # by which key an agent's id was registered
 
     def connected(self) -> list[Agent]:
         """The agents, the one asked longest ago first."""
         with self._agents_lock:
             return sorted(self._agents.values(), key=lambda agent: agent.asked)
 
-    def serve(self, web: WebSocket) -> None:
-        """Has an agent's connection to its end."""
+    def serve(self, web: WebSocket, key: str = "") -> None:
+        """Has the connection of an agent, registered with this key, to its end."""
         offered = new_id()
         web.send(compact({"id": offered, "message": "Connection id", "data": ""}))
         said = self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))
         if said is None:
             return
         id = said.get("id")
-        agent = self._take_place(id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered, web)
+        wanted = id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered
+        agent = self._take_place(wanted if self._registered(wanted, key) else offered, web)
         log(logging.INFO, "agent connected", agent=agent.id)
         try:
             while (said := self._heard(web.receive())) is not None:
@@ -7795,6 +8631,15 @@ class Agents:
     def _heard(text: str | None) -> dict[str, Any] | None:
         """A message of the protocol, {} for what is none; None at the end."""
         return None if text is None else Answer(200, {}, text.encode()).object() or {}
+
+    def _registered(self, id: str, key: str) -> bool:
+        """Whether an agent with this key may have the id: nobody takes one that was registered with another key."""
+        with self._agents_lock:
+            bound = self._keys.setdefault(id, key) == key
+            self._keys.move_to_end(id)
+            if len(self._keys) > MOST_HELD_BY_AGENTS:
+                self._keys.popitem(last=False)
+        return bound
 
     def _take_place(self, id: str, web: WebSocket) -> Agent:
         """The place of this id, taken over from an earlier connection."""
@@ -7845,10 +8690,14 @@ class Agents:
                 agent.waiting.pop(id, None)
                 web.needed = len(agent.waiting)
 
-    def ask(self, content: str, conversation: str, parent: str, watch: Watch) -> Patient[AgentAnswer]:
+    def ask(
+        self, content: str, conversation: str, parent: str, scope: Scope, watch: Watch
+    ) -> Patient[AgentAnswer]:
         """An answer: of the agent that holds the conversation, without one of whoever answers a ping first, beginning
         with the one asked longest ago. ApiError no_agent when none is there, agent_lost when the one that holds the
-        conversation is not, or fails."""
+        conversation is not, or fails; not_found when that is not the caller's to go on with."""
+        if conversation and not scope.covers(self._holders.get(conversation, Held("")).owner):
+            raise ApiError("not_found", "There is no such conversation.")
         holder, tried, end = (
             self._holder(conversation),
             list[WebSocket | None](),
@@ -7879,19 +8728,20 @@ class Agents:
                 if conversation or lost.silent:
                     raise ApiError("agent_lost", f"The question is lost: {lost}.") from None
                 continue
-            return self._answer(agent, said)
+            return self._answer(agent, said, scope.owner)
 
     def _holder(self, conversation: str) -> str | None:
         """The agent of a conversation; of one that nobody is known to hold, the only agent that there is."""
         with self._agents_lock:
             only = next(iter(self._agents)) if len(self._agents) == 1 else None
-            return self._holders.get(conversation, only)
+            held = self._holders.get(conversation)
+            return held.account if held else only
 
     def holds(self, conversation: str) -> bool:
         """Whether a conversation is known to be an agent's."""
         return conversation in self._holders
 
-    def _answer(self, agent: Agent, said: Mapping[str, Any]) -> AgentAnswer:
+    def _answer(self, agent: Agent, said: Mapping[str, Any], owner: str) -> AgentAnswer:
         """An agent's answer; ApiError agent_lost for a failure that it reports, or what cannot be understood."""
         data = str(said.get("data") or "").encode("utf-8", "replace")
         value = Answer(200, {}, data).object() or {}
@@ -7902,13 +8752,16 @@ class Agents:
             raise ApiError(
                 "agent_lost", "The agent reported a failure; the console of its browser tells more."
             )
+        held = Held(agent.id, owner)
         if _AGENT_ID.fullmatch(conversation):
             with self._agents_lock:
-                self._holders[conversation] = agent.id
+                held = self._holders.setdefault(conversation, held)
                 self._holders.move_to_end(conversation)
                 if len(self._holders) > MOST_HELD_BY_AGENTS:
                     self._holders.popitem(last=False)
-        return AgentAnswer(content, response, conversation)
+        # Nobody is led into a conversation of another agent's, or of somebody else's.
+        own = held.account == agent.id and held.owner in (owner, "")
+        return AgentAnswer(content, response, conversation if own else "")
 
 
 # ============================================================================================================
@@ -7926,15 +8779,27 @@ PLAIN_ERRORS = ("/admin/", "/api/ask", "/api/connections")
 ROUTER = Router()
 
 
+OR_ADMIN = "caller or admin"  # the access of what belongs to somebody
+SIGNS_IN = (
+    "caller; to store: admin"  # the access of what takes a key of this server, and no caller's own token
+)
+
+
 def _named_key(request: Request) -> str:
-    """The admin key as ChatGPT-API-server's clients send it: in the body or the query."""
-    if not request.path.startswith("/admin/"):
-        return ""
-    if named := request.query.get("admin_key"):
-        return named
+    """The admin key as ChatGPT-API-server's clients send it, in the body."""
     with contextlib.suppress(ApiError):
         return str(_body(request).get("admin_key") or "")
     return ""
+
+
+@contextlib.contextmanager
+def _plainly(request: Request) -> Iterator[None]:
+    """Gives errors the shape that the route's clients expect."""
+    try:
+        yield
+    except ApiError as error:
+        error.plain = request.path.startswith(PLAIN_ERRORS)
+        raise
 
 
 def _body(request: Request) -> dict[str, Any]:
@@ -7942,7 +8807,7 @@ def _body(request: Request) -> dict[str, Any]:
     return request.json() if request.body.size else {}
 
 
-class App:
+class App(Application):
     """Everything a route may need, made once."""
 
     def __init__(
@@ -7951,47 +8816,83 @@ class App:
         self.settings, self.store, self.solver = settings, store, solver
         self.metrics, self.handles, self.tokens = Metrics(), Handles(), Tokens()
         self.pool, self.ledger = Pool(settings, store), Ledger(store)
-        self.keys = Keys(settings, self.pool, self.ledger, extra_keys)
+        self.keys = Keys(settings, self.pool, self.ledger, self._prove, extra_keys)
         self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
-        self.files = Files(settings, self.pool, self.upstream)
+        self.files = Files(self.pool, self.upstream)
         self.answers, self.agents = Answers(self.upstream, self.files, self.ledger), Agents()
         states = self.pool.states
         self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
 
-    def respond(self, request: Request) -> Reply | Stream | Upgrade:
-        """Finds the route of a request, checks who may use it, and answers."""
-        try:
-            return self._answer(request)
-        except ApiError as error:
-            error.plain = request.path.startswith(PLAIN_ERRORS)
-            raise
+    def shared(self) -> bool:
+        """Pages of other sites may read answers once there is a key that they must send."""
+        return not self.keys.keyless
 
-    def _answer(self, request: Request) -> Reply | Stream | Upgrade:
-        under_v1 = request.path.startswith("/v1/")
-        endpoint, failure = None, ApiError("not_found", "")
-        try:
-            endpoint = ROUTER.find(request)
-        except ApiError as error:
-            failure = error
-            if not under_v1 or not (Keys.given(request).startswith("sk-") or request.path.startswith(ABSENT)):
-                raise
-        if endpoint is None or endpoint.access == "caller":
-            self.keys.admit(request)
-            if request.key and under_v1:
+    def admit(self, request: Request) -> int:
+        """Finds the route of a request, and checks who may use it."""
+        with _plainly(request):
+            self.keys.refuse_pages(request)
+            return self._admit(request)
+
+    def respond(self, request: Request) -> Reply | Stream | Upgrade:
+        """The answer to a request that was admitted; the administrator's key may be in the body of some."""
+        with _plainly(request):
+            endpoint = request.endpoint
+            if endpoint is None or request.key:
                 return relay(self, request)
+            if endpoint.access == "admin" and not request.admin:
+                self.keys.admit_admin(request, _named_key(request))
+            return endpoint.function(self, request)
+
+    def _admit(self, request: Request) -> int:
+        under_v1, whole = request.path.startswith("/v1/"), self.settings.max_body_mb << 20
+        absent, given = request.path.startswith(ABSENT), Keys.given(request)
+        try:
+            request.endpoint = endpoint = ROUTER.find(request)
+        except ApiError:
+            if not under_v1 or not (given.startswith("sk-") or absent):
+                raise
+            self.keys.admit(request)
             if request.key:
-                raise ApiError(
-                    "invalid_api_key", "An `sk-` key opens nothing but /v1, where OpenAI's API takes it."
-                )
-        if endpoint is None and request.path.startswith(ABSENT):
+                return whole
+            if not absent:
+                raise
             text = f"The ChatGPT web upstream has no {request.path}; requests with an `sk-` key go to OpenAI's API."
-            raise ApiError("not_found", text)
-        if endpoint is None:
-            raise failure
-        if endpoint.access.startswith("admin"):
-            self.keys.admit_admin(request, _named_key(request), endpoint.access == "admin")
-        return endpoint.function(self, request)
+            raise ApiError("not_found", text) from None
+        kind = endpoint.access
+        if kind.startswith("caller"):
+            self.keys.admit(request, own=kind != SIGNS_IN, administers=kind != "caller")
+            return MAX_PUBLIC_BODY if kind == SIGNS_IN else whole
+        if kind.startswith("admin"):
+            in_query = request.query.get("admin_key", "") if request.path.startswith("/admin/") else ""
+            in_body = request.path.startswith("/admin/") and request.method == "POST" and not given
+            try:
+                self.keys.admit_admin(request, in_query, kind == "admin")
+            except ApiError:
+                request.admin = False
+                if not in_body or in_query or self.settings.administrator is None:
+                    raise
+                return MAX_PUBLIC_BODY
+            return whole
+        return MAX_PUBLIC_BODY
+
+    def _prove(self, request: Request) -> None:
+        """Has the upstream say whether it accepts the token that a caller brings, by the cheapest call."""
+        account, watch = request.guest, request.watch
+        if account is None:
+            prove_key(self, request)
+            return
+
+        def ask(account: Account) -> Patient[None]:
+            if account.row.kind == REFRESH:  # which was exchanged just now, or earlier
+                return
+            try:
+                yield from self.upstream.me(account, watch)
+            except Refusal as refused:
+                if refused.reason != "missing":  # a gateway need not have this call
+                    raise
+
+        patiently(self.answers.do("check", account, ask, watch))
 
     def upkeep(self, stop: threading.Event) -> None:
         """The background job: what another process stored is taken in within a second; what is old is let go."""
@@ -8007,7 +8908,11 @@ class App:
                     self.keys.reload()
                     stale = False
                 if second % 10 == 0:
+                    if self.store.trouble:
+                        self.store.try_room()
+                    self.pool.hold({})
                     self.handles.sweep(time.monotonic())
+                    self.upstream.guest_handles.sweep(time.monotonic())
                     self.upstream.sweep_spares()
                     self.upstream.renew_due(now)
                     self.ledger.save()
@@ -8028,21 +8933,18 @@ def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
     given = {name: request.headers.get(name) for name in (*passed, "idempotency-key")}
     lines = [f"{name}: {value}".encode("latin-1") for name, value in given.items() if value is not None]
     lines += [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
-    url = app.settings.openai_api_url + request.target
-    proxies, owner = app.settings.proxy_url, masked(request.key)
-    proxy = proxies[drawn_lot(owner) % len(proxies)] if proxies else ""
     request.route = request.route if request.route != "none" else "/v1/…"
     method = "GET" if request.method == "HEAD" else request.method
     body = request.body if request.body.size or method in ("POST", "PUT", "PATCH") else None
     if "content-type" not in request.headers:
         lines.append(b"Content-Type:")
-    route, silence = Route("", proxy), float(app.settings.upstream_timeout)
     with contextlib.ExitStack() as guard:
-        call = app.handles.call(owner, route, method, url, lines, body, request.watch, silence)
-        guard.enter_context(call)
+        call = guard.enter_context(_to_openai(app, request, method, _relayed_url(app, request), lines, body))
         patiently(call.start())
+        if call.status == 401:
+            app.keys.doubt(request)
         named = ("x-ratelimit-", "openai-")
-        headers = {k: v for k, v in call.headers.items() if k.startswith(named) or k == "retry-after"}
+        headers = {k: v for k, v in call.headers.items() if k.startswith(named) or k in _RELAYED_HEADERS}
         content_type = call.headers.get("content-type", "application/octet-stream")
         if request.method == "HEAD":
             return Reply(call.status, b"", content_type, headers)
@@ -8052,10 +8954,56 @@ def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
         return Reply(call.status, patiently(call.whole()).body, content_type, headers)
 
 
+_RELAYED_HEADERS = ("retry-after", "content-encoding")
+
+
+def _relayed_url(app: App, request: Request) -> str:
+    """Where a request goes at OPENAI_API_URL: its path, which begins with /v1/, encoded anew step by step."""
+    steps = [urllib.parse.quote(step, safe="!$&'()*+,;=:@~") for step in request.path.split("/")]
+    return (
+        app.settings.openai_api_url + "/".join(steps) + (f"?{request.raw_query}" if request.raw_query else "")
+    )
+
+
+def _to_openai(
+    app: App,
+    request: Request,
+    method: str,
+    url: str,
+    lines: list[bytes],
+    body: Blob | None,
+    kept: bool = True,
+) -> Call:
+    """A call with an `sk-` key; what is answered is passed on as it comes, since nobody knows what it becomes decoded."""
+    proxies, owner = app.settings.proxy_url, hashlib.sha256(request.key.encode("latin-1")).hexdigest()
+    proxy = proxies[drawn_lot(owner) % len(proxies)] if proxies else ""
+    route, silence = Route("", proxy), float(app.settings.upstream_timeout)
+    lines = [*lines, b"Accept-Encoding: identity"]
+    handles, watch = app.upstream.guest_handles, request.watch
+    call = handles.call(owner, route, method, url, lines, body, watch, silence, kept)
+    call.handle.as_it_comes()
+    return call
+
+
+def prove_key(app: App, request: Request) -> None:
+    """Whether OpenAI's API takes an `sk-` key: invalid_api_key if it says that it does not. A key that may do little is a
+    key all the same, and so is one for an API without this call."""
+    lines = [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
+    url = f"{app.settings.openai_api_url}/v1/models"
+    with _to_openai(app, request, "GET", url, lines, None, kept=False) as call:
+        answer = patiently(call.whole())
+    if answer.status == 401 and b"scope" not in answer.body[:2000]:
+        raise ApiError("invalid_api_key", "OpenAI's API does not take this key; send a valid one.")
+
+
 def _relayed(call: Call) -> Sent:
+    plain = call.headers.get("content-encoding", "identity") == "identity"
     with call:
         for data in call.rest():
-            yield (HEARTBEAT_COMMENT, 0) if data is None else (data, data.count(b"\n\n"))
+            if data is not None:
+                yield data, data.count(b"\n\n")
+            elif plain:
+                yield HEARTBEAT_COMMENT, 0
 
 
 def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attempt]]:
@@ -8063,13 +9011,13 @@ def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attemp
     attempts: list[Attempt] = []
 
     def ask(question: Question) -> Batches:
-        attempts.append(Attempt(question, request.watch, request.guest, request.owner))
+        attempts.append(Attempt(question, request.watch, request.guest, request.scope))
         attempts[-1].materials = attempts[0].materials  # what has been fetched is not fetched again
         if first := attempts[0].account:
             attempts[-1].preferred = first.id  # nor uploaded
         return _ordered(app, attempts[-1])
 
-    return exchange(turn, ask, request.watch.heartbeat), attempts
+    return exchange(turn, ask, request.watch), attempts
 
 
 def _ordered(app: App, attempt: Attempt) -> Batches:
@@ -8078,8 +9026,11 @@ def _ordered(app: App, attempt: Attempt) -> Batches:
     talk = question.conversation or ""
     if attempt.guest and attempt.guest.row.kind != LOGIN_FREE:
         order = ["pool"]  # which asks the caller's account
-    elif talk and len(order) > 1 and (app.agents.holds(talk) or app.pool.holder(talk)):
-        order = ["agents" if app.agents.holds(talk) else "pool"]
+    elif talk and len(order) > 1:
+        if app.agents.holds(talk):
+            order = ["agents"]
+        elif app.pool.holder(talk, attempt.scope):
+            order = ["pool"]
     elif question.attachments:
         order = [place for place in order if place != "agents"]
         if not order:
@@ -8088,22 +9039,20 @@ def _ordered(app: App, attempt: Attempt) -> Batches:
             )
     for last, place in zip([*order[1:], None], order, strict=True):
         try:
-            yield from (
-                _by_agent(app, question, attempt.watch) if place == "agents" else app.answers.ask(attempt)
-            )
+            yield from (_by_agent(app, attempt) if place == "agents" else app.answers.ask(attempt))
             return
         except ApiError as error:
             if last is None or error.code not in ("no_agent", "no_account", "rate_limit_exceeded"):
                 raise
 
 
-def _by_agent(app: App, question: Question, watch: Watch) -> Batches:
+def _by_agent(app: App, attempt: Attempt) -> Batches:
     """An agent's answer, in one piece. It is told the whole conversation, unless it holds that."""
-    messages = question.messages
+    question, messages = attempt.question, attempt.question.messages
     lines = [f"{one.role.capitalize()}: {one.text}" for one in messages]
     content = messages[0].text if len(messages) == 1 else "\n\n".join(lines)
     given = question.conversation or "", question.parent or ""
-    said = yield from _silent(app.agents.ask(content, *given, watch))
+    said = yield from _silent(app.agents.ask(content, *given, attempt.scope, attempt.watch))
     yield [
         Begin(question.model, said.conversation, said.response),
         Text(said.content),
@@ -8195,9 +9144,13 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
         if wanted.store:
             # The last one that got as far as an account; an agent has none.
             asked = next((one for one in reversed(attempts) if one.account), attempts[-1])
-            turn = _kept_turn(app, request.owner, response, asked)
-            text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, turn))
-            app.store.put_response(response.id, request.owner, text, items, time.time())
+            try:
+                turn = _kept_turn(app, request.scope.owner, response, asked)
+                text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, turn))
+                items = items if len(items) <= MOST_EARLIER else ""  # too long to be gone on from
+                app.store.put_response(response.id, request.scope.owner, text, items, time.time())
+            except StoreUnavailable:
+                whole["store"] = wanted.echo["store"] = False
 
     response = ModelResponse(wanted, app.tokens, keep)
     if wanted.turn.stream:
@@ -8215,7 +9168,7 @@ def _earlier(app: App, request: Request, id: Any) -> tuple[tuple[Message, ...], 
         return (), {}
     where = "previous_response_id"
     items = _kept_response(app, request, str(id), where)[1]
-    if len(items) > MOST_EARLIER:
+    if not items:
         raise ApiError("request_too_large", "What was said before has become too long; begin anew.", where)
     kept = json.loads(items)
     messages = []
@@ -8226,14 +9179,14 @@ def _earlier(app: App, request: Request, id: Any) -> tuple[tuple[Message, ...], 
 
 
 def _kept_response(app: App, request: Request, id: str, where: str | None = None) -> tuple[str, str]:
-    if kept := app.store.response(id, request.owner, time.time()):
+    if kept := app.store.response(id, request.scope, time.time()):
         return kept
     raise ApiError("not_found", "There is no such response; they are kept for 24 hours.", where)
 
 
 def _kept_item(app: App, request: Request, id: str) -> dict[str, Any] | None:
     """An item of a kept response, whose id begins with the response's."""
-    kept = app.store.response(f"resp_{id.partition('_')[2][:-2]}", request.owner, time.time())
+    kept = app.store.response(f"resp_{id.partition('_')[2][:-2]}", request.scope, time.time())
     items: list[dict[str, Any]] = json.loads(kept[0])["output"] if kept else []
     return next((item for item in items if item["id"] == id), None)
 
@@ -8256,7 +9209,7 @@ def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) 
     return {"messages": messages, "names": names}
 
 
-@ROUTER.on("GET", "/v1/responses/{id}")
+@ROUTER.on("GET", "/v1/responses/{id}", access=OR_ADMIN)
 def responses_retrieve(app: App, request: Request) -> Reply:
     """a response that is kept"""
     if request.query.get("stream", "false") != "false":
@@ -8264,7 +9217,7 @@ def responses_retrieve(app: App, request: Request) -> Reply:
     return Reply(body=_kept_response(app, request, request.params["id"])[0].encode())
 
 
-@ROUTER.on("DELETE", "/v1/responses/{id}")
+@ROUTER.on("DELETE", "/v1/responses/{id}", access=OR_ADMIN)
 def responses_delete(app: App, request: Request) -> Reply:
     """forgets a response"""
     id = request.params["id"]
@@ -8354,7 +9307,7 @@ def _form_text(form: Mapping[str, list[Part]], name: str, default: str = "") -> 
 def files_create(app: App, request: Request) -> Reply:
     """uploads a file (form fields `file` and `purpose`) to an account of the pool, which from then on answers what uses it"""
     form = parse_form(request.headers, request.body)
-    part, purpose, owner = _form_file(form, "file")[0], _form_text(form, "purpose"), request.owner
+    part, purpose, owner = _form_file(form, "file")[0], _form_text(form, "purpose"), request.scope.owner
     if purpose not in PURPOSES:
         raise unfit("purpose", f"must be one of {', '.join(PURPOSES)}.")
     file = app.files.described(part.blob, part.file_name or "", part.content_type, owner)
@@ -8375,15 +9328,20 @@ def files_create(app: App, request: Request) -> Reply:
     return json_reply(_file_object(kept))
 
 
-@ROUTER.on("GET", "/v1/files")
+@ROUTER.on("GET", "/v1/files", access=OR_ADMIN)
 def files_list(app: App, request: Request) -> Reply:
-    """the caller's files; `purpose`, `order`, `limit` and `after` as OpenAI has them"""
+    """the files that the caller may see; `purpose`, `order`, `limit` and `after` as OpenAI has them"""
     query = request.query
     limit = query.get("limit", "10000")
     if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 10000:
         raise unfit("limit", "must be a number from 1 to 10000.")
-    files = app.store.files("owner=? AND purpose!=''", request.owner)
-    files = [file for file in files if query.get("purpose", file.purpose) == file.purpose]
+    scope, listed = request.scope, "purpose!=''"
+    files = (
+        app.store.files(listed) if scope.everyone else app.store.files(f"owner=? AND {listed}", scope.owner)
+    )
+    files = [
+        one for one in files if query.get("purpose", one.purpose) == one.purpose and scope.covers(one.owner)
+    ]
     if query.get("order") == "asc":
         files.reverse()
     ids = [file.id for file in files]
@@ -8395,19 +9353,19 @@ def files_list(app: App, request: Request) -> Reply:
 
 
 def _listed_file(app: App, request: Request) -> File:
-    file = app.files.find(request.params["id"], request.owner)
+    file = app.files.find(request.params["id"], request.scope)
     if not file.purpose:
         raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.")
     return file
 
 
-@ROUTER.on("GET", "/v1/files/{id}")
+@ROUTER.on("GET", "/v1/files/{id}", access=OR_ADMIN)
 def files_retrieve(app: App, request: Request) -> Reply:
     """a file's name, size and purpose"""
     return json_reply(_file_object(_listed_file(app, request)))
 
 
-@ROUTER.on("GET", "/v1/files/{id}/content")
+@ROUTER.on("GET", "/v1/files/{id}/content", access=OR_ADMIN)
 def files_content(app: App, request: Request) -> Reply | Stream | Upgrade:
     """a file's bytes, streamed from the upstream"""
     file = _listed_file(app, request)
@@ -8416,13 +9374,7 @@ def files_content(app: App, request: Request) -> Reply | Stream | Upgrade:
 
     def begin(account: Account) -> Patient[Call]:
         url = yield from app.upstream.file_url(account, file.upstream, request.watch)
-        with contextlib.ExitStack() as guard:
-            call = guard.enter_context(app.upstream.content(account, url, request.watch))
-            yield from call.start()
-            if call.status != 200:
-                raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
-            guard.pop_all()
-        return call
+        return (yield from app.upstream.content(account, url, request.watch))
 
     call = patiently(app.answers.do("downloads", request.guest, begin, request.watch, file.account))
     place = f"attachment; filename*=UTF-8''{urllib.parse.quote(file.name)}"
@@ -8437,7 +9389,7 @@ def _bytes_of(call: Call) -> Sent:
                 yield data, 0
 
 
-@ROUTER.on("DELETE", "/v1/files/{id}")
+@ROUTER.on("DELETE", "/v1/files/{id}", access=OR_ADMIN)
 def files_delete(app: App, request: Request) -> Reply:
     """forgets a file; the upstream has no call to delete it there"""
     file = _listed_file(app, request)
@@ -8509,7 +9461,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     question = Question((Message("user", (*images, text)),), model, hints=("picture_v2",))
 
     def draw(watch: Watch) -> list[dict[str, str]]:
-        attempt = Attempt(question, watch, request.guest, request.owner, signed_in=True)
+        attempt = Attempt(question, watch, request.guest, request.scope, signed_in=True)
         urls = [event.url for event in _all(app, request, attempt) if isinstance(event, Image)]
         if form == "url" or attempt.account is None:
             return [{"url": url} for url in urls]
@@ -8574,7 +9526,7 @@ def audio_speech(app: App, request: Request) -> Reply:
 
 def _told(app: App, request: Request, question: Question, signed_in: bool) -> tuple[Attempt, str, Finish]:
     """A whole answer that is used here: its text, and where it stands."""
-    attempt = Attempt(question, request.watch, request.guest, request.owner, signed_in)
+    attempt = Attempt(question, request.watch, request.guest, request.scope, signed_in)
     said = _all(app, request, attempt)
     ends = [event for event in said if isinstance(event, Finish)]
     return attempt, "".join(event.text for event in said if isinstance(event, Text)), ends[-1]
@@ -8645,6 +9597,7 @@ def _written(form: str, task: str, text: str, language: str) -> Reply:
 # What go-chatgpt-api's clients, and others that know the site's own calls, put before the paths.
 native = functools.partial(ROUTER.on, also=("/backend-api", "/api", "/chatgpt", "/chatgpt/backend-api"))
 MOST_CONVERSATIONS = 100  # in a list
+MAX_SEARCHED = 2000  # conversations of an account among which an API user's own are looked for
 LISTED_AT_ONCE = 8  # accounts
 
 
@@ -8688,7 +9641,7 @@ def _holder(app: App, request: Request, conversation: str) -> str | None:
     """The account of the pool that holds a conversation; None for a caller with an account."""
     if request.guest:
         return None
-    if holder := app.pool.holder(conversation):
+    if holder := app.pool.holder(conversation, request.scope):
         return holder
     signed_in = [one for one in app.pool.accounts() if one.row.kind != LOGIN_FREE]
     if len(signed_in) == 1:
@@ -8697,18 +9650,23 @@ def _holder(app: App, request: Request, conversation: str) -> str | None:
     raise ApiError("not_found", text)
 
 
-@native("GET", "/conversations")
+@native("GET", "/conversations", access=OR_ADMIN)
 def conversations_list(app: App, request: Request) -> Reply:
-    """the conversations of the caller's account, or of all accounts of the pool by update time; `offset`, `limit`"""
+    """the conversations of the caller's account, of all accounts of the pool, or, for an API user, those begun by it, by
+    update time; `offset`, `limit`"""
     query = dict(request.query)
     offset, limit = _whole(query, "offset", 0, 10**6), _whole(query, "limit", 20, MOST_CONVERSATIONS)
     if request.guest:
         return _native(app, request, None, urllib.parse.urlencode(query | {"offset": offset, "limit": limit}))
 
+    own = None if request.scope.everyone else app.pool.conversations_of(request.scope.owner)
+
     def read(account: Account, watch: Watch) -> tuple[list[dict[str, Any]], int]:
-        """The first conversations of an account, as many as may be asked for, and how many it has."""
+        """The first conversations of an account, as many as may be asked for, and how many it has; of an API user's own
+        all that are found."""
         items, at, total, wanted = dict[str, dict[str, Any]](), 0, 1, max(1, offset + limit)
-        while at < min(wanted, total):
+        wanted = wanted if own is None else MAX_SEARCHED
+        while at < min(wanted, total) and (own is None or not own[account.id] <= set(items)):
             most = min(MOST_CONVERSATIONS, wanted - at)
             part = urllib.parse.urlencode(query | {"offset": at, "limit": most})
             try:
@@ -8720,11 +9678,15 @@ def conversations_list(app: App, request: Request) -> Reply:
             more = [one for one in dicts(said.get("items")) if one.get("id")]
             items |= {str(one["id"]): one for one in more}  # one that moves between two pages comes twice
             at, told = at + len(more), said.get("total")
-            total = int(told) if isinstance(told, (int, float)) and more else at
-        app.pool.hold(dict.fromkeys(items, account.id))
+            total = int(min(told, 10**9)) if isinstance(told, (int, float)) and more else at
+        if own is not None:
+            mine = [item for id, item in items.items() if id in own[account.id]]
+            return mine, len(mine)
+        app.pool.hold(dict.fromkeys(items, Held(account.id)))
         return list(items.values()), total
 
-    jobs = [functools.partial(read, account) for account in _able(app)]
+    able = [one for one in _able(app) if own is None or one.id in own]
+    jobs = [functools.partial(read, account) for account in able]
     found = side_by_side(jobs, request.watch, LISTED_AT_ONCE)
     items = sorted(itertools.chain(*(one[0] for one in found)), key=_updated, reverse=True)
     told = {"items": items[offset : offset + limit], "total": sum(one[1] for one in found)}
@@ -8735,8 +9697,8 @@ def _updated(conversation: Mapping[str, Any]) -> float:
     """When a conversation was last changed (Unix seconds), of a time in either of the upstream's forms."""
     value = conversation.get("update_time")
     if isinstance(value, (int, float)):
-        return float(value)
-    with contextlib.suppress(ValueError):
+        return float(value) if 0 <= value <= LAST_MOMENT else 0.0
+    with contextlib.suppress(ValueError, OverflowError):
         moment = datetime.datetime.fromisoformat(
             re.sub(r"\.(\d{1,6})\d*", r".\1", str(value)).replace("Z", "+00:00")
         )
@@ -8744,13 +9706,16 @@ def _updated(conversation: Mapping[str, Any]) -> float:
     return 0.0
 
 
-@native("PATCH", "/conversations")
+@native("PATCH", "/conversations", access=OR_ADMIN)
 def conversations_clear(app: App, request: Request) -> Reply:
-    """changes all conversations of the caller's account, `{"is_visible": false}` deletes them; with a key of the pool
-    those of all accounts, and only with `?all_accounts=true`"""
+    """changes all conversations of the caller's account, `{"is_visible": false}` deletes them; with the admin key those of
+    all accounts, and only with `?all_accounts=true`"""
     request.json()
     if request.guest:
         return _native(app, request, None)
+    if not request.admin:
+        text = "This changes everybody's conversations, which takes the admin key; PATCH /conversation/{id} changes one."
+        raise ApiError("invalid_api_key", text)
     if request.query.get("all_accounts") != "true":
         text = "This would change the conversations of all accounts; add ?all_accounts=true if that is meant."
         raise invalid("all_accounts", text)
@@ -8770,23 +9735,26 @@ def conversations_clear(app: App, request: Request) -> Reply:
     return json_reply({"success": True})
 
 
-@native("PATCH", "/conversation/{id}")
-@native("GET", "/conversation/{id}")
+@native("PATCH", "/conversation/{id}", access=OR_ADMIN)
+@native("GET", "/conversation/{id}", access=OR_ADMIN)
 def conversation_one(app: App, request: Request) -> Reply:
     """a conversation; PATCH changes its `title`, or with `{"is_visible": false}` deletes it"""
     return _native(app, request, _holder(app, request, request.params["id"]))
 
 
-@native("POST", "/conversation/gen_title/{id}")
+@native("POST", "/conversation/gen_title/{id}", access=OR_ADMIN)
 def conversation_title(app: App, request: Request) -> Reply:
     """has the upstream make a title of `{"message_id"}`"""
     return _native(app, request, _holder(app, request, request.params["id"]))
 
 
-@native("POST", "/conversation/message_feedback")
+@native("POST", "/conversation/message_feedback", access=OR_ADMIN)
 def conversation_feedback(app: App, request: Request) -> Reply:
     """rates a message: `{"message_id", "conversation_id", "rating": "thumbsUp" or "thumbsDown"}`"""
-    return _native(app, request, _holder(app, request, required(request.json(), "conversation_id")))
+    body = request.json()
+    holder = _holder(app, request, required(body, "conversation_id"))
+    request.body = Blob(compact(body).encode())  # as it was understood here: a name may have come twice
+    return _native(app, request, holder)
 
 
 @native("POST", "/conversation")
@@ -8798,8 +9766,10 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     if len(dicts(given.get("messages"))) != len(given.get("messages") or ()):
         raise unfit("messages", "must be a list of objects.")
     body = completed(given)
+    if not request.guest:
+        _check_files(app, request, given)
     question = Question((), body["model"], body.get("conversation_id"))
-    attempt = Attempt(question, request.watch, request.guest, request.owner)
+    attempt = Attempt(question, request.watch, request.guest, request.scope)
     attempt.keeps = True
     if question.conversation:
         attempt.holder = attempt.kept_by = _holder(app, request, question.conversation)
@@ -8811,6 +9781,21 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
             raise
         return _passed_on(refused.said)
     return Stream(_as_they_come(first, pieces))
+
+
+def _check_files(app: App, request: Request, body: Mapping[str, Any]) -> None:
+    """not_found for a message with a file that the account may hold, but that is not the caller's."""
+    used: set[str] = set()
+    for message in dicts(body.get("messages")):
+        parts = dicts(_at(message, ("content", "parts")))
+        pointers = [
+            str(part.get("asset_pointer", "")).partition("://")[2].partition("#")[0] for part in parts
+        ]
+        attached = dicts(_at(message, ("metadata", "attachments")))
+        used.update(filter(None, [*pointers, *(str(one.get("id", "")) for one in attached)]))
+    for id in [] if request.scope.everyone else sorted(used)[: MOST_ATTACHMENTS + 1]:
+        if not any(request.scope.covers(file.owner) for file in app.store.files("upstream=?", id)):
+            raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.", "messages")
 
 
 def _as_they_come(first: bytes, pieces: Pieces) -> Sent:
@@ -8845,8 +9830,8 @@ def client_register(app: App, request: Request) -> Reply | Stream | Upgrade:
     if origin is not None and not _AGENT_ORIGIN.fullmatch(origin):
         text = "Agents in browsers connect from chatgpt.com or an extension, no other site."
         raise ApiError("origin_refused", text)
-    app.keys.admit_agent(request, request.query.get("key", ""))
-    return Upgrade(handshake(request), app.agents.serve)
+    key = app.keys.admit_agent(request, request.query.get("key", ""))
+    return Upgrade(handshake(request), functools.partial(app.agents.serve, key=key))
 
 
 ASK_FIELDS: Types = {"content": _TEXT, "conversation_id": _TEXT, "parent_id": _TEXT, "message_id": _TEXT}
@@ -8862,11 +9847,12 @@ def api_ask(app: App, request: Request) -> Reply:
     own = request.guest is not None and request.guest.row.kind != LOGIN_FREE
     by_agent = app.agents.holds(conversation) if conversation else bool(app.agents.connected())
     if own or not (
-        by_agent or (conversation and app.agents.connected() and not app.pool.holder(conversation))
+        by_agent
+        or (conversation and app.agents.connected() and not app.pool.holder(conversation, request.scope))
     ):
         said = _by_pool(app, request, content, conversation, parent)
     else:
-        said = patiently(app.agents.ask(content, conversation, parent, request.watch))
+        said = patiently(app.agents.ask(content, conversation, parent, request.scope, request.watch))
     if request.user:
         count = app.tokens.count
         app.ledger.count(request.user, tokens=count(content) + count(said.content))
@@ -8877,7 +9863,7 @@ def api_ask(app: App, request: Request) -> Reply:
 def _by_pool(app: App, request: Request, content: str, conversation: str, parent: str) -> AgentAnswer:
     """The pool's (or the caller's account's) answer in an agent's shape."""
     question = Question((Message("user", (content,)),), "auto", conversation or None, parent or None)
-    attempt = Attempt(question, request.watch, request.guest, request.owner)
+    attempt = Attempt(question, request.watch, request.guest, request.scope)
     attempt.keeps = True
     turn, said = None, list[str]()
     with contextlib.closing(app.answers.ask(attempt)) as answer:
@@ -8898,7 +9884,7 @@ def api_connections(app: App, request: Request) -> Reply:
         {"Ws": {}, "Id": one.id, "Heartbeat": iso(one.heard), "LastMessageTime": iso(one.asked) or none}
         for one in app.agents.connected()
     ]
-    return json_reply({"connections": agents}, headers=NOT_STORED)
+    return json_reply({"connections": agents})
 
 
 # -- sign-in -----------------------------------------------------------------------------------------------------------
@@ -8908,6 +9894,7 @@ def iso(moment: float) -> str | None:
     """A time as ISO 8601 in UTC, None for none."""
     if not moment:
         return None
+    moment = min(max(moment, 0.0), LAST_MOMENT)
     return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -8926,20 +9913,20 @@ def _exchanged(app: App, request: Request, kind: str, *names: str) -> Reply:
     """A refresh or session token that the caller brings, exchanged now; the caller gets what replaces it too."""
     body = request.json()
     where = next((name for name in names if name in body), names[0])
+    given = required(body, where)
     try:
-        given = recognise(required(body, where))
-        account = app.pool.guest(body[where], (kind,))
+        row = recognise(given)
     except ValueError:
-        raise unfit(where, f"must be a {kind} token.") from None
-    if not hmac.compare_digest(account.row.secret.encode(), given.secret.encode()):
+        row = AccountRow("", "", "")
+    if row.kind != kind:
+        raise unfit(where, f"must be a {kind} token.")
+    account = app.pool.guest(row)
+    if not hmac.compare_digest(account.row.secret.encode(), row.secret.encode()):
         text = "This token was exchanged before; send the one that replaced it, or sign in anew."
         raise ApiError("invalid_api_key", text)
     app.pool.lease_guest(account, "")
     patiently(app.upstream.token(account, request.watch, account.row.access_token))
-    return json_reply(signed_in(account.row), headers=NOT_STORED)
-
-
-NOT_STORED = {"Cache-Control": "no-store"}
+    return json_reply(signed_in(app.pool.welcome(account).row))
 
 
 def store_tokens(pool: Pool, access: str, refresh: str) -> AccountRow:
@@ -8954,19 +9941,13 @@ def store_tokens(pool: Pool, access: str, refresh: str) -> AccountRow:
     return (kept or rows)[0]  # it may have turned out to be one that was there
 
 
-@ROUTER.on("POST", "/auth/login", access="caller; to store: admin")
+@ROUTER.on("POST", "/auth/login", access=SIGNS_IN)
 def auth_login(app: App, request: Request) -> Reply:
     """signs in with `{"username", "password", "code"}`: `{"accessToken", "refreshToken", "expires"}`; `"store": true`
     adds the account to the pool"""
     body = request.json()
-    if body.get("store") is True:
+    if body.get("store") is True and not request.admin:
         app.keys.admit_admin(request, sessions=False)
-    else:
-        app.keys.admit(request)
-        if request.key or (request.guest and request.guest.row.kind != LOGIN_FREE):
-            raise ApiError(
-                "invalid_api_key", "Signing in takes a key of this server, not a token of your own."
-            )
     check_types(body, {"code": _TEXT, "store": _FLAG})
     username, password = required(body, "username"), required(body, "password")
     sign_in = PasswordSignIn(app.settings, request.watch)
@@ -8977,7 +9958,7 @@ def auth_login(app: App, request: Request) -> Reply:
             row = store_tokens(app.pool, access, refresh)
     except ValueError:
         raise ApiError("upstream_error", "The sign-in gave no token that could be used; try again.") from None
-    return json_reply(signed_in(row), headers=NOT_STORED)
+    return json_reply(signed_in(row))
 
 
 @ROUTER.on("POST", "/auth/refresh")
@@ -9101,7 +10082,7 @@ def tokens_list(app: App, request: Request) -> Reply:
     ]
     told = {"total": sum(states.values()), "matching": len(found), "states": states, "accounts": page}
     told |= {"hours": hours, "keyless": app.settings.administrator is None}
-    return json_reply(told, headers=NOT_STORED)
+    return json_reply(told)
 
 
 def _whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:
@@ -9141,13 +10122,13 @@ def tokens_sign_in(app: App, request: Request) -> Reply:
     """begins a session of the page's, twelve hours long, with `{"key"}`"""
     key = request.json().get("key")
     cookie = app.keys.sign_in(request, key if isinstance(key, str) else "")
-    return Reply(204, headers=NOT_STORED | {"Set-Cookie": cookie})
+    return Reply(204, headers={"Set-Cookie": cookie})
 
 
 @ROUTER.on("DELETE", "/tokens/session", access="public")
 def tokens_sign_out(app: App, request: Request) -> Reply:
     """ends it"""
-    return Reply(204, headers=NOT_STORED | {"Set-Cookie": app.keys.sign_out(request)})
+    return Reply(204, headers={"Set-Cookie": app.keys.sign_out(request)})
 
 
 # -- API users ---------------------------------------------------------------------------------------------------------
@@ -9156,9 +10137,7 @@ def tokens_sign_out(app: App, request: Request) -> Reply:
 @ROUTER.on("GET", "/admin/users", access="admin")
 def users_list(app: App, request: Request) -> Reply:
     """the API users with what they used today; `admin_key` may be in the query"""
-    return json_reply(
-        {"users": [user_facts(user, app.ledger) for user in app.store.users()]}, headers=NOT_STORED
-    )
+    return json_reply({"users": [user_facts(user, app.ledger) for user in app.store.users()]})
 
 
 @ROUTER.on("POST", "/admin/users/add", access="admin")
@@ -9170,7 +10149,7 @@ def users_add(app: App, request: Request) -> Reply:
         raise unfit("limit", f"must be from 0 to {MOST_REQUESTS}.")
     user, token = issue_user(app.store, name, limit)
     app.keys.reload()
-    return json_reply(user_facts(user, app.ledger) | {"token": token}, headers=NOT_STORED)
+    return json_reply(user_facts(user, app.ledger) | {"token": token})
 
 
 MOST_REQUESTS = 10**9
@@ -9191,8 +10170,17 @@ def users_delete(app: App, request: Request) -> Reply:
 
 @ROUTER.on("GET", "/health", "/ping", access="public")
 def health(app: App, request: Request) -> Reply:
-    """liveness: `{"status": "ok"}` and how many accounts are in which state"""
-    return json_reply({"status": "ok", "version": __version__, "accounts": app.pool.states()})
+    """liveness: `{"status": "ok"}` and how many accounts are in which state; with `?ready` 503 while the store cannot be
+    used or no account can answer"""
+    states = app.pool.states()
+    told = {"status": "ok", "version": __version__, "accounts": states}
+    if "ready" not in request.query:
+        return json_reply(told)
+    if app.store.trouble:
+        return json_reply(told | {"status": "store_unavailable"}, 503, {"Retry-After": "30"})
+    if not app.keys.keyless and not states.get("ready", 0) + states.get("waiting", 0):
+        return json_reply(told | {"status": "no_account"}, 503, {"Retry-After": "30"})
+    return json_reply(told)
 
 
 @ROUTER.on("GET", "/metrics", access="public")
@@ -10269,7 +11257,7 @@ class DemoSignIn:
     done: bool = False
 
 
-class Demo:
+class Demo(Application):
     """A stand-in for chatgpt.com, auth.openai.com and api.openai.com that speaks the real wire protocol.
 
     It is as strict as the original: proofs are checked, a requirements token is good for one call, a rotated refresh
@@ -10308,10 +11296,14 @@ class Demo:
     def listen(self) -> tuple[Server, str]:
         """Starts it on a free port of the loopback interface: the server, and its URL."""
         settings = replace(settle(gather({}, {})), max_connections=10_000, max_body_mb=2048)
-        server = Server(("127.0.0.1", 0), self.respond, settings, Metrics(), quiet=True)
+        server = Server(("127.0.0.1", 0), self, settings, Metrics(), quiet=True)
         threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
         self.url = f"http://127.0.0.1:{server.server_port}"
         return server, self.url
+
+    def admit(self, request: Request) -> int:
+        """Takes bodies of any size: the site refuses by what it reads."""
+        return 2 << 30
 
     def respond(self, request: Request) -> Reply | Stream | Upgrade:
         """Answers any call; what the site does not have is its 404."""
@@ -11000,7 +11992,17 @@ def opened(settings: Settings) -> Store:
         fail(str(error))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """The commands; one whose store cannot be used ends in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StoreUnavailable as error:
+            fail(f"DATA_DIR: the store cannot be used: {error.cause}; {store_advice(error.cause)}")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, message="%(version)s")
 def cli() -> None:
     """ChatGPT web accounts as an OpenAI-compatible API on your own server.
@@ -11109,7 +12111,7 @@ class Daemon:
     def _bind(self, app: App) -> Server:
         host, port = self.settings.host, self.settings.port
         try:
-            return Server((host, port), app.respond, app.settings, app.metrics)
+            return Server((host, port), app, app.settings, app.metrics)
         except SettingError as error:
             self._fail(str(error))
         except OSError as error:
@@ -11416,22 +12418,34 @@ def _by_password(settings: Settings) -> tuple[str, str]:
             code = click.prompt("One-time code", err=True)
 
 
-def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]) -> tuple[str, str]:
-    """The tokens of a person who signs in with the browser of this machine."""
-    codes: Future[str] = Future()
+class Callback(Application):
+    """Where the browser is sent back to with the code of a sign-in."""
 
-    def respond(request: Request) -> Reply:
+    def __init__(self, state: str) -> None:
+        self.state, self.code = state.encode(), Future[str]()
+
+    def shared(self) -> bool:
+        """Nobody's page may look."""
+        return False
+
+    def respond(self, request: Request) -> Reply:
+        """Takes the code of the sign-in that was begun here, and of no other."""
         query, page = request.query, "text/plain; charset=utf-8"
-        if request.path != "/auth/callback" or not hmac.compare_digest(query.get("state", ""), sign_in.state):
+        own = hmac.compare_digest(query.get("state", "").encode("utf-8", "replace"), self.state)
+        if request.path != "/auth/callback" or not own:
             return Reply(400, b"This is not the sign-in that was begun here.\n", page)
-        if not codes.done():
-            codes.set_result(query.get("code", ""))
+        if not self.code.done():
+            self.code.set_result(query.get("code", ""))
         return Reply(200, b"Signed in. You may close this window.\n", page)
 
+
+def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]) -> tuple[str, str]:
+    """The tokens of a person who signs in with the browser of this machine."""
+    callback = Callback(sign_in.state)
     try:
         server = Server(
             ("127.0.0.1", CALLBACK_PORT),
-            respond,
+            callback,
             replace(settings, tls_cert=None, tls_key=None, api_prefix=None),
             Metrics(),
             True,
@@ -11444,7 +12458,7 @@ def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]
     tell(f"Sign in here; your browser may have opened it:\n{sign_in.address()}")
     webbrowser.open(sign_in.address())
     try:
-        code = patiently(awaited(codes, Watch(1.0), SIGN_IN_TIME))
+        code = patiently(awaited(callback.code, Watch(1.0), SIGN_IN_TIME))
     except TimeoutError:
         fail(f"nobody signed in within {SIGN_IN_TIME / 60:.0f} minutes")
     finally:

@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import urllib.parse
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -67,6 +68,7 @@ import chatproxy as cp
 HERE = pathlib.Path(__file__).parent
 SCRIPT = HERE / "chatproxy.py"
 KEY = "key-of-the-pool"
+ALL = cp.Scope("key-of-a-test", everyone=True)
 ADMIN = "key-of-the-admin"
 SOLVER = cp.Solver()  # forks, so before the first thread
 SOLVER.start()
@@ -189,7 +191,7 @@ class Proxy:
         self.app = cp.App(self.settings, self.store, SOLVER)
         if tokens:
             self.app.pool.add(tokens)
-        self.server = cp.Server(("127.0.0.1", 0), self.app.respond, self.settings, self.app.metrics)
+        self.server = cp.Server(("127.0.0.1", 0), self.app, self.settings, self.app.metrics)
         self.address = ("127.0.0.1", self.server.server_port)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self._stop = threading.Event()
@@ -224,6 +226,11 @@ class Proxy:
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, **options)
+
+
+def guest_of(proxy: Proxy, token: str) -> cp.Account:
+    """The account of a caller with a token of its own."""
+    return proxy.app.pool.guest(cp.callers_token(token))
 
 
 def text_of(chunks: list[dict[str, Any]]) -> str:
@@ -767,9 +774,9 @@ LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
         b"GET /hea lth HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET http://[ HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: x\r\n: y\r\n\r\n",
-        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naX\r\n0\r\n\r\n",
-        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n 1\r\na\r\n0\r\n\r\n",
-        b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\na\r\n0\r\n\r\n",
+        b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naX\r\n0\r\n\r\n",
+        b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n 1\r\na\r\n0\r\n\r\n",
+        b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\na\r\n0\r\n\r\n",
     ],
 )
 def test_what_two_parsers_might_read_differently_is_refused(proxy: Proxy, head: bytes) -> None:
@@ -779,9 +786,9 @@ def test_what_two_parsers_might_read_differently_is_refused(proxy: Proxy, head: 
 
 
 def test_pipelined_requests_are_answered_in_order(proxy: Proxy) -> None:
-    post = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+    post = b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
     got = talk(proxy.address, HEALTH + post + HEALTH + b"GET /none HTTP/1.1\r\nHost: x\r\n\r\n" + LAST)
-    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200", b"405", b"200", b"404", b"200"]
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200", b"400", b"200", b"404", b"200"]
 
 
 def test_a_request_may_arrive_byte_by_byte(proxy: Proxy) -> None:
@@ -806,11 +813,15 @@ def test_a_request_may_arrive_byte_by_byte(proxy: Proxy) -> None:
 
 def test_a_client_may_ask_before_it_sends(proxy: Proxy) -> None:
     with socket.create_connection(proxy.address, timeout=5) as sock:
-        sock.sendall(b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+        sock.sendall(
+            b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        )
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(b"{}")
-        assert sock.recv(65536).startswith(b"HTTP/1.1 405 ")
-    large = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\nExpect: 100-continue\r\n\r\n"
+        assert sock.recv(65536).startswith(b"HTTP/1.1 401 ")
+    large = (
+        b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nContent-Length: 65537\r\nExpect: 100-continue\r\n\r\n"
+    )
     assert talk(proxy.address, large).startswith(b"HTTP/1.1 413 ")
     other = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: wonders\r\n\r\n"
     assert talk(proxy.address, other).startswith(b"HTTP/1.1 417 ")
@@ -832,9 +843,10 @@ def test_limits_have_their_own_answers(start: Callable[..., Proxy]) -> None:
     line = b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
     many = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200 + b"\r\n"
     wide = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 40000 + b"\r\n\r\n"
-    body = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1048577\r\n\r\n"
-    chunk = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFF\r\n"
-    slow = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc"
+    post = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\n".encode()
+    body = post + b"Content-Length: 1048577\r\n\r\n"
+    chunk = post + b"Transfer-Encoding: chunked\r\n\r\nFFFFFF\r\n"
+    slow = post + b"Content-Length: 10\r\n\r\nabc"
     for data, code in (
         (line, 414),
         (many, 431),
@@ -866,12 +878,12 @@ def select_readable(sock: socket.socket, seconds: float) -> bool:
 
 
 def test_an_empty_line_before_a_request_is_forgiven(proxy: Proxy) -> None:
-    post = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc\r\n"
+    post = b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc\r\n"
     assert talk(proxy.address, b"\r\n" + HEALTH + post + LAST).count(b"HTTP/1.1 ") == 3
 
 
 def test_chunks_cannot_carry_endless_extensions(proxy: Proxy) -> None:
-    head = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert talk(proxy.address, head + b"1;%b\r\na\r\n" % (b"x" * 4000) * 3 + b"0\r\n\r\n").startswith(
         b"HTTP/1.1 400 "
     )
@@ -1054,7 +1066,8 @@ def test_a_guests_rotated_refresh_token_outlives_the_process(
     weather.refresh_tokens[refresh] = "roaming"
     assert start().ask(key=refresh).status_code == 200
     again = start()
-    again.app.pool.guest(refresh).row = cp.replace(again.app.pool.guest(refresh).row, access_token="")
+    guest = guest_of(again, refresh)
+    guest.row = cp.replace(guest.row, access_token="")
     assert again.ask(key=refresh).status_code == 200
     assert again.app.pool.accounts() == []
 
@@ -1078,7 +1091,7 @@ def test_an_sk_key_goes_to_openai_unchanged(start: Callable[..., Proxy], weather
     assert other.headers["x-ratelimit-left"] == "1"
     get = b"GET /v1/models?include[]=a&flag HTTP/1.1\r\nHost: x\r\nAuthorization: sk-mine\r\nConnection: close\r\n\r\n"
     assert talk(proxy.address, get).startswith(b"HTTP/1.1 404 ")
-    assert weather.seen[-1].target == "/v1/models?include[]=a&flag"
+    assert (weather.seen[-1].path, weather.seen[-1].raw_query) == ("/v1/models", "include[]=a&flag")
     head = get.replace(b"GET", b"HEAD")
     assert talk(proxy.address, head).startswith(b"HTTP/1.1 404 ") and talk(proxy.address, head).endswith(
         b"\r\n\r\n"
@@ -1131,10 +1144,9 @@ def test_admin_routes_want_the_admin_key_or_this_machine(start: Callable[..., Pr
         "Origin",
         "X-Forwarded-For",
     ):  # a web page in a browser here, somebody behind a reverse proxy
-        assert (
-            httpx.post(f"{none.url}/tokens/upload", data=upload, headers={header: "http://x"}).status_code
-            == 401
-        )
+        assert httpx.post(
+            f"{none.url}/tokens/upload", data=upload, headers={header: "http://x"}
+        ).status_code in (401, 403)
 
 
 def test_tokens_are_uploaded_as_chat2api_does_it(start: Callable[..., Proxy]) -> None:
@@ -1200,7 +1212,7 @@ def test_the_pool_is_looked_after_as_chat2api_does_it(start: Callable[..., Proxy
     for method, path in [*paths, ("POST", "/admin/users/add"), ("POST", "/admin/users/delete")]:
         for key in (None, "wrong", KEY):
             assert admin(proxy, method, path, key).status_code == 401, (method, path)
-        proxy.app.keys._wrong.clear()
+        proxy.app.keys.guesses._wrong.clear()
 
 
 def test_the_list_tells_who_did_what(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -1360,7 +1372,7 @@ def test_users_are_administered_as_chatgpt_api_server_does_it(start: Callable[..
         refused = httpx.post(f"{proxy.url}/admin/users/add", json={"admin_key": wrong})
         assert refused.status_code == 401 and isinstance(refused.json()["error"], str)
         assert ADMIN not in refused.text
-    proxy.app.keys._wrong.clear()
+    proxy.app.keys.guesses._wrong.clear()
     refused = httpx.get(f"{proxy.url}/admin/users", params={"admin_key": "wrong"})
     assert refused.status_code == 401 and ADMIN not in refused.text
     assert httpx.post(f"{proxy.url}/admin/users/add", content=b"{").status_code == 401
@@ -1465,7 +1477,7 @@ def test_guessing_keys_becomes_slow(start: Callable[..., Proxy]) -> None:
     for guess in guesses:
         assert 1 <= seconds(guess) < 2
     assert seconds(lambda: session(proxy), 204) < 0.9 and seconds(proxy.ask, 200) < 0.9
-    for times in proxy.app.keys._wrong.values():
+    for times in proxy.app.keys.guesses._wrong.values():
         times[:] = [one - 60 for one in times]
     assert seconds(guesses[0]) < 0.9
 
@@ -1836,9 +1848,9 @@ def test_what_cannot_be_stored_is_counted_later(
     ledger.count("acc-1", answers=1)
 
     def full(more: Any) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise cp.StoreUnavailable("database or disk is full")
 
-    with monkeypatch.context() as patch, pytest.raises(sqlite3.Error):
+    with monkeypatch.context() as patch, pytest.raises(cp.StoreUnavailable):
         patch.setattr(store, "add_tallies", full)
         ledger.save()
     ledger.count("acc-1", answers=1)
@@ -1889,7 +1901,7 @@ def test_tokens_of_one_account_are_one_account(start: Callable[..., Proxy], weat
     proxy = start("alice", "bob", history_disabled="false")
     alice = next(one for one in proxy.app.pool.accounts() if one.row.email.startswith("alice"))
     device = alice.row.device
-    proxy.app.pool.hold({"conversation-1": alice.id})
+    proxy.app.pool.hold({"conversation-1": cp.Held(alice.id)})
     proxy.app.pool.told_to_wait(alice, "o3", 1000)
     proxy.app.ledger.count(alice.id, answers=7)
     proxy.app.pool.add([refresh])
@@ -1899,7 +1911,7 @@ def test_tokens_of_one_account_are_one_account(start: Callable[..., Proxy], weat
     assert kinds == {"alice@demo.example": "refresh", "bob@demo.example": "access"}
     row = next(row for row in proxy.store.accounts() if row.kind == "refresh")
     assert (row.id, row.device) == (alice.id, device) and proxy.app.pool.find(row.id) is alice
-    assert proxy.app.pool.holder("conversation-1") == row.id and alice.wait_for("o3", time.time()) > 900
+    assert proxy.app.pool.holder("conversation-1", ALL) == row.id and alice.wait_for("o3", time.time()) > 900
     assert proxy.app.ledger.today(row.id).answers >= 7
     # And its access token, or the newest refresh token, added later is still the same.
     added = proxy.app.pool.add([cp.demo_token("alice"), row.secret])
@@ -2069,9 +2081,12 @@ def test_a_pool_tokens_owner_who_calls_with_it_leaves_it_in_the_pool(
     weather.refresh_tokens[refresh] = "alice"
     proxy = start(refresh)
     assert proxy.ask().status_code == 200
-    assert proxy.ask(key=refresh).status_code == 200
-    assert proxy.ask().status_code == 200
-    assert weather.count("/oauth/token") == 1 and len(start().app.pool.accounts()) == 1
+    (row,) = proxy.store.accounts()
+    assert row.secret != refresh and proxy.ask(key=row.secret).status_code == 200
+    assert proxy.ask().status_code == 200 and weather.count("/oauth/token") == 1
+    # What it was added with is worth as much here as there: nothing, now that it is replaced.
+    assert error_of(proxy.ask(key=refresh)) == (401, "invalid_api_key")
+    assert proxy.ask().status_code == 200 and len(start().app.pool.accounts()) == 1
 
 
 def test_a_forged_token_shares_nothing_with_its_victim(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -2081,7 +2096,7 @@ def test_a_forged_token_shares_nothing_with_its_victim(start: Callable[..., Prox
     assert proxy.ask(key=real).status_code == 200
     assert error_of(proxy.ask(key=forged)) == (401, "invalid_api_key")
     assert proxy.ask(key=real).status_code == 200
-    assert proxy.app.pool.guest(real) is not proxy.app.pool.guest(forged)
+    assert guest_of(proxy, real) is not guest_of(proxy, forged)
 
 
 def test_made_up_refresh_tokens_leave_nothing_behind(start: Callable[..., Proxy]) -> None:
@@ -2192,7 +2207,8 @@ def test_the_holder_of_a_conversation_answers_for_itself_alone(
 ) -> None:
     proxy = start("alice", "bob", history_disabled="false")
     known = proxy.ask().json()["conversation_id"]
-    holder = proxy.app.pool.store.conversation_account(known)
+    held = proxy.app.pool.store.conversation(known)
+    holder = held and held.account
     for account in proxy.app.pool.accounts():
         proxy.app.pool.told_to_wait(account, "gpt-4o", 1000.0 if account.id == holder else 5.0)
     assert int(proxy.ask(conversation_id=known).headers["retry-after"]) > 900
@@ -2218,7 +2234,7 @@ def test_a_guest_that_joins_the_pool_stays_one_account(start: Callable[..., Prox
     )  # two that said it is unknown
     token = cp.demo_token("bob")
     proxy.app.pool.add([token])
-    assert proxy.app.pool.guest(token) in proxy.app.pool.accounts()
+    assert guest_of(proxy, token) in proxy.app.pool.accounts()
 
 
 def test_an_older_token_of_the_same_account_changes_nothing(start: Callable[..., Proxy]) -> None:
@@ -2455,9 +2471,14 @@ def test_an_arkose_token_comes_from_the_service_or_is_missed(
 ) -> None:
     weather.arkose = True
     assert error_of(start("alice", "bob").ask()) == (403, "arkose_required")
+
+    class Service(cp.Application):
+        def respond(self, request: cp.Request) -> cp.Reply:
+            return cp.json_reply({"token": f"arkose-for-{request.json()['blob']}"})
+
     service = cp.Server(
         ("127.0.0.1", 0),
-        lambda request: cp.json_reply({"token": f"arkose-for-{request.json()['blob']}"}),
+        Service(),
         cp.settle(cp.gather({}, {})),
         cp.Metrics(),
     )
@@ -3077,7 +3098,7 @@ def test_a_client_that_limits_its_answers_is_served_ahead_too(
     proxy = start("alice", history_disabled="false")
     known = proxy.ask(max_tokens=1).json()["conversation_id"]
     account = proxy.app.pool.accounts()[0]
-    assert account.answered and proxy.store.conversation_account(known) == account.id
+    assert account.answered and proxy.store.conversation(known).account == account.id  # type: ignore[union-attr] # held
     wait_until(lambda: spare_ready(account))
 
 
@@ -3563,7 +3584,7 @@ def test_a_conversation_with_a_file_stays_where_it_was_begun(
     file = proxy.client().files.create(file=("1.txt", b"one"), purpose="user_data")
     asked = [part_message({"type": "file", "file": {"file_id": file.id}})]
     id = proxy.ask(messages=asked).json()["conversation_id"]
-    assert proxy.app.pool.holder(id) == proxy.store.files("id=?", file.id)[0].account
+    assert proxy.app.pool.holder(id, ALL) == proxy.store.files("id=?", file.id)[0].account
 
 
 def test_a_request_may_not_bring_files_without_end(proxy: Proxy, weather: Weather) -> None:
@@ -3916,15 +3937,16 @@ def test_files_of_two_accounts_come_together(start: Callable[..., Proxy], weathe
 
 def test_nobody_sees_anothers_files_and_responses(start: Callable[..., Proxy]) -> None:
     proxy = start("alice", authorization=f"{KEY},other-key")
-    mine, other = (
-        proxy.client(),
-        openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="other-key", max_retries=0),
+    tokens = [admin(proxy, "POST", "/admin/users/add", json={"name": n}).json()["token"] for n in "ab"]
+    mine, other, key = (
+        openai.OpenAI(base_url=f"{proxy.url}/v1", api_key=one, max_retries=0)
+        for one in (*tokens, "other-key")
     )
     file = mine.files.create(file=("a.txt", b"secret"), purpose="user_data")
     response = mine.responses.create(model="gpt-4o", input="hi")
     assert not other.files.list().data
     asked = [part_message({"type": "file", "file": {"file_id": file.id}})]
-    assert error_of(proxy.ask(messages=asked, key="other-key"))[0] == 404
+    assert error_of(proxy.ask(messages=asked, key=tokens[1]))[0] == 404
     for call in (
         lambda: other.files.retrieve(file.id),
         lambda: other.files.content(file.id),
@@ -3935,7 +3957,11 @@ def test_nobody_sees_anothers_files_and_responses(start: Callable[..., Proxy]) -
     ):
         with pytest.raises(openai.NotFoundError):
             call()
-    assert mine.files.retrieve(file.id) and mine.responses.retrieve(response.id)
+    for client in (mine, key):  # the keys of AUTHORIZATION see all
+        assert client.files.retrieve(file.id) and client.responses.retrieve(response.id)
+        assert [one.id for one in client.files.list().data] == [file.id]
+    for method, path in (("GET", f"/v1/files/{file.id}"), ("DELETE", f"/v1/responses/{response.id}")):
+        assert admin(proxy, method, path).status_code == 200  # and so does the administrator
 
 
 def test_a_download_that_is_cut_upstream_is_cut_here(proxy: Proxy, weather: Weather) -> None:
@@ -4400,7 +4426,7 @@ def test_a_hostile_call_costs_little(proxy: Proxy, weather: Weather) -> None:
     "take",
     [
         lambda: cp._as_text(cp.ToolUse("python", "\n" * 100_000)),
-        lambda: cp.find_json('{"a": "say ' + '\\"hi\\" ' * 50_000, None),
+        lambda: cp.find_json('{"a": "say ' + '\\"hi\\" ' * 50_000, None, cp.Effort()),
         lambda: cp.unmarked("\ue200" * 100_000),
         lambda: scanned("(sandbox:" + " " * 990, list(range(1000)), {}),
         lambda: scanned(("(sandbox:" + " (a" * 300) * 30, list(range(0, 30_000, 3)), {}),
@@ -4552,7 +4578,7 @@ def run_scanner(text: str, cuts: list[int], choice: str, last: bool) -> tuple[li
         choice,
         True,
     )
-    scanner, out, start = cp.CallScanner(offer, last), list[cp.Event](), 0
+    scanner, out, start = cp.CallScanner(offer, cp.Effort(), last), list[cp.Event](), 0
     for cut in [*sorted(cut % (len(text) + 1) for cut in cuts), len(text)]:
         out += scanner.feed([cp.Text(text[start:cut])])
         start = cut
@@ -4758,7 +4784,7 @@ def test_json_that_was_cut_for_length_is_passed_on_as_it_is(
     ],
 )
 def test_a_piece_of_broken_json_is_never_taken_for_the_whole(text: str, found: str) -> None:
-    assert cp.find_json(text, None)[0] == found
+    assert cp.find_json(text, None, cp.Effort())[0] == found
 
 
 def test_functions_and_a_shape_go_together(proxy: Proxy, weather: Weather) -> None:
@@ -5423,7 +5449,7 @@ def echo(it: cp.WebSocket) -> None:
             it.send(text)
 
 
-class Site:
+class Site(cp.Application):
     """A server whose /web is a WebSocket; `end` is how one ended, None or what was raised."""
 
     def __init__(self, folder: pathlib.Path | None = None) -> None:
@@ -5437,7 +5463,7 @@ class Site:
             issued, path = authority.issue_cert("127.0.0.1"), str(folder / "both.pem")
             issued.private_key_and_cert_chain_pem.write_to_path(path)
             settings = dataclasses.replace(settings, tls_cert=path, tls_key=path)
-        self.server = cp.Server(("127.0.0.1", 0), self.respond, settings, cp.Metrics(), quiet=True)
+        self.server = cp.Server(("127.0.0.1", 0), self, settings, cp.Metrics(), quiet=True)
         self.address = ("127.0.0.1", self.server.server_port)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -5932,7 +5958,7 @@ def test_an_agent_that_dies_fails_only_its_own_questions(start: Callable[..., Pr
     one, two = Browser(proxy), Browser(proxy)
     for _ in range(2):
         assert put(proxy).status_code == 200
-    holders = {id: talk for talk, id in proxy.app.agents._holders.items()}
+    holders = {held.account: talk for talk, held in proxy.app.agents._holders.items()}
     dying, living, own, others = one, two, holders[one.id], holders[two.id]
     dying.answers = lambda question: None
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -5951,7 +5977,7 @@ def test_an_agent_that_comes_back_has_its_place_and_conversations(start: Callabl
     proxy = start()
     one, two = Browser(proxy), Browser(proxy)
     talk = [put(proxy).json()["conversation_id"] for _ in range(2)]
-    held = next(c for c in talk if proxy.app.agents._holders[c] == one.id)
+    held = next(c for c in talk if proxy.app.agents._holders[c].account == one.id)
     one.die()
     wait_until(lambda: len(proxy.app.agents.connected()) == 1)
     gone = put(proxy, "x", conversation_id=held)
@@ -6297,7 +6323,7 @@ def test_a_change_is_sent_again_when_it_cannot_have_arrived(start: Start, weathe
         answer = executor.submit(web, proxy, "PATCH", "/conversation/c-1", json={"title": "x"})
         time.sleep(0.15)
         server = cp.Server(
-            ("127.0.0.1", port), weather.respond, cp.settle(cp.gather({}, {})), cp.Metrics(), quiet=True
+            ("127.0.0.1", port), weather, cp.settle(cp.gather({}, {})), cp.Metrics(), quiet=True
         )
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         assert answer.result().status_code == 200
@@ -6305,19 +6331,32 @@ def test_a_change_is_sent_again_when_it_cannot_have_arrived(start: Start, weathe
     assert weather.calls.count("PATCH /backend-api/conversation/c-1") == 1
 
 
-ODD = ["a%3Fb=c", "a%23b", "a%252F..%252Fme", "{id}", "{0.x}", "a%0d%0aX:1", "%C3%A4", "%ff", "a;b", "a&b"]
+ODD = ["a%3Fb=c", "a%23b", "a%252F..%252Fme", "{id}", "{0.x}", "%C3%A4", "a;b", "a&b"]
+ODDER = [
+    "..",
+    "%2e%2e",
+    "a%2F..%2F..%2Fme",
+    "a%2Fb",
+    "..%2Fme",
+    "",
+    "a%0d%0aX:1",
+    "%ff",
+    "a%5cb",
+    "%61",
+    "a%",
+    "a%zz",
+]
 
 
 def test_no_id_changes_the_path_of_the_upstream_call(proxy: Proxy, weather: Weather) -> None:
-    for id in (*ODD, "..", "%2e%2e", "a%2F..%2F..%2Fme", "a%2Fb", "..%2Fme", ""):
+    for id in (*ODD, *ODDER):
         for method, place in (("GET", "/conversation/"), ("POST", "/conversation/gen_title/")):
             connection = http.client.HTTPConnection(*proxy.address)
             connection.request(method, place + id, b"{}", {"Authorization": f"Bearer {KEY}"})
-            assert connection.getresponse().status in (404, 405)
+            assert connection.getresponse().status in (400, 404, 405)
             connection.close()
-            calls = [one.target for one in weather.seen if one.path != "/"]
-            assert len(calls) == (id in ODD), id
-            assert all(re.fullmatch(f"/backend-api{place}" + r"[\w.~%-]+", target) for target in calls)
+            calls = [one.path for one in weather.seen if one.path != "/"]
+            assert calls == [f"/backend-api{place}{urllib.parse.unquote(id)}"] * (id in ODD), id
             weather.seen.clear()
 
 
@@ -6500,14 +6539,16 @@ def test_all_conversations_of_a_pool_go_only_when_that_is_said(start: Start, wea
     for name in ("alice", "bob", "carol"):
         keep(weather, name, f"c-{name}")
     for query in ("", "?all_accounts=", "?all_accounts=false"):
-        answer = web(proxy, "PATCH", f"/conversations{query}", json=HIDE)
+        answer = web(proxy, "PATCH", f"/conversations{query}", ADMIN, json=HIDE)
         assert error_of(answer) == (400, "invalid_request_error")
         assert "all_accounts=true" in answer.json()["error"]["message"]
+    all_of_them = "/conversations?all_accounts=true"
+    assert error_of(web(proxy, "PATCH", all_of_them, KEY, json=HIDE)) == (401, "invalid_api_key")
     assert weather.calls == []
     weather.add("/conversations", status(500))
-    assert web(proxy, "PATCH", "/conversations?all_accounts=true", json=HIDE).status_code >= 500
+    assert web(proxy, "PATCH", all_of_them, ADMIN, json=HIDE).status_code >= 500
     assert weather.count("/conversations") == 2 and len(weather.conversations) == 2
-    assert web(proxy, "PATCH", "/conversations?all_accounts=true", json=HIDE).status_code == 200
+    assert web(proxy, "PATCH", all_of_them, ADMIN, json=HIDE).status_code == 200
     assert set(weather.conversations) == {"c-carol"}
 
 
@@ -6693,13 +6734,13 @@ def test_clearing_needs_an_account_and_passes_over_those_that_are_set_aside(
 ) -> None:
     proxy = start()
     body, path = {"is_visible": False}, "/conversations?all_accounts=true"
-    assert error_of(native(proxy, "PATCH", path, json=body)) == (503, "no_account")
+    assert error_of(admin(proxy, "PATCH", path, json=body)) == (503, "no_account")
     proxy.app.pool.add([cp.demo_token("alice"), cp.demo_token("bob")])
     bob = next(one for one in proxy.app.pool.accounts() if one.row.email.startswith("bob"))
     proxy.app.pool.disable([bob.id], True)
-    assert native(proxy, "PATCH", path, json=body).json() == {"success": True}
+    assert admin(proxy, "PATCH", path, json=body).json() == {"success": True}
     weather.add("/conversations", status(404))
-    refused = native(proxy, "PATCH", path, json=body)
+    refused = admin(proxy, "PATCH", path, json=body)
     assert error_of(refused) == (502, "upstream_error") and "alice@demo.example" in refused.text
 
 
@@ -7141,12 +7182,16 @@ def test_no_secret_reaches_log_errors_or_metrics(tmp_path: pathlib.Path, weather
             assert secret[40:80] not in log + said
 
 
-def test_the_program_starts_in_half_a_second(tmp_path: pathlib.Path) -> None:
-    times = []
-    for _ in range(3):
+def test_the_program_serves_soon_after_it_is_loaded(tmp_path: pathlib.Path) -> None:
+    """Half a second on a quiet machine; here as a ratio to loading it, which a busy one slows down as much."""
+    loaded, ready = [], []
+    for _ in range(5):
+        began = time.monotonic()
+        assert run("--version").returncode == 0
+        loaded.append(time.monotonic() - began)
         with Served(env={"DATA_DIR": str(tmp_path)}) as served:
-            times.append(served.ready)
-    assert min(times) < 0.5
+            ready.append(served.ready)
+    assert min(ready) < 1.7 * min(loaded)
 
 
 def test_every_public_name_says_what_it_is() -> None:
