@@ -926,7 +926,7 @@ def _jpeg_facts(blob: Blob) -> tuple[str, int, int] | None:
             height, width = struct.unpack(">HH", segment[5:9])
             return "image/jpeg", width, height
         # A fill byte stands alone; so do the markers without a length.
-        alone = segment[1] == 0xFF or segment[1] == 0x01 or 0xD0 <= segment[1] <= 0xD8
+        alone = segment[1] == 0x01 or 0xD0 <= segment[1] <= 0xD8
         at += 1 if segment[1] == 0xFF else 2 if alone else 2 + int.from_bytes(segment[2:4], "big")
     return None
 
@@ -1109,7 +1109,7 @@ class Store:
     def __init__(self, folder: str) -> None:
         path = pathlib.Path(folder)
         self.trouble = ""  # why the last attempt to use it failed
-        self._opened = False
+        self.tells = False  # whether trouble is logged: once somebody serves, who goes on nevertheless
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path = path / "chatproxy.db"
@@ -1127,7 +1127,6 @@ class Store:
                 self._db.execute(f"PRAGMA {pragma}")
             self._migrate()
             self._version = self._data_version()
-            self._opened = True
         except StoreUnavailable as error:
             raise self._error(error.cause) from None
         except sqlite3.Error as error:
@@ -1187,7 +1186,7 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            if not self.trouble and self._opened:
+            if not self.trouble and self.tells:
                 log(logging.ERROR, "the store cannot be used", reason=str(error))
             self.trouble = str(error)
             raise StoreUnavailable(str(error)) from None
@@ -1811,6 +1810,7 @@ class Handle:
             "PROXY_CAINFO": DEFAULT_CACERT.encode(),
             "PROXY": route.proxy.encode(),
             "NOSIGNAL": 1,
+            "PROTOCOLS_STR": b"http,https",
             "CONNECTTIMEOUT_MS": int(CONNECT_TIMEOUT * 1000),
             "ACCEPT_ENCODING": b"gzip, deflate, br, zstd",  # as browsers say it; libcurl decodes
             "TCP_NODELAY": 1,
@@ -2824,6 +2824,8 @@ class Pool:
         """Remembers which account holds which conversation, and who began it; in memory while the store cannot."""
         with self._changes_lock:
             unsaved = {**self._unsaved_held, **conversations}
+            if not unsaved:
+                return
             try:
                 self.store.put_conversations(unsaved)
                 self._unsaved_held = {}
@@ -3446,7 +3448,8 @@ class ChatGPT:
         except Refusal:
             self._heard(name, account, 0, {})
             raise
-        self._heard(name, account, answer.status, answer.headers if url.startswith(account.gateway) else {})
+        own = url.startswith(f"{account.gateway}/")
+        self._heard(name, account, answer.status, answer.headers if own else {})
         return answer
 
     def _headers(
@@ -5583,7 +5586,7 @@ def _shown(value: Any) -> str:
 
 
 MAX_TOKENS = 500_000  # strings, commas and opening brackets in a body: reading more would hold up everybody
-_JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*|[,\[{]', re.DOTALL)
+_JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[,\[{]', re.DOTALL)
 
 
 def _too_many_values(data: bytes | bytearray) -> bool:
@@ -5653,7 +5656,8 @@ def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
     while at < body.size:
         window = body.read(at, PIECE)
         escaped = rest[-1:] == b"\\"  # then the window's first character is no quote
-        match = _INLINE.search(window, int(escaped)) if tried < MOST_LIFTED else None
+        hopeful = tried < MOST_LIFTED and (b"data:" in window or b"file_data" in window)
+        match = _INLINE.search(window, int(escaped)) if hopeful else None
         if match is None:
             # A name may be cut by the window's end.
             step = len(window) if at + PIECE >= body.size else PIECE - reach
@@ -7038,6 +7042,8 @@ DRAIN_TIME = (
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET = re.compile(r"[\x21-\x7e]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_CHUNK_LINE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*\r")
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
@@ -7384,22 +7390,27 @@ class Wire:
 
     def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError, share: Share) -> Blob:
         body, data, beside = Blob(share=share), bytearray(self._ahead), 0
+        small = bytearray()  # chunks that are written together
         while True:
             digits, _, extension = self._line(data, more).partition(b";")
             beside += len(extension)
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
+            if not _CHUNK_SIZE.fullmatch(digits):
                 raise malformed("a chunk's size")
-            size = int(digits, 16)
-            if not size:
+            left = int(digits, 16)
+            if not left:
                 break
-            if body.size + size > most:
+            if body.size + len(small) + left > most:
                 raise too_large
-            end = body.size + size
-            while body.size + len(data) < end:  # a chunk may be as large as the body
-                body.write(bytes(data))
+            while len(data) < left:  # a chunk may be as large as the body
+                body.write(bytes(small + data))
+                left -= len(data)
+                small.clear()
                 data[:] = more()
-            body.write(bytes(data[: (left := end - body.size)]))
+            small += data[:left]
             del data[:left]
+            if len(small) > PIECE:
+                body.write(bytes(small))
+                small.clear()
             while len(data) < 2:
                 data += more()
             if data[:2] != b"\r\n":
@@ -7411,6 +7422,7 @@ class Wire:
             beside += len(line)
             if beside > MOST_LINE:
                 raise ApiError("headers_too_large", "The trailers are too long.")
+        body.write(bytes(small))
         self._ahead = bytes(data)
         return body
 
@@ -7421,7 +7433,7 @@ class Wire:
                 raise malformed("a line of the chunked body")
             data += more()
         line = bytes(data[:end])
-        if line[-1:] != b"\r" or end > MOST_LINE or not _VALUE.fullmatch(line[:-1].decode("latin-1")):
+        if end > MOST_LINE or not _CHUNK_LINE.fullmatch(line):
             raise malformed("a line of the chunked body")
         del data[: end + 1]
         return line[:-1]
@@ -8084,7 +8096,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return self._send(error_reply(self._failed(failure, request)), request, keep)
         metrics.add("chatproxy_streams_open")
         keep = keep and self.version == "1.1" and not self.server.stopping
-        chunked, send = self.version == "1.1", self.sock.sendall
+        chunked, send = self.version == "1.1", self._push
         connection = "" if keep else "close"
         head = head_bytes(stream, self.version, connection, self._extra())
         self._first_byte(request)
@@ -8099,14 +8111,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if chunked:
                 send(b"0\r\n\r\n")
-        except (OSError, ClientGone):
+        except ClientGone:
             status, keep = 499, False
         except Exception as failure:
             error = self._failed(failure, request)
             status, keep = error.status, False
             last = f"data: {compact(error.body())}\n\n".encode()
             if stream.content_type.startswith("text/event-stream"):  # others can only be cut
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(ClientGone):
                     send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
         finally:
             stream.pieces.close()  # its upstream call ends here
@@ -8114,6 +8126,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
             metrics.add("chatproxy_events_total", events)
         self._log(request, status, events)
         return keep
+
+    def _push(self, data: bytes) -> None:
+        """Sends a piece of a stream; ClientGone when the client does not take it. Once per event."""
+        try:
+            self.sock.sendall(data)
+        except OSError:
+            raise ClientGone from None
 
     def _log(self, request: Request | None, status: int, events: int) -> None:
         """One line and one count a request; the route's pattern, since a path may hold a token."""
@@ -8820,6 +8839,8 @@ class App(Application):
         self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
         self.files = Files(self.pool, self.upstream)
         self.answers, self.agents = Answers(self.upstream, self.files, self.ledger), Agents()
+        self._stale = False  # whether another process has stored what is not taken in yet
+        self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
         states = self.pool.states
         self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
@@ -8895,36 +8916,57 @@ class App(Application):
         patiently(self.answers.do("check", account, ask, watch))
 
     def upkeep(self, stop: threading.Event) -> None:
-        """The background job: what another process stored is taken in within a second; what is old is let go."""
-        stale, refresh = False, 0.0 if self.settings.scheduled_refresh else math.inf
+        """The background jobs, each at every so many seconds: one that fails keeps no other from its work."""
+        jobs: tuple[tuple[int, Callable[[], object]], ...] = (
+            (1, self._take_in),
+            (1, self._refresh_on_schedule),
+            (10, self._sweep),
+            (10, self._retry_store),
+            (10, lambda: self.upstream.renew_due(time.time())),
+            (10, self.ledger.save),
+            (60, self.pool.keep_cookies),
+            (3600, lambda: self.store.prune(time.time())),
+        )
         for second in itertools.count():
             if stop.wait(1.0):
                 return
-            now = time.time()
-            try:
-                stale = self.store.changed() or stale
-                if stale:
-                    self.pool.reload()
-                    self.keys.reload()
-                    stale = False
-                if second % 10 == 0:
-                    if self.store.trouble:
-                        self.store.try_room()
-                    self.pool.hold({})
-                    self.handles.sweep(time.monotonic())
-                    self.upstream.guest_handles.sweep(time.monotonic())
-                    self.upstream.sweep_spares()
-                    self.upstream.renew_due(now)
-                    self.ledger.save()
-                if refresh <= now:
-                    refresh = next_refresh(now)
-                    self.upstream.refresh_all(now)
-                if second % 60 == 59:
-                    self.pool.keep_cookies()
-                if second % 3600 == 0:
-                    self.store.prune(now)
-            except Exception:
-                log(logging.ERROR, "background job failed", exc_info=True)
+            for every, job in jobs:
+                if second % every == 0:
+                    self._do(job)
+
+    @staticmethod
+    def _do(job: Callable[[], object]) -> None:
+        try:
+            job()
+        except StoreUnavailable:  # which the store has told
+            pass
+        except Exception:
+            log(logging.ERROR, "background job failed", exc_info=True)
+
+    def _take_in(self) -> None:
+        """What another process has stored."""
+        self._stale = self.store.changed() or self._stale
+        if self._stale:
+            self.pool.reload()
+            self.keys.reload()
+            self._stale = False
+
+    def _refresh_on_schedule(self) -> None:
+        if self._refresh <= (now := time.time()):
+            self.upstream.refresh_all(now)
+            self._refresh = next_refresh(now)
+
+    def _sweep(self) -> None:
+        """Lets go of what is old."""
+        self.handles.sweep(time.monotonic())
+        self.upstream.guest_handles.sweep(time.monotonic())
+        self.upstream.sweep_spares()
+
+    def _retry_store(self) -> None:
+        """Stores what could not be stored, once there is room again."""
+        if self.store.trouble:
+            self.store.try_room()
+        self.pool.hold({})
 
 
 def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
@@ -12025,7 +12067,12 @@ OPEN_HELP = "Mean it: listen beyond this machine with neither key nor prefix."
 def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
     """Run the server."""
     settings = settled(flags)
-    if not anyone and not settings.authorization and not settings.api_prefix and not _loopback(settings.host):
+    if (
+        not anyone
+        and not settings.authorization
+        and not settings.api_prefix
+        and not is_loopback(settings.host)
+    ):
         advice = "set AUTHORIZATION or API_PREFIX, or pass --open"
         fail(f"HOST: {settings.host!r} cannot be used without a key; {advice}")
     start_logging(settings)
@@ -12042,13 +12089,6 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
         code = Daemon(settings, solver, demo).run()
     sys.stderr.flush()
     os._exit(code)  # daemon threads may be in the middle of a call
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def keep_to_one_cpu() -> int | None:
@@ -12092,6 +12132,7 @@ class Daemon:
         if self.demo and not app.pool.accounts():
             app.pool.add([demo_token("demo")])
         server = self._bind(app)
+        store.tells = True
         self.solver.start()
         app.metrics.gauge("chatproxy_connections", lambda: {"": server.connections()})
         threading.Thread(target=self._hear_signals, name="signals", daemon=True).start()
