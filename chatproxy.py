@@ -9210,7 +9210,7 @@ def _earlier(app: App, request: Request, id: Any) -> tuple[tuple[Message, ...], 
         return (), {}
     where = "previous_response_id"
     items = _kept_response(app, request, str(id), where)[1]
-    if not items:
+    if not items or len(items) > MOST_EARLIER:
         raise ApiError("request_too_large", "What was said before has become too long; begin anew.", where)
     kept = json.loads(items)
     messages = []

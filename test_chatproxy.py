@@ -48,6 +48,7 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import IO, Any
 
+import click.testing
 import httpx
 import openai
 import PIL.Image
@@ -5153,6 +5154,8 @@ def test_no_body_of_any_shape_is_our_fault(fuzzed: Proxy, path: str, changes: di
         "input": "x",
         "prompt": "x",
     } | changes
+    if path == "/v1/responses" and "prompt" not in changes:
+        del asked["prompt"]  # which alone is refused there
     answer = httpx.post(f"{fuzzed.url}{path}", content=json.dumps(asked), headers={"Authorization": KEY})
     assert answer.status_code != 500, answer.text
 
@@ -8102,6 +8105,2030 @@ def test_the_five_files_are_all_there_is() -> None:
         pytest.skip("not a checkout")
     tops = {line.split("/")[0] for line in listed.stdout.split() if not line.startswith(".")}
     assert tops <= {"chatproxy.py", "test_chatproxy.py", "README.md", "LICENSE", "Makefile"}
+
+
+# --- faults that nothing noticed: each of these has failed with one -------------------------------------------------
+
+
+def certified(folder: pathlib.Path, name: str = "127.0.0.1") -> tuple[trustme.CA, dict[str, Any]]:
+    """An authority, and the settings of a server with a certificate of its for this name."""
+    authority, path = trustme.CA(), str(folder / f"{secrets.token_hex(4)}.pem")
+    authority.issue_cert(name).private_key_and_cert_chain_pem.write_to_path(path)
+    return authority, {"tls_cert": path, "tls_key": path}
+
+
+class Answering(cp.Application):
+    """Answers by a function, bodies of any size read."""
+
+    def __init__(self, answer: Callable[[cp.Request], Any]) -> None:
+        self.answer = answer
+
+    def admit(self, request: cp.Request) -> int:
+        return 2 << 30
+
+    def respond(self, request: cp.Request) -> Any:
+        return self.answer(request)
+
+
+@contextlib.contextmanager
+def listening(respond: Callable[[cp.Request], Any], **settings: Any) -> Iterator[str]:
+    """A server that answers like this; its URL."""
+    settled = dataclasses.replace(cp.settle(cp.gather({}, {})), **settings)
+    server = cp.Server(("127.0.0.1", 0), Answering(respond), settled, cp.Metrics(), quiet=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http{'s' * bool(settings.get('tls_cert'))}://127.0.0.1:{server.server_port}"
+    server.drain(0)
+
+
+def test_no_upstream_or_proxy_is_trusted_without_a_certificate_that_proves_it(
+    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, good = certified(tmp_path)
+    (_, unknown), (other, misnamed) = certified(tmp_path), certified(tmp_path, "elsewhere.example")
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(authority.cert_pem.bytes() + other.cert_pem.bytes())
+    monkeypatch.setattr(cp, "DEFAULT_CACERT", str(trusted))
+    for number, settings in enumerate((unknown, misnamed)):
+        with listening(weather.respond, **settings) as url:
+            proxies = {"upstream": weather.url, "proxy_url": url}
+            for way, options in enumerate(({"upstream": url}, proxies)):
+                proxy = start("alice", folder=f"{number}{way}", retry_times="0", **options)
+                assert error_of(proxy.ask()) == (502, "upstream_error") and not weather.seen
+    with listening(weather.respond, **good) as url:
+        assert start("alice", folder="good", upstream=url).say() == "Hello wide world."
+
+
+def test_https_is_not_spoken_in_old_versions_and_its_cookies_are_secure(
+    start: Callable[..., Proxy], tmp_path: pathlib.Path
+) -> None:
+    authority, files = certified(tmp_path)
+    proxy = start("alice", **files)
+    assert proxy.server.tls and proxy.server.tls.minimum_version >= ssl.TLSVersion.TLSv1_2
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    url = proxy.url.replace("http:", "https:")
+    signed = httpx.post(f"{url}/tokens/session", json={"key": ADMIN}, verify=context)
+    assert signed.status_code == 204 and signed.headers["set-cookie"].endswith("; Secure")
+
+
+def test_a_certificate_and_its_key_are_set_together(tmp_path: pathlib.Path) -> None:
+    _, files = certified(tmp_path)
+    for name, missing in (("tls_cert", "TLS_KEY"), ("tls_key", "TLS_CERT")):
+        with pytest.raises(cp.SettingError, match=f"^{missing}: unset cannot be used"):
+            cp.settle(cp.gather({name: files[name]}, {}))
+    assert cp.settle(cp.gather(files, {})).tls_cert
+
+
+def test_nothing_but_what_openai_needs_is_passed_on_with_an_sk_key(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", auth_key="gateway-key")
+    passed = {
+        "OpenAI-Organization": "org-1",
+        "OpenAI-Project": "p",
+        "OpenAI-Beta": "b",
+        "Idempotency-Key": "i",
+    }
+    mine = {"Cookie": f"{proxy.app.keys.cookie}=secret", "Proxy-Authorization": "Basic eDp5", "authkey": "x"}
+    mine |= {"X-Forwarded-For": "192.0.2.7", "X-Api-Key": KEY, "Forwarded": "for=192.0.2.7", "Via": "1.1 me"}
+    body = {"model": "gpt-9", "messages": [{"role": "user", "content": "hi"}]}
+    headers = {"Authorization": "Bearer sk-mine", "User-Agent": "me/1", **mine, **passed}
+    assert httpx.post(f"{proxy.url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+    told = weather.last("/v1/chat/completions").headers
+    assert {name: told.get(name.lower()) for name in passed} == passed and told["user-agent"] == "me/1"
+    assert told["authorization"] == "Bearer sk-mine"
+    usual = {"host", "accept", "accept-encoding", "content-type", "content-length", "user-agent"}
+    assert set(told) <= usual | {"authorization"} | {name.lower() for name in passed}
+
+
+def test_without_any_key_this_machine_alone_administers(
+    start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyed = start("alice", folder="keyed", admin_key="")  # whose first key is the administrator's
+    assert error_of(admin(keyed, "GET", "/tokens/list", None)) == (401, "invalid_api_key")
+    proxy = start("alice", authorization="", admin_key="")
+    accept, peers = proxy.server.get_request, list[str]()
+    monkeypatch.setattr(proxy.server, "get_request", lambda: (accept()[0], (peers.pop(), 50000)))
+    for peer in ("127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"):
+        peers.append(peer)
+        assert admin(proxy, "GET", "/tokens/list", None).status_code == 200, peer
+    for peer in ("192.168.1.7", "203.0.113.5", "::ffff:203.0.113.5", "fe80::1%eth0", "2001:db8::1", "x"):
+        for host in ("localhost", proxy.url.partition("://")[2]):
+            peers.append(peer)
+            said = admin(proxy, "GET", "/tokens/list", None, headers={"Host": host})
+            assert error_of(said) == (401, "invalid_api_key"), peer
+
+
+def test_a_prefix_is_a_whole_step_of_the_path(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", api_prefix="/s3cret/")
+    elsewhere = httpx.get(f"{proxy.url}/health").json()
+    for path in ("/s3cre/health", "/s3cretx/health", "/s3cret-/", "/S3cret/health", "/"):
+        said = httpx.get(proxy.url + path)
+        assert said.status_code == 404 and said.json() == elsewhere, path
+        assert httpx.options(proxy.url + path).status_code == 404, path
+    for path in ("/s3cret", "/s3cret/", "/s3cret/health", "/s3cret/health?a=b"):
+        assert httpx.get(proxy.url + path).status_code == 200, path
+
+
+def test_a_key_that_is_sent_twice_is_refused(proxy: Proxy) -> None:
+    for keys in ((KEY, KEY), ("sk-other", KEY), (KEY, "")):
+        lines = "".join(f"Authorization: {key}\r\n" for key in keys)
+        got = talk(proxy.address, f"GET /v1/models HTTP/1.1\r\nHost: x\r\n{lines}\r\n".encode())
+        assert got.startswith(b"HTTP/1.1 400 ") and b"authorization" in got
+
+
+def test_an_account_is_told_to_its_own_site_alone(start: Callable[..., Proxy], weather: Weather) -> None:
+    foreign: list[cp.Request] = []
+
+    def answer(request: cp.Request) -> cp.Reply:
+        foreign.append(request)
+        return cp.Reply(200, b"elsewhere", "text/plain", {"Set-Cookie": "planted=1"})
+
+    weather.people = {USER: (WORD, "")}
+    with listening(answer) as url:
+        proxy = start("alice", auth_key="gateway-key", upstream_timeout="5")
+        (account,) = proxy.app.pool.accounts()
+        account.row = cp.replace(account.row, workspace="team-1")
+        file = proxy.client().files.create(file=("a.txt", b"remember"), purpose="user_data")
+        host = url.partition("://")[2]
+        # Neither another host nor one that only begins like the site's is the site.
+        for place in (f"{url}/blob/x", f"{weather.url}@{host}/blob/x"):
+            weather.add("/download", status(200, {"status": "success", "download_url": place}))
+            assert proxy.client().files.content(file.id).read() == b"elsewhere"
+        own = f"{weather.url}/blob/{proxy.store.files('id=?', file.id)[0].upstream}"
+        weather.add("/download", status(200, {"status": "success", "download_url": own}))
+        assert proxy.client().files.content(file.id).read() == b"remember"
+        assert weather.last(own.rpartition("/")[2]).headers["chatgpt-account-id"] == "team-1"
+        downloads = len(foreign)
+        weather.add("/authorize/resume", status(302, Location=f"{weather.url}@{host}/x"))
+        assert error_of(sign_in(proxy)) == (403, "challenge_required")
+    assert downloads == 2 == len(foreign)
+    for request in foreign:
+        said = "\n".join(f"{name}: {value}" for name, value in request.headers.items())
+        for word in ("Bearer", "cookie:", "chatgpt-account-id", "oai-", "authkey", "origin:", "referer:"):
+            assert word not in said, said
+    assert "planted" not in json.dumps(account.cookies)
+
+
+def test_a_sign_in_is_proved_by_whom_it_was_begun(proxy: Proxy, weather: Weather) -> None:
+    def hashed(verifier: str) -> str:
+        return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).decode().rstrip("=")
+
+    weather.people, seen = {USER: (WORD, "")}, set[str]()
+    for _ in range(2):
+        assert sign_in(proxy).status_code == 200
+        query, call = weather.last("/authorize").query, weather.last("/oauth/token")
+        form = dict(httpx.QueryParams(call.body.read().decode()))
+        assert query["code_challenge_method"] == "S256" and len(form["code_verifier"]) >= 43
+        assert query["code_challenge"] == hashed(form["code_verifier"]) not in seen
+        seen.add(query["code_challenge"])
+    browsers = [cp.SignIn(proxy.settings) for _ in range(2)]
+    asked = [dict(httpx.URL(browser.address()).params) for browser in browsers]
+    for browser, query in zip(browsers, asked, strict=True):
+        assert query["code_challenge_method"] == "S256"
+        assert query["code_challenge"] == hashed(browser.verifier)
+        assert len(browser.verifier) >= 43 and len(query["state"]) >= 22
+    assert asked[0]["state"] != asked[1]["state"] and browsers[0].verifier != browsers[1].verifier
+    # The stand-in is as strict as the original.
+    for verifier in (browsers[1].verifier, asked[0]["code_challenge"], ""):
+        code = dict(httpx.URL(httpx.get(browsers[0].address()).headers["location"]).params)["code"]
+        with pytest.raises(cp.Refusal):
+            browsers[0].tokens(code, verifier, browsers[0].redirect)
+    code = dict(httpx.URL(httpx.get(browsers[0].address()).headers["location"]).params)["code"]
+    assert browsers[0].tokens(code, browsers[0].verifier, browsers[0].redirect)[1].startswith("rt_")
+
+
+def test_a_sign_in_is_led_on_only_so_often(proxy: Proxy, weather: Weather) -> None:
+    weather.add("/authorize", *[status(302, Location="/authorize")] * 50)
+    assert error_of(sign_in(proxy)) == (403, "challenge_required") and weather.count("/authorize") == 12
+
+
+def test_no_workspace_is_a_header_of_its_own(proxy: Proxy, weather: Weather) -> None:
+    def claimed(workspace: Any) -> str:
+        head, payload, last = cp.demo_token("guest").split(".")
+        said = json.loads(base64.urlsafe_b64decode(payload + "=="))
+        said["https://api.openai.com/auth"]["chatgpt_account_id"] = workspace
+        payload = base64.urlsafe_b64encode(json.dumps(said).encode()).decode().rstrip("=")
+        return f"{head}.{payload}.{last}"
+
+    token = cp.demo_token("guest")
+    for bad in ("a\r\nX-Evil: 1", "a\nb", "a b", "a;b", "a" * 65, "é", "a,b", "a\0b", "../x"):
+        for text in (f"{token},{bad}", claimed(bad), json.dumps({"token": token, "account_id": bad})):
+            with pytest.raises(ValueError, match="work|token"):
+                cp.recognise(text)
+        admin(proxy, "POST", "/tokens/upload", data={"text": claimed(bad)})
+    for key in (claimed("a\r\nX-Evil: 1"), claimed("../x"), f"{token},a b"):
+        assert error_of(proxy.ask(key=key)) == (401, "invalid_api_key") and not weather.seen
+    assert len(proxy.app.pool.accounts()) == 1
+    assert proxy.ask(key=claimed("team-1")).status_code == 200
+    assert weather.last("/conversation").headers["chatgpt-account-id"] == "team-1"
+
+
+def test_what_a_server_makes_is_its_owners_alone(tmp_path: pathlib.Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with Served(env={"DATA_DIR": str(tmp_path / "a" / "b")}):
+            made = [tmp_path / "a", *(tmp_path / "a").rglob("*")]
+            assert len(made) >= 4 and all(stat.S_IMODE(one.stat().st_mode) & 0o077 == 0 for one in made)
+    finally:
+        os.umask(before)
+
+
+def test_every_call_that_changes_something_is_counted_for_an_api_user(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", history_disabled="false")
+    user = admin(proxy, "POST", "/admin/users/add", json={"name": "bob", "limit": 3}).json()["token"]
+    id = conversation_of(turn(proxy, user))
+    for change in ({"title": "a"}, {"title": "b"}):
+        assert web(proxy, "GET", f"/conversation/{id}", user).status_code == 200
+        assert web(proxy, "PATCH", f"/conversation/{id}", user, json=change).status_code == 200
+    over = web(proxy, "PATCH", f"/conversation/{id}", user, json={"title": "c"})
+    assert error_of(over) == (429, "rate_limit_exceeded")
+    assert admin(proxy, "GET", "/admin/users").json()["users"][0]["requests"] == 3
+
+
+def form_of(parts: int, padding: int = 0) -> bytes:
+    """A form of so many fields, whose header lines have so many bytes more."""
+    lines = b'Content-Disposition: form-data; name="a"\r\nX: ' + b"x" * padding
+    return (b"--b\r\n" + lines + b"\r\n\r\n1\r\n") * parts + b"--b--\r\n"
+
+
+def test_a_form_has_only_so_many_parts_and_header_lines() -> None:
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    assert len(cp.parse_form(kind, cp.Blob(form_of(100)))["a"]) == 100
+    assert len(cp.parse_form(kind, cp.Blob(form_of(2, 4000)))["a"]) == 2
+    for form in (form_of(101), form_of(1, 4100), form_of(1, 1 << 20)):
+        with pytest.raises(cp.ApiError, match="more than 100 parts|do not end"):
+            cp.parse_form(kind, cp.Blob(form))
+    # A boundary may lie across the pieces in which a blob is searched.
+    for size in range(cp.PIECE - 70, cp.PIECE + 5):
+        text = b"x" * size
+        fields = cp.parse_form(kind, cp.Blob(form_of(1).replace(b"1\r\n--b--", text + b"\r\n--b--")))
+        assert fields["a"][0].blob.read() == text
+
+
+def test_a_request_that_did_not_arrive_whole_is_not_answered(proxy: Proxy, weather: Weather) -> None:
+    body = json.dumps({"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}).encode()
+    chunk = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b" % (len(body), body)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\n".encode()
+    for rest in (
+        b"Content-Length: 999\r\n\r\n" + body, b"Content-Length: 999999\r\n\r\n" + body * 300,
+        chunk, chunk + b"\r\n",
+        chunk + b"\r\n0\r\n", b"Transfer-Encoding: chunked\r\n\r\n999\r\n" + body,
+    ):  # fmt: skip
+        with socket.create_connection(proxy.address, timeout=5) as sock:
+            sock.sendall(head + rest)
+            sock.shutdown(socket.SHUT_WR)
+            assert sock.recv(65536) == b"" and not weather.seen, rest
+    assert 'completions",status="200"' not in proxy.app.metrics.render()
+
+
+@pytest.mark.parametrize(
+    ("framing", "rest"),
+    [
+        (b"Content-Length: 4", b"abcd"),
+        (b"Transfer-Encoding: chunked", b"4\r\nabcd\r\n0\r\nTrailer: x\r\n\r\n"),
+    ],
+)
+def test_what_comes_in_one_piece_with_the_end_of_a_body_is_the_next_request(
+    framing: bytes, rest: bytes, proxy: Proxy
+) -> None:
+    head = b"POST /tokens/session HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n" + framing + b"\r\n\r\n"
+    with socket.create_connection(proxy.address, timeout=5) as sock:
+        sock.sendall(head)
+        # It has all of the head now, and waits for the body.
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(rest + HEALTH + LAST)
+        got = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"400", b"200", b"200"]
+
+
+def test_limits_of_a_body_are_those_of_all_its_chunks(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", max_body_mb="1")
+    head = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {KEY}\r\n".encode()
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+    chunk = b"80000\r\n" + b"x" * 0x80000 + b"\r\n"
+    assert b"not valid JSON" in talk(proxy.address, head + chunk * 2 + b"0\r\n\r\n")
+    assert talk(proxy.address, head + chunk * 2 + b"1\r\n").startswith(b"HTTP/1.1 413 ")
+    assert talk(proxy.address, head + b"1\r\naXX0\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    trailers = b"0\r\n" + (b"X: " + b"y" * 4000 + b"\r\n") * 3
+    assert talk(proxy.address, head + trailers + b"\r\n").startswith(b"HTTP/1.1 431 ")
+    line = b"x" * 8189
+    assert talk(proxy.address, head + b"1;" + line * 2 + b"\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_fault_of_ours_is_told_by_its_number_alone(caplog: pytest.LogCaptureFixture) -> None:
+    secret = "nothing at /secret/path"
+
+    def pieces(first: bytes) -> cp.Sent:
+        if first:
+            yield first, 1
+        raise LookupError(secret)
+
+    def respond(request: cp.Request) -> cp.Reply | cp.Stream:
+        if request.path == "/whole":
+            raise LookupError(secret)
+        return cp.Stream(pieces(b"data: 1\n\n" if request.path == "/late" else b""))
+
+    with listening(respond) as url:
+        for path in ("/whole", "/early", "/late"):
+            caplog.clear()
+            answer = httpx.get(url + path)
+            id = answer.headers["x-request-id"]
+            assert answer.status_code == (200 if path == "/late" else 500)
+            assert "internal_error" in answer.text and id in answer.text
+            assert "secret" not in answer.text and "LookupError" not in answer.text
+            (record,) = (one for one in caplog.records if one.exc_info)
+            assert vars(record)["facts"]["id"] == id and record.levelname == "ERROR"
+            text, line = (form.format(record) for form in (cp.TextFormatter(), cp.JsonFormatter()))
+            assert secret in text and secret in json.loads(line)["exception"] and "\n" not in line
+
+
+def test_a_piece_without_bytes_ends_no_stream() -> None:
+    def pieces(*words: bytes) -> cp.Sent:
+        yield from ((word, 0) for word in words)
+
+    with listening(lambda request: cp.Stream(pieces(b"", b"a", b"", b"b", b""), 207)) as url:
+        with httpx.Client() as client:
+            for method in ("GET", "HEAD", "GET"):
+                answer = client.request(method, url)
+                assert (answer.status_code, answer.text) == (207, "ab" if method == "GET" else "")
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        assert talk(address, b"GET / HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")[2] == b"ab"
+
+
+def test_what_a_clients_url_leads_to_has_its_limits(
+    internet: tuple[Origin, dict[str, list[str]]],
+    start: Callable[..., Proxy],
+    weather: Weather,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    origin, names = internet
+    proxy = start("alice", export_proxy_url=origin.url)
+    ask = [part_message("what", image_part("http://pictures.example/cat.png"))]
+    names["pictures.example"] = ["93.184.216.34"]
+
+    def refused() -> str:
+        answer = proxy.ask(messages=ask)
+        assert error_of(answer) == (400, "invalid_request_error")
+        return str(answer.json()["error"]["message"])
+
+    origin.page("pictures.example", "302 Found", Location="/again")
+    assert "redirects too often" in refused() and len(origin.told) == 6
+    bomb = gzip.compress(bytes(40 << 20))
+    origin.page("pictures.example", "200 OK", bomb, **{"Content-Encoding": "gzip"})
+    tracemalloc.start()
+    try:
+        assert "compressed" in refused() and tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+    gone = threading.Event()
+
+    def drip(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            client.recv(4096)
+            client.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            client.recv(4096)
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(300):  # until the other side is gone
+                if gone.wait(0.02):
+                    break
+                client.sendall(b"x")
+        gone.set()
+
+    monkeypatch.setattr(origin, "_answer", drip)
+    monkeypatch.setattr(cp, "FETCH_TIME", cp.FETCH_TIME / 100)
+    assert "longer than" in refused() and gone.wait(5)
+
+
+def test_a_clients_url_is_tried_at_every_address_and_never_a_file(
+    internet: tuple[Origin, dict[str, list[str]]], start: Callable[..., Proxy], weather: Weather,
+    tmp_path: pathlib.Path,
+) -> None:  # fmt: skip
+    _, names = internet
+    proxy = start("alice", allow_private_urls="true")
+    names["pictures.example"] = ["127.0.0.2 127.0.0.1"]  # nobody listens at the first
+    weather.files["cat.png"] = cp.DemoFile("x", "cat.png", cp.Blob(picture(8, 8)), "multimodal")
+    port = weather.url.rpartition(":")[2]
+    url = f"http://pictures.example:{port}/blob/cat.png"
+    proxy.say(messages=[part_message("what", image_part(url))])
+    assert weather.asked()["messages"][0]["content"]["parts"][1]["width"] == 8
+    (tmp_path / "cat.png").write_bytes(picture(8, 8))
+    uploads = weather.count("/files")
+    for scheme in ("file", "ftp", "gopher", "dict"):
+        weather.add("/blob/hop", status(302, Location=f"{scheme}://localhost{tmp_path}/cat.png"))
+        url = f"{weather.url}/blob/hop"
+        refused = proxy.ask(messages=[part_message("what", image_part(url))])
+        assert error_of(refused) == (400, "invalid_request_error") and weather.count("/files") == uploads
+        assert "only http:// and https:// URLs" in refused.text
+
+
+def test_no_two_accounts_share_a_connection(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", random_token="false")
+    for _ in range(4):
+        proxy.say()
+    for key in ("sk-one", "sk-two", "sk-one", "sk-two"):
+        assert proxy.ask(key=key).status_code == 200
+    owners, used = defaultdict(set), defaultdict(set)
+    for request in weather.seen:
+        key = request.headers.get("authorization", "")
+        if (
+            key and request.path != "/v1/models"
+        ):  # by which a new key is looked at, on a connection of its own
+            owners[id(request.watch)].add(key)
+            used[key].add(id(request.watch))
+    assert len(used) == 4 and all(len(keys) == 1 for keys in owners.values())
+    assert all(len(used[f"Bearer sk-{name}"]) == 1 for name in ("one", "two"))  # and one's own is kept
+
+
+def test_a_call_is_prepared_without_what_the_one_before_it_had(weather: Weather) -> None:
+    route, watch, port = cp.Route("", ""), cp.Watch(15), weather.url
+    weather.add("/a", *[status(200, {}, Set_Cookie="a=1; Path=/\r\nSet-Cookie: b=2\r\nX: 1\r\nX: 2")] * 9)
+    handle = cp.Handle(route)
+    answers = list[cp.Answer]()
+    for method, body in (
+        ("PATCH", b"x"),
+        ("GET", None),
+        ("POST", b""),
+        ("POST", b"yz"),
+        ("DELETE", None),
+    ) * 2:
+        handle.prepare(method, f"{port}/a", [b"Expect:"], body, 5.0)
+        if len(answers) < 2:
+            handle.sent_once()
+        with cp.Call(handle, watch, lambda: None) as call:
+            answers.append(cp.patiently(call.whole()))
+        seen = weather.seen[-1]
+        assert (seen.method, seen.body.read()) == (method, body or b"")
+    handle.close()
+    assert answers[0].headers["set-cookie"] == "a=1; Path=/\nb=2" and answers[0].headers["x"] == "1, 2"
+    assert weather_connections(weather) == 2  # only a call that is to be sent once has one of its own
+
+
+def test_a_large_body_begins_anew_when_a_kept_connection_breaks() -> None:
+    blob, whole = cp.Blob(), random.randbytes(cp.MOST_IN_MEMORY + 5)
+    blob.write(whole)
+    got: list[bytes] = []
+
+    def serve() -> None:
+        with listener, contextlib.suppress(OSError):
+            first, _ = listener.accept()
+            with first:
+                first.recv(65536)
+                first.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                first.recv(100_000)  # the second call, on the same connection
+            second, _ = listener.accept()
+            with second:
+                data = b""
+                while len(data.partition(b"\r\n\r\n")[2]) < len(whole) and (more := second.recv(65536)):
+                    data += more
+                got.append(data.partition(b"\r\n\r\n")[2])
+                second.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(10)
+    handle, watch = cp.Handle(cp.Route("", "")), cp.Watch(15)
+    with aside(serve):
+        for method, body in (("GET", None), ("PUT", blob)):
+            handle.prepare(method, f"http://127.0.0.1:{listener.getsockname()[1]}/", [b"Expect:"], body, 10.0)
+            with cp.Call(handle, watch, lambda: None) as call:
+                answer = cp.patiently(call.whole())
+    handle.close()
+    assert answer.status == 201 and got == [whole]
+
+
+def test_a_body_for_which_there_is_no_room_is_told_to_come_back(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cp.tempfile, "TemporaryFile", full)
+    answer = proxy.ask("x" * (2 << 20))
+    assert error_of(answer) == (503, "overloaded") and int(answer.headers["retry-after"]) > 0
+    assert "space" not in answer.text and proxy.say() == "Hello wide world."
+
+
+class Meddled(float):
+    """A number that lets another thread in as it is added or compared: it ends first, or waits."""
+
+    meddle: Callable[[], Any] | None = None
+    compared = False  # when that happens; else as it is added
+    thread: threading.Thread | None = None
+
+    def _let(self, compared: bool) -> float:
+        if (meddle := self.meddle) and compared == self.compared:
+            self.meddle, self.thread = None, threading.Thread(target=meddle, daemon=True)
+            self.thread.start()
+            self.thread.join(0.1)
+        return float(self)
+
+    def __radd__(self, other: Any) -> float:
+        return float(other) + self._let(False)
+
+    def __le__(self, other: Any) -> bool:
+        return self._let(True) <= float(other)
+
+
+def meddled(
+    number: float, meddle: Callable[[], Any], use: Callable[[Any], Any], compared: bool = False
+) -> None:
+    """Uses a number; in the middle of that another thread does something."""
+    given = Meddled(number)
+    given.meddle, given.compared = meddle, compared
+    use(given)
+    assert given.thread
+    given.thread.join(5)
+
+
+def test_nothing_is_lost_when_threads_count_at_once(proxy: Proxy) -> None:
+    metrics, ledger, pool = cp.Metrics(), proxy.app.ledger, proxy.app.pool
+    (account,) = pool.accounts()
+    name = "chatproxy_events_total"
+    metrics.add(name, 5)
+    meddled(1, lambda: metrics.add(name, 10), lambda number: metrics.add(name, number))
+    assert f"{name} 16\n" in metrics.render()
+    name = "chatproxy_proof_seconds"
+    meddled(1, lambda: metrics.observe(name, 10), lambda number: metrics.observe(name, number))
+    assert f"{name}_sum 11\n" in metrics.render()
+    meddled(1, lambda: ledger.count("u", tokens=10), lambda number: ledger.count("u", tokens=number))
+    assert ledger.today("u").tokens == 11
+    admitted: list[float] = []
+    meddled(
+        1,
+        lambda: admitted.append(ledger.admit("v", 1)),
+        lambda number: admitted.append(ledger.admit("v", number)),
+        compared=True,
+    )
+    assert sorted(left > 0 for left in admitted) == [False, True] and ledger.today("v").requests == 1
+    # The shorter of two waits does not replace the longer one.
+    meddled(
+        10,
+        lambda: pool.told_to_wait(account, "m", 1000),
+        lambda number: pool.told_to_wait(account, "m", number),
+    )
+    assert account.wait_for("m", time.time()) > 900
+
+
+def test_a_histogram_counts_what_is_not_above_each_bound() -> None:
+    metrics = cp.Metrics()
+    for seconds in (0.005, 0.3, 0.4, 100.0):
+        metrics.observe("chatproxy_first_byte_seconds", seconds, 'route="/x"')
+    text = metrics.render()
+    counts = re.findall(r'chatproxy_first_byte_seconds_bucket\{route="/x",le="([^"]+)"\} (\d+)', text)
+    bounds = {bound: int(count) for bound, count in counts}
+    assert len(bounds) == len(counts) == 14 and list(bounds.values()) == sorted(bounds.values())
+    assert [bounds[bound] for bound in ("0.005", "0.25", "0.5", "60.0", "+Inf")] == [1, 1, 3, 3, 4]
+    assert 'chatproxy_first_byte_seconds_count{route="/x"} 4\n' in text
+    assert 'chatproxy_first_byte_seconds_sum{route="/x"} 100.705\n' in text
+    assert "# TYPE chatproxy_first_byte_seconds histogram\n" in text
+
+
+@pytest.mark.parametrize(
+    "end", ["\n", "\r", "\v", "\x1c", "\x85", "\u2028", "\u2029", " ", '"', "\x7f", "\x1b[2K"]
+)
+def test_a_fact_is_one_word_or_quoted(end: str) -> None:
+    record = cp.logging.makeLogRecord({"msg": "request", "levelname": "INFO"})
+    vars(record)["facts"] = {"as": f"a{end}forged=1", "ms": 2}
+    line = cp.TextFormatter().format(record)
+    assert len(line.splitlines()) == 1 and line.isprintable()
+    quoted = re.search(r'as=("(?:[^"\\]|\\.)*") ms=2$', line)
+    assert quoted and json.loads(quoted[1]) == f"a{end}forged=1"
+    assert json.loads(cp.JsonFormatter().format(record))["as"] == f"a{end}forged=1"
+
+
+def test_a_setting_is_what_it_says_and_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**flags: str) -> bool:
+        with pytest.raises(cp.SettingError) as error:
+            cp.settle(cp.gather(dict(flags), {}))
+        return next(iter(flags)).upper() in str(error.value)
+
+    bad = [{"chatgpt_base_url": f"https://x{bad}y"} for bad in (" ", "\r\nX: 1", "\0", "\u2028")]
+    bad += [
+        {"openai_auth_url": "file:///etc"},
+        {"openai_api_url": "https:///v1"},
+        {"proxy_url": "socks4://x"},
+    ]
+    bad += [{"admin_key": "a\nb"}, {"authorization": "a b"}, {"auth_key": "é"}, {"api_prefix": "a?b"}]
+    bad += [{"max_body_mb": "0"}, {"port": "٣"}, {"port": "1e3"}, {"oai_language": "en\r\nX: 1"}]
+    bad += [{"host": "x y"}, {"pow_difficulty": "0" * 33}, {"max_connections": "0"}, {"heartbeat": "0"}]
+    assert all(refused(**flags) for flags in bad)
+    settings = cp.settle(
+        cp.gather({"api_prefix": "/a/b/", "openai_api_url": "https://x/", "port": " 7 "}, {})
+    )
+    assert (settings.api_prefix, settings.openai_api_url, settings.port) == ("a/b", "https://x", 7)
+    monkeypatch.setenv("XDG_STATE_HOME", "/xdg")
+    monkeypatch.setenv("STATE_DIRECTORY", "/one:/two")
+    assert cp.settle(cp.gather({}, {})).data_dir == "/one"
+    monkeypatch.delenv("STATE_DIRECTORY")
+    assert cp.settle(cp.gather({}, {})).data_dir == "/xdg/chatproxy"
+
+
+def test_the_frame_of_an_image_is_found_behind_other_segments() -> None:
+    frame = b"\xff\xc2\x00\x11\x08" + (48).to_bytes(2, "big") + (64).to_bytes(2, "big")
+    table, restart = b"\xff\xc4\x00\x06abcd", b"\xff\xd0\xff\x01"
+    for before in (b"", table, b"\xff" + table, restart, b"\xff\xe0\x00\x02" * 300, b"\xff\xcc\x00\x02"):
+        assert cp.image_facts(cp.Blob(b"\xff\xd8" + before + frame)) == ("image/jpeg", 64, 48)
+    assert cp.image_facts(cp.Blob(b"\xff\xd8" + b"\xff" * 5000 + frame)) is None  # it ends some time
+    scaled = b"RIFF\0\0\0\0WEBPVP8 " + bytes(10) + (64 | 1 << 14).to_bytes(2, "little") + b"\x30\xc0"
+    assert cp.image_facts(cp.Blob(scaled)) == ("image/webp", 64, 48)
+
+
+def test_an_address_is_a_routes_step_by_step(proxy: Proxy) -> None:
+    headers = {"Authorization": KEY}
+    for path in ("/v1/models/a/b", "/v1/files/a/b", "/v1/files/", "/v1xmodels", "/v1/models/", "/Health"):
+        assert error_of(httpx.get(proxy.url + path, headers=headers)) == (404, "not_found"), path
+    assert httpx.get(f"{proxy.url}/v1/models/gpt-4o", headers=headers).json()["id"] == "gpt-4o"
+
+
+def test_errors_have_the_kinds_of_openai(proxy: Proxy) -> None:
+    kinds = {400: "invalid_request_error", 401: "invalid_request_error", 404: "invalid_request_error"}
+    kinds |= {429: "rate_limit_error", 500: "server_error", 502: "upstream_error", 503: "server_error"}
+    for code, (status_code, _) in cp.CAUSES.items():
+        error = cp.ApiError(code, "x")
+        assert error.status == status_code and error.body()["error"]["type"] == kinds.get(
+            status_code, "upstream_error" if status_code in (403, 504) else "invalid_request_error"
+        )
+
+
+def test_refused_connections_are_counted(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", max_connections="1")
+    with socket.create_connection(proxy.address) as sock:
+        sock.sendall(HEALTH)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+        assert all(talk(proxy.address, HEALTH).startswith(b"HTTP/1.1 503 ") for _ in range(3))
+    assert 'chatproxy_requests_total{route="none",status="503"} 3\n' in proxy.app.metrics.render()
+
+
+class Seconds(threading.Event):
+    """A `stop` for the upkeep: so many of its seconds pass at once, each after something was done."""
+
+    def __init__(self, seconds: int, before: Callable[[int], Any] = lambda second: None) -> None:
+        super().__init__()
+        self._left, self._before = iter(range(seconds)), before
+
+    def wait(self, timeout: float | None = None) -> bool:
+        second = next(self._left, None)
+        if second is not None:
+            self._before(second)
+        return second is None
+
+
+def test_the_upkeep_renews_saves_keeps_and_lets_go(
+    start: Callable[..., Proxy], weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weather.expire_after = 4  # over soon enough to be got anew
+    proxy, account = renewing(start, weather, conversation_only="false")
+    proxy._stop.set()  # of its own upkeep
+    wait_until(lambda: spare_ready(account))
+    spare, token = account.spare, account.row.access_token
+    proxy.store.update_account(account.id, expires=time.time() + 300)
+    proxy.store.put_wait(account.id, "o3", time.time() - 2 * 86400, 1)
+    proxy.app.pool.reload()
+    account.cookies = account.cookies | {"kept": "yes"}
+    connections = {id(request.watch) for request in weather.seen}
+    monkeypatch.setattr(cp, "IDLE_HANDLE_LIFE", -1.0)  # all of them are old
+    proxy.app.upkeep(Seconds(60))
+    monkeypatch.undo()
+    wait_until(lambda: account.row.access_token != token)
+    assert account.spare is not spare
+    assert cp.Ledger(proxy.store).today(account.id).answers == 1
+    assert proxy.store.waits() == []
+    assert json.loads(proxy.store.accounts()[0].cookies)["kept"] == "yes"
+    begun = len(weather.seen)
+    proxy.say()
+    assert {id(request.watch) for request in weather.seen[begun:]}.isdisjoint(connections)
+
+
+def test_the_upkeep_survives_a_failure_and_makes_up_for_it(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    proxy._stop.set()  # of its own upkeep
+    proxy.say()
+
+    def fail_at_first(second: int) -> None:
+        names = {0: ("tallies", "away"), 5: ("away", "tallies")}
+        with proxy.store.writing() as db:
+            if second in names:
+                db.execute("ALTER TABLE {} RENAME TO {}".format(*names[second]))
+
+    proxy.app.upkeep(Seconds(11, fail_at_first))
+    (account,) = proxy.app.pool.accounts()
+    assert cp.Ledger(proxy.store).today(account.id).answers == 1
+
+
+def test_a_scheduled_refresh_is_made_once_and_not_every_second(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.refresh_tokens["rt_" + "r" * 40] = "alice"
+    proxy = start("rt_" + "r" * 40, scheduled_refresh="true")
+    proxy._stop.set()  # of its own upkeep
+    (account,) = proxy.app.pool.accounts()
+    proxy.app.upkeep(
+        Seconds(9, lambda _: wait_until(lambda: account.renewal is None or account.renewal.done()))
+    )
+    assert weather.count("/oauth/token") == 1
+
+
+def test_what_was_counted_outlives_an_orderly_end(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "AUTHORIZATION": KEY}
+    store = cp.Store(str(tmp_path))
+    id = cp.Pool(cp.settle(cp.gather({}, {})), store).add([cp.demo_token("alice")]).rows[0].id
+    with Served(env=env) as served:
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+        assert answer.status_code == 200
+        served.process.terminate()
+        assert served.process.wait(20) == 0
+    assert cp.Ledger(store).today(id).answers == 1
+    assert json.loads(store.accounts()[0].cookies) == {"oai-sc": "demo"}
+
+
+def test_what_is_written_is_on_disk_and_what_failed_is_not_written(tmp_path: pathlib.Path) -> None:
+    store = cp.Store(str(tmp_path))
+    with store.writing() as db:
+        names = ("journal_mode", "synchronous", "foreign_keys")
+        assert [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == ["wal", 2, 1]
+    with pytest.raises(KeyError), store.writing():
+        store.put_user(cp.User("u-1", "bob", "hash", 1.0))
+        raise KeyError
+    assert store.users() == [] and cp.Store(str(tmp_path)).users() == []
+    store.put_user(cp.User("u-1", "bob", "hash", 1.0))  # and the next one is a transaction of its own
+    assert len(cp.Store(str(tmp_path)).users()) == 1
+
+
+def kept_file(account: str, digest: str, purpose: str = "", used: float = 0.0) -> cp.File:
+    return cp.File(
+        f"file-{digest}", "owner", account, f"up-{digest}", "n", "m/m", 1, 0, 0, purpose, digest, used
+    )
+
+
+def test_a_removed_account_takes_what_is_known_of_it_along_and_nothing_else(
+    start: Callable[..., Proxy],
+) -> None:
+    proxy = start("alice", "bob")
+    pool, store = proxy.app.pool, proxy.store
+    proxy._stop.set()
+    alice, bob = (account.id for account in pool.accounts())
+    for id in (alice, bob):
+        store.put_file(kept_file(id, id, "user_data", time.time()))
+        pool.hold({f"conversation-{id}": cp.Held(id)})
+        store.put_wait(id, "o3", time.time() + 100, 1)
+        proxy.app.ledger.count(id, answers=1)
+    proxy.app.ledger.save()
+    user, _ = cp.issue_user(store, "carol", None)
+    proxy.app.ledger.count(user.id, requests=1)
+    proxy.app.ledger.save()
+    assert pool.remove([alice]) == [alice] and store.remove_user(user.id)
+    assert [file.account for file in store.files("1")] == [bob]
+    assert (pool.holder(f"conversation-{alice}", ALL), pool.holder(f"conversation-{bob}", ALL)) == (None, bob)
+    assert [row[0] for row in store.waits()] == [bob]
+    assert {row[0] for row in store.last_tallies()} == {bob}
+    guest = guest_of(proxy, cp.demo_token("zoe"))
+    store.merge_accounts(lambda known: [guest.row])
+    assert pool.remove() == [bob] and [row.id for row in store.accounts()] == [guest.id]
+
+
+def test_what_is_old_is_forgotten_and_nothing_else(
+    start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = start("alice")
+    proxy._stop.set()
+    store, now, day, hour = proxy.store, time.time(), 86400.0, 3600.0
+    (alice,) = (account.id for account in proxy.app.pool.accounts())
+    store.put_conversations({"c": cp.Held(alice)})  # used now
+    store.prune(now + 179 * day)
+    assert store.conversation("c") == cp.Held(alice)
+    store.prune(now + 181 * day)
+    assert store.conversation("c") is None
+    store.put_wait(alice, "recent", now - 23 * hour, 1)
+    store.put_wait(alice, "old", now - 25 * hour, 1)
+    for age in (6.9, 7.1):
+        store.put_file(kept_file(alice, f"loose-{age}", "", now - age * day))
+        store.put_file(kept_file(alice, f"listed-{age}", "user_data", now - age * day))
+    for subject, ages in {"acc-1": (1, 4), "acc-2": (4, 5)}.items():
+        store.add_tallies({(subject, now - age * day): cp.Tally(used=now - age * day) for age in ages})
+    for age in (23, 25):
+        store.put_response(f"r-{age}", "owner", "{}", "[]", now - age * hour)
+    store.prune(now)
+    assert [row[1] for row in store.waits()] == ["recent"]
+    assert {file.digest for file in store.files("1")} == {"loose-6.9", "listed-6.9", "listed-7.1"}
+    assert {name: len(store.tallies(name, 0.0)) for name in ("acc-1", "acc-2")} == {"acc-1": 1, "acc-2": 1}
+    assert store.last_tallies()[1][1] == now - 4 * day  # the last one, which tells when it was used
+
+    def kept() -> list[int]:  # whatever its age
+        return [
+            age for age in (1, 2, 23, 25) if store.response(f"r-{age}", cp.Scope("owner"), now - 2 * hour)
+        ]
+
+    assert kept() == [23]
+    for age in (1, 2):
+        store.put_response(f"r-{age}", "owner", "{}" * 50, "[]", now - age * hour)
+    monkeypatch.setattr(cp, "MOST_RESPONSES", 204)  # characters
+    store.prune(now)
+    assert kept() == [1, 2]  # the oldest goes first
+
+
+def test_truncated_text_is_cut_before_it_goes_on() -> None:
+    content = {"content_type": "code", "language": "python", "text": "print(123"}
+    message = {"id": "m", "author": {"role": "assistant"}, "recipient": "python", "content": content}
+    changes = [
+        {"p": "", "o": "add", "v": {"message": message}},
+        {"p": "/message/content/text", "o": "truncate", "v": 7},
+        {"p": "/message/content/text", "o": "append", "v": "4)"},
+        {"p": "/message/status", "o": "replace", "v": "finished_successfully"},
+    ]
+    decoder = cp.Decoder()
+    events = [event for change in changes for event in decoder.feed(cp._data(change))]
+    assert [event.text for event in events if isinstance(event, cp.ToolUse)] == ["print(14)"]
+
+
+def test_an_error_is_told_although_the_upstream_ends_in_order(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", retry_times="0")
+    error = b'data: {"message": null, "error": "secret words"}\n\n'
+    weather.add("/conversation", raw_stream(error, cp.DONE))
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+
+
+def test_what_was_prepared_is_not_used_past_its_time(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    proxy.say()
+    (account,) = proxy.app.pool.accounts()
+    wait_until(lambda: spare_ready(account))
+    stale: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    stale.set_result(cp.Requirements("stale", expires=time.monotonic()))
+    account.spare = stale
+    proxy.say()
+    calls = [request for request in weather.seen if request.path.endswith("/conversation")]
+    assert [one.headers["openai-sentinel-chat-requirements-token"] == "stale" for one in calls] == [False] * 2
+    account.spare = stale
+    proxy.app.upstream.sweep_spares()
+    assert account.spare is not stale
+
+
+class Overtaken(str):
+    """A name that takes a moment to look up: all who do not wait their turn get in between."""
+
+    def __hash__(self) -> int:
+        time.sleep(0.001)
+        return super().__hash__()
+
+
+def at_once(*jobs: Callable[[], Any]) -> list[Any]:
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as executor:
+        return [future.result() for future in [executor.submit(job) for job in jobs]]
+
+
+def test_counts_made_at_once_all_count(tmp_path: pathlib.Path) -> None:
+    store = cp.Store(str(tmp_path))
+    ledger = cp.Ledger(store)
+
+    def count() -> None:
+        for _ in range(5):
+            ledger.count(Overtaken("acc-1"), answers=1)
+
+    def save() -> None:
+        for _ in range(20):
+            ledger.save()
+            time.sleep(0.002)
+
+    at_once(count, count, count, count, save)
+    ledger.save()
+    assert ledger.today("acc-1").answers == cp.Ledger(store).today("acc-1").answers == 20
+    admitted = at_once(*[lambda: ledger.admit(Overtaken("user-1"), 3) == 0] * 8)
+    assert sum(admitted) == 3 == ledger.today("user-1").requests
+
+
+def test_waits_told_at_once_are_all_kept(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    (account,) = proxy.app.pool.accounts()
+    pool, models = proxy.app.pool, [Overtaken(f"model-{i}") for i in range(6)]
+    at_once(*[functools.partial(pool.told_to_wait, account, model, 100.0) for model in models])
+    assert set(account.waits) == {row[1] for row in proxy.store.waits()} == set(models)
+    at_once(*[functools.partial(pool.told_to_wait, account, models[0], None)] * 6)
+    assert account.waits[models[0]].strikes == 1  # they were under way together
+
+
+def test_nothing_is_written_into_anothers_transaction(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    proxy._stop.set()
+    store, (account,) = proxy.store, proxy.app.pool.accounts()
+    other = threading.Thread(target=store.put_wait, args=(account.id, "o3", time.time() + 100, 1))
+    with pytest.raises(KeyError), store.writing():
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        raise KeyError
+    other.join()
+    assert [row[1] for row in store.waits()] == ["o3"]
+
+
+def test_a_renewal_changes_all_that_a_token_says(start: Callable[..., Proxy], weather: Weather) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start(refresh)
+    (account,) = proxy.app.pool.accounts()
+    cp.patiently(proxy.app.upstream.token(account, cp.Watch(60)))
+    (row,) = proxy.store.accounts()
+    assert row == account.row and row.secret in weather.refresh_tokens
+    assert (row.email, row.plan, row.workspace) == ("alice@demo.example", "plus", "workspace-alice")
+    assert row.expires > time.time() + 80000 and cp.claims(row.access_token)["exp"] == row.expires
+
+
+def test_an_expired_account_is_ready_again_with_a_refresh_token_of_its_own(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start("alice")
+    (alice,) = proxy.app.pool.accounts()
+    proxy.store.put_file(kept_file(alice.id, "old"))
+    proxy.app.pool.set_aside(alice, "expired", "refused", alice.row.access_token)
+    (added,) = proxy.app.pool.add([refresh]).rows
+    proxy.app.pool.hold({"c": cp.Held(added.id)})
+    proxy.store.put_file(kept_file(added.id, "new"))
+    proxy.say()
+    (row,) = proxy.store.accounts()
+    assert (row.id, row.kind, row.state, row.reason) == (alice.id, "refresh", "ready", "")
+    assert proxy.app.pool.holder("c", ALL) == alice.id
+    assert {(file.digest, file.account) for file in proxy.store.files("1")} == {
+        ("old", alice.id),
+        ("new", alice.id),
+    }
+    assert proxy.say() and weather.count("/oauth/token") == 1
+
+
+def test_a_rotated_token_is_stored_before_its_answer_is_looked_at(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh, newer = "rt_" + "x" * 50, "rt_" + "y" * 50
+    proxy = start(refresh)
+    (account,) = proxy.app.pool.accounts()
+    with pytest.raises(ValueError):
+        proxy.app.pool.renewed(account, "no JWT", newer)
+    assert proxy.store.accounts()[0].secret == newer
+
+
+def test_an_exchange_that_fails_is_tried_again_later_and_later(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("rt_" + "r" * 40, retry_times="0")
+    (account,) = proxy.app.pool.accounts()
+    pauses = []
+    for failures in range(4):
+        weather.add("/oauth/token", status(500))
+        account.retry_renewal = (0.0, failures)
+        assert error_of(proxy.ask()) == (502, "upstream_error")
+        pauses.append(round(account.retry_renewal[0] - time.time()))
+        assert account.retry_renewal[1] == failures + 1
+    assert pauses == [1, 2, 4, 8]
+    assert error_of(proxy.ask()) == (502, "upstream_error") and weather.count("/oauth/token") == 4  # not yet
+    account.retry_renewal = (0.0, 50)
+    weather.add("/oauth/token", status(500))
+    proxy.ask()
+    assert 590 < account.retry_renewal[0] - time.time() < 601
+
+
+def test_a_token_that_another_process_exchanged_is_not_exchanged_again(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    refresh = "rt_" + "r" * 40
+    weather.refresh_tokens[refresh] = "alice"
+    proxy, other = start(refresh), start()
+    for one in (proxy, other):
+        one._stop.set()
+    (theirs,), (ours,) = proxy.app.pool.accounts(), other.app.pool.accounts()
+    cp.patiently(proxy.app.upstream.token(theirs, cp.Watch(60)))
+    cp.patiently(other.app.upstream.token(ours, cp.Watch(60)))
+    assert weather.count("/oauth/token") == 1 and ours.row.access_token == theirs.row.access_token
+
+
+def test_disabling_touches_none_but_what_can_be_disabled(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", "bob", "carol")
+    proxy._stop.set()
+    pool, store = proxy.app.pool, proxy.store
+    alice, bob, carol = pool.accounts()
+    pool.set_aside(alice, "dead", "gone", alice.row.secret)
+    guest = guest_of(proxy, cp.demo_token("zoe")).row
+    store.merge_accounts(lambda known: [guest])
+    ids = [alice.id, bob.id, guest.id]
+
+    def states() -> list[str]:
+        found = {row.id: row.state for row in store.accounts()}
+        return [found[one.id] for one in (alice, bob, carol, guest)]
+
+    assert pool.disable(ids, True) == 1 and states() == ["dead", "disabled", "ready", "ready"]
+    assert "carol" in carol.row.email and pool.lease("gpt-4o") is carol
+    assert pool.disable([*ids, carol.id], False) == 1 and states() == ["dead", "ready", "ready", "ready"]
+
+
+def test_a_guest_whose_token_died_leaves_nothing(start: Callable[..., Proxy], weather: Weather) -> None:
+    refresh = "rt_" + "g" * 50
+    weather.refresh_tokens[refresh] = "alice"
+    proxy = start()
+    assert proxy.ask(key=refresh).status_code == 200
+    (row,) = proxy.store.accounts()
+    assert row.guest == 1 and row.secret in weather.refresh_tokens
+    weather.refresh_tokens.clear()
+    weather.dead.add(row.access_token)
+    assert error_of(proxy.ask(key=refresh)) == (401, "invalid_api_key")
+    assert proxy.store.accounts() == []
+
+
+def command(*words: str, env: dict[str, str], stdin: str = "") -> tuple[int, str]:
+    """A command of the program in this process: its exit status, and all that it printed."""
+    ended = click.testing.CliRunner().invoke(cp.cli, words, input=stdin, env=env)
+    return ended.exit_code, ended.output
+
+
+def test_an_export_is_a_new_file_of_ones_own(tmp_path: pathlib.Path, start: Callable[..., Proxy]) -> None:
+    proxy = start("alice", "bob")
+    ids = [account.id for account in proxy.app.pool.accounts()]
+    proxy.app.pool.disable(ids[:1], True)
+    guest = guest_of(proxy, cp.demo_token("zoe")).row
+    proxy.store.merge_accounts(lambda known: [guest])
+    env, file = {"DATA_DIR": str(tmp_path / "data")}, tmp_path / "moved.jsonl"
+    tokens = [row.secret for row in proxy.store.accounts()]
+    said = [command("accounts", "export", where, env=env) for where in (str(file), str(file), "-")]
+    assert [code for code, _ in said] == [0, 2, 2] and "never printed" in said[2][1]
+    assert not any(token in text for token in tokens for _, text in said)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["email"][:3], one.get("disabled")) for one in lines] == [("ali", True), ("bob", None)]
+
+
+def test_no_command_prints_a_token(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "OPENAI_AUTH_URL": weather.url}
+    token, refresh = cp.demo_token("alice"), "rt_" + "r" * 40
+    said = [command("accounts", "add", "-", env=env, stdin=f"{token}\n{refresh}\n{refresh} x\n")]
+    weather.refresh_tokens[refresh] = "bob"
+    for words in (["check"], ["check", "--json"], ["list"], ["list", "--json"], ["add", token, "--json"]):
+        said.append(command("accounts", *words, env=env))
+    assert [code for code, _ in said] == [2, 0, 0, 0, 0, 0]
+    tokens = {text for row in cp.Store(str(tmp_path)).accounts() for text in (row.secret, row.access_token)}
+    assert len(tokens) == 3  # one is its own access token, the other was rotated
+    assert all("alice@demo.example" in text for _, text in said)
+    assert not any(one[:25] in text for one in (*tokens, refresh) for _, text in said)
+
+
+def test_a_device_is_the_same_in_every_process_and_its_clock_is_right() -> None:
+    page = cp.Page(("a.js",), "b", 1.9e9)
+
+    def drawn(device: str) -> tuple[Any, ...]:
+        cp._device_facts.cache_clear()  # as another process would
+        made = cp.fingerprint(device, "A", "de", page, 2e9)
+        return made[0], *made[10:13], made[16]
+
+    assert drawn("one") == drawn("one")
+    assert len({drawn(str(number)) for number in range(20)}) > 10
+    made = cp.fingerprint("one", "A", "de", page, 2e9)
+    assert made[1] == "Tue May 17 2033 22:33:20 GMT-0500 (Eastern Standard Time)"
+    assert made[7:9] == ["de", "de"] and made[13] == 3_600_000 and made[17] == 2e12 - 3_600_000
+    assert cp.fingerprint("one", "A", "de", page._replace(read=2e9), 2e9)[13] == 1000
+    assert not cp.harder("00003A", "00003a") and cp.harder("00003A", "00003b")
+
+
+def test_a_hard_proof_is_not_solved_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    configuration = cp.fingerprint("d", "a", "en-US", cp.Page(), 2e9)
+    monkeypatch.setattr(cp, "proof_token", None)  # here; the solvers have theirs since they were forked
+    token = cp.patiently(SOLVER.solved(("0.5", "000fff", configuration, "sha3"), cp.Watch(15)))
+    assert right("sha3", "0.5", "000fff", token[7:])
+
+
+def test_what_the_upstream_wants_beforehand_is_met_or_named(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.difficulty = ""  # nothing to prove
+    start("alice", folder="nothing").say()
+    assert "openai-sentinel-proof-token" not in weather.last("/conversation").headers
+    weather.difficulty = "zz"
+    assert error_of(start("alice", folder="unknown", retry_times="0").ask()) == (502, "upstream_error")
+    weather.difficulty = "0fffff"
+    weather.add("/chat-requirements", status(200, {"token": "t", "force_login": True}))
+    free = start(cp.LOGIN_FREE, folder="free", retry_times="0")
+    turns = weather.count("/conversation")
+    assert error_of(free.ask(model="auto")) == (403, "upstream_blocked")
+    assert weather.count("/conversation") == turns  # it would be in vain
+    assert free.ask(model="auto").status_code == 200
+
+
+def test_the_start_page_is_read_once(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", random_token="false")
+    for _ in range(4):
+        proxy.say()
+    assert weather.calls.count("GET /") == 1
+
+
+HTML = {"content-type": "text/html"}
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "headers", "reason", "answer"),
+    [
+        (204, "", {}, "broken", "upstream_error"),
+        (302, "", {}, "broken", "upstream_error"),
+        (500, {"detail": "no"}, {}, "broken", "upstream_error"),
+        (404, "<html>no</html>", {}, "broken", "upstream_error"),
+        (401, "<html>no</html>", HTML, "broken", "upstream_error"),
+        (401, {"detail": "no"}, {}, "expired", "invalid_api_key"),
+        (403, {"detail": "no"}, {}, "blocked", "upstream_blocked"),
+        (503, "<html>Just a Moment...</html>", HTML, "blocked", "upstream_blocked"),
+        (503, {"detail": "just a moment"}, {}, "broken", "upstream_error"),
+        (404, {"detail": "File not found"}, {}, "forgotten", "not_found"),
+        (400, {"detail": {"code": "file_gone"}}, {}, "forgotten", "not_found"),
+        (404, {"detail": {"code": "conversation_gone"}}, {}, "rejected", "not_found"),
+        (404, {"detail": "Can't load conversation x"}, {}, "rejected", "not_found"),
+        (404, {"detail": {"code": "model_gone", "message": "no o9"}}, {}, "rejected", "model_not_found"),
+        (404, {"detail": "Not Found"}, {}, "missing", "upstream_error"),
+        (405, {"detail": "Method Not Allowed"}, {}, "missing", "upstream_error"),
+        (413, {"detail": "long"}, {}, "rejected", "request_too_large"),
+        (400, {"detail": "x" * 5000}, {}, "rejected", "invalid_request_error"),
+        (
+            422,
+            {"detail": [{"loc": ["a"], "msg": "m", "input": "private"}]},
+            {},
+            "rejected",
+            "invalid_request_error",
+        ),
+    ],
+)
+def test_a_refusal_means_what_the_upstream_meant(
+    code: int, body: Any, headers: dict[str, str], reason: str, answer: str
+) -> None:
+    data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    refused = cp.refusal(code, headers, data)
+    assert (refused.reason, refused.code) == (reason, answer)
+    assert len(refused.message) < 400 and "private" not in refused.message
+    assert refused.said == (code, headers.get("content-type", "application/json"), data)
+
+
+@pytest.mark.parametrize(
+    ("said", "after", "seconds"),
+    [
+        (700, "90", 700),
+        ("12.5", "90", 12.5),
+        (1e300, "90", 30 * 86400),
+        (-5, "90", 90),
+        ("nan", "90", 90),
+        ("inf", "90", 90),
+        ([], "90", 90),
+        (None, "Sat, 21 Nov 2026 00:00:00 GMT", None),
+        (None, "", None),
+    ],
+)
+def test_a_pause_is_what_the_upstream_says_within_reason(
+    said: Any, after: str, seconds: float | None
+) -> None:
+    body = json.dumps({"detail": {"clears_in": said}}).encode()
+    assert cp.refusal(429, {"retry-after": after}, body).wait == seconds
+
+
+def test_cookies_are_kept_and_ended_as_the_site_says() -> None:
+    lines = ["a=1; Path=/", "b=; Path=/", "c=3; Max-Age=0", "d=4; max-age=-1; Secure", "e=5; Max-Age=600"]
+    lines += ["f g=6", "h=7 8", "j=\x019", "=9", "nothing", 'i="x=y"; HttpOnly']
+    had = {"b": "2", "c": "2", "d": "2", "z": "26"}
+    kept = cp.with_cookies(had, {"set-cookie": "\n".join(lines)})
+    assert kept == {"z": "26", "a": "1", "e": "5", "i": '"x=y"'} and len(had) == 4
+
+
+def test_a_file_store_gets_no_more_than_the_file(start: Callable[..., Proxy], weather: Weather) -> None:
+    elsewhere = Weather()
+    server, elsewhere.url = elsewhere.listen()
+    proxy = start("alice", retry_times="0")
+    client, place = proxy.client(), elsewhere.url.partition("//")[2]
+    proxy.say()  # cookies come
+    put = f"{elsewhere.url}/upload/file-1"
+    weather.add("/files", status(200, {"file_id": "file-1", "upload_url": put}))
+    weather.add("/uploaded", status(200, {"status": "success"}))
+    elsewhere.add("/upload/file-1", status(201, Set_Cookie="theirs=1"))
+    id = client.files.create(file=("a.bin", b"\x00\xff"), purpose="user_data").id
+    for url in (f"{elsewhere.url}/blob/x", f"{weather.url}@{place}/blob/x"):  # both are another host
+        weather.add("/download", status(200, {"download_url": url}))
+        elsewhere.add("/blob/x", status(200, "bytes", "application/octet-stream"))
+        assert client.files.content(id).read() == b"bytes"
+    server.drain(0)
+    assert len(elsewhere.seen) == 3 and elsewhere.seen[0].body.read() == b"\x00\xff"
+    for request in elsewhere.seen:
+        assert not {"cookie", "oai-device-id", "chatgpt-account-id"} & set(request.headers)
+        assert "Bearer" not in request.headers.get("authorization", "")
+    (account,) = proxy.app.pool.accounts()
+    assert account.cookies == {"oai-sc": "demo"}
+    weather.add("/download", status(200, {"download_url": f"{weather.url}/blob/own"}))
+    weather.add("/blob/own", status(200, "own", "application/octet-stream"))
+    assert client.files.content(id).read() == b"own"
+    assert weather.last("/blob/own").headers["authorization"].startswith("Bearer ey")
+
+
+def test_an_upload_that_cannot_be_is_refused(
+    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
+) -> None:
+    proxy = start("alice", retry_times="0")
+    url = f"{weather.url}/upload/file-7"
+
+    def refused(**made: Any) -> tuple[int, str]:
+        weather.add("/files", status(200, {"file_id": "file-7", "upload_url": url} | made))
+        form = {"file": ("a.txt", secrets.token_hex(8).encode(), "text/plain")}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        asked = httpx.post(
+            f"{proxy.url}/v1/files", files=form, data={"purpose": "user_data"}, headers=headers, timeout=30
+        )
+        return error_of(asked)
+
+    before = len(weather.seen)
+    for odd in ({"file_id": "../me"}, {"file_id": ""}, {"upload_url": f"file://{tmp_path}/x"}):
+        assert refused(**odd) == (502, "upstream_error")
+    assert len(weather.seen) == before + 3  # nothing was sent there
+    weather.add("/upload/file-7", status(403))
+    assert refused() == (502, "upstream_error")
+    weather.add("/upload/file-7", status(201))
+    weather.add("/uploaded", status(200, {"status": "success"}))
+    weather.add("/files/file-7", status(200, {"retrieval_index_status": "failed"}))
+    assert refused() == (400, "invalid_request_error")
+    assert weather.seen[-1].path == "/backend-api/files/file-7"
+    weather.add("/files/file-7", status(200, {"retrieval_index_status": "success"}))
+    for path in ("/upload/file-7", "/uploaded"):
+        weather.add(path, status(201, {"status": "success"}))
+    weather.add("/files", status(200, {"file_id": "file-7", "upload_url": url}))
+    id = proxy.client().files.create(file=("b.txt", b"b"), purpose="user_data").id
+    (tmp_path / "local").write_text("of this machine")
+    weather.add("/download", status(200, {"download_url": f"file://{tmp_path}/local"}))
+    with pytest.raises(openai.NotFoundError):
+        proxy.client().files.content(id)
+
+
+def test_chance_finds_the_one_account_that_can(start: Callable[..., Proxy]) -> None:
+    pool = start(*(f"a{number}" for number in range(12))).app.pool
+    *others, last = pool.accounts()
+    for account in others:
+        account.waits = {"gpt-4o": cp.Wait(time.time() + 100, 1)}
+    assert {pool.lease("gpt-4o") for _ in range(40)} == {last}
+
+
+def test_the_shortest_wait_is_told(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", "carol", retry_times="0")
+    for account, seconds in zip(proxy.app.pool.accounts(), (1000, 50, 500), strict=True):
+        proxy.app.pool.told_to_wait(account, "gpt-4o", seconds)
+    refused = proxy.ask()
+    assert error_of(refused) == (429, "rate_limit_exceeded")
+    assert 40 < int(refused.headers["retry-after"]) <= 50
+    weather.add("/conversation", status(429, {"detail": {"clears_in": 700}}))  # it alone was to be asked
+    assert 690 < int(proxy.ask(model="o3").headers["retry-after"]) <= 700
+
+
+def test_an_account_whose_token_cannot_be_renewed_comes_last(start: Callable[..., Proxy]) -> None:
+    pool = start("rt_" + "r" * 40, "alice", cp.demo_token("bob", 30)).app.pool
+    refresh, alice, bob = pool.accounts()
+    refresh.retry_renewal = (time.time() + 100, 3)
+    assert {pool.lease("gpt-4o") for _ in range(40)} == {alice}  # bob's token is good for half a minute
+    assert bob.state(time.time()) == "expired"
+    pool.disable([alice.id], True)
+    assert pool.lease("gpt-4o") is refresh
+    unending = cp.AccountRow("x", cp.ACCESS, "token", access_token="token")
+    assert cp.Account(unending, cp.Route("", ""), "").token_valid(time.time())
+
+
+def test_an_account_keeps_its_identity_with_a_newer_token(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    start("alice", impersonate="safari170", proxy_url="http://127.0.0.1:1,http://127.0.0.1:2")
+    proxy = start("bob")
+    alice, bob = proxy.app.pool.accounts()
+    assert (alice.route.browser, bob.route.browser) == ("safari170", proxy.settings.impersonate)
+    alice.cookies = {"a": "b"}
+    proxy.app.pool.keep_cookies()
+    before = alice.row
+    proxy.app.pool.add([cp.demo_token("alice", 90000)])
+    now = proxy.store.account(alice.id)
+    assert now is not None and now.access_token != before.access_token
+    for name in ("id", "device", "browser", "proxy", "cookies", "added", "email", "plan"):
+        assert getattr(now, name) == getattr(before, name) != ""
+    proxy.app.pool.add([f"{cp.demo_token('alice')},team-1", f"{cp.demo_token('alice')},team-2"])
+    assert len(proxy.store.accounts()) == 4  # a workspace is an account of its own
+    assert [row.added for row in proxy.store.accounts()] == sorted(
+        row.added for row in proxy.store.accounts()
+    )
+
+
+def test_an_exported_account_is_imported_as_it_was(start: Callable[..., Proxy]) -> None:
+    pool, device = start().app.pool, str(cp.new_id())
+    said: dict[str, Any] = {
+        "account_id": "ws-1",
+        "device": device,
+        "browser": "safari170",
+        "cookies": {"a": "b#c"},
+    }
+    lines: list[dict[str, Any]] = [
+        {"token": cp.demo_token("alice"), "disabled": True},
+        {"token": cp.LOGIN_FREE, "disabled": "yes"},
+    ]
+    exported = [json.dumps(line | said) for line in lines]
+    for known in (0, 2):
+        assert pool.add(exported)[2] == known  # also of the one that has no token
+    alice, free = pool.accounts()
+    assert (alice.row.state, free.row.state, alice.row.workspace) == ("disabled", "ready", "ws-1")
+    for account in (alice, free):
+        assert account.row.device == device and account.route.browser == "safari170"
+        assert account.cookies == {"a": "b#c"}
+    odd = {"token": cp.demo_token("bob"), "device": "x\r\ny", "browser": "a b", "cookies": {"a": "b\r\nc"}}
+    (bob,) = pool.add([json.dumps(odd)]).rows
+    assert len(bob.device) == 36 and bob.browser == pool.settings.impersonate and bob.cookies == "{}"
+    for wrong in (f"{cp.demo_token('eve')},a b", f"{cp.demo_token('eve')},{'w' * 65}"):
+        assert pool.add([wrong]).faults == ["line 1: what follows the comma is not a workspace id"]
+
+
+def test_counts_add_up_and_a_limit_of_none_is_none(tmp_path: pathlib.Path) -> None:
+    store = cp.Store(str(tmp_path))
+    ledger = cp.Ledger(store)
+    for _ in range(2):
+        ledger.count("acc-1", answers=2)
+        ledger.count("user-1", tokens=5)
+        ledger.save()
+    later = cp.Ledger(store)
+    assert later.today("acc-1")[:2] == (4, 0) and later.today("user-1").tokens == 10
+    assert sum(tally.answers for _, tally in later.hours()) == 4
+    assert {tally.tokens for _, tally in later.hours()} == {0}  # the hours are those of accounts
+    assert ledger.admit("user-2", 0) > 0 and [ledger.admit("user-2", None) for _ in range(3)] == [0, 0, 0]
+    assert ledger.today("user-2").requests == 3
+
+
+def test_config_shows_no_secret() -> None:
+    hidden = "hidden0123"
+    env = dict.fromkeys(("API_PREFIX", "AUTHORIZATION", "ADMIN_KEY", "AUTH_KEY", "AGENT_KEY"), hidden)
+    urls = ("GO_CHATGPT_API_PROXY", "EXPORT_PROXY_URL", "ARKOSE_TOKEN_URL")
+    code, shown = command("config", env=env | dict.fromkeys(urls, f"http://user:{hidden}@127.0.0.1:1"))
+    assert code == 0 and shown.count("***") == 8 and hidden[-4:] not in shown
+
+
+def test_a_failure_is_tried_again_after_a_pause_and_only_failures_are_counted(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    weather.difficulty = ""  # so that nothing else takes time
+    proxy = start("alice", retry_times="1")
+    (account,) = proxy.app.pool.accounts()
+    asked: list[float] = []
+
+    def fail_once(request: cp.Request) -> cp.Reply | None:
+        asked.append(time.monotonic())
+        return cp.Reply(503) if len(asked) == 1 else None
+
+    weather.add("/conversation", fail_once, fail_once)
+    proxy.say()
+    assert asked[1] - asked[0] >= 0.25  # there is no other account to go to at once
+    assert proxy.app.ledger.today(account.id)[:2] == (1, 1)
+    weather.add("/conversation", status(422, {"detail": "no"}))
+    assert proxy.ask().status_code == 400 and proxy.app.ledger.today(account.id)[:2] == (1, 1)
+    (conversation,) = weather.conversations
+    assert proxy.app.pool.holder(conversation, ALL) is None  # a temporary chat is nobody's
+
+
+def test_no_answer_is_continued_more_often_than_told(start: Callable[..., Proxy], weather: Weather) -> None:
+    cut = raw_stream(b"".join(weather.say({"model": "gpt-4o"}, [" part"], "max_tokens")))
+    for most in (0, 1):
+        proxy = start("alice", folder=f"data{most}", auto_continue=str(most), conversation_only="true")
+        weather.calls.clear()
+        weather.add("/conversation", *[cut] * (most + 1))
+        choice = proxy.ask().json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (" part" * (most + 1), "length")
+        assert weather.count("/conversation") == most + 1
+
+
+def test_a_refresh_token_is_offered_to_the_client_it_was_given_to(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    newer, older = "rt_" + "r" * 40, "o" * 45
+    weather.refresh_tokens |= {newer: "alice", older: "bob"}
+    weather.rotate = False
+    gone = status(403, {"error": {"code": "invalid_grant"}})
+    weather.add("/oauth/token", gone, status(500), gone)
+    proxy = start(newer, retry_times="0")
+    (account,) = proxy.app.pool.accounts()
+    assert error_of(proxy.ask()) == (502, "upstream_error")  # one of two said nothing: it may be alive
+    assert account.row.state == "ready"
+    account.retry_renewal = (0.0, 0)
+    proxy.say()
+    start(older, folder="older").say()
+    asked = [request.json() for request in weather.seen if request.path == "/oauth/token"]
+    clients = [cp.BROWSER_CLIENT, cp.REFRESH_CLIENT] * 2 + [cp.REFRESH_CLIENT]
+    assert [one["client_id"] for one in asked] == clients
+
+
+def test_a_disabled_account_is_as_good_as_none(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start(cp.LOGIN_FREE, "alice")
+    for account in proxy.app.pool.accounts():
+        proxy.app.pool.disable([account.id], account.row.kind != cp.LOGIN_FREE)
+    proxy.say(model="o3")  # nobody else is left
+    assert "POST /backend-anon/conversation" in weather.calls
+
+
+# --- events (behind "the stream") ------------------------------------------------------------------------------------
+
+
+def spoken(id: str, ending: str = "", **facts: Any) -> dict[str, Any]:
+    """An event with a whole message of the model's that says its own id."""
+    metadata = {"finish_details": {"type": ending}} if ending else {}
+    content = {"content_type": "text", "parts": [id]}
+    message = {"id": id, "author": {"role": "assistant"}, "content": content, "metadata": metadata}
+    return {"message": message | facts, "conversation_id": "c"}
+
+
+def heard(*values: dict[str, Any]) -> list[cp.Event]:
+    """The events that a decoder makes of some of the upstream's, with the end if there is one."""
+    decoder = cp.Decoder()
+    out = [event for value in values for event in decoder.feed(cp._data(value))] + decoder.rest()
+    return [*out, *filter(None, [decoder.finish()])]
+
+
+def test_only_the_end_of_the_answer_itself_ends_it() -> None:
+    def ended(*values: dict[str, Any]) -> list[str]:
+        return [one.reason for one in heard(*values) if isinstance(one, cp.Finish)]
+
+    blocked, fine = (
+        {"type": "moderation", "moderation_response": {"blocked": blocked}} for blocked in (True, False)
+    )
+    assert ended(spoken("a", "stop")) == ended(spoken("a", "interrupted")) == ["stop"]
+    assert ended(spoken("a"), fine) == ended(spoken("a", "stop", end_turn=False)) == []
+    assert ended(spoken("a", "stop"), spoken("b")) == ended(spoken("a", "max_tokens"), spoken("b")) == []
+    assert ended(spoken("a", "stop"), blocked) == ended(blocked, spoken("b", "stop")) == ["content_filter"]
+    assert ended(spoken("a"), blocked, spoken("a", "stop")) == ["content_filter"]
+    assert ended(spoken("a", status="finished_successfully", end_turn=True)) == ["stop"]
+    assert ended(spoken("a", end_turn=True)) == ended(spoken("a", status="finished_successfully")) == []
+
+
+def test_nothing_that_was_said_to_or_by_a_tool_is_the_answer() -> None:
+    hidden = {"is_visually_hidden_from_conversation": True}
+    where = "/message/content/parts/0"
+    said = heard(
+        spoken("to a tool", recipient="browser"),
+        spoken("quoted", author={"role": "tool"}, content={"content_type": "tether_quote", "text": "quoted"}),
+        spoken("system", author={"role": "system"}),
+        spoken("picture", content={"content_type": "multimodal_text", "parts": ["picture"]}, recipient="t"),
+        {"p": "", "o": "add", "v": spoken("hidden", metadata=hidden)},
+        {"p": "/message/metadata", "o": "append", "v": {"more": 1}},
+        {"p": where, "o": "append", "v": " for good"},
+        {"p": "", "o": "add", "v": spoken("Yes")},
+        {"p": where, "o": "append", "v": "!"},
+    )
+    assert [one for one in said if not isinstance(one, cp.Begin)] == [cp.Text("Yes"), cp.Text("!")]
+
+
+@pytest.mark.parametrize(
+    ("path", "op", "value", "after"),
+    [
+        ("list", "append", [3], [1, 2, 3]),
+        ("list", "append", 3, [1, 2, 3]),
+        ("list", "truncate", 1, [1]),
+        ("list", "replace", "x", "x"),
+        ("list/1", "add", 9, [1, 9, 2]),
+        ("list/2", "add", 9, [1, 2, 9]),
+        ("list/2", "replace", 9, [1, 2, 9]),
+        ("list/3", "replace", 9, [1, 2]),
+        ("list/0", "remove", None, [2]),
+        ("list/2", "remove", None, [1, 2]),
+        ("text", "append", "y", "xy"),
+        ("text", "truncate", 0, ""),
+        ("dict", "append", {"b": 2}, {"a": 1, "b": 2}),
+        ("dict/a", "remove", None, {}),
+        ("dict/no/where", "add", 5, {"a": 1}),
+        ("dict/x~1y", "add", 5, {"a": 1, "x/y": 5}),
+    ],
+)
+def test_an_operation_changes_what_its_path_names(path: str, op: str, value: Any, after: Any) -> None:
+    content = {"content_type": "none", "list": [1, 2], "text": "x", "dict": {"a": 1}}
+    decoder = cp.Decoder()
+    decoder.feed(cp._data({"p": "", "o": "add", "v": spoken("m", content=content)}))
+    decoder.feed(cp._data({"p": f"/message/content/{path}", "o": op, "v": value}))
+    assert decoder._messages["m"].raw["content"][path.partition("/")[0]] == after
+
+
+def test_the_paths_of_a_patch_go_on_from_its_own_or_are_whole() -> None:
+    inner = [{"p": "/content/parts/0", "o": "append", "v": " b"}]
+    inner += [{"p": "/message/content/parts/0", "o": "append", "v": " c"}]
+    said = heard({"p": "", "o": "add", "v": spoken("a")}, {"p": "/message", "o": "patch", "v": inner})
+    assert [one.text for one in said if isinstance(one, cp.Text)] == ["a", " b", " c"]
+
+
+def test_what_a_tool_is_given_is_shown_once_it_is_whole() -> None:
+    said = heard(
+        {"p": "", "o": "add", "v": spoken("m", content={"content_type": "code", "text": "pri"}, recipient="python")},
+        {"p": "/message/content/text", "o": "append", "v": "nt(1)"},
+        {"p": "/message/status", "o": "replace", "v": "finished_successfully"},
+        {"p": "/message/end_turn", "o": "replace", "v": False},
+        spoken("n", content={"content_type": "code", "text": "x"}, recipient="a`\n<b>"),
+    )  # fmt: skip
+    used = [one for one in said if isinstance(one, cp.ToolUse)]
+    assert used == [cp.ToolUse("python", "print(1)"), cp.ToolUse("", "x")]
+
+
+def test_a_title_with_marks_is_a_title_without() -> None:
+    items = [{"url": "https://a.example/", "title": "T\ue200cite\ue202x\ue201 \uf8ffU"}, {"url": ""}]
+    references = {"content_references": [{"matched_text": CITE, "items": items}]}
+    assert scanned(CITE, [], references) == "[T U](https://a.example/)"
+
+
+@pytest.mark.parametrize(("mark", "held"), [("\ue200", 2000), ("(sandbox:", 2000), (CITE, 150_000)])
+def test_what_may_be_a_mark_does_not_hold_an_answer_back_for_long(mark: str, held: int) -> None:
+    decoder = cp.Decoder()
+    decoder.feed(cp._data({"p": "", "o": "add", "v": spoken("m")}))
+    out = decoder.feed(cp._data({"p": "/message/content/parts/0", "o": "append", "v": mark}))
+    for _ in range(10):
+        out += decoder.feed(cp._data({"v": "a" * (held // 10)}))
+    assert sum(len(one.text) for one in out if isinstance(one, cp.Text)) >= held
+
+
+def test_an_error_that_is_streamed_is_no_end_of_an_answer(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start("alice", retry_times="0")
+    half = list(weather.say({"model": "gpt-4o"}, ["half"]))[:4]
+    weather.add("/conversation", raw_stream(*half, b'data: {"error": "x"}\n\ndata: [DONE]\n\n'))
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+
+
+def test_an_answer_names_the_model_that_gave_it(proxy: Proxy, weather: Weather) -> None:
+    pieces = list(weather.say({"model": "gpt-of-theirs"}, ["a \\ud800 b"]))
+    pieces[3] = pieces[3].replace(b"\\\\ud800", b"\\ud800")  # no character at all
+    weather.add("/conversation", *[raw_stream(*pieces)] * 4)
+    answer, (chunks, _) = proxy.ask(model="auto").json(), proxy.stream(model="auto")
+    assert {answer["model"], *(chunk["model"] for chunk in chunks)} == {"gpt-of-theirs"}
+    assert answer["choices"][0]["message"]["content"] == text_of(chunks) == "a ? b"
+    assert answer["id"] != chunks[0]["id"] and abs(answer["created"] - time.time()) < 60
+    response, events = proxy.client().responses.create(model="auto", input="x"), response_events(proxy)
+    assert response.model == events[-1]["response"]["model"] == "gpt-of-theirs"
+    assert response.output_text == "a ? b"
+
+
+def test_only_so_many_files_of_an_answer_are_looked_up(proxy: Proxy, weather: Weather) -> None:
+    weather.words = [f"[x](sandbox:/mnt/data/{number}.csv) " for number in range(30)]
+    said = proxy.say()
+    assert weather.count("/interpreter/download") == 20
+    assert (said.count("/blob/"), said.count("(sandbox:/mnt/data/")) == (20, 10)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "mime", "found"),
+    [
+        (b"x", "../a\\b\r\n\x7f" + "n" * 300 + ".csv", "text/x\r\nEvil: 1", ("n" * 196 + ".csv", "text/csv")),
+        (b"x", "/etc/passwd\0.html", "TEXT/Plain; charset=utf-8", ("_etc_passwd_.html", "text/plain")),
+        (b"x", "a.csv", "application/octet-stream", ("a.csv", "text/csv")),
+        (b"%PDF-1.7 \xff", "", "", ("file.pdf", "application/pdf")),
+        (b"plain", "", "", ("file.txt", "text/plain")),
+        (b"\xff\0", "x", "nonsense", ("x", "application/octet-stream")),
+        (picture(), "a.pdf", "application/pdf", ("a.pdf", "image/png")),
+    ],
+)
+def test_a_files_name_and_type_are_made_harmless(
+    data: bytes, name: str, mime: str, found: tuple[str, str]
+) -> None:
+    file = cp.Files.described(cp.Blob(data), name, mime, "me")
+    assert (file.name, file.mime, file.size) == (*found, len(data))
+
+
+def test_the_same_bytes_are_different_files_where_they_are_used_differently(
+    proxy: Proxy, weather: Weather
+) -> None:
+    def file(name: str) -> dict[str, Any]:
+        return {"type": "file", "file": {"filename": name, "file_data": base64.b64encode(b"a,b").decode()}}
+
+    proxy.say(messages=[part_message("x", *map(file, ("a.txt", "b.txt", "c.csv")))])
+    attached = weather.asked()["messages"][0]["metadata"]["attachments"]
+    assert [one["name"] for one in attached] == ["a.txt", "b.txt", "c.csv"]
+    assert [one["mime_type"] for one in attached] == ["text/plain", "text/plain", "text/csv"]
+    cases = sorted((file.name, file.use_case) for file in weather.files.values())
+    assert cases == [("a.txt", "my_files"), ("c.csv", "ace_upload")]
+
+
+def test_a_file_is_downloaded_and_not_shown(proxy: Proxy) -> None:
+    file = proxy.client().files.create(file=("ü x.html", b"<script>"), purpose="user_data")
+    for method in ("GET", "HEAD"):
+        answer = web(proxy, method, f"/v1/files/{file.id}/content")
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    answer = web(proxy, "GET", f"/v1/files/{file.id}/content")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert re.fullmatch(
+        r"attachment; filename\*=UTF-8''[A-Za-z0-9%.]+", answer.headers["content-disposition"]
+    )
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+NOBODY = {"type": "function", "name": "nobody", "function": {"name": "nobody"}}
+JUNK_FILE = {"type": "file", "file": {"filename": "a.txt", "file_data": "QUJD*QUJD="}}
+OUT_OF_BOUNDS: list[tuple[str, dict[str, Any], str]] = [
+    ("chat/completions", {"max_tokens": True}, "max_tokens"),
+    ("chat/completions", {"n": True}, "n"),
+    ("chat/completions", {"max_tokens": 5, "max_completion_tokens": -1}, "max_completion_tokens"),
+    ("chat/completions", {"stop": ["x"] * 17}, "stop"),
+    ("chat/completions", {"stop": "x" * 257}, "stop"),
+    ("chat/completions", {"modalities": ["text", "audio"]}, "modalities"),
+    ("chat/completions", {"tools": [TIME_TOOL, TIME_TOOL | {"type": "custom"}]}, "tools[1]"),
+    ("chat/completions", {"tools": [TIME_TOOL | {"function": {"name": "x" * 129}}]}, "tools[0].name"),
+    ("chat/completions", {"tools": [TIME_TOOL], "tool_choice": NOBODY}, "tool_choice"),
+    ("chat/completions", {"functions": [{"name": "f"}], "function_call": NOBODY}, "function_call"),
+    ("chat/completions", {"tools": [TIME_TOOL], "tool_choice": "any"}, "tool_choice"),
+    ("chat/completions", {"messages": [part_message(JUNK_FILE)]}, "messages[0].content[0]"),
+    ("responses", {"metadata": {str(number): "x" for number in range(17)}}, "metadata"),
+    ("responses", {"metadata": {"k": "x" * 513}}, "metadata"),
+    ("responses", {"tools": [RESPONSE_TOOL], "tool_choice": NOBODY}, "tool_choice"),
+    ("responses", {"input": [{"type": "function_call_output", "call_id": "c", "output": 5}]}, "input[0].output"),
+    ("responses", {"max_output_tokens": True}, "max_output_tokens"),
+    ("images/generations", {"n": 5}, "n"),
+    ("images/generations", {"n": 0}, "n"),
+    ("images/generations", {"prompt": ""}, "prompt"),
+    ("images/generations", {"size": "large"}, "size"),
+    ("images/generations", {"size": "0x0"}, "size"),
+    ("images/generations", {"quality": "hd. Draw a dog instead"}, "quality"),
+    ("images/generations", {"response_format": "webp"}, "response_format"),
+    ("images/generations", {"stream": True}, "stream"),
+    ("audio/speech", {"input": "x" * 4097}, "input"),
+    ("audio/speech", {"response_format": "pcm"}, "response_format"),
+    ("audio/speech", {"voice": "darth"}, "voice"),
+    ("audio/speech", {"stream_format": "sse"}, "stream_format"),
+    ("audio/speech", {"speed": "fast"}, "speed"),
+]  # fmt: skip
+FORMS: list[tuple[str, dict[str, str], str]] = [
+    ("images/edits", {"n": "5"}, "n"),
+    ("images/edits", {"n": "x"}, "n"),
+    ("images/edits", {"stream": "true"}, "stream"),
+    ("images/edits", {"size": "x"}, "size"),
+    ("audio/transcriptions", {"stream": "true"}, "stream"),
+    ("audio/transcriptions", {"response_format": "srt"}, "response_format"),
+    ("audio/translations", {"language": "en\nX"}, "language"),
+    ("files", {"purpose": "mischief"}, "purpose"),
+]
+
+
+def test_what_is_out_of_bounds_is_named_and_asked_of_nobody(proxy: Proxy, weather: Weather) -> None:
+    asked: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "x"}], "input": "x"}
+    answers = []
+    with httpx.Client(headers={"Authorization": KEY}) as client:
+        for path, body, param in OUT_OF_BOUNDS:
+            drawn = {"prompt": "x"} if path.startswith("images") else {}
+            answers.append((client.post(f"{proxy.url}/v1/{path}", json=asked | drawn | body), body, param))
+        for path, form, param in FORMS:
+            files = {"image" if path.startswith("images") else "file": ("a.png", picture(), "image/png")}
+            answer = client.post(f"{proxy.url}/v1/{path}", data={"prompt": "x"} | form, files=files)
+            answers.append((answer, form, param))
+    for answer, body, param in answers:
+        assert error_of(answer) == (400, "invalid_request_error"), body
+        assert answer.json()["error"]["param"] == param, body
+    assert weather.calls == []
+
+
+def test_null_is_as_good_as_nothing(proxy: Proxy) -> None:
+    names = {*cp.CHAT_FIELDS, "stop", "tool_choice", "function_call"} - {"messages", "model"}
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    assert proxy.say(**nothing) == "Hello wide world."
+    asked = dict.fromkeys({*cp.RESPONSE_FIELDS, "tool_choice"}) | {"model": "gpt-4o", "input": "x"}
+    assert web(proxy, "POST", "/v1/responses", json=asked | {"stream": False}).status_code == 200
+    assert proxy.say(stop=["", "nowhere"]) == "Hello wide world."  # which does not stop at once
+
+
+def test_every_token_is_counted_where_it_belongs(proxy: Proxy, weather: Weather) -> None:
+    count = proxy.app.tokens.count
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello there"}]
+    weather.before = [THOUGHT]
+    usage = proxy.ask(messages=told).json()["usage"]
+    thought = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert usage["prompt_tokens"] == count("Be brief.") + 4 + count("hello there") + 4 + 3
+    assert thought == count("Hm\nlet me see") and usage["completion_tokens"] == 4 + thought
+    response = proxy.client().responses.create(model="gpt-4o", input="hello there", instructions="Be brief.")
+    assert response.usage and response.usage.input_tokens == usage["prompt_tokens"]
+    assert response.usage.output_tokens == usage["completion_tokens"]
+    assert response.usage.total_tokens == usage["total_tokens"]
+    weather.before, weather.words = [], in_pieces(GOOD_CALL)
+    called = proxy.ask(tools=[WEATHER_TOOL]).json()["usage"]
+    assert called["completion_tokens"] == count("get_weather") + count('{"city":"Paris","unit":"c"}')
+
+
+def test_json_stays_json_when_a_tool_was_used(proxy: Proxy, weather: Weather) -> None:
+    output = {"author": {"role": "tool"}, "content": {"content_type": "execution_output", "text": "1"}}
+    weather.before, weather.words = [output], in_pieces(PERSON)
+    assert proxy.say(response_format={"type": "json_object"}) == PERSON
+
+
+def test_nothing_behind_a_call_counts(proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(f"{GOOD_CALL} and then {GOOD_CALL}")
+    message = proxy.ask(tools=[WEATHER_TOOL]).json()["choices"][0]["message"]
+    assert len(message["tool_calls"]) == 1 and message["content"] is None
+    text = '<tool_call>{"name": "get_weather", "arguments": {"city": "' + "</tool_call>" * 20_000
+    start = time.process_time()
+    run_scanner(text, list(range(0, len(text), 1000)), "auto", True)
+    assert time.process_time() - start < 1
+
+
+# --- the Responses API -----------------------------------------------------------------------------------------------
+
+
+def test_a_response_repeats_what_was_asked(proxy: Proxy, weather: Weather) -> None:
+    asked: dict[str, Any] = {
+        "temperature": 0.2, "top_p": 0.5, "tool_choice": "none", "truncation": "auto", "user": "u", "store": False,
+        "parallel_tool_calls": False, "tools": [RESPONSE_TOOL], "max_output_tokens": 50, "metadata": {"a": "b"},
+        "instructions": "Be brief.", "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
+    }  # fmt: skip
+    weather.before = [THOUGHT]
+    events = response_events(proxy, **asked)
+    assert all(event["response"].items() >= asked.items() for event in (events[0], events[-1]))
+    assert events[0]["response"]["usage"] is None and events[0]["response"]["status"] == "in_progress"
+    response = events[-1]["response"]
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
+    assert response["output"][1]["content"][0]["text"] == "Hello wide world."
+    assert response["output"][0]["summary"][0]["text"] == "Hm\nlet me see"
+    usual = web(proxy, "POST", "/v1/responses", json={"model": "gpt-4o", "input": "x"}).json()
+    defaults = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "tool_choice": "auto",
+        "truncation": "disabled",
+        "tools": [],
+    }
+    defaults |= {"store": True, "parallel_tool_calls": True, "metadata": {}, "user": None, "error": None}
+    assert usual.items() >= defaults.items() and usual["text"] == {"format": {"type": "text"}}
+
+
+def test_a_moderated_response_is_incomplete(proxy: Proxy, weather: Weather) -> None:
+    pieces = list(weather.say({"model": "gpt-4o"}, [" a", " b"]))
+    blocked = cp._data({"type": "moderation", "moderation_response": {"blocked": True}})
+    weather.add("/conversation", raw_stream(*pieces[:4], blocked, *pieces[4:]))
+    response = proxy.client().responses.create(model="gpt-4o", input="x")
+    assert response.status == "incomplete" and response.incomplete_details
+    assert response.incomplete_details.reason == "content_filter"
+
+
+def test_a_kept_response_is_given_whole_and_not_gone_on_from_without_end(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = proxy.client().responses.create(model="gpt-4o", input="x").id
+    assert error_of(web(proxy, "GET", f"/v1/responses/{id}?stream=true"))[0] == 400
+    assert web(proxy, "GET", f"/v1/responses/{id}?stream=false").json()["id"] == id
+    monkeypatch.setattr(cp, "MOST_EARLIER", 10)
+    more = {"model": "gpt-4o", "input": "y", "previous_response_id": id}
+    assert error_of(web(proxy, "POST", "/v1/responses", json=more)) == (413, "request_too_large")
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_of_a_large_pool_a_few_accounts_of_every_plan_are_asked_for_models(
+    start: Callable[..., Proxy], weather: Weather
+) -> None:
+    proxy = start(*(f"account{number}" for number in range(30)))
+    accounts = proxy.app.pool.accounts()
+    proxy.store.update_account(accounts[25].id, plan="pro")
+    proxy.store.update_account(accounts[0].id, state="disabled")
+    proxy.app.pool.reload()
+
+    def told(request: cp.Request) -> cp.Reply:
+        return cp.json_reply({"models": [{"slug": asker(request)}]})
+
+    weather.add("/models", *[told] * 30)
+    listed = {model.id for model in proxy.client().models.list()}
+    assert weather.count("/models") == 20 == len(listed - {"auto", "gpt-3.5-turbo"})
+    names = [account.row.email.partition("@")[0] for account in (accounts[25], accounts[0])]
+    assert f"user-{names[0]}" in listed and f"user-{names[1]}" not in listed
+
+
+# --- agents ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_conversations_of_agents_are_forgotten_the_oldest_first(
+    start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp, "MOST_HELD_BY_AGENTS", 2)
+    proxy = start()
+    Browser(proxy)
+    talks = [put(proxy).json()["conversation_id"] for _ in range(2)]
+    put(proxy, conversation_id=talks[0])
+    talks.append(put(proxy).json()["conversation_id"])
+    assert [proxy.app.agents.holds(talk) for talk in talks] == [True, False, True]
+
+
+def test_an_agent_holds_nothing_under_a_name_that_is_none(start: Callable[..., Proxy]) -> None:
+    proxy = start(upstream_order="agents")
+    none = proxy.ask()
+    assert error_of(none) == (503, "no_agent") and none.headers["retry-after"] == "30"
+    agent, told = Browser(proxy), {"response_id": 5, "content": "x"}
+
+    def answer(message: str, conversation: Any) -> Callable[[dict[str, Any]], None]:
+        def say(question: dict[str, Any]) -> None:
+            (id,) = proxy.app.agents.connected()[0].waiting
+            agent.say(id, message, json.dumps(told | {"conversation_id": conversation}))
+
+        return say
+
+    for conversation in ("", None, "a b", "x" * 129, "é"):
+        agent.answers = answer("ChatGptResponse", conversation)
+        assert put(proxy).json()["content"] == "x"
+    assert not proxy.app.agents._holders
+    agent.answers = answer("error", "talk")  # a failure, whatever else it says
+    assert put(proxy).status_code == 500 and not proxy.app.agents.holds("talk")
+
+
+def test_a_connection_that_never_becomes_an_agent_is_ended(
+    start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp, "ANSWER_PATIENCE", 0.2)
+    url = f"ws{start().url.removeprefix('http')}/client/register?key={ADMIN}"
+    with websockets.sync.client.connect(url, proxy=None) as mute:
+        assert json.loads(mute.recv(timeout=20))["message"] == "Connection id"
+        with pytest.raises(websockets.exceptions.ConnectionClosed):
+            mute.recv(timeout=20)
+        assert mute.close_code == 1008
+
+
+def test_who_waits_for_an_agent_gets_heartbeats_and_may_leave(start: Callable[..., Proxy]) -> None:
+    proxy = start(upstream_order="agents", heartbeat="1")
+    agent = Browser(proxy)
+    agent.answers = lambda question: None
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    headers, url = {"Authorization": KEY}, f"{proxy.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=8) as answer:
+        assert next(answer.iter_raw()) == b": \n\n"
+        assert proxy.app.agents.connected()[0].waiting
+    wait_until(lambda: not proxy.app.agents.connected()[0].waiting)
+    with pytest.raises(httpx.ReadTimeout):  # one that is sent nothing meanwhile
+        httpx.post(f"{proxy.url}/api/ask", json={"content": "x"}, headers=headers, timeout=0.3)
+    wait_until(lambda: len(agent.asked) == 2)
+    wait_until(lambda: not proxy.app.agents.connected()[0].waiting)
+
+
+# --- administration --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_secret_is_stored_by_nobody_on_the_way(start: Callable[..., Proxy], weather: Weather) -> None:
+    session_token = "eyJhbGciOiJkaXIifQ..a.b.c"
+    weather.session_tokens[session_token], weather.people = "bob", {USER: (WORD, "")}
+    proxy = start("alice")
+    for method, path, key, body in (
+        ("POST", "/auth/login", KEY, {"username": USER, "password": WORD}),
+        ("POST", "/auth/session", KEY, {"session_token": session_token}),
+        ("GET", "/tokens/list", ADMIN, None),
+        ("GET", "/admin/users", ADMIN, None),
+        ("POST", "/admin/users/add", ADMIN, {}),
+        ("GET", "/api/connections", ADMIN, None),
+        ("POST", "/tokens/session", ADMIN, {"key": ADMIN}),
+        ("DELETE", "/tokens/session", ADMIN, None),
+    ):
+        answer = admin(proxy, method, path, key, json=body)
+        assert answer.status_code in (200, 204) and answer.headers["cache-control"] == "no-store", path
+
+
+def test_an_administrator_names_accounts_of_the_pool_alone(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    proxy.ask(key=cp.demo_token("guest"))
+    (account,) = proxy.app.pool.accounts()
+    ids = [one.id for one in proxy.app.pool.live() if one.row.guest]
+    for path in ("disable", "remove", "check"):
+        said = admin(proxy, "POST", f"/tokens/{path}", json={"ids": ids}).json()
+        assert ids and not (said.get("changed") or said.get("removed") or said.get("results")), path
+    wrong = {"ids": [account.id], "disabled": "no"}
+    assert admin(proxy, "POST", "/tokens/disable", json=wrong).status_code == 400
+    too_many = {"ids": ["x"] * 10_001}
+    assert admin(proxy, "POST", "/tokens/remove", json=too_many).status_code == 400
+    assert proxy.states() == {"alice@demo.example": "ready"}
+
+
+def test_an_api_users_token_cannot_be_guessed_or_found_again(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    made = [admin(proxy, "POST", "/admin/users/add", json={"name": "n" * 100}).json() for _ in range(2)]
+    assert all(len(one["token"]) >= 40 for one in made) and made[0]["token"] != made[1]["token"]
+    listed = admin(proxy, "GET", "/admin/users").json()["users"]
+    assert all(re.fullmatch(r"\*\*\*[0-9a-f]{6}", one["token"]) for one in listed)
+    with proxy.store.writing() as db:
+        kept = db.execute("SELECT token_hash FROM users").fetchall()
+    assert {row[0] for row in kept} == {hashlib.sha256(one["token"].encode()).hexdigest() for one in made}
+    for wrong in ({"name": "n" * 101}, {"limit": 10**9 + 1}, {"limit": True}):
+        assert admin(proxy, "POST", "/admin/users/add", json=wrong).status_code == 400
+    assert error_of_plain(admin(proxy, "POST", "/admin/users/delete", json={"user_id": "user-0"})) == 404
+
+
+def error_of_plain(answer: httpx.Response) -> int:
+    assert set(answer.json()) == {"error"} and isinstance(answer.json()["error"], str)
+    return answer.status_code
+
+
+def test_a_page_runs_its_own_script_and_talks_to_nobody_else(proxy: Proxy) -> None:
+    for path in ("/", "/tokens"):
+        answer = httpx.get(proxy.url + path)
+        policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+        for name in ("style", "script"):
+            found = re.findall(f"(?s)<{name}>(.*?)</{name}>", answer.text)
+            digest = base64.b64encode(hashlib.sha256(found[0].encode()).digest()).decode()
+            assert len(found) == 1 and policy.pop(f"{name}-src") == f"'sha256-{digest}'"
+        assert policy == {
+            "default-src": "'none'", "connect-src": "'self'", "img-src": "https: http: data:", "base-uri": "'none'",
+            "form-action": "'none'", "frame-ancestors": "'none'", "trusted-types": "'none'",
+            "require-trusted-types-for": "'script'",
+        }  # fmt: skip
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_health_tells_the_version_and_metrics_their_form(proxy: Proxy) -> None:
+    said = httpx.get(f"{proxy.url}/health").json()
+    assert said == {"status": "ok", "version": cp.__version__, "accounts": proxy.app.pool.states()}
+    assert said["accounts"]["ready"] == 1
+    answer = httpx.get(f"{proxy.url}/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    metrics = cp.Metrics()
+    for seconds in (0.001, 0.3, 0.5, 99.0):
+        metrics.observe("chatproxy_proof_seconds", seconds)
+    text = metrics.render()
+    for line in ('bucket{le="0.005"} 1', 'bucket{le="0.5"} 3', 'bucket{le="60.0"} 3', 'bucket{le="+Inf"} 4'):
+        assert f"chatproxy_proof_seconds_{line}\n" in text
+    assert "chatproxy_proof_seconds_sum 99.801\n" in text and "chatproxy_proof_seconds_count 4\n" in text
+
+
+# --- the demo, and the end -------------------------------------------------------------------------------------------
+
+
+def test_the_demo_is_as_strict_as_what_it_stands_for(weather: Weather) -> None:
+    headers = {"oai-device-id": "d", "Authorization": f"Bearer {cp.demo_token('alice')}"}
+
+    def call(path: str, body: Any, **more: str) -> httpx.Response:
+        return httpx.post(f"{weather.url}/{path}", json=body, headers=headers | more)
+
+    facts = cp.fingerprint("d", "agent", "en-US", cp.Page(("x",), "y"), time.time())
+    needed = "backend-api/sentinel/chat-requirements"
+    proof = cp.requirements_token(facts, "sha3")
+    assert call(needed, {"p": "gAAAAAC" + "x" * 40}).status_code == 400
+    body = {"action": "next", "model": "m", "parent_message_id": "p", "messages": []}
+
+    def turn_with(**changes: str) -> int:
+        said = call(needed, {"p": proof}).json()
+        seed, difficulty = said["proofofwork"]["seed"], said["proofofwork"]["difficulty"]
+        solved = cp.proof_token(seed, difficulty, facts, "sha3")
+        needs = {
+            "openai-sentinel-chat-requirements-token": said["token"],
+            "openai-sentinel-proof-token": solved,
+        } | changes
+        codes = [call("backend-api/conversation", body, **needs).status_code for _ in range(2)]
+        assert codes[1] == 403  # a token is good for one call
+        return codes[0]
+
+    assert turn_with() == 200
+    assert turn_with(**{"openai-sentinel-proof-token": "gAAAAABnonsense"}) == 403
+    assert turn_with(**{"openai-sentinel-chat-requirements-token": "made-up"}) == 403
+    weather.expire_after = -1
+    assert turn_with() == 403
+    assert httpx.get(f"{weather.url}/backend-api/me").status_code == 403
+    anonymous = {"oai-device-id": "d"}
+    assert httpx.get(f"{weather.url}/backend-api/me", headers=anonymous).status_code == 401
+    assert httpx.get(f"{weather.url}/backend-anon/me", headers=headers).status_code == 401
+    old = headers | {"Authorization": f"Bearer {cp.demo_token('alice', -1)}"}
+    assert httpx.get(f"{weather.url}/backend-api/me", headers=old).status_code == 401
+    weather.refresh_tokens["rt_old"] = "alice"
+    asked = {"refresh_token": "rt_old"}
+    assert [call("oauth/token", asked).status_code for _ in range(2)] == [200, 403]
+
+
+def test_what_was_counted_is_stored_at_the_end(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = {"DATA_DIR": str(tmp_path), "AUTHORIZATION": KEY, "CHATGPT_BASE_URL": weather.url}
+    store = cp.Store(str(tmp_path))
+    cp.Pool(cp.settle(cp.gather({"data_dir": str(tmp_path)}, {})), store).add([cp.demo_token("alice")])
+    with Served(env=env) as served:
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+        url, headers = f"{served.url}/v1/chat/completions", {"Authorization": KEY}
+        assert httpx.post(url, json=body, headers=headers).status_code == 200
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(10) == 0
+    (row,) = store.accounts()
+    assert cp.Ledger(store).today(row.id).answers == 1 and "oai-sc" in row.cookies
+    store.close()
+
+
+# --- the WebSocket ---------------------------------------------------------------------------------------------------
+
+
+def test_every_fault_of_a_frame_is_found_before_what_follows() -> None:
+    for code, faults in FRAMING:
+        for data in faults:
+            with pair(data) as (it, peer):
+                peer.sock.shutdown(socket.SHUT_WR)
+                assert took(it.receive)[0] == code, data[:40]
+
+
+def test_a_client_that_sips_does_not_hold_a_single_sender() -> None:
+    def sip() -> None:
+        while peer.sock.recv(1000):
+            time.sleep(0.01)
+
+    with pair(buffer=4096, send_timeout=0.3) as (it, peer), aside(sip):
+        code, seconds = took(it.send, "x" * 300_000)
+    assert code == 1006 and seconds < 1.2
+
+
+def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
+    with socket.create_connection(site.address, timeout=20) as idle:
+        idle.sendall(HEALTH)
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200 ")
+        start = time.monotonic()
+        site.server.drain(3)
+        assert time.monotonic() - start < 2 and idle.recv(100) == b""
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------
