@@ -226,7 +226,8 @@ class Settings:
     admin_key: str | None = setting(
         "",
         KEY,
-        "key for admin routes; unset: the first of AUTHORIZATION; with neither: loopback clients only",
+        "key for admin routes; unset: the first of AUTHORIZATION; with neither: this machine alone, asked directly, "
+        "until there is an API user",
         secret=True,
     )
     allow_direct_tokens: bool = setting(
@@ -457,6 +458,7 @@ CAUSES = {
 # The `type` of an error by its status.
 KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 KINDS |= dict.fromkeys((403, 502, 504), "upstream_error")
+_OURS = {"origin_refused"}  # refused here, although its status is mostly the upstream's
 
 
 class ApiError(Exception):
@@ -477,7 +479,8 @@ class ApiError(Exception):
         """OpenAI's shape: {"error": {"message", "type", "param", "code"}}; plain: {"error": message}."""
         if self.plain:
             return {"error": self.message}
-        kind = KINDS.get(self.status, "invalid_request_error")
+        kind = "" if self.code in _OURS else KINDS.get(self.status, "")
+        kind = kind or "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -781,6 +784,7 @@ class Share:
     def __init__(self, room: Room) -> None:
         self._room = room
         self._taken = {"memory": 0, "disk": 0}
+        self.held = False  # whether files of the body are used on while it is answered
 
     def grow(self, place: str, size: int) -> None:
         """Takes more room; ApiError overloaded when there is not so much."""
@@ -1171,7 +1175,7 @@ class Store:
             if self._db.in_transaction:
                 yield self._db
                 return
-            with self._watched(writes=True):
+            with self._watched():
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._db
@@ -1181,26 +1185,28 @@ class Store:
                         self._db.execute("ROLLBACK")
 
     @contextlib.contextmanager
-    def _watched(self, writes: bool) -> Iterator[None]:
-        """Says StoreUnavailable for what SQLite says, and notes whether the store can be used."""
+    def _watched(self) -> Iterator[None]:
+        """Says StoreUnavailable for what SQLite says of its file, and notes that the store cannot be used."""
         try:
             yield
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError):
+            raise  # a fault of this program
         except sqlite3.Error as error:
             if not self.trouble and self.tells:
                 log(logging.ERROR, "the store cannot be used", reason=str(error))
             self.trouble = str(error)
             raise StoreUnavailable(str(error)) from None
-        if self.trouble and writes:
+
+    def try_room(self) -> None:
+        """Whether the disk takes what a new token needs; StoreUnavailable when it does not. Ends the store's trouble."""
+        self._write("INSERT INTO room VALUES (zeroblob(?))", ROOM_FOR_A_TOKEN)
+        self._write("DELETE FROM room")
+        if self.trouble:
             self.trouble = ""
             log(logging.WARNING, "the store can be used again")
 
-    def try_room(self) -> None:
-        """Whether the disk takes what a new token needs; StoreUnavailable when it does not."""
-        self._write("INSERT INTO room VALUES (zeroblob(?))", ROOM_FOR_A_TOKEN)
-        self._write("DELETE FROM room")
-
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._db_lock, self._watched(writes=False):
+        with self._db_lock, self._watched():
             return self._db.execute(query, values).fetchall()
 
     def _write(self, query: str, *values: Any) -> int:
@@ -1857,6 +1863,11 @@ class Handle:
         self._pinned = lib.curl_slist_append(ffi.NULL, line.encode())
         self._set(_options("CONNECT_TO")[0], self._pinned)
 
+    def lead(self, place: str) -> None:
+        """Knows from now on what addresses a host has: `HOST:PORT:ADDRESS,ADDRESS`, those of IPv6 in brackets."""
+        self._pinned = lib.curl_slist_append(ffi.NULL, place.encode())
+        self._set(_options("RESOLVE")[0], self._pinned)
+
     def prepare(
         self, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, silence: float
     ) -> None:
@@ -2076,22 +2087,22 @@ class Handles:
 
     def call(
         self, owner: str, route: Route, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
-        watch: Watch, silence: float, kept: bool = True, address: str = "",
+        watch: Watch, silence: float, kept: bool = True, place: str = "",
     ) -> Call:  # fmt: skip
         """A call on a handle of the owner's: the one used last, whose connection is most likely alive.
 
         `headers` are whole lines; `silence` is how many seconds without a byte end the call; `kept` is whether the handle
-        is, if the call does not fail; `address` is the one to connect to instead of the URL's host, "" for that. To be
-        used in a `with` block, at whose end the call is ended where it is.
+        is, if the call does not fail; `place` is what `Handle.lead` takes, "" for nothing. To be used in a `with` block,
+        at whose end the call is ended where it is.
         """
-        key = (owner, route, address)
+        key = (owner, route, place)
         with self._idle_lock:
             idle = self._idle.get(key)
             handle = idle.pop() if idle else None
         if handle is None:
             handle = Handle(route)
-            if address:
-                handle.pin(address)
+            if place:
+                handle.lead(place)
         try:
             handle.prepare(method, url, headers, body, silence)
         except BaseException:
@@ -2216,7 +2227,8 @@ class Fetcher:
         return addresses
 
     def resolved(self, host: str, port: int, watch: Watch) -> Patient[list[str]]:
-        """Up to three addresses of a host, IPv4 first; "" for one that is a public address itself. ValueError for none."""
+        """Up to three addresses of a host, private ones first and then IPv4; "" for one that is a public address itself.
+        ValueError for none."""
         with contextlib.suppress(ValueError):
             if is_public(str(ipaddress.ip_address(host))):
                 return [""]
@@ -2602,10 +2614,11 @@ class Pool:
     guards the memory alone, so that a lease never waits for the disk.
     """
 
-    MOST_GUESTS = 1000
+    MOST_GUESTS, MAX_ARRIVING = 1000, 64
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
+        self._unsaved_lock = threading.Lock()
         self._unsaved_held: dict[str, Held] = {}  # conversations that the store could not take
         self._changes_lock = threading.RLock()
         self._accounts_lock = threading.Lock()
@@ -2615,6 +2628,9 @@ class Pool:
         self._by_secret: dict[str, Account] = {}  # those that renew themselves, by their current token
         self._cursor = 0
         self._guests: OrderedDict[str, Account] = OrderedDict()
+        self._arriving: OrderedDict[str, Account] = (
+            OrderedDict()
+        )  # guests whose tokens nobody has accepted yet
         self.reload()
 
     # -- what there is ---------------------------------------------------------------------------------------
@@ -2744,16 +2760,26 @@ class Pool:
             if own is None or own.renewable:  # which keeps its id while its token is replaced
                 own = self._by_secret.get(row.secret)
         if own and _same(own.row.access_token if row.kind == ACCESS else own.row.secret, row.secret):
+            if row.workspace not in (
+                "",
+                own.row.workspace,
+            ):  # exchanged for another it would be lost to the pool
+                text = "This token is in the pool for another workspace; send it without one."
+                raise ApiError("invalid_api_key", text)
             return own
         id = guest_id(row)
         with self._accounts_lock:
-            account = self._guests.get(id)
+            account = self._guests.get(id) or self._arriving.get(id)
         if account is None:
             device = str(uuid.uuid5(uuid.NAMESPACE_URL, id))
             fresh = replace(
                 row, id=id, guest=1, device=device, browser=self.settings.impersonate, added=time.time()
             )
             account = self._enliven(self.store.account(id) or fresh, Counter())
+            with self._accounts_lock:  # several requests that come at once are one guest's
+                account = self._arriving.setdefault(id, account)
+                if len(self._arriving) > self.MAX_ARRIVING:
+                    self._arriving.popitem(last=False)
         return account
 
     def welcome(self, account: Account) -> Account:
@@ -2819,15 +2845,18 @@ class Pool:
 
     def hold(self, conversations: Mapping[str, Held]) -> None:
         """Remembers which account holds which conversation, and who began it; in memory while the store cannot."""
-        with self._changes_lock:
+        with self._unsaved_lock:
             unsaved = {**self._unsaved_held, **conversations}
-            if not unsaved:
-                return
-            try:
-                self.store.put_conversations(unsaved)
-                self._unsaved_held = {}
-            except StoreUnavailable:
-                self._unsaved_held = dict(itertools.islice(unsaved.items(), MOST_UNSAVED))
+        if not unsaved:
+            return
+        try:
+            self.store.put_conversations(unsaved)
+            with self._unsaved_lock:
+                self._unsaved_held = {id: one for id, one in self._unsaved_held.items() if id not in unsaved}
+        except StoreUnavailable:
+            with self._unsaved_lock:
+                newest = list((self._unsaved_held | unsaved).items())[-MOST_UNSAVED:]
+                self._unsaved_held = dict(newest)
 
     def states(self) -> dict[str, int]:
         """How many accounts are in which state."""
@@ -3395,7 +3424,7 @@ class ChatGPT:
         self._renewals = ThreadPoolExecutor(32, thread_name_prefix="renewal")
         # Of their own, so that made-up tokens keep no account of the pool from its renewal.
         self._guest_renewals = ThreadPoolExecutor(4, thread_name_prefix="guest-renewal")
-        self._private: dict[str, bool] = {}  # whether a gateway's address is
+        self._private_gateways: dict[str, bool] = {}  # whether a gateway's address is private
         self._pages: dict[tuple[str, str], Page] = {}
         self._agents: dict[str, str] = {}
         self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
@@ -3410,7 +3439,7 @@ class ChatGPT:
 
     def _call(
         self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, watch: Watch,
-        silence: float | None = None, address: str = "",
+        silence: float | None = None, place: str = "",
     ) -> Call:  # fmt: skip
         """A call on a connection of the account's own; a guest's is kept once the upstream has accepted its token."""
         guest = account.row.guest
@@ -3426,19 +3455,19 @@ class ChatGPT:
             watch,
             silence or self.silence,
             kept,
-            address,
+            place,
         )
         call.reached = functools.partial(self.pool.reached, account, account.route)
         return call
 
     def _answer(
         self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
-        watch: Watch, silence: float | None = None, once: bool = False, address: str = "",
+        watch: Watch, silence: float | None = None, once: bool = False, place: str = "",
     ) -> Patient[Answer]:  # fmt: skip
         """The whole answer of a call; counted under `name`, its cookies kept if it is the site's. `once`: it must not be
         made twice."""
         try:
-            with self._call(account, method, url, headers, body, watch, silence, address) as call:
+            with self._call(account, method, url, headers, body, watch, silence, place) as call:
                 if once:
                     call.handle.sent_once()
                 answer = yield from call.whole()
@@ -3650,10 +3679,10 @@ class ChatGPT:
         id, url = str(made.get("file_id") or ""), str(made.get("upload_url") or "")
         if not _FILE_ID.fullmatch(id) or not _URL_TEXT.fullmatch(url):
             raise Refusal("broken", "The upstream did not say where to upload a file; try again.")
-        address = yield from self.named_address(account, url, watch)
+        place = yield from self.named_place(account, url, watch)
         headers = [b"x-ms-blob-type: BlockBlob", b"x-ms-version: 2020-04-08", b"Expect:"]
         headers += [f"Content-Type: {file.mime}".encode(), f"Origin: {account.gateway}".encode()]
-        answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch, address=address)
+        answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch, place=place)
         if not 200 <= answer.status < 300:
             raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
         # What is uploaded is not sent again for a hiccup of these two calls.
@@ -3718,41 +3747,43 @@ class ChatGPT:
             raise gone
         return url
 
-    def named_address(self, account: Account, url: str, watch: Watch) -> Patient[str]:
-        """Where to connect to for a URL that the upstream names, "" for wherever its host is; Refusal when that is a
-        private address, unless the upstream's own is one."""
+    def named_place(self, account: Account, url: str, watch: Watch) -> Patient[str]:
+        """What a URL that the upstream names leads to, as `Handle.lead` takes it, "" for wherever its host is; Refusal
+        when that is a private address, unless the upstream's own is one. Behind a proxy names are the proxy's."""
         private = yield from self._gateway_private(account.gateway, watch)
         if private or url.startswith(account.gateway + "/"):
             return ""
         try:
             host, port, _ = Fetcher.parted(url)
-            addresses = yield from self.fetcher.resolved(host, port, watch)
+            literal = re.fullmatch(r"[0-9.]+|.*:.*|localhost|.*\.localhost", host)
+            addresses = [""]
+            if literal or not account.route.proxy:
+                addresses = yield from self.fetcher.resolved(host, port, watch)
         except ValueError:
-            if account.route.proxy:  # which may know names that this machine does not
-                return ""
             raise Refusal("broken", "The upstream named a place for a file that cannot be found.") from None
         if not all(map(is_public, filter(None, addresses))):
             raise Refusal("broken", "The upstream named a private address for a file, which is not asked.")
-        return addresses[0]
+        shown = [f"[{one}]" if ":" in one else one for one in addresses if one]
+        return f"{host}:{port}:{','.join(shown)}" if shown else ""
 
     def _gateway_private(self, gateway: str, watch: Watch) -> Patient[bool]:
         """Whether the upstream itself is at a private address, as a gateway of one's own may be."""
-        if gateway not in self._private:
-            private = False
-            with contextlib.suppress(ValueError):  # what cannot be resolved here is a proxy's to find
-                host, port, _ = Fetcher.parted(gateway)
+        if gateway not in self._private_gateways:
+            host, port, _ = Fetcher.parted(gateway)
+            try:
                 addresses = yield from self.fetcher.resolved(host, port, watch)
-                private = not all(map(is_public, filter(None, addresses)))
-            self._private[gateway] = private
-        return self._private[gateway]
+            except ValueError:  # it may be resolved another time, or by a proxy alone
+                return False
+            self._private_gateways[gateway] = not all(map(is_public, filter(None, addresses)))
+        return self._private_gateways[gateway]
 
     def content(self, account: Account, url: str, watch: Watch) -> Patient[Call]:
         """The call that gets a file's bytes, begun; its own files the site gives to the account alone."""
-        address = yield from self.named_address(account, url, watch)
+        place = yield from self.named_place(account, url, watch)
         own = url.startswith(account.gateway + "/")
         headers = self._headers(account) if own else [b"Expect:"]
         with contextlib.ExitStack() as guard:
-            call = guard.enter_context(self._call(account, "GET", url, headers, None, watch, address=address))
+            call = guard.enter_context(self._call(account, "GET", url, headers, None, watch, place=place))
             yield from call.start()
             if call.status != 200:
                 raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
@@ -5582,15 +5613,20 @@ def _shown(value: Any) -> str:
 # ============================================================================================================
 
 
-MAX_TOKENS = 500_000  # strings, commas and opening brackets in a body: reading more would hold up everybody
-_JSON_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[,\[{]', re.DOTALL)
+MAX_JSON_TOKENS = (
+    500_000  # strings, commas and opening brackets in a body: reading more would hold up everybody
+)
+_JSON_TOKEN = re.compile(
+    rb'"[^"]*"?|[,\[{]'
+)  # in JSON without escapes: a group that repeats would take memory
 
 
 def _too_many_values(data: bytes | bytearray) -> bool:
     """Whether JSON has more values than are read; a text that is full of commas is one value."""
-    if sum(map(data.count, (b",", b"[", b"{"))) <= MAX_TOKENS // 2:
+    if sum(map(data.count, (b",", b"[", b"{"))) <= MAX_JSON_TOKENS // 2:
         return False
-    return any(number > MAX_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(data)))
+    plain = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    return any(number > MAX_JSON_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(plain)))
 
 
 def parse_object(body: Blob) -> dict[str, Any]:
@@ -5602,6 +5638,7 @@ def parse_object(body: Blob) -> dict[str, Any]:
     else:
         data = _lifted(body, mark, blobs)
         if body.share:
+            body.share.held = bool(blobs)
             body.share.grow("memory", len(data))
     if _too_many_values(data):
         raise invalid(None, "The body is JSON of more values than any request has; send a smaller one.")
@@ -5725,6 +5762,11 @@ def model_of(body: Mapping[str, Any]) -> str:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise unfit("model", "is missing; name one, such as gpt-4o or auto.")
+    return fit_name(model)
+
+
+def fit_name(model: str) -> str:
+    """A model's name, of a length that can be repeated and remembered."""
     if len(model) > MAX_NAME:
         raise unfit("model", f"must have at most {MAX_NAME} characters.")
     return model
@@ -7983,6 +8025,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except Exception as failure:
             answer = error_reply(self._failed(failure, request))
         keep = keep and whole  # else nobody reads on to where the next request begins
+        if (
+            isinstance(answer, Stream) and not share.held
+        ):  # what was asked is read, and an answer may take an hour
+            request.body = Blob()
+            share.end()
         if isinstance(answer, Reply):
             return self._send(answer, request, keep)
         if isinstance(answer, Upgrade):
@@ -8052,7 +8099,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         headers = request.headers
         fits = int(headers.get("content-length", 0)) <= most
         if "expect" in headers and fits and self.version == "1.1":
-            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._push(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.body = self.wire.body(headers, most, share)
 
     def _send(self, reply: Reply, request: Request | None, keep: bool) -> bool:
@@ -8234,22 +8281,19 @@ class Router:
 SESSION_LIFE = 12 * 3600.0  # seconds that an administrator stays signed in
 WRONG_KEYS, WRONG_KEY_TIME, WRONG_KEY_DELAY = 5, 60.0, 1.0  # so many in so many seconds; then each waits
 MAX_WAITING = 4  # wrong keys of one address that wait; further ones are refused
-MAX_STRANGERS = 16  # callers' own tokens that the upstream is asked about at a time
+MAX_STRANGERS = (
+    16  # callers' own tokens that the upstream is asked about at a time, a quarter of them from one address
+)
 ADMIN_COOKIE = "chatproxy_admin_{}"  # and the port: browsers send a host's cookies to all of its ports
 MOST_REMEMBERED = 10_000  # addresses, sessions, tokens
 # Headers by which a server in front of this one tells for whom it asks: what they are, or begin with.
 _FRONT_NAMES = {
-    "via",
-    "cdn-loop",
-    "client-ip",
-    "true-client-ip",
-    "x-client-ip",
-    "x-cluster-client-ip",
-    "x-host",
-}
+    "via", "cdn-loop", "client-ip", "true-client-ip", "x-client-ip", "x-cluster-client-ip", "x-host", "x-url-scheme",
+    "front-end-https", "x-rewrite-url", "x-varnish",
+}  # fmt: skip
 _FRONT_PREFIXES = (
     "forwarded", "x-forwarded", "x-real-", "x-original-", "x-envoy-", "x-amz", "x-azure-", "x-appengine-", "x-arr-",
-    "x-proxy", "x-scheme", "cf-", "fly-", "fastly-", "akamai-", "cloudfront-",
+    "x-proxy", "x-scheme", "x-vercel-", "x-nf-", "cf-", "fly-", "fastly-", "akamai-", "cloudfront-",
 )  # fmt: skip
 
 
@@ -8266,19 +8310,27 @@ class Guesses:
 
     def note(self, peer: str) -> None:
         """A key of this peer's was wrong."""
-        now, place = time.monotonic(), place_of(peer)
         with self._guesses_lock:
-            recent = [one for one in self._wrong.pop(place, ()) if now - one < WRONG_KEY_TIME]
-            self._wrong[place] = [*recent[-WRONG_KEYS:], now]
-            if len(self._wrong) > MOST_REMEMBERED:
-                self._wrong.popitem(last=False)
+            self._note(place_of(peer), time.monotonic())
 
-    def slow_down(self, request: Request) -> None:
-        """Waits if there were many wrong keys from the peer's address; rate_limit_exceeded when enough wait already."""
+    def _note(self, place: str, now: float) -> None:
+        self._wrong[place] = [*self._recent(place, now)[-WRONG_KEYS:], now]
+        self._wrong.move_to_end(place)
+        if len(self._wrong) > MOST_REMEMBERED:
+            self._wrong.popitem(last=False)
+
+    def _recent(self, place: str, now: float) -> list[float]:
+        return [one for one in self._wrong.get(place, ()) if now - one < WRONG_KEY_TIME]
+
+    def slow_down(self, request: Request, wrong: bool = False) -> None:
+        """Waits if there were many wrong keys from the peer's address; rate_limit_exceeded when enough wait already.
+        `wrong`: it has come with one more."""
         now, place = time.monotonic(), place_of(request.peer)
         with self._guesses_lock:
-            recent = [one for one in self._wrong.get(place, ()) if now - one < WRONG_KEY_TIME]
-            if len(recent) < WRONG_KEYS:
+            recent = len(self._recent(place, now))
+            if recent < WRONG_KEYS:
+                if wrong:
+                    self._note(place, now)
                 return
             waiting, until = self._waiting.get(place, (0, now))
             if waiting >= MAX_WAITING:
@@ -8287,6 +8339,8 @@ class Guesses:
                 raise ApiError("rate_limit_exceeded", text, headers=headers)
             until = max(now, until) + WRONG_KEY_DELAY
             self._waiting[place] = (waiting + 1, until)
+            if wrong:
+                self._note(place, now)
         try:
             patiently(paused(until - now, request.watch))
         finally:
@@ -8320,7 +8374,7 @@ class Keys:
         self._proved: OrderedDict[bytes, None] = (
             OrderedDict()
         )  # callers' tokens that the upstream has accepted
-        self._strangers = threading.BoundedSemaphore(MAX_STRANGERS)
+        self._strangers = Counter[str]()  # from where the tokens come that are being asked about
         self.reload()
 
     @staticmethod
@@ -8347,8 +8401,7 @@ class Keys:
 
     def _refused(self, request: Request, text: str) -> ApiError:
         """A wrong key; who has had too many of them waits for this answer."""
-        self.guesses.slow_down(request)
-        self.guesses.note(request.peer)
+        self.guesses.slow_down(request, wrong=True)
         return ApiError("invalid_api_key", text)
 
     def admit(self, request: Request, own: bool = True, administers: bool = False) -> None:
@@ -8397,8 +8450,14 @@ class Keys:
             except ValueError:
                 return False
             request.asker, request.scope = request.guest.name, Scope(request.guest.id)
-        known = digest in self._proved or (request.guest is not None and not request.guest.row.guest)
-        if not known:
+        guest = request.guest
+        pooled = guest is not None and not guest.row.guest
+        refused = guest is not None and guest.row.state != "ready"  # since it was accepted
+        with self._remembered_lock:
+            proved = digest in self._proved and not refused
+            if proved:
+                self._proved.move_to_end(digest)
+        if not proved and not pooled:
             self._ask_about(request, digest)
         if request.guest:
             request.guest = self.pool.welcome(request.guest)
@@ -8408,8 +8467,11 @@ class Keys:
         """Has the upstream say whether it accepts a token; of those that it does not, an address has as few as of wrong
         keys."""
         self.guesses.slow_down(request)
-        if not self._strangers.acquire(blocking=False):
-            raise overloaded("Too many new tokens are being looked at just now", 1)
+        place = place_of(request.peer)
+        with self._remembered_lock:
+            if sum(self._strangers.values()) >= MAX_STRANGERS or self._strangers[place] >= MAX_STRANGERS // 4:
+                raise overloaded("Too many new tokens are being looked at just now", 1)
+            self._strangers[place] += 1
         try:
             self._prove(request)
         except ApiError as error:
@@ -8417,7 +8479,8 @@ class Keys:
                 self.guesses.note(request.peer)
             raise
         finally:
-            self._strangers.release()
+            with self._remembered_lock:
+                self._strangers -= Counter([place])
         with self._remembered_lock:
             self._proved[digest] = None
             if len(self._proved) > MOST_REMEMBERED:
@@ -8457,20 +8520,17 @@ class Keys:
         if not self._is_administrators(self._digest(key)):
             raise self._refused(request, "The admin key is wrong.")
 
-    def admit_agent(self, request: Request, named: str) -> str:
-        """Admits who has the agents' key, in the header or `named` in the query; without any key set, this machine. What
-        tells the key from others, for the ids that are registered with it."""
+    def admit_agent(self, request: Request, named: str) -> None:
+        """Admits who has the agents' key, in the header or `named` in the query; without any key set, this machine."""
         request.asker = "agent"
         key, wanted = self.given(request) or named, self.settings.agent_key or self.settings.administrator
         if wanted is None:
             if not self._local(request):
                 raise ApiError("invalid_api_key", "Agents connect from this machine until AGENT_KEY is set.")
-            return ""
-        if not key:
+        elif not key:
             raise ApiError("invalid_api_key", "An agent needs the key; connect to /client/register?key=KEY.")
-        if not hmac.compare_digest(self._digest(key), self._digest(wanted)):
+        elif not hmac.compare_digest(self._digest(key), self._digest(wanted)):
             raise self._refused(request, "The agent's key is wrong.")
-        return self._digest(key).hex()
 
     def _local(self, request: Request) -> bool:
         """Whether a request comes from this machine, as far as anybody can tell: from a loopback address, asking for the
@@ -8510,9 +8570,9 @@ class Keys:
         if not self.keyless or not browsed or request.method in ("GET", "HEAD"):
             return
         host = self._asked_for(request)[0]
-        named = (
-            host != "localhost" and host != self.settings.host and not re.fullmatch(r"[0-9.]+|.*:.*", host)
-        )
+        # Where nobody but this machine is listened to without a secret in the path, a name can only have been led here.
+        closed = is_loopback(self.settings.host) and not self.settings.api_prefix
+        named = closed and not is_loopback(host)
         if named or self._foreign(request):
             text = (
                 "Pages of other sites may not ask a server that has no key; set AUTHORIZATION to allow them."
@@ -8576,6 +8636,7 @@ def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
 # ============================================================================================================
 
 PING_PATIENCE, ANSWER_PATIENCE = 5.0, 120.0  # seconds that an agent has for the one and the other
+HOLDER_PATIENCE = 2.0  # and that one has to show that it is there when another claims its id
 MOST_HELD_BY_AGENTS = 100_000  # conversations
 _AGENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -8614,15 +8675,14 @@ class Agents:
         self._agents_lock = threading.Lock()
         self._agents: dict[str, Agent] = {}  # those that are connected
         self._holders: OrderedDict[str, Held] = OrderedDict()  # conversations → agents, connected or not
-        self._keys: OrderedDict[str, str] = OrderedDict()  # by which key an agent's id was registered
 
     def connected(self) -> list[Agent]:
         """The agents, the one asked longest ago first."""
         with self._agents_lock:
             return sorted(self._agents.values(), key=lambda agent: agent.asked)
 
-    def serve(self, web: WebSocket, key: str = "") -> None:
-        """Has the connection of an agent, registered with this key, to its end."""
+    def serve(self, web: WebSocket) -> None:
+        """Has an agent's connection to its end."""
         offered = new_id()
         web.send(compact({"id": offered, "message": "Connection id", "data": ""}))
         said = self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))
@@ -8630,7 +8690,7 @@ class Agents:
             return
         id = said.get("id")
         wanted = id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered
-        agent = self._take_place(wanted if self._registered(wanted, key) else offered, web)
+        agent = self._take_place(offered if self._taken(wanted) else wanted, web)
         log(logging.INFO, "agent connected", agent=agent.id)
         try:
             while (said := self._heard(web.receive())) is not None:
@@ -8648,14 +8708,17 @@ class Agents:
         """A message of the protocol, {} for what is none; None at the end."""
         return None if text is None else Answer(200, {}, text.encode()).object() or {}
 
-    def _registered(self, id: str, key: str) -> bool:
-        """Whether an agent with this key may have the id: nobody takes one that was registered with another key."""
+    def _taken(self, id: str) -> bool:
+        """Whether the agent of this id is there, and answers: then nobody else gets its place and its conversations."""
         with self._agents_lock:
-            bound = self._keys.setdefault(id, key) == key
-            self._keys.move_to_end(id)
-            if len(self._keys) > MOST_HELD_BY_AGENTS:
-                self._keys.popitem(last=False)
-        return bound
+            agent = self._agents.get(id)
+        if agent is None:
+            return False
+        try:
+            patiently(self._exchange(agent, "ping", "", HOLDER_PATIENCE, Watch(math.inf)))
+        except AgentLost:
+            return False
+        return True
 
     def _take_place(self, id: str, web: WebSocket) -> Agent:
         """The place of this id, taken over from an earlier connection."""
@@ -8744,7 +8807,7 @@ class Agents:
                 if conversation or lost.silent:
                     raise ApiError("agent_lost", f"The question is lost: {lost}.") from None
                 continue
-            return self._answer(agent, said, scope.owner)
+            return self._answer(agent, said, scope)
 
     def _holder(self, conversation: str) -> str | None:
         """The agent of a conversation; of one that nobody is known to hold, the only agent that there is."""
@@ -8757,7 +8820,7 @@ class Agents:
         """Whether a conversation is known to be an agent's."""
         return conversation in self._holders
 
-    def _answer(self, agent: Agent, said: Mapping[str, Any], owner: str) -> AgentAnswer:
+    def _answer(self, agent: Agent, said: Mapping[str, Any], scope: Scope) -> AgentAnswer:
         """An agent's answer; ApiError agent_lost for a failure that it reports, or what cannot be understood."""
         data = str(said.get("data") or "").encode("utf-8", "replace")
         value = Answer(200, {}, data).object() or {}
@@ -8768,7 +8831,7 @@ class Agents:
             raise ApiError(
                 "agent_lost", "The agent reported a failure; the console of its browser tells more."
             )
-        held = Held(agent.id, owner)
+        held = Held(agent.id, scope.owner)
         if _AGENT_ID.fullmatch(conversation):
             with self._agents_lock:
                 held = self._holders.setdefault(conversation, held)
@@ -8776,7 +8839,7 @@ class Agents:
                 if len(self._holders) > MOST_HELD_BY_AGENTS:
                     self._holders.popitem(last=False)
         # Nobody is led into a conversation of another agent's, or of somebody else's.
-        own = held.account == agent.id and held.owner in (owner, "")
+        own = held.account == agent.id and scope.covers(held.owner)
         return AgentAnswer(content, response, conversation if own else "")
 
 
@@ -8880,11 +8943,12 @@ class App(Application):
         kind = endpoint.access
         if kind.startswith("caller"):
             self.keys.admit(request, own=kind != SIGNS_IN, administers=kind != "caller")
-            return MAX_PUBLIC_BODY if kind == SIGNS_IN else whole
+            return MAX_PUBLIC_BODY if request.path.startswith("/auth/") else whole
         if kind.startswith("admin"):
-            in_query = request.query.get("admin_key", "") if request.path.startswith("/admin/") else ""
-            in_body = request.path.startswith("/admin/") and request.method == "POST" and not given
+            named = request.path.startswith("/admin/") and kind == "admin"
+            in_body = named and request.method == "POST" and not given
             try:
+                in_query = request.query.get("admin_key", "") if named else ""
                 self.keys.admit_admin(request, in_query, kind == "admin")
             except ApiError:
                 request.admin = False
@@ -8950,8 +9014,8 @@ class App(Application):
 
     def _refresh_on_schedule(self) -> None:
         if self._refresh <= (now := time.time()):
-            self.upstream.refresh_all(now)
             self._refresh = next_refresh(now)
+            self.upstream.refresh_all(now)
 
     def _sweep(self) -> None:
         """Lets go of what is old."""
@@ -8980,8 +9044,6 @@ def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
     with contextlib.ExitStack() as guard:
         call = guard.enter_context(_to_openai(app, request, method, _relayed_url(app, request), lines, body))
         patiently(call.start())
-        if call.status == 401:
-            app.keys.doubt(request)
         named = ("x-ratelimit-", "openai-")
         headers = {k: v for k, v in call.headers.items() if k.startswith(named) or k in _RELAYED_HEADERS}
         content_type = call.headers.get("content-type", "application/octet-stream")
@@ -8990,7 +9052,15 @@ def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
         if content_type.startswith("text/event-stream"):
             guard.pop_all()
             return Stream(_relayed(call), call.status, content_type, headers)
-        return Reply(call.status, patiently(call.whole()).body, content_type, headers)
+        answer = patiently(call.whole())
+        if _refuses_key(answer):
+            app.keys.doubt(request)
+        return Reply(answer.status, answer.body, content_type, headers)
+
+
+def _refuses_key(answer: Answer) -> bool:
+    """Whether OpenAI's API says that it does not know a key; one that may do little is known all the same."""
+    return answer.status == 401 and b"scope" not in answer.body[:2000]
 
 
 _RELAYED_HEADERS = ("retry-after", "content-encoding")
@@ -9025,14 +9095,16 @@ def _to_openai(
 
 
 def prove_key(app: App, request: Request) -> None:
-    """Whether OpenAI's API takes an `sk-` key: invalid_api_key if it says that it does not. A key that may do little is a
-    key all the same, and so is one for an API without this call."""
+    """Asks OpenAI's API about an `sk-` key: invalid_api_key if it says that it does not know it. An API without this call
+    takes any."""
     lines = [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
     url = f"{app.settings.openai_api_url}/v1/models"
     with _to_openai(app, request, "GET", url, lines, None, kept=False) as call:
         answer = patiently(call.whole())
-    if answer.status == 401 and b"scope" not in answer.body[:2000]:
+    if _refuses_key(answer):
         raise ApiError("invalid_api_key", "OpenAI's API does not take this key; send a valid one.")
+    if answer.status == 429 or answer.status >= 500:
+        raise refusal(answer.status, answer.headers, b"")
 
 
 def _relayed(call: Call) -> Sent:
@@ -9496,7 +9568,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     told.append(f"Size: {size}." if size not in (None, "auto") else None)
     told.append(f"Quality: {quality}." if quality not in (None, "auto") else None)
     text = "\n\n".join(line for line in told if line)
-    model = "auto" if _IMAGE_MODEL.fullmatch(model) else model
+    model = "auto" if _IMAGE_MODEL.fullmatch(model) else fit_name(model)
     question = Question((Message("user", (*images, text)),), model, hints=("picture_v2",))
 
     def draw(watch: Watch) -> list[dict[str, str]]:
@@ -9807,7 +9879,7 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     body = completed(given)
     if not request.guest:
         _check_files(app, request, given)
-    question = Question((), body["model"], body.get("conversation_id"))
+    question = Question((), fit_name(body["model"]), body.get("conversation_id"))
     attempt = Attempt(question, request.watch, request.guest, request.scope)
     attempt.keeps = True
     if question.conversation:
@@ -9822,17 +9894,35 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     return Stream(_as_they_come(first, pieces))
 
 
+# A string that is nothing but a file of the upstream's: a pointer, or an id as it gives them.
+_FILE_NAMED = re.compile(r"(?:[a-z-]+://)?((?<=://)[^#?/\s]+|file[-_][0-9A-Za-z_-]+)(?:[#?/]\S*)?")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings within a JSON value."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+
+
 def _check_files(app: App, request: Request, body: Mapping[str, Any]) -> None:
     """not_found for a message with a file that the account may hold, but that is not the caller's."""
+    if request.scope.everyone:
+        return
     used: set[str] = set()
     for message in dicts(body.get("messages")):
-        parts = dicts(_at(message, ("content", "parts")))
-        pointers = [
-            str(part.get("asset_pointer", "")).partition("://")[2].partition("#")[0] for part in parts
-        ]
-        attached = dicts(_at(message, ("metadata", "attachments")))
-        used.update(filter(None, [*pointers, *(str(one.get("id", "")) for one in attached)]))
-    for id in [] if request.scope.everyone else sorted(used)[: MOST_ATTACHMENTS + 1]:
+        used.update(str(one.get("id")) for one in dicts(_at(message, ("metadata", "attachments"))))
+        found = map(_FILE_NAMED.fullmatch, _strings(message))
+        used.update(match[1] for match in found if match)
+    if len(used) > MOST_ATTACHMENTS:
+        raise invalid("messages", f"A request may have at most {MOST_ATTACHMENTS} files.")
+    for id in used:
         if not any(request.scope.covers(file.owner) for file in app.store.files("upstream=?", id)):
             raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.", "messages")
 
@@ -9869,8 +9959,8 @@ def client_register(app: App, request: Request) -> Reply | Stream | Upgrade:
     if origin is not None and not _AGENT_ORIGIN.fullmatch(origin):
         text = "Agents in browsers connect from chatgpt.com or an extension, no other site."
         raise ApiError("origin_refused", text)
-    key = app.keys.admit_agent(request, request.query.get("key", ""))
-    return Upgrade(handshake(request), functools.partial(app.agents.serve, key=key))
+    app.keys.admit_agent(request, request.query.get("key", ""))
+    return Upgrade(handshake(request), app.agents.serve)
 
 
 ASK_FIELDS: Types = {"content": _TEXT, "conversation_id": _TEXT, "parent_id": _TEXT, "message_id": _TEXT}
@@ -9963,8 +10053,14 @@ def _exchanged(app: App, request: Request, kind: str, *names: str) -> Reply:
     if not hmac.compare_digest(account.row.secret.encode(), row.secret.encode()):
         text = "This token was exchanged before; send the one that replaced it, or sign in anew."
         raise ApiError("invalid_api_key", text)
-    app.pool.lease_guest(account, "")
-    patiently(app.upstream.token(account, request.watch, account.row.access_token))
+    app.keys.guesses.slow_down(request)
+    try:
+        app.pool.lease_guest(account, "")
+        patiently(app.upstream.token(account, request.watch, account.row.access_token))
+    except ApiError as error:
+        if error.code == "invalid_api_key":
+            app.keys.guesses.note(request.peer)
+        raise
     return json_reply(signed_in(app.pool.welcome(account).row))
 
 
