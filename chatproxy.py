@@ -90,6 +90,19 @@ def new_id() -> str:
 
 compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 decode = json.JSONDecoder().raw_decode
+# Strings, commas and opening brackets in JSON from elsewhere: reading more would hold up everybody.
+MAX_JSON_TOKENS = 500_000
+# In JSON without its escapes: a group that repeats would take memory.
+_JSON_TOKEN = re.compile(rb'"[^"]*"?|[,\[{]')
+
+
+def too_many_values(data: bytes | bytearray) -> bool:
+    """Whether JSON has more values than are read; a text that is full of commas is one value."""
+    if sum(map(data.count, (b",", b"[", b"{"))) <= MAX_JSON_TOKENS // 2:
+        return False
+    plain = data.replace(rb"\\", b"").replace(rb"\"", b"")
+    return any(number > MAX_JSON_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(plain)))
+
 
 # ============================================================================================================
 # settings: one row each; flags, environment, `config`, `--help` and the README's table all come from these rows
@@ -1666,6 +1679,11 @@ class Solver:
                 number, token = json.loads(self._socket.recv(65536))
             except OSError:
                 return
+            except (
+                ValueError,
+                TypeError,
+            ):  # an answer that did not come whole: who waits for it solves it in place
+                continue
             with self._waiting_lock:
                 future = self._waiting.pop(number, None)
             if future and future.set_running_or_notify_cancel():
@@ -1721,6 +1739,8 @@ class Answer(NamedTuple):
 
     def object(self) -> dict[str, Any] | None:
         """The body as a JSON object, None when it is none."""
+        if too_many_values(self.body):
+            return None
         try:
             value = json.loads(self.body)
         except (ValueError, RecursionError):
@@ -2454,6 +2474,7 @@ class Account:
         # Replaced, never changed: others may be reading it.
         self.cookies = _cookies_of(row)
         self.renewal: Future[None] | None = None  # the exchange under way
+        self.accepted = False  # whether the upstream has accepted the token of a guest
         self.unstored: tuple[str, str | None] | None = (
             None  # what an exchange gave that the store could not take
         )
@@ -2474,7 +2495,9 @@ class Account:
 
     @property
     def name(self) -> str:
-        """How logs and errors call it."""
+        """How logs and errors call it: what a token says of its owner counts once the upstream has accepted it."""
+        if self.row.guest and not self.accepted:
+            return self.row.id[:16]
         return self.row.email or self.row.id
 
     @property
@@ -2628,9 +2651,8 @@ class Pool:
         self._by_secret: dict[str, Account] = {}  # those that renew themselves, by their current token
         self._cursor = 0
         self._guests: OrderedDict[str, Account] = OrderedDict()
-        self._arriving: OrderedDict[str, Account] = (
-            OrderedDict()
-        )  # guests whose tokens nobody has accepted yet
+        # Guests whose tokens nobody has accepted yet.
+        self._arriving: OrderedDict[str, Account] = OrderedDict()
         self.reload()
 
     # -- what there is ---------------------------------------------------------------------------------------
@@ -2788,6 +2810,7 @@ class Pool:
             return account
         with self._accounts_lock:
             account = self._guests.setdefault(account.id, account)
+            account.accepted = True
             self._guests.move_to_end(account.id)
             if len(self._guests) > self.MOST_GUESTS:
                 self._guests.popitem(last=False)
@@ -2846,7 +2869,10 @@ class Pool:
     def hold(self, conversations: Mapping[str, Held]) -> None:
         """Remembers which account holds which conversation, and who began it; in memory while the store cannot."""
         with self._unsaved_lock:
-            unsaved = {**self._unsaved_held, **conversations}
+            unsaved = dict(self._unsaved_held)
+        for id, one in conversations.items():
+            known = unsaved.get(id)
+            unsaved[id] = Held(one.account, known.owner) if known and known.owner else one
         if not unsaved:
             return
         try:
@@ -2855,8 +2881,9 @@ class Pool:
                 self._unsaved_held = {id: one for id, one in self._unsaved_held.items() if id not in unsaved}
         except StoreUnavailable:
             with self._unsaved_lock:
-                newest = list((self._unsaved_held | unsaved).items())[-MOST_UNSAVED:]
-                self._unsaved_held = dict(newest)
+                # Those that nobody is known to have begun would hide whom the store knows.
+                begun = {id: one for id, one in (self._unsaved_held | unsaved).items() if one.owner}
+                self._unsaved_held = dict(list(begun.items())[-MOST_UNSAVED:])
 
     def states(self) -> dict[str, int]:
         """How many accounts are in which state."""
@@ -3007,7 +3034,8 @@ class Pool:
             except StoreUnavailable:  # the upstream will say it again after the next start
                 account.row = replace(account.row, state=state, reason=reason)
             self._order()
-        log(logging.WARNING, f"account set aside as {state}", account=account.name, reason=reason)
+        level = logging.DEBUG if account.row.guest else logging.WARNING
+        log(level, f"account set aside as {state}", account=account.name, reason=reason)
         return True
 
     def renewed_elsewhere(self, account: Account) -> bool:
@@ -3352,7 +3380,9 @@ def _meaning(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
     said = detail.get("message") if isinstance(detail, dict) else detail
     if isinstance(detail, list):  # a validator's list repeats the input: say only what and where
         faults = [one for one in detail if isinstance(one, dict)]
-        said = "; ".join(f"{'.'.join(map(str, one.get('loc', ())))}: {one.get('msg')}" for one in faults)
+        places = [one["loc"] if isinstance(one.get("loc"), list) else [] for one in faults]
+        told = zip(places, faults, strict=True)
+        said = "; ".join(f"{'.'.join(map(str, place))}: {one.get('msg')}" for place, one in told)
     said = f": {said[:300]}" if isinstance(said, str) and said else ""
     if status == 429:
         wait = detail.get("clears_in") if isinstance(detail, dict) else None
@@ -3541,9 +3571,10 @@ class ChatGPT:
             answer = yield from call.whole()
             self._heard("page", account, answer.status, answer.headers)
             if answer.status == 200:
-                text = answer.body.decode("utf-8", "replace")
-                build = re.search(r'<html[^>]*\sdata-build="([^"]*)"', text)
-                scripts = tuple(re.findall(r'<script[^>]*\ssrc="([^"]+)"', text)[:50])
+                text = answer.body[:1_000_000].decode("utf-8", "replace")
+                build = re.search(r'<html[^<>]{0,1000}\sdata-build="([\x20-\x7e]{0,200}?)"', text)
+                found = re.finditer(r'<script[^<>]{0,1000}?\ssrc="([\x21-\x7e]{1,500}?)"', text)
+                scripts = tuple(match[1] for match in itertools.islice(found, 50))
                 self._pages[key] = Page(scripts, build[1] if build else None, now)
         return self._pages[key]
 
@@ -3989,7 +4020,8 @@ class ChatGPT:
                 raise Refusal("expired", "This account's sign-in is no longer valid.") from None
             pause = min(2.0 ** min(failures, 10), 600)
             account.retry_renewal = (time.time() + pause, failures + 1)
-            log(logging.WARNING, "token not renewed", account=account.name, reason=str(error), seconds=pause)
+            level = logging.DEBUG if account.row.guest else logging.WARNING
+            log(level, "token not renewed", account=account.name, reason=str(error), seconds=pause)
             if reason in ("unreachable", "silent", "blocked"):
                 raise
             raise Refusal("broken", "The token endpoint gave no usable answer; try again.") from None
@@ -4615,6 +4647,8 @@ class Decoder:
         for text in self._events.feed(data):
             if text[:1] != "{":
                 self.done = self.done or text == "[DONE]"
+                continue
+            if len(text) > MAX_JSON_TOKENS // 2 and too_many_values(text.encode("utf-8", "replace")):
                 continue
             try:
                 value = decode(text)[0]
@@ -5457,6 +5491,8 @@ class Effort:
             return frozenset((name, self.canonical(one)) for name, one in value.items())
         if isinstance(value, list):
             return tuple([self.canonical(one) for one in value])
+        if isinstance(value, (int, float)) and 2**53 < abs(value) < math.inf and value == int(value):
+            return hex(int(value))  # whose hash nobody can foresee, as that of a large number
         return (type(value) is bool, value)
 
 
@@ -5613,22 +5649,6 @@ def _shown(value: Any) -> str:
 # ============================================================================================================
 
 
-MAX_JSON_TOKENS = (
-    500_000  # strings, commas and opening brackets in a body: reading more would hold up everybody
-)
-_JSON_TOKEN = re.compile(
-    rb'"[^"]*"?|[,\[{]'
-)  # in JSON without escapes: a group that repeats would take memory
-
-
-def _too_many_values(data: bytes | bytearray) -> bool:
-    """Whether JSON has more values than are read; a text that is full of commas is one value."""
-    if sum(map(data.count, (b",", b"[", b"{"))) <= MAX_JSON_TOKENS // 2:
-        return False
-    plain = data.replace(rb"\\", b"").replace(rb"\"", b"")
-    return any(number > MAX_JSON_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(plain)))
-
-
 def parse_object(body: Blob) -> dict[str, Any]:
     """A request's body as a JSON object, without lone surrogates, which nobody could send on."""
     mark, blobs = f"@{random.getrandbits(64):016x}:", list[Blob]()
@@ -5640,7 +5660,7 @@ def parse_object(body: Blob) -> dict[str, Any]:
         if body.share:
             body.share.held = bool(blobs)
             body.share.grow("memory", len(data))
-    if _too_many_values(data):
+    if too_many_values(data):
         raise invalid(None, "The body is JSON of more values than any request has; send a smaller one.")
     try:
         value = read_json(data)
@@ -7075,9 +7095,8 @@ ROOM_IN_MEMORY, ROOM_ON_DISK = 256 << 20, 4 << 30  # bytes of all request bodies
 CRUMB, MAX_CRUMBS = 256, 32  # reads of fewer bytes, so many of which are a client that sends in crumbs
 BODY_RATE = 10_000  # bytes a second that extend the time a client has for its body
 SEND_TIMEOUT = 30  # seconds without a byte read by a client that end its answer
-DRAIN_TIME = (
-    1.0  # seconds in which a client may go on sending after its answer, before the connection is closed
-)
+# Seconds in which a client may go on sending after its answer, before the connection is closed.
+DRAIN_TIME = 2.0
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET = re.compile(r"[\x21-\x7e]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -7978,7 +7997,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             plain.shutdown(socket.SHUT_WR)
             plain.settimeout(0.2)
-            for _ in range(64):
+            for _ in range(512):
                 if not plain.recv(65536) or time.monotonic() > end:
                     break
         self.sock.close()
@@ -8281,19 +8300,19 @@ class Router:
 SESSION_LIFE = 12 * 3600.0  # seconds that an administrator stays signed in
 WRONG_KEYS, WRONG_KEY_TIME, WRONG_KEY_DELAY = 5, 60.0, 1.0  # so many in so many seconds; then each waits
 MAX_WAITING = 4  # wrong keys of one address that wait; further ones are refused
-MAX_STRANGERS = (
-    16  # callers' own tokens that the upstream is asked about at a time, a quarter of them from one address
-)
+# Callers' own tokens that the upstream is asked about at a time, a quarter of them from one address.
+MAX_STRANGERS = 16
 ADMIN_COOKIE = "chatproxy_admin_{}"  # and the port: browsers send a host's cookies to all of its ports
 MOST_REMEMBERED = 10_000  # addresses, sessions, tokens
 # Headers by which a server in front of this one tells for whom it asks: what they are, or begin with.
 _FRONT_NAMES = {
     "via", "cdn-loop", "client-ip", "true-client-ip", "x-client-ip", "x-cluster-client-ip", "x-host", "x-url-scheme",
-    "front-end-https", "x-rewrite-url", "x-varnish",
+    "front-end-https", "x-rewrite-url", "x-varnish", "x-nginx-proxy", "x-remote-addr", "remote-addr", "remote-user",
+    "x-cloud-trace-context",
 }  # fmt: skip
 _FRONT_PREFIXES = (
     "forwarded", "x-forwarded", "x-real-", "x-original-", "x-envoy-", "x-amz", "x-azure-", "x-appengine-", "x-arr-",
-    "x-proxy", "x-scheme", "x-vercel-", "x-nf-", "cf-", "fly-", "fastly-", "akamai-", "cloudfront-",
+    "x-proxy", "x-scheme", "x-vercel-", "x-nf-", "tailscale-", "cf-", "fly-", "fastly-", "akamai-", "cloudfront-",
 )  # fmt: skip
 
 
@@ -8312,6 +8331,12 @@ class Guesses:
         """A key of this peer's was wrong."""
         with self._guesses_lock:
             self._note(place_of(peer), time.monotonic())
+
+    def forgive(self, peer: str) -> None:
+        """The last of them was right after all."""
+        with self._guesses_lock:
+            if times := self._wrong.get(place_of(peer)):
+                times.pop()
 
     def _note(self, place: str, now: float) -> None:
         self._wrong[place] = [*self._recent(place, now)[-WRONG_KEYS:], now]
@@ -8337,7 +8362,7 @@ class Guesses:
                 headers = {"Retry-After": str(math.ceil(WRONG_KEY_TIME))}
                 text = "Too many wrong keys come from this address; send the right one, or come back in a minute."
                 raise ApiError("rate_limit_exceeded", text, headers=headers)
-            until = max(now, until) + WRONG_KEY_DELAY
+            until = min(max(now, until), now + waiting * WRONG_KEY_DELAY) + WRONG_KEY_DELAY  # some have left
             self._waiting[place] = (waiting + 1, until)
             if wrong:
                 self._note(place, now)
@@ -8371,9 +8396,8 @@ class Keys:
         self._users: dict[bytes, User] = {}
         self._remembered_lock = threading.Lock()
         self._sessions: OrderedDict[bytes, float] = OrderedDict()  # when one ends, by its cookie's digest
-        self._proved: OrderedDict[bytes, None] = (
-            OrderedDict()
-        )  # callers' tokens that the upstream has accepted
+        # Callers' tokens that the upstream has accepted.
+        self._proved: OrderedDict[bytes, None] = OrderedDict()
         self._strangers = Counter[str]()  # from where the tokens come that are being asked about
         self.reload()
 
@@ -8461,12 +8485,13 @@ class Keys:
             self._ask_about(request, digest)
         if request.guest:
             request.guest = self.pool.welcome(request.guest)
+            request.asker = request.guest.name
         return True
 
     def _ask_about(self, request: Request, digest: bytes) -> None:
         """Has the upstream say whether it accepts a token; of those that it does not, an address has as few as of wrong
         keys."""
-        self.guesses.slow_down(request)
+        self.guesses.slow_down(request, wrong=True)  # until the upstream says otherwise
         place = place_of(request.peer)
         with self._remembered_lock:
             if sum(self._strangers.values()) >= MAX_STRANGERS or self._strangers[place] >= MAX_STRANGERS // 4:
@@ -8474,13 +8499,10 @@ class Keys:
             self._strangers[place] += 1
         try:
             self._prove(request)
-        except ApiError as error:
-            if error.code == "invalid_api_key":
-                self.guesses.note(request.peer)
-            raise
         finally:
             with self._remembered_lock:
                 self._strangers -= Counter([place])
+        self.guesses.forgive(request.peer)
         with self._remembered_lock:
             self._proved[digest] = None
             if len(self._proved) > MOST_REMEMBERED:
@@ -8566,14 +8588,17 @@ class Keys:
         """Without a key any page that somebody on this machine has open could ask for answers: origin_refused for what
         another site's page sends, or one that has had its name lead here."""
         headers = request.headers
-        browsed = {"origin", "sec-fetch-site"} & set(headers)
-        if not self.keyless or not browsed or request.method in ("GET", "HEAD"):
+        browsed = {"origin", "sec-fetch-site"} & set(headers) or "mozilla" in headers.get(
+            "user-agent", ""
+        ).lower()
+        if not self.keyless or not browsed:
             return
         host = self._asked_for(request)[0]
         # Where nobody but this machine is listened to without a secret in the path, a name can only have been led here.
         closed = is_loopback(self.settings.host) and not self.settings.api_prefix
         named = closed and not is_loopback(host)
-        if named or self._foreign(request):
+        changes = request.method not in ("GET", "HEAD")
+        if named or (changes and self._foreign(request)):
             text = (
                 "Pages of other sites may not ask a server that has no key; set AUTHORIZATION to allow them."
             )
@@ -8859,9 +8884,8 @@ ROUTER = Router()
 
 
 OR_ADMIN = "caller or admin"  # the access of what belongs to somebody
-SIGNS_IN = (
-    "caller; to store: admin"  # the access of what takes a key of this server, and no caller's own token
-)
+# The access of what takes a key of this server, and no caller's own token.
+SIGNS_IN = "caller; to store: admin"
 
 
 def _named_key(request: Request) -> str:
@@ -8965,16 +8989,15 @@ class App(Application):
             prove_key(self, request)
             return
 
-        def ask(account: Account) -> Patient[None]:
-            if account.row.kind == REFRESH:  # which was exchanged just now, or earlier
-                return
-            try:
-                yield from self.upstream.me(account, watch)
-            except Refusal as refused:
-                if refused.reason != "missing":  # a gateway need not have this call
-                    raise
-
-        patiently(self.answers.do("check", account, ask, watch))
+        self.pool.lease_guest(account, "")
+        patiently(self.upstream.token(account, watch))
+        if account.row.kind == REFRESH:  # which was exchanged just now, or earlier
+            return
+        try:
+            patiently(self.upstream.me(account, watch))
+        except Refusal as refused:
+            if refused.reason != "missing":  # a gateway need not have this call
+                raise
 
     def upkeep(self, stop: threading.Event) -> None:
         """The background jobs, each at every so many seconds: one that fails keeps no other from its work."""
@@ -9247,7 +9270,7 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     body = request.json()
     check_types(body, RESPONSE_FIELDS)
     earlier, names = _earlier(app, request, body.get("previous_response_id"))
-    find = functools.partial(_kept_item, app, request)
+    find = KeptItems(app, request).find
     wanted = parse_response(body, earlier, names, find, app.settings.upload_by_url)
     answer, attempts = _asked(app, request, wanted.turn)
 
@@ -9295,11 +9318,33 @@ def _kept_response(app: App, request: Request, id: str, where: str | None = None
     raise ApiError("not_found", "There is no such response; they are kept for 24 hours.", where)
 
 
-def _kept_item(app: App, request: Request, id: str) -> dict[str, Any] | None:
-    """An item of a kept response, whose id begins with the response's."""
-    kept = app.store.response(f"resp_{id.partition('_')[2][:-2]}", request.scope, time.time())
-    items: list[dict[str, Any]] = json.loads(kept[0])["output"] if kept else []
-    return next((item for item in items if item["id"] == id), None)
+MAX_REFERENCES = 100  # items of kept responses that a request may name
+
+
+class KeptItems:
+    """The items of kept responses that one request names: each response is read once, and what they say together has
+    the limit of what was said before."""
+
+    def __init__(self, app: App, request: Request) -> None:
+        self._app, self._request = app, request
+        self._items: dict[str, dict[str, dict[str, Any]]] = {}  # by the response's id and their own
+        self._found, self._size = 0, 0
+
+    def find(self, id: str) -> dict[str, Any] | None:
+        """An item by its id, which begins with the response's."""
+        response = f"resp_{id.partition('_')[2][:-2]}"
+        if response not in self._items:
+            kept = self._app.store.response(response, self._request.scope, time.time())
+            items = json.loads(kept[0])["output"] if kept else []
+            self._items[response] = {item["id"]: item for item in items}
+        item = self._items[response].get(id)
+        self._found += 1
+        self._size += len(compact(item)) if item else 0
+        if self._found > MAX_REFERENCES or self._size > MOST_EARLIER:
+            raise ApiError(
+                "request_too_large", "The request names too much of what was said before.", "input"
+            )
+        return item
 
 
 def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) -> dict[str, Any]:
@@ -9786,10 +9831,10 @@ def conversations_list(app: App, request: Request) -> Reply:
                 log(logging.WARNING, "conversations not listed", account=account.name, code=error.code)
                 raise
             said = answer.object() or {}
-            more = [one for one in dicts(said.get("items")) if one.get("id")]
+            more = [one for one in dicts(said.get("items")) if identifier(one.get("id"))]
             items |= {str(one["id"]): one for one in more}  # one that moves between two pages comes twice
             at, told = at + len(more), said.get("total")
-            total = int(min(told, 10**9)) if isinstance(told, (int, float)) and more else at
+            total = int(told) if isinstance(told, (int, float)) and 0 <= told < 10**9 and more else at
         if own is not None:
             mine = [item for id, item in items.items() if id in own[account.id]]
             return mine, len(mine)

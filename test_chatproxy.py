@@ -1501,9 +1501,9 @@ def test_without_a_key_only_this_machine_and_its_own_pages_administer(start: Cal
         {"Via": "1.1 x"}, {"X-Forwarded-Host": "x"}, {"X-Real-IP": "1.2.3.4"},
         {"Host": f"evil.example:{port}"}, {"Host": f"evil.example:{port}", "Origin": f"{evil}:{port}"},
     ):  # fmt: skip
-        assert admin(proxy, "GET", "/tokens/list", None, headers=headers).status_code == 401, headers
+        assert admin(proxy, "GET", "/tokens/list", None, headers=headers).status_code in (401, 403), headers
         token = cp.demo_token("bob")
-        assert admin(proxy, "GET", f"/tokens/add/{token}", None, headers=headers).status_code == 401
+        assert admin(proxy, "GET", f"/tokens/add/{token}", None, headers=headers).status_code in (401, 403)
     linked = admin(proxy, "GET", "/tokens/add/x", None, headers={"Sec-Fetch-Site": "none"})
     assert linked.status_code == 401
 
@@ -7303,10 +7303,10 @@ def test_no_body_of_any_size_takes_long_to_be_refused(value: bytes, proxy: Proxy
 def test_counting_values_takes_no_memory() -> None:
     data = b'{"a":"' + b"\\n" * 2_000_000 + b"," * 260_000 + b'"}'
     tracemalloc.start()
-    assert not cp._too_many_values(data)
+    assert not cp.too_many_values(data)
     assert tracemalloc.get_traced_memory()[1] < 4 * len(data)
     tracemalloc.stop()
-    assert cp._too_many_values(b"[" + b'"\\\\",' * 300_000) and not cp._too_many_values(
+    assert cp.too_many_values(b"[" + b'"\\\\",' * 300_000) and not cp.too_many_values(
         b'"\\",' + b"," * 300_000
     )
 
@@ -7797,6 +7797,193 @@ def test_a_guest_is_known_by_the_whole_digest(start: Start) -> None:
     assert len({guest_of(proxy, token).id for token in tokens}) == 300
     team = guest_of(proxy, f"{tokens[0]},team-1")
     assert team.id != guest_of(proxy, tokens[0]).id and len(team.id) > 64
+
+
+def test_a_start_page_of_any_shape_holds_nobody_up(start: Start, weather: Weather) -> None:
+    proxy = start("alice")
+    for number, page in enumerate((
+        "<script " * 40_000, "<html " * 40_000, "<html" + " " * 300_000, '<script src="' * 20_000,
+        f'<html data-build="{"b" * 90_000}"><script src="{"s" * 51_000}"></script>',
+    )):  # fmt: skip
+        weather.add("/", status(200, page, "text/html"))
+        proxy.app.upstream._pages.clear()
+        weather.difficulty = "0007"  # hard enough for a solver process
+        proxy.app.pool.accounts()[0].spare = None
+        began = time.process_time()
+        assert proxy.say() == "Hello wide world.", number
+        assert time.process_time() - began < 3, number
+    wait_until(lambda: SOLVER._waiting == {})
+
+
+def test_a_solvers_answer_that_is_cut_ends_no_listener() -> None:
+    SOLVER._socket.send(b"[0, []]")  # a job that is none
+    long = ["seed", "0007", [*cp.fingerprint("d", "x" * 60_000, "en-US", cp.Page(), time.time())], "sha3"]
+    with contextlib.suppress(OSError):  # too long a job may not even be sent
+        SOLVER._socket.send(json.dumps([1, long]).encode())
+    job = ("0.5", "0007", cp.fingerprint("d", "agent", "en-US", cp.Page(), time.time()), "sha3")
+    began = time.monotonic()
+    assert cp.patiently(SOLVER.solved(job, cp.Watch(1.0))).startswith("gAAAAAB")
+    assert time.monotonic() - began < cp.SOLVER_PATIENCE
+
+
+def test_items_that_are_named_again_and_again_are_read_once(start: Start, weather: Weather) -> None:
+    proxy = start("alice")
+    weather.words = ["word " * 4000]
+    made = web(proxy, "POST", "/v1/responses", json={"model": "gpt-4o", "input": "x"}).json()
+    named = {"type": "item_reference", "id": made["output"][0]["id"]}
+    said = {"role": "user", "content": "x"}
+
+    def again(times: int) -> httpx.Response:
+        return web(
+            proxy, "POST", "/v1/responses", json={"model": "gpt-4o", "input": [named] * times + [said]}
+        )
+
+    assert again(3).status_code == 200
+    began = time.process_time()
+    assert error_of(again(1000)) == (413, "request_too_large")
+    assert time.process_time() - began < 1
+    weather.words = ["word " * 400_000]
+    made = web(proxy, "POST", "/v1/responses", json={"model": "gpt-4o", "input": "x"}).json()
+    named["id"] = made["output"][0]["id"]
+    assert again(2).status_code == 200 and error_of(again(3)) == (413, "request_too_large")
+
+
+def test_numbers_that_collide_are_compared_as_fast_as_others() -> None:
+    schema = {"enum": [number * (2**61 - 1) for number in range(20_000)]}
+    began = time.process_time()
+    assert cp.Schema(schema).fault(5 * (2**61 - 1)) == "" and cp.Schema(schema).fault(7)
+    assert time.process_time() - began < 1
+    for fits, value in ((2**60, float(2**60)), (1e300, 1e300), (-(2**70), -(2**70)), (1, 1.0)):
+        assert (
+            cp.Schema({"enum": [fits]}).fault(value) == "" and cp.Schema({"const": fits}).fault(value) == ""
+        )
+    assert cp.Schema({"enum": [2**60]}).fault(2**60 + 1) and cp.Schema({"enum": [1]}).fault(True)
+
+
+def test_a_token_that_the_upstream_will_not_speak_of_is_a_guess_all_the_same(
+    start: Start, weather: Weather
+) -> None:
+    proxy = start("alice")
+    weather.add("/me", *[status(code) for code in (403, 429, 500, 502, 403, 403, 403)])
+    for number in range(cp.WRONG_KEYS):
+        assert proxy.ask(key=cp.demo_token(f"junk-{number}")).status_code >= 400
+    assert weather.count("/me") == cp.WRONG_KEYS  # none is asked about twice
+    began = time.monotonic()
+    assert proxy.ask(key=cp.demo_token("junk")).status_code >= 400
+    assert time.monotonic() - began >= cp.WRONG_KEY_DELAY and proxy.ask().status_code == 200
+    proxy.app.keys.guesses._wrong.clear()
+    weather.faults["/me"].clear()
+    for number in range(9):  # those that are accepted are none
+        assert proxy.ask(key=cp.demo_token(f"guest-{number}")).status_code == 200
+    assert not any(proxy.app.keys.guesses._wrong.values())
+
+
+def test_one_address_does_not_take_all_places_of_new_tokens(start: Start, weather: Weather) -> None:
+    proxy, held = start("alice"), threading.Event()
+
+    def wait(request: cp.Request) -> cp.Reply:
+        held.wait(20)
+        return cp.Reply(401, b"{}")
+
+    weather.add("/me", *[wait] * 30)
+    with concurrent.futures.ThreadPoolExecutor(12) as executor:
+        sent = [executor.submit(proxy.ask, key=cp.demo_token(f"junk-{number}")) for number in range(12)]
+        wait_until(lambda: sum(one.done() for one in sent) >= 12 - cp.MAX_STRANGERS // 4 - cp.MAX_WAITING)
+        asked = weather.count("/me")
+        held.set()
+        assert asked <= cp.MAX_STRANGERS // 4 and {one.result().status_code for one in sent} <= {
+            401,
+            429,
+            503,
+        }
+
+
+def test_who_leaves_while_waiting_makes_nobody_wait_longer() -> None:
+    guesses, gone = cp.Guesses(), cp.Watch(1.0)
+    request = cp.Request("GET", "/", {}, {}, cp.Blob(), "127.0.0.1", gone)
+    for _ in range(cp.WRONG_KEYS):
+        guesses.slow_down(request, wrong=True)
+    for _ in range(50):  # as if fifty had come and left
+        guesses._waiting["127.0.0.1"] = (1, time.monotonic() + 50)
+    began = time.monotonic()
+    guesses.slow_down(request)
+    assert time.monotonic() - began < 3
+
+
+def test_what_a_token_says_of_its_owner_is_not_logged_before_it_is_accepted(
+    tmp_path: pathlib.Path, weather: Weather
+) -> None:
+    forged = cp.demo_token('admin" status=200 as=admin')
+    weather.dead.add(forged)
+    env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "AUTHORIZATION": KEY}
+    with Served(env=env) as served:
+        head = {"Authorization": f"Bearer {forged}"}
+        assert httpx.post(served.url + CHAT, content=chat(), headers=head).status_code == 401
+        wait_until(lambda: any("status=401" in line for line in served.lines))
+        head = {"Authorization": f"Bearer {cp.demo_token('guest')}"}
+        assert httpx.post(served.url + CHAT, content=chat(), headers=head).status_code == 200
+        wait_until(lambda: any("as=guest@demo.example" in line for line in served.lines))
+        assert not any("as=admin" in line or "WARNING" in line for line in served.lines)
+
+
+@pytest.mark.parametrize(
+    "detail", [[{"loc": None, "msg": "x"}], [{"loc": 5}], [{"loc": {"a": 1}}], [5, None, []], {"code": []}]
+)
+def test_no_refusal_of_any_shape_is_our_fault(detail: Any, start: Start, weather: Weather) -> None:
+    proxy = start("alice", retry_times="0")
+    for code in (400, 404, 413, 422, 429):
+        weather.add("/conversation", status(code, {"detail": detail}))
+        assert proxy.ask().status_code != 500
+        proxy.app.pool.accounts()[0].waits = {}
+
+
+def test_a_list_of_conversations_of_any_shape_is_merged(start: Start, weather: Weather) -> None:
+    proxy = start("alice")
+    for odd in (
+        b'{"items": [{"id": "\\ud800"}, {"id": ["x"]}, {"id": "c-1"}], "total": NaN}',
+        b'{"items": [{"id": "c-1", "update_time": 1e999}], "total": Infinity}',
+        b'{"items": [{"id": "c-1", "update_time": -5}], "total": 1' + b"0" * 400 + b"}",
+    ):
+        weather.add("/conversations", lambda _, odd=odd: cp.Reply(200, odd))  # type: ignore[misc] # bound here
+        told = web(proxy, "GET", "/conversations?limit=1").json()
+        assert [one["id"] for one in told["items"]] == ["c-1"]
+
+
+def test_an_upstreams_json_of_too_many_values_is_none(start: Start, weather: Weather) -> None:
+    proxy = start("alice", retry_times="0")
+    weather.add("/chat-requirements", lambda _: cp.Reply(200, b'{"a":[' + b"{}," * 400_000 + b"0]}"))
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+
+
+def test_who_began_a_conversation_on_a_full_disk_keeps_it(start: Start, weather: Weather) -> None:
+    proxy = start("alice")
+    ann = user_of(proxy, "ann")
+    proxy.store._db.execute("PRAGMA query_only=ON")
+    id = conversation_of(turn(proxy, ann))
+    assert (
+        web(proxy, "GET", "/conversations", KEY).json()["total"] == 1
+    )  # which makes it known without an owner
+    assert web(proxy, "GET", f"/conversation/{id}", ann).status_code == 200
+    proxy.store._db.execute("PRAGMA query_only=OFF")
+    proxy.app.pool.hold({})
+    assert not proxy.app.pool._unsaved_held and proxy.store.conversation(id).owner  # type: ignore[union-attr] # held
+    assert web(proxy, "GET", f"/conversation/{id}", ann).status_code == 200
+
+
+def test_a_browser_reads_nothing_under_a_name_that_was_made_to_lead_here(start: Start) -> None:
+    proxy = start("alice", authorization="")
+    port, browser = proxy.address[1], {"User-Agent": "Mozilla/5.0"}
+    for path in ("/v1/models", "/metrics", "/health", "/"):
+        rebound = web(proxy, "GET", path, None, headers=browser | {"Host": f"evil.example:{port}"})
+        assert rebound.status_code == 403, path
+        assert web(proxy, "GET", path, None, headers=browser).status_code == 200, path
+
+
+def test_who_sends_all_before_reading_gets_the_refusal(proxy: Proxy) -> None:
+    connection = http.client.HTTPConnection(*proxy.address, timeout=20)
+    connection.request("POST", CHAT, bytes(19 << 20), {"Authorization": "wrong"})
+    assert connection.getresponse().status == 401
+    connection.close()
 
 
 # --- the pages, in a real browser ------------------------------------------------------------------------------------
@@ -8905,9 +9092,12 @@ def test_errors_have_the_kinds_of_openai(proxy: Proxy) -> None:
     kinds |= {429: "rate_limit_error", 500: "server_error", 502: "upstream_error", 503: "server_error"}
     for code, (status_code, _) in cp.CAUSES.items():
         error = cp.ApiError(code, "x")
-        assert error.status == status_code and error.body()["error"]["type"] == kinds.get(
+        kind = kinds.get(
             status_code, "upstream_error" if status_code in (403, 504) else "invalid_request_error"
         )
+        if code == "origin_refused":  # which is this server's own refusal
+            kind = "invalid_request_error"
+        assert error.status == status_code and error.body()["error"]["type"] == kind
 
 
 def test_refused_connections_are_counted(start: Callable[..., Proxy]) -> None:
@@ -10299,6 +10489,12 @@ def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ("counting values takes memory",
+     'data.replace(rb"\\\\", b"").replace(rb"\\"", b"")', "data",
+     "test_counting_values_takes_no_memory"),
+    ("a text full of brackets is many values",
+     "return any(number > MAX_JSON_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(plain)))", "return True",
+     "test_text_full_of_brackets_is_one_value"),
     ("a URL may hold white space and control characters",
      'or re.search(r"[\\s\\x00-\\x1f]", text):', "or False:",
      "test_a_setting_is_what_it_says_and_nothing_more"),
@@ -10571,6 +10767,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("a lost solver fails the request",
      "except (OSError, TimeoutError):\n            log", "except (KeyError, TimeoutError):\n            log",
      "a_lost_solver_stops_nobody"),
+    ("an upstream's JSON may have any number of values",
+     "        if too_many_values(self.body):\n            return None", "        if False:\n            return None",
+     "test_an_upstreams_json_of_too_many_values_is_none"),
     ("what is unpacked has no limit",
      "if self.size > self.most:", "if False:",
      "test_what_an_upstream_sends_has_an_end"),
@@ -10736,6 +10935,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("all tokens are renewed at the same distance",
      "+ drawn_lot(row.id) % int(RENEWAL_SPREAD)", "",
      "a_token_is_renewed_before_it_expires"),
+    ("an unproved token's e-mail is logged",
+     "if self.row.guest and not self.accepted:", "if False:",
+     "test_what_a_token_says_of_its_owner_is_not_logged"),
     ("a token without expiry is none",
      "current = not row.expires or row.expires", "current = row.expires",
      "an_account_whose_token_cannot_be_renewed_comes_last"),
@@ -10803,14 +11005,20 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("an account opens by its id",
      "if own and _same(own.row.access_token if row.kind == ACCESS else own.row.secret, row.secret):", "if own:",
      "test_a_callers_token_opens_what_it_proves"),
+    ("a pool's token is exchanged for another workspace",
+     "if row.workspace not in (\n", "if None in (\n",
+     "test_a_token_of_the_pool_is_not_exchanged_for_another"),
     ("a new guest is as many as its requests",
      "self._guests.get(id) or self._arriving.get(id)", "self._guests.get(id)",
      "test_requests_that_come_at_once_with_a_new_token"),
     ("an API user goes on with anybody's conversation",
      'if not scope.covers(held.owner if held else ""):', "if False:",
      "test_api_users_keep_to_what_they_have_begun"),
+    ("a list hides who began a conversation",
+     "Held(one.account, known.owner) if known and known.owner else one", "one",
+     "test_who_began_a_conversation_on_a_full_disk_keeps_it"),
     ("a full disk loses conversations",
-     "self._unsaved_held = dict(newest)", "self._unsaved_held = {}",
+     "self._unsaved_held = dict(list(begun.items())[-MOST_UNSAVED:])", "self._unsaved_held = {}",
      "test_a_full_disk_stops_only_what_must_be_kept"),
     ("RANDOM_TOKEN is ignored",
      "if self.settings.random_token and size:", "if False:",
@@ -10898,9 +11106,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("a native message has the user's role whatever it says",
      'author.get("role") or "user"}', '"user"}',
      "test_what_a_native_turn_leaves_out_is_filled_in"),
-    ("a validator repeats what it was sent",
-     '{one.get(\'msg\')}" for one in faults)', '{one}" for one in faults)',
-     "a_refusal_means_what_the_upstream_meant"),
+    ("a refusal's places need not be a list",
+     'one["loc"] if isinstance(one.get("loc"), list) else []', 'one.get("loc", [])',
+     "test_no_refusal_of_any_shape_is_our_fault"),
     ("the upstream's words are repeated without end",
      "said[:300]", "said",
      "a_refusal_means_what_the_upstream_meant"),
@@ -10978,6 +11186,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("the start page is read at every turn",
      "if known and now - known.read < PAGE_LIFE:", "if False:",
      "the_start_page_is_read_once"),
+    ("a start page holds everybody up",
+     "r'<script[^<>]{0,1000}?", "r'<script[^>]*?",
+     "test_a_start_page_of_any_shape_holds_nobody_up"),
+    ("a script's address has any length",
+     "([\\x21-\\x7e]{1,500}?)", '([^"]+)',
+     "test_a_start_page_of_any_shape_holds_nobody_up"),
     ("the newer generation's token is not taken",
      "return replace(ready, token=", "return ready or replace(ready, token=",
      "both_generations_and_both_proofs"),
@@ -11355,17 +11569,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("comparisons are no effort",
      "self.spend(1 + len(value) // 64 if isinstance(value, str) else 1)", "pass",
      "test_comparing_is_an_effort_too"),
-    ("counting values takes memory",
-     'data.replace(rb"\\\\", b"").replace(rb"\\"", b"")', "data",
-     "test_counting_values_takes_no_memory"),
-    ("a text full of brackets is many values",
-     "return any(number > MAX_JSON_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(plain)))", "return True",
-     "test_text_full_of_brackets_is_one_value"),
+    ("numbers collide",
+     "if isinstance(value, (int, float)) and 2**53 < abs(value)", "if False and 2**53 < abs(value)",
+     "test_numbers_that_collide_are_compared"),
     ("what is read of a large body takes no room",
      'body.share.grow("memory", len(data))', "pass",
      "test_bodies_have_a_room_of_their_own"),
     ("JSON may have any number of values",
-     "if _too_many_values(data):", "if False:",
+     "if too_many_values(data):", "if False:",
      "test_no_body_of_any_size_takes_long_to_be_refused"),
     ("base64 that is none is looked for without end",
      "tried += 1", "tried += 0",
@@ -11851,10 +12062,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if waiting >= MAX_WAITING:", "if False:",
      "test_guesses_of_one_address_are_looked_at"),
     ("wrong keys wait side by side",
-     "until = max(now, until) + WRONG_KEY_DELAY", "until = now + WRONG_KEY_DELAY",
+     "until = min(max(now, until), now + waiting * WRONG_KEY_DELAY) + WRONG_KEY_DELAY",
+     "until = now + WRONG_KEY_DELAY",
      "test_guesses_of_one_address_are_looked_at"),
+    ("who leaves makes others wait longer",
+     "min(max(now, until), now + waiting * WRONG_KEY_DELAY)", "max(now, until)",
+     "test_who_leaves_while_waiting_makes_nobody_wait_longer"),
     ("wrong keys do not count",
-     "self.guesses.slow_down(request, wrong=True)", "self.guesses.slow_down(request)",
+     "self.guesses.slow_down(request, wrong=True)\n        return", "self.guesses.slow_down(request)\n        return",
      "test_guesses_of_one_address_are_looked_at"),
     ("a PATCH is not counted for an API user",
      'if request.method not in ("POST", "PATCH"):', 'if request.method not in ("POST",):',
@@ -11863,9 +12078,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if not proved and not pooled:", "if False:",
      "test_junk_tokens_leave_nothing_and_reach_nothing"),
     ("a stranger's wrong token is no wrong key",
-     'if error.code == "invalid_api_key":\n                self.guesses.note(request.peer)',
-     "if False:\n                pass",
+     "self.guesses.slow_down(request, wrong=True)  # until", "self.guesses.slow_down(request)  # until",
      "test_wrong_tokens_of_callers_count_as_wrong_keys"),
+    ("one address takes all places of new tokens",
+     "or self._strangers[place] >= MAX_STRANGERS // 4", "",
+     "test_one_address_does_not_take_all_places_of_new_tokens"),
+    ("an accepted token stays a guess",
+     "self.guesses.forgive(request.peer)", "pass",
+     "test_a_token_that_the_upstream_will_not_speak_of"),
     ("a guest is asked about at every call",
      "            self._proved[digest] = None", "            pass",
      "test_junk_tokens_leave_nothing_and_reach_nothing"),
@@ -11891,11 +12111,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if "@" not in parts.netloc:', "if True:",
      "test_administration_without_a_key_is_for_this_machine_asked_directly"),
     ("any page may ask a server without a key",
-     "if named or self._foreign(request):", "if False:",
+     "if named or (changes and self._foreign(request)):", "if False:",
      "test_other_sites_pages_get_nothing"),
     ("a name that leads here may ask a server without a key",
-     "if named or self._foreign(request):", "if self._foreign(request):",
+     "if named or (changes and self._foreign(request)):", "if changes and self._foreign(request):",
      "test_other_sites_pages_get_nothing"),
+    ("a name that leads here may read",
+     "if named or (changes and self._foreign(request)):", "if changes and (named or self._foreign(request)):",
+     "test_a_browser_reads_nothing_under_a_name"),
     ("a cookie over its own HTTPS is not Secure",
      "secure = self.settings.tls_cert or request", "secure = request",
      "test_https_is_not_spoken_in_old_versions_and_its_cookies_are_secure"),
@@ -12050,6 +12273,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("what an earlier response called is forgotten",
      'return tuple(messages), kept["names"]', "return tuple(messages), {}",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
+    ("items may be named without end",
+     "if self._found > MAX_REFERENCES or self._size > MOST_EARLIER:", "if False:",
+     "test_items_that_are_named_again_and_again_are_read_once"),
     ("calls of a response are not remembered",
      'messages.append({"role": "assistant", "parts": [text for text in said if text]})', "pass",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
@@ -12152,6 +12378,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("any account is asked for a conversation that nobody is known to hold",
      "if len(signed_in) == 1:", "if signed_in:",
      "test_a_pool_asks_the_account_that_holds_the_conversation"),
+    ("a conversation's id may be anything",
+     'if identifier(one.get("id"))]', 'if one.get("id")]',
+     "test_a_list_of_conversations_of_any_shape_is_merged"),
+    ("a list's total may be anything",
+     "if isinstance(told, (int, float)) and 0 <= told < 10**9 and more", "if isinstance(told, (int, float)) and more",
+     "test_a_list_of_conversations_of_any_shape_is_merged"),
     ("an API user's list has everybody's conversations",
      "mine = [item for id, item in items.items() if id in own[account.id]]", "mine = list(items.values())",
      "test_api_users_keep_to_what_they_have_begun"),
@@ -13477,6 +13709,8 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["mutants"]:
+        mutants(sys.argv[2:])
     if sys.argv[1:2] == ["mutants"]:
         mutants(sys.argv[2:])
     if sys.argv[1:2] == ["mutants"]:
