@@ -572,11 +572,20 @@ class TextFormatter(logging.Formatter):
         when = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
         super().__init__(f"{when}%(levelname)-7s %(message)s")
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """The local time; what a second's lines have in common is made once."""
+        return f"{_second(int(record.created))},{int(record.msecs):03}"
+
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
         for name, value in getattr(record, "facts", {}).items():
             line += f" {name}={value if _PLAIN.fullmatch(str(value)) else json.dumps(str(value))}"
         return line
+
+
+@functools.lru_cache(2)
+def _second(moment: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 _PLAIN = re.compile(r"[^\s\x00-\x20\x7f\"]+")  # what cannot be taken for a line or a fact of its own
@@ -814,8 +823,9 @@ class Share:
     def end(self) -> None:
         """Gives everything back."""
         for place, size in self._taken.items():
-            self._room.give_back(place, size)
-        self._taken = {"memory": 0, "disk": 0}
+            if size:
+                self._room.give_back(place, size)
+                self._taken[place] = 0
 
 
 class Blob:
@@ -1719,8 +1729,8 @@ _NOT_CONNECTED = (5, 6, 7, 35, 60, 97)
 LAST_SILENCE_MS = 50  # what an upstream may take to end an answer after its last event
 IDLE_HANDLE_LIFE = 60.0  # seconds an unused connection is kept
 MOST_IDLE_HANDLES = 64  # kept for one account, and for all guests together
-# What an upstream may send: bytes of a whole answer, decoded; of what comes together; of a head, and lines of it.
-MAX_ANSWER, MAX_AT_ONCE, MAX_ANSWER_HEAD, MAX_ANSWER_LINES = 32 << 20, 16 << 20, 128 << 10, 300
+# What an upstream may send: bytes of a whole answer, decoded; pieces that come together; lines of a head.
+MAX_ANSWER, MAX_PIECES, MAX_ANSWER_LINES = 32 << 20, 1000, 300
 
 
 class Route(NamedTuple):
@@ -1755,23 +1765,20 @@ class _Sink:
         self.callback, self.exception = callback, None
 
 
-class _Received(list[bytes]):
-    """The bytes that libcurl's callbacks have brought since it was last emptied, up to `most`: what is compressed may
-    become a thousand times as much while it is decoded, before anybody can count it."""
+class _Pile(list[bytes]):
+    """A list that can be written to: a callback's bytes with no Python frame of our own."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.size, self.most = 0, most
+    write = list.append
+
+
+class _Received(list[bytes]):
+    """The pieces of a body that libcurl's callbacks have brought since it was last emptied, each of up to 16 KiB. What is
+    compressed may become a thousand times as much while it is decoded, before anybody else can count it."""
 
     def write(self, data: bytes) -> None:
-        self.size += len(data)
-        if self.size > self.most:
-            raise OverflowError("too much at once")  # which ends the call
+        if len(self) >= MAX_PIECES:
+            raise OverflowError("too much at once")  # the glue tells libcurl, which ends the call
         self.append(data)
-
-    def clear(self) -> None:
-        super().clear()
-        self.size = 0
 
 
 def _options(*names: str) -> tuple[int, ...]:
@@ -1785,7 +1792,9 @@ _SEEKDATA, _VERSION, _VERBOSE, _FRESH = _options("SEEKDATA", "HTTP_VERSION", "VE
 _HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
 _NOT_WRITTEN = 23  # CURLE_WRITE_ERROR: a callback of ours did not take what came
 _STATUS_LINE = re.compile(r"HTTP/[0-9.]+ ([2-5][0-9][0-9])(?: |$)")
-_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # in a header's value
+_NO_TEXT = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f]+"
+)  # in a header: control characters but for tabs and line feeds
 
 
 def no_handle() -> Refusal:
@@ -1814,7 +1823,7 @@ class Handle:
     def __init__(self, route: Route) -> None:
         self._easy, self._multi = lib.curl_easy_init(), lib.curl_multi_init()
         self._running, self._number = ffi.new("int *"), ffi.new("int *")
-        self._body, self._head = _Received(MAX_AT_ONCE), _Received(MAX_ANSWER_HEAD)
+        self._body, self._head = _Received(), _Pile()
         self._error = ffi.new("char[]", 256)
         self._kept: list[Any] = []  # what libcurl points to
         self._lines = self._pinned = ffi.NULL
@@ -2019,7 +2028,7 @@ class Handle:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
         starts = [i for i, line in enumerate(self._head) if line.startswith(b"HTTP/")]
         newest = b"".join(self._head[starts[-1] :] if starts else []).partition(b"\r\n\r\n")[0]
-        first, *lines = newest.decode("latin-1").split("\r\n")
+        first, *lines = _NO_TEXT.sub("", newest.decode("latin-1")).split("\n")
         headers: dict[str, str] = {}
         status = _STATUS_LINE.match(first)
         if status is None or len(lines) > MAX_ANSWER_LINES:
@@ -2027,7 +2036,7 @@ class Handle:
             raise Refusal("broken", "The upstream's answer has no status, or a head that no server sends.")
         for line in lines:
             name, _, value = line.partition(":")
-            name, value = name.lower(), _NO_TEXT.sub("", value).strip()
+            name, value = name.lower(), value.strip()
             between = "\n" if name == "set-cookie" else ", "
             headers[name] = f"{headers[name]}{between}{value}" if name in headers else value
         return int(status[1]), headers
@@ -2473,6 +2482,8 @@ class Account:
         self.waits: dict[str, Wait] = {}
         # Replaced, never changed: others may be reading it.
         self.cookies = _cookies_of(row)
+        # The header lines of its calls, and the row and the cookies that they are made of.
+        self.lines: tuple[AccountRow | None, dict[str, str], list[bytes]] = (None, {}, [])
         self.renewal: Future[None] | None = None  # the exchange under way
         self.accepted = False  # whether the upstream has accepted the token of a guest
         self.unstored: tuple[str, str | None] | None = (
@@ -3512,16 +3523,21 @@ class ChatGPT:
         self, account: Account, *extra: bytes, accept: bytes = b"*/*", kind: str = "application/json"
     ) -> list[bytes]:
         """The header lines of every call of the site's own scripts."""
-        row, gateway = account.row, account.gateway
+        row, cookies, lines = account.lines
+        if row is not account.row or cookies is not account.cookies:
+            lines = self._lasting_headers(account)
+        return [b"Accept: " + accept, f"Content-Type: {kind}".encode(), *lines, *extra]
+
+    def _lasting_headers(self, account: Account) -> list[bytes]:
+        """Those of an account's header lines that stay the same until its row or its cookies are replaced."""
+        row, cookies, gateway = account.row, account.cookies, account.gateway
         lines = [
-            b"Accept: " + accept,
-            f"Content-Type: {kind}".encode(),
             *_SCRIPT_HEADERS,
             f"Origin: {gateway}".encode(),
             f"Referer: {gateway}/".encode(),
             f"oai-device-id: {row.device}".encode(),
             f"oai-language: {self.settings.oai_language}".encode(),
-            *_cookie_line(account.cookies),
+            *_cookie_line(cookies),
         ]
         if row.access_token and row.kind != LOGIN_FREE:
             lines.append(f"Authorization: Bearer {row.access_token}".encode())
@@ -3529,7 +3545,8 @@ class ChatGPT:
                 lines.append(f"chatgpt-account-id: {row.workspace}".encode())
         if self.settings.auth_key:
             lines.append(f"authkey: {self.settings.auth_key}".encode())
-        return [*lines, *extra]
+        account.lines = (row, cookies, lines)
+        return lines
 
     def _base(self, account: Account) -> str:
         return account.gateway + ("/backend-anon" if account.row.kind == LOGIN_FREE else "/backend-api")
@@ -4367,7 +4384,7 @@ class EventStream:
         cut = end + 2 if end >= 0 else 1
         block = b"".join([*self._parts, data[:cut]]) if self._parts else data[:cut]
         rest = data[cut:]
-        self._parts, self._last, self._size = [rest] if rest else [], rest[-1:], len(rest)
+        self._parts, self._last, self._size = [rest] if rest else [], rest[-1:], 0
         events = map(self._data, block.decode("utf-8", "replace").split("\n\n"))
         return [data for data in events if data is not None]
 
@@ -7389,16 +7406,16 @@ class Wire:
         A client that sends nothing at all is given the time-out too, and then left without a word.
         """
         self._limit(self._timeout)
-        data, begun, seen = bytearray(self._ahead), False, 0  # how much of it holds no end
-        self._crumbs = 0
+        data, begun, seen = self._ahead, False, 0  # how much of it holds no end
+        self._crumbs = 0  # what comes in crumbs comes in few of them, so that joining them costs little
         deadline = time.monotonic() + self._timeout
         while True:
             if not begun and data not in (b"", b"\r"):  # one empty line before a request is forgiven
                 data, begun = data.removeprefix(b"\r\n"), True
             end = data.find(b"\r\n\r\n", max(seen - 3, 0))
             if 0 <= end <= MOST_HEAD:
-                self._ahead = bytes(data[end + 4 :])
-                return bytes(data[:end])
+                self._ahead = data[end + 4 :]
+                return data[:end]
             if _BARE_LF.search(data, max(seen - 1, 0)):
                 raise malformed("a line feed without carriage return")
             seen = len(data)
@@ -7943,6 +7960,9 @@ def _date(now: int) -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
 
 
+_NO_BODY = Blob()  # of a request that has none, or whose body has been read
+# What writing to a client raises that is gone or does not read; other errors of the system are not the client's.
+_GONE = (ConnectionError, TimeoutError, BlockingIOError, ssl.SSLError)
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # that a log names
 _CORS = "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: x-request-id, retry-after\r\n"
 _PREFLIGHT = {
@@ -8047,7 +8067,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if (
             isinstance(answer, Stream) and not share.held
         ):  # what was asked is read, and an answer may take an hour
-            request.body = Blob()
+            request.body = _NO_BODY
             share.end()
         if isinstance(answer, Reply):
             return self._send(answer, request, keep)
@@ -8095,7 +8115,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ApiError("expectation_failed", "`Expect` may only be `100-continue`.")
         path, query = parse_target(target)
         values = dict(fields_of(query)) if query else {}
-        request = Request(method, path, values, headers, Blob(), self.peer, self.client, self.request_id)
+        request = Request(method, path, values, headers, _NO_BODY, self.peer, self.client, self.request_id)
         request.raw_query, request.port, request.version = query, self.server.server_port, self.version
         return request, keep
 
@@ -8118,7 +8138,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         headers = request.headers
         fits = int(headers.get("content-length", 0)) <= most
         if "expect" in headers and fits and self.version == "1.1":
-            self._push(b"HTTP/1.1 100 Continue\r\n\r\n")
+            try:
+                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            except OSError:
+                raise ClientGone from None
         request.body = self.wire.body(headers, most, share)
 
     def _send(self, reply: Reply, request: Request | None, keep: bool) -> bool:
@@ -8159,7 +8182,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return self._send(error_reply(self._failed(failure, request)), request, keep)
         metrics.add("chatproxy_streams_open")
         keep = keep and self.version == "1.1" and not self.server.stopping
-        chunked, send = self.version == "1.1", self._push
+        chunked, send = self.version == "1.1", self.sock.sendall
         connection = "" if keep else "close"
         head = head_bytes(stream, self.version, connection, self._extra())
         self._first_byte(request)
@@ -8174,14 +8197,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if chunked:
                 send(b"0\r\n\r\n")
-        except ClientGone:
+        except (*_GONE, ClientGone):
             status, keep = 499, False
         except Exception as failure:
             error = self._failed(failure, request)
             status, keep = error.status, False
             last = f"data: {compact(error.body())}\n\n".encode()
             if stream.content_type.startswith("text/event-stream"):  # others can only be cut
-                with contextlib.suppress(ClientGone):
+                with contextlib.suppress(OSError):
                     send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
         finally:
             stream.pieces.close()  # its upstream call ends here
@@ -8189,13 +8212,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             metrics.add("chatproxy_events_total", events)
         self._log(request, status, events)
         return keep
-
-    def _push(self, data: bytes) -> None:
-        """Sends a piece of a stream; ClientGone when the client does not take it. Once per event."""
-        try:
-            self.sock.sendall(data)
-        except OSError:
-            raise ClientGone from None
 
     def _log(self, request: Request | None, status: int, events: int) -> None:
         """One line and one count a request; the route's pattern, since a path may hold a token."""
@@ -8390,6 +8406,8 @@ class Keys:
             self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
             for key in (*settings.authorization, *extra)
         }
+        administrator = settings.administrator
+        self._administrator = self._digest(administrator) if administrator else None
         self.cookie = ADMIN_COOKIE.format(settings.port)
         self.guesses = Guesses()
         self._users_lock = threading.Lock()
@@ -8535,8 +8553,7 @@ class Keys:
             raise ApiError("invalid_api_key", text)
 
     def _is_administrators(self, digest: bytes) -> bool:
-        wanted = self.settings.administrator
-        return wanted is not None and hmac.compare_digest(digest, self._digest(wanted))
+        return self._administrator is not None and hmac.compare_digest(digest, self._administrator)
 
     def _check(self, request: Request, key: str) -> None:
         if not self._is_administrators(self._digest(key)):
@@ -8587,11 +8604,13 @@ class Keys:
     def refuse_pages(self, request: Request) -> None:
         """Without a key any page that somebody on this machine has open could ask for answers: origin_refused for what
         another site's page sends, or one that has had its name lead here."""
+        if not self.keyless:
+            return
         headers = request.headers
         browsed = {"origin", "sec-fetch-site"} & set(headers) or "mozilla" in headers.get(
             "user-agent", ""
         ).lower()
-        if not self.keyless or not browsed:
+        if not browsed:
             return
         host = self._asked_for(request)[0]
         # Where nobody but this machine is listened to without a secret in the path, a name can only have been led here.
@@ -8895,16 +8914,6 @@ def _named_key(request: Request) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def _plainly(request: Request) -> Iterator[None]:
-    """Gives errors the shape that the route's clients expect."""
-    try:
-        yield
-    except ApiError as error:
-        error.plain = request.path.startswith(PLAIN_ERRORS)
-        raise
-
-
 def _body(request: Request) -> dict[str, Any]:
     """A JSON body that may be left out."""
     return request.json() if request.body.size else {}
@@ -8935,19 +8944,25 @@ class App(Application):
 
     def admit(self, request: Request) -> int:
         """Finds the route of a request, and checks who may use it."""
-        with _plainly(request):
+        try:
             self.keys.refuse_pages(request)
             return self._admit(request)
+        except ApiError as error:
+            error.plain = request.path.startswith(PLAIN_ERRORS)
+            raise
 
     def respond(self, request: Request) -> Reply | Stream | Upgrade:
         """The answer to a request that was admitted; the administrator's key may be in the body of some."""
-        with _plainly(request):
-            endpoint = request.endpoint
-            if endpoint is None or request.key:
-                return relay(self, request)
+        endpoint = request.endpoint
+        if endpoint is None or request.key:
+            return relay(self, request)
+        try:
             if endpoint.access == "admin" and not request.admin:
                 self.keys.admit_admin(request, _named_key(request))
             return endpoint.function(self, request)
+        except ApiError as error:
+            error.plain = request.path.startswith(PLAIN_ERRORS)
+            raise
 
     def _admit(self, request: Request) -> int:
         under_v1, whole = request.path.startswith("/v1/"), self.settings.max_body_mb << 20
