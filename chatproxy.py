@@ -1689,10 +1689,8 @@ class Solver:
                 number, token = json.loads(self._socket.recv(65536))
             except OSError:
                 return
-            except (
-                ValueError,
-                TypeError,
-            ):  # an answer that did not come whole: who waits for it solves it in place
+            except (ValueError, TypeError):
+                # An answer that did not come whole: who waits for it solves it in place.
                 continue
             with self._waiting_lock:
                 future = self._waiting.pop(number, None)
@@ -2326,9 +2324,8 @@ PROXY_PATIENCE = 3  # calls in a row that a proxy may leave without a connection
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
 MOST_UNSAVED = 10_000  # conversations that are remembered in memory while the store cannot take them
 LAST_MOMENT = 253402300799.0  # of the year 9999, the last that can be told
-_TOKEN_TEXT = re.compile(
-    r"[\x21-\x2b\x2d-\x7e]{20,16384}"
-)  # what may stand in a header: nothing to end its line
+# What may stand in a header: nothing to end its line.
+_TOKEN_TEXT = re.compile(r"[\x21-\x2b\x2d-\x7e]{20,16384}")
 _JWT = re.compile(r"eyJ[\w-]*=*\.[\w-]+=*\.[\w.=-]*", re.ASCII)
 _REFRESH_TOKEN = re.compile(r"rt_[\x21-\x2b\x2d-\x7e]+|[0-9A-Za-z_-]{45}")
 
