@@ -7068,7 +7068,16 @@ def test_what_an_upstream_sends_has_an_end(start: Start, weather: Weather) -> No
         lambda _: cp.Reply(99, b"{}"),
     ):
         weather.add("/conversation", fault)
+        tracemalloc.start()
         assert error_of(proxy.ask()) == (502, "upstream_error")
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+        tracemalloc.stop()
+    for reply in (
+        cp.Reply(200, b"{}", headers={f"X-{n}": "y" for n in range(400)}), cp.Reply(2000, b"{}"), cp.Reply(99, b"{}"),
+    ):  # fmt: skip
+        weather.add("/v1/odd", lambda _, reply=reply: reply)  # type: ignore[misc] # bound here
+        odd = httpx.get(f"{proxy.url}/v1/odd", headers={"Authorization": "Bearer sk-x"})
+        assert error_of(odd) == (502, "upstream_error")
     weather.add("/models", lambda _: cp.Reply(200, bomb, headers={"Content-Encoding": "gzip"}))
     assert error_of(web(proxy, "GET", "/v1/models")) == (502, "upstream_error")
     assert proxy.say() == "Hello wide world."
@@ -7118,7 +7127,7 @@ def test_no_wait_of_any_shape_is_our_fault(odd: Any, start: Start, weather: Weat
 
 def test_an_upstream_can_set_only_so_many_cookies(start: Start, weather: Weather) -> None:
     proxy = start("alice")
-    lines = "\r\nSet-Cookie: ".join([f"c{n}=v" for n in range(200)] + ["big=" + "x" * 5000])
+    lines = "\r\nSet-Cookie: ".join(["big=" + "x" * 5000, *(f"c{n}=v" for n in range(200))])
     weather.add("/chat-requirements", lambda _: cp.Reply(200, b"{}", headers={"Set-Cookie": lines}))
     proxy.ask()
     (account,) = proxy.app.pool.accounts()
@@ -7628,6 +7637,12 @@ def test_a_callers_token_opens_what_it_proves_and_no_more(start: Start, weather:
     weather.dead.add(forged)
     assert error_of(proxy.ask(key=forged)) == (401, "invalid_api_key")
     assert proxy.ask(key=row.access_token).status_code == 200
+    # An account of the pool by its access token: another token of the same owner is not that one.
+    bob = cp.demo_token("bob")
+    pooled, forged = start(bob, folder="pooled"), bob.rpartition(".")[0] + ".forged"
+    weather.dead.add(forged)
+    assert error_of(pooled.ask(key=forged)) == (401, "invalid_api_key")
+    assert pooled.ask(key=bob).status_code == 200
 
 
 def test_a_fault_of_our_own_in_mid_stream_is_not_blamed_on_the_client(
@@ -7914,7 +7929,11 @@ def test_who_leaves_while_waiting_makes_nobody_wait_longer() -> None:
 def test_what_a_token_says_of_its_owner_is_not_logged_before_it_is_accepted(
     tmp_path: pathlib.Path, weather: Weather
 ) -> None:
-    forged = cp.demo_token('admin" status=200 as=admin')
+    said = {
+        "exp": time.time() + 999,
+        "https://api.openai.com/profile": {"email": 'admin" status=200 as=admin'},
+    }
+    forged = f"eyJhbGciOiJub25lIn0.{base64.urlsafe_b64encode(json.dumps(said).encode()).decode()}.x"
     weather.dead.add(forged)
     env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "AUTHORIZATION": KEY}
     with Served(env=env) as served:
