@@ -7059,9 +7059,10 @@ def test_what_an_upstream_sends_has_an_end(start: Start, weather: Weather) -> No
     proxy = start("alice", retry_times="0")
     bomb = gzip.compress(bytes(200 << 20))
     packed = {"Content-Encoding": "gzip", "Content-Type": "text/event-stream"}
+    said = list(weather.say({"model": "gpt-4o"}, ["fine"]))
     for fault in (
         lambda _: cp.Reply(200, bomb, headers=packed),
-        lambda _: cp.Stream((b"data: " + b"x" * (1 << 20), 1) for _ in range(20)),
+        lambda _: cp.Stream((piece, 1) for piece in (*[b"data: " + b"x" * (1 << 20)] * 20, b"\n\n", *said)),
         lambda _: cp.Reply(200, b"", headers={f"X-{n}": "y" for n in range(400)}),
         lambda _: cp.Reply(200, b"", headers={"X": "y" * 200_000}),
         lambda _: cp.Reply(2000, b"{}"),
@@ -7234,9 +7235,18 @@ def test_made_up_refresh_tokens_keep_no_account_from_its_renewal(start: Start, w
 
     weather.add("/oauth/token", *[wait] * 100)
     proxy = start(refresh)
+
+    def exchange(number: int) -> httpx.Response:
+        """By a caller whose key is good, from an address of its own."""
+        place, head = httpx.HTTPTransport(local_address=f"127.9.{number}.1"), {"Authorization": KEY}
+        with httpx.Client(transport=place, timeout=60) as client:
+            body = {"refresh_token": f"rt_{number:040}"}
+            return client.post(f"{proxy.url}/auth/refresh", json=body, headers=head)
+
     with concurrent.futures.ThreadPoolExecutor(40) as executor:
-        junk = [executor.submit(proxy.ask, key=f"rt_{n:040}") for n in range(40)]
-        wait_until(lambda: weather.count("/oauth/token") >= 4 or sum(one.done() for one in junk) >= 20)
+        junk = [executor.submit(exchange, number) for number in range(40)]
+        arriving = proxy.app.pool._arriving
+        wait_until(lambda: sum(one.renewal is not None for one in arriving.values()) >= 32)
         began = time.monotonic()
         assert proxy.say() == "Hello wide world." and time.monotonic() - began < 10
         slow.set()
