@@ -5873,7 +5873,7 @@ class Browser:
         self.answers: Callable[[dict[str, Any]], str | None] = lambda question: (
             f"You said {question['content']}"
         )
-        self.pongs, self.error = True, ""
+        self.pongs, self.error, self.claims = True, "", ""  # the conversation that it says every answer is of
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         wait_until(lambda: self.id)
@@ -5902,7 +5902,7 @@ class Browser:
                 )
             )
         elif (content := self.answers(question)) is not None:
-            conversation = question["conversation_id"] or f"talk-{secrets.token_hex(4)}"
+            conversation = self.claims or question["conversation_id"] or f"talk-{secrets.token_hex(4)}"
             told = {"response_id": secrets.token_hex(4), "conversation_id": conversation, "content": content}
             self.say(said["id"], "ChatGptResponse", json.dumps(told))
 
@@ -7563,13 +7563,11 @@ def test_an_agent_takes_neither_a_place_nor_a_conversation_of_another(start: Sta
     two = Browser(proxy, key="first-key")
     wait_until(lambda: len(proxy.app.agents.connected()) == 2)
     # It answers with the id of the other's conversation: nobody is led there, and it stays the other's.
-    two.answers = lambda question: json.dumps(
-        {"content": "stolen", "response_id": "r", "conversation_id": talk}
-    )
-    one.answers = lambda question: "mine"
+    one.answers, two.answers, two.claims = (lambda _: "mine"), (lambda _: "stolen"), talk
     for _ in range(4):
         said = put(proxy).json()
         assert said["conversation_id"] != talk or said["content"] == "mine"
+    assert two.asked
     assert put(proxy, "on", conversation_id=talk).json()["content"] == "mine"
     # Nobody gets the place of one who is there and answers.
     three = Browser(proxy, cookie=one.id, key="first-key")
@@ -9196,6 +9194,8 @@ def test_the_upkeep_survives_a_failure_and_makes_up_for_it(start: Callable[..., 
     proxy.say()
 
     def fail_at_first(second: int) -> None:
+        if second == 0:  # a fault of another kind, too
+            proxy.app.pool.accounts()[0].cookies = {"a": object()}  # type: ignore[dict-item] # which cannot be stored
         names = {0: ("tallies", "away"), 5: ("away", "tallies")}
         with proxy.store.writing() as db:
             if second in names:
