@@ -697,7 +697,7 @@ def test_a_sign_in_ends_cleanly(tmp_path: pathlib.Path, weather: Weather) -> Non
         login = SigningIn(tmp_path, weather, *words)
         login.until(pattern)
         login.process.send_signal(signal.SIGINT)
-        _, err = login.process.communicate(timeout=10)
+        _, err = login.process.communicate(timeout=30)
         assert login.process.returncode == 1 and "Aborted!" in err and "Traceback" not in err
     weather.add("/deviceauth/usercode", status(404))
     ended = run("login", "--device", env=login.env)
@@ -13761,22 +13761,6 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
-    if sys.argv[1:2] == ["mutants"]:
-        mutants(sys.argv[2:])
     if sys.argv[1:2] == ["mutants"]:
         mutants(sys.argv[2:])
     bench(sys.argv[2:] if sys.argv[1:2] == ["bench"] else ["--help"])
