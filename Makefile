@@ -29,7 +29,7 @@ STYLE := --isolated --config 'line-length = 110' --config 'target-version = "py3
 
 .venv/run:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q 'curl_cffi>=0.16' 'click>=8.1'
+	$(BIN)/pip install -q 'curl_cffi>=0.16,<0.17' 'click>=8.1'
 	touch $@
 
 .venv/test: .venv/run

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["curl_cffi>=0.16", "click>=8.1"]
+# dependencies = ["curl_cffi>=0.16,<0.17", "click>=8.1"]
 # ///
 """chatproxy turns ChatGPT web accounts into an OpenAI-compatible API on your own server.
 
@@ -26,6 +26,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import http
 import http.server
@@ -39,6 +40,7 @@ import math
 import mimetypes
 import os
 import pathlib
+import queue
 import random
 import re
 import resource
@@ -59,21 +61,21 @@ import urllib.parse
 import uuid
 import webbrowser
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from typing import IO, Any, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 try:
     import click
-    from curl_cffi import CurlHttpVersion, CurlOpt, ffi, lib
+    from curl_cffi import CurlHttpVersion, CurlMOpt, CurlOpt, ffi, lib
     from curl_cffi.curl import DEFAULT_CACERT
     from curl_cffi.requests import impersonate as browsers
 
     _ = browsers.resolve_latest_browser_type, int | None  # older releases, and older Pythons, lack these
 except (ImportError, AttributeError, TypeError):
-    needs = "Python 3.10 or later, and its packages: pip install 'curl_cffi>=0.16' 'click>=8.1'"
+    needs = "Python 3.10 or later, and its packages: pip install 'curl_cffi>=0.16,<0.17' 'click>=8.1'"
     raise SystemExit(f"chatproxy needs {needs}") from None
 
 __version__ = "1.0.0"
@@ -623,6 +625,7 @@ class Metrics:
         "chatproxy_upstream_responses_total": "Answers of the upstream, by call and status (0: none came).",
         "chatproxy_accounts": "Accounts in the pool, by state.",
         "chatproxy_agents": "Agents connected.",
+        "chatproxy_loop_seconds": "The longest that the loop was busy at a time, in the last minute.",
         "chatproxy_proof_seconds": "Time to solve a proof of work.",
         "chatproxy_retries_total": "Attempts that went on to the next account, by reason.",
     }
@@ -682,63 +685,65 @@ class Metrics:
 
 
 # ============================================================================================================
-# patience: operations that take long, and who waits for them
+# waiting: who waits for an operation, and is looked after meanwhile
 # ============================================================================================================
 
-# What a slow operation is here: a generator that yields None for every HEARTBEAT seconds it has waited, so that whoever
-# drives it can give a client a sign of life, and that returns its result.
-Patient = Generator[None, None, T]
-# The same for bytes that come one after the other.
-Pieces = Generator[bytes | None, None, None]
 
-
-def patiently(operation: Patient[T]) -> T:
-    """Runs a slow operation for which nobody needs a sign of life."""
-    while True:
-        try:
-            next(operation)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+class ClientGone(Exception):
+    """The client hung up: nobody is left to be told anything."""
 
 
 class Watch:
-    """Who waits for an operation: how often they want a sign of life, and whether they are still there."""
+    """Who waits for an operation, in one thread: the thread sleeps until it is rung, and is woken now and then to look
+    after who waits. What may take long is a plain call that is given a watch."""
 
-    def __init__(self, heartbeat: float) -> None:
-        self.heartbeat = heartbeat
+    LOOK = 1.0  # seconds between two looks
+
+    def __init__(self) -> None:
+        self._bell = threading.Lock()
+        self._bell.acquire()
 
     def check(self) -> None:
-        """Raises when the operation is to end: ClientGone, or ApiError as the process stops. Called once a second."""
+        """Raises when the operation is to end: ClientGone, or ApiError as the process stops."""
 
+    def look_after(self) -> float:
+        """Sees to who waits, with a sign of life if one is due: the seconds until it is to be done again. Raises as `check`
+        does."""
+        self.check()
+        return self.LOOK
 
-def awaited(future: Future[T], watch: Watch, limit: float) -> Patient[T]:
-    """The future's result; TimeoutError after `limit` seconds."""
-    if future.done():
-        return future.result()
-    start = signed = time.monotonic()
-    done = threading.Event()
-    future.add_done_callback(lambda _: done.set())
-    while True:
-        if done.wait(min(1.0, watch.heartbeat, limit)):
-            return future.result()
+    def ring(self) -> None:
+        """Wakes the thread that waits, from any other: what it waits for may be there."""
+        with contextlib.suppress(RuntimeError):  # it has been rung already
+            self._bell.release()
+
+    def wait(self, done: Callable[[], object], limit: float = math.inf) -> None:
+        """Sleeps until something is done, of which a `ring` tells; TimeoutError after `limit` seconds."""
         now = time.monotonic()
-        if now - start >= limit:
-            raise TimeoutError
-        watch.check()
-        if now - signed >= watch.heartbeat:
-            signed = now
-            yield
+        end, look = now + limit, now + self.LOOK
+        while not done():
+            if now >= end:
+                raise TimeoutError
+            rung = self._bell.acquire(timeout=max(0.0, min(end, look) - now))
+            now = time.monotonic()
+            if rung or now >= look:
+                look = now + self.look_after()
 
+    def pause(self, seconds: float) -> None:
+        """A pause, for as long as somebody waits."""
+        with contextlib.suppress(TimeoutError):
+            self.wait(lambda: False, seconds)
 
-def paused(seconds: float, watch: Watch) -> Patient[None]:
-    """A pause, for as long as somebody waits."""
-    with contextlib.suppress(TimeoutError):
-        yield from awaited(Future[None](), watch, seconds)
+    def result(self, future: Future[T], limit: float = math.inf) -> T:
+        """What a future gives; TimeoutError after `limit` seconds."""
+        if not future.done():
+            future.add_done_callback(lambda _: self.ring())
+            self.wait(future.done, limit)
+        return future.result()
 
 
 class _Crew(Watch):
-    """Who waits for operations that run side by side: they end together."""
+    """Who waits for one of several operations that run side by side: they end together."""
 
     over = False
 
@@ -752,24 +757,23 @@ def side_by_side(jobs: Sequence[Callable[[Watch], T]], watch: Watch, most: int =
     failure. They are ended when nobody waits any more."""
     if len(jobs) == 1:
         return [jobs[0](watch)]
-    crew, results, failure = _Crew(watch.heartbeat), list[T](), None
+    crew, results, failure = [_Crew() for _ in jobs], list[T](), None
     with ThreadPoolExecutor(max(1, min(len(jobs), most))) as executor:
         try:
-            for future in [executor.submit(job, crew) for job in jobs]:
+            futures = [executor.submit(job, one) for job, one in zip(jobs, crew, strict=True)]
+            for future in futures:
                 try:
-                    results.append(patiently(awaited(future, watch, math.inf)))
+                    results.append(watch.result(future))
                 except ApiError as error:
                     watch.check()
                     failure = failure or error
         finally:
-            crew.over = True
+            for one in crew:
+                one.over = True
+                one.ring()
     if failure and not results:
         raise failure
     return results
-
-
-class ClientGone(Exception):
-    """The client hung up: nobody is left to be told anything."""
 
 
 # ============================================================================================================
@@ -1655,7 +1659,7 @@ class Solver:
         """Begins to hear answers; called once, when threads may start."""
         threading.Thread(target=self._listen, name="solver", daemon=True).start()
 
-    def solved(self, job: tuple[str, str, list[Any], str], watch: Watch) -> Patient[str]:
+    def solved(self, job: tuple[str, str, list[Any], str], watch: Watch) -> str:
         """The proof token for (seed, difficulty, configuration, algorithm); easy ones are solved at once."""
         if expected_attempts(job[1]) <= EASY_ATTEMPTS:
             return proof_token(*job)
@@ -1666,7 +1670,7 @@ class Solver:
             self._waiting[number] = future
         try:
             self._socket.send(compact([number, job]).encode())
-            return (yield from awaited(future, watch, SOLVER_PATIENCE))
+            return watch.result(future, SOLVER_PATIENCE)
         except (OSError, TimeoutError):
             log(logging.ERROR, "the solver processes are gone or stuck; solving in place")
             return proof_token(*job)
@@ -1718,17 +1722,173 @@ class Solver:
 
 
 # ============================================================================================================
-# transport: libcurl handles, their pools, bytes in and out, time-outs, abort
+# transport: the loop that carries bytes, libcurl's handles and connections, time-outs, abort
 # ============================================================================================================
+
+MAX_READY = 64  # sockets that the loop sees to before it looks at anything else
+TICK = 0.5  # seconds between two looks at what takes too long
+LONGEST_TIME = 60.0  # seconds for which the longest turn of the loop is told
+_HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+
+
+class Ticking:
+    """What the loop looks at every TICK seconds."""
+
+    def tick(self, now: float) -> None:
+        """Ends what takes too long; `now` is a time.monotonic()."""
+
+
+class Loop:
+    """One thread that waits for every socket, and carries what arrives to where it belongs: the bytes of all upstream
+    calls, the answers that clients are slow to read, connections without a request.
+
+    Whatever it calls runs to its end before anybody else has a turn, so nothing that it calls may wait or take long;
+    what may is a request thread's. Its own methods are for its own thread, but for `soon` and `run`.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._awake = False
+        self._handlers: dict[int, Callable[[int], object]] = {}
+        self._soon: deque[Callable[[], object]] = deque()
+        self._rings: dict[Watch, None] = {}
+        self._timers: list[tuple[float, int, Callable[[], object]]] = []
+        self._numbers = itertools.count()
+        self.ticking: dict[Ticking, None] = {}
+        self._longest = (0.0, 0.0)  # seconds: of the last minute's turns, and of the minute's before
+        self._closed = False
+        self.watch(self._bell, select.EPOLLIN, self._heard)
+        self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
+        self._thread.start()
+
+    def soon(self, call: Callable[[], object]) -> None:
+        """Has the loop call something, in the order in which it is told."""
+        self._soon.append(call)
+        if not self._awake:
+            self._awake = True
+            os.eventfd_write(self._bell, 1)
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Has the loop call something, and returns once it has."""
+        if self._closed or threading.current_thread() is self._thread:
+            call()
+            return
+        done = threading.Event()
+
+        def then() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        self.soon(then)
+        while not done.wait(1.0):
+            if self._closed:
+                return
+
+    def close(self) -> None:
+        """Ends the thread; what it was carrying stays where it is."""
+
+        def end() -> None:
+            self._closed = True
+
+        self.soon(end)
+        self._thread.join(5.0)
+        if not self._thread.is_alive() and self._bell >= 0:
+            self._epoll.close()
+            os.close(self._bell)
+            self._bell = -1
+
+    def longest(self) -> float:
+        """The seconds that the longest turn of the last minute or two took."""
+        return max(self._longest)
+
+    # -- in the loop's own thread ------------------------------------------------------------------------------
+
+    def watch(self, fd: int, events: int, handler: Callable[[int], object]) -> None:
+        """Calls a handler, from now on, whenever a socket has one of these events (of epoll), with those it has."""
+        try:
+            if fd in self._handlers:
+                self._epoll.modify(fd, events)
+            else:
+                self._epoll.register(fd, events)
+        except FileNotFoundError:  # the number is a newer socket's
+            self._epoll.register(fd, events)
+        except FileExistsError:
+            self._epoll.modify(fd, events)
+        self._handlers[fd] = handler
+
+    def unwatch(self, fd: int, handler: Callable[[int], object] | None = None) -> None:
+        """Watches a socket no more, be it open or closed; given its handler, not if the number is a newer socket's."""
+        if fd in self._handlers and handler in (None, self._handlers[fd]):
+            del self._handlers[fd]
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
+
+    def at(self, moment: float, call: Callable[[], object]) -> None:
+        """Calls something at a time.monotonic()."""
+        heapq.heappush(self._timers, (moment, next(self._numbers), call))
+
+    def ring(self, watch: Watch) -> None:
+        """Wakes a thread that waits, at the end of this turn: before that it could only wait for the interpreter."""
+        self._rings[watch] = None
+
+    def _heard(self, _: int) -> None:
+        os.eventfd_read(self._bell)
+
+    def _run(self) -> None:
+        poll, handlers, soon, rings = self._epoll.poll, self._handlers, self._soon, self._rings
+        tick = rotate = time.monotonic()
+        while not self._closed:
+            for watch in rings:
+                watch.ring()
+            rings.clear()
+            due = min(self._timers[0][0], tick) if self._timers else tick
+            self._awake = False
+            ready = poll(0.0 if soon else max(0.0, due - time.monotonic()), MAX_READY)
+            self._awake = True
+            begun = time.monotonic()
+            for fd, events in ready:  # once per event of a stream
+                try:
+                    if handler := handlers.get(fd):
+                        handler(events)
+                except Exception:
+                    log(logging.ERROR, "the loop met a fault", exc_info=True)
+            while soon:
+                self._do(soon.popleft())
+            while self._timers and self._timers[0][0] <= begun:
+                self._do(heapq.heappop(self._timers)[2])
+            if begun >= tick:
+                tick = begun + TICK
+                for one in list(self.ticking):
+                    self._do(one.tick, begun)
+            took = time.monotonic() - begun
+            if took > self._longest[0]:
+                self._longest = (took, self._longest[1])
+            if begun - rotate > LONGEST_TIME:
+                rotate, self._longest = begun, (0.0, self._longest[0])
+        self._awake = True  # so that nobody rings any more
+
+    @staticmethod
+    def _do(call: Callable[..., object], *given: Any) -> None:
+        try:
+            call(*given)
+        except Exception:
+            log(logging.ERROR, "the loop met a fault", exc_info=True)
+
 
 CONNECT_TIMEOUT = 10.0  # seconds
 # libcurl's codes for: no such proxy, no such host, no connection, no TLS, a certificate that is none, no way through SOCKS.
 _NOT_CONNECTED = (5, 6, 7, 35, 60, 97)
-LAST_SILENCE_MS = 50  # what an upstream may take to end an answer after its last event
-IDLE_HANDLE_LIFE = 60.0  # seconds an unused connection is kept
-MOST_IDLE_HANDLES = 64  # kept for one account, and for all guests together
+LAST_SILENCE = 0.05  # seconds that an upstream may take to end an answer after its last event
+IDLE_LIFE = 60.0  # seconds that an unused connection is kept
+MAX_IDLE = 64  # connections kept for one account; owners whose connections are kept for all guests together
 # What an upstream may send: bytes of a whole answer, decoded; pieces that come together; lines of a head.
 MAX_ANSWER, MAX_PIECES, MAX_ANSWER_LINES = 32 << 20, 1000, 300
+MAX_AHEAD = (
+    16  # times that something of an answer may come before anybody takes it; then its connection rests
+)
 
 
 class Route(NamedTuple):
@@ -1756,45 +1916,6 @@ class Answer(NamedTuple):
         return value if isinstance(value, dict) else None
 
 
-class _Sink:
-    """Where a callback of libcurl leaves bytes: `callback` is what curl_cffi's C glue writes to or calls."""
-
-    def __init__(self, callback: Any) -> None:
-        self.callback, self.exception = callback, None
-
-
-class _Pile(list[bytes]):
-    """A list that can be written to: a callback's bytes with no Python frame of our own."""
-
-    write = list.append
-
-
-class _Received(list[bytes]):
-    """The pieces of a body that libcurl's callbacks have brought since it was last emptied, each of up to 16 KiB. What is
-    compressed may become a thousand times as much while it is decoded, before anybody else can count it."""
-
-    def write(self, data: bytes) -> None:
-        if len(self) >= MAX_PIECES:
-            raise OverflowError("too much at once")  # the glue tells libcurl, which ends the call
-        self.append(data)
-
-
-def _options(*names: str) -> tuple[int, ...]:
-    """libcurl's options as plain numbers: arithmetic with curl_cffi's enumeration costs more than the call."""
-    return tuple(int(CurlOpt[name]) for name in names)
-
-
-_URL, _METHOD, _GET, _POST, _HTTPHEADER = _options("URL", "CUSTOMREQUEST", "HTTPGET", "POST", "HTTPHEADER")
-_POSTFIELDS, _POSTSIZE, _READDATA = _options("POSTFIELDS", "POSTFIELDSIZE_LARGE", "READDATA")
-_SEEKDATA, _VERSION, _VERBOSE, _FRESH = _options("SEEKDATA", "HTTP_VERSION", "VERBOSE", "FRESH_CONNECT")
-_HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
-_NOT_WRITTEN = 23  # CURLE_WRITE_ERROR: a callback of ours did not take what came
-_STATUS_LINE = re.compile(r"HTTP/[0-9.]+ ([2-5][0-9][0-9])(?: |$)")
-_NO_TEXT = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f]+"
-)  # in a header: control characters but for tabs and line feeds
-
-
 def no_handle() -> Refusal:
     """What is told when this process has no room for another connection of its own."""
     refused = Refusal(
@@ -1809,34 +1930,66 @@ def too_large() -> Refusal:
     return Refusal("broken", f"The upstream's answer is larger than {MAX_ANSWER >> 20} MiB; it was left.")
 
 
-class Handle:
-    """One libcurl easy handle in a multi handle of its own, kept with its connections from call to call.
+# -- libcurl, by way of curl_cffi's `lib`: its Curl class sets everything anew for each call, a fifth of a short call's time --
 
-    The multi handle gives what curl_easy_perform does not: a wait that ends by itself, in the calling thread, so that
-    a silent upstream can be left and a silent stream given a heartbeat. Both are used through curl_cffi's `lib`, since
-    its Curl class sets everything anew for each call: that is a fifth of a short call's time. Not for two threads at
-    once.
-    """
+
+class _Sink:
+    """What a callback of libcurl calls, or reads from, as curl_cffi's C glue wants it."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback, self.exception = callback, None
+
+
+class _Received(list[bytes]):
+    """What libcurl has brought since it was last emptied: the lines of a head, or the pieces of a body, each of up to 16 KiB.
+    What is compressed may become a thousand times as much while it is decoded, before anybody else can count it."""
+
+    tell: Callable[[], object] = int  # called when there is something in it
+
+
+def _options(*names: str) -> tuple[int, ...]:
+    """libcurl's options as plain numbers: arithmetic with curl_cffi's enumeration costs more than the call."""
+    return tuple(int(CurlOpt[name]) for name in names)
+
+
+_URL, _METHOD, _GET, _POST, _HTTPHEADER = _options("URL", "CUSTOMREQUEST", "HTTPGET", "POST", "HTTPHEADER")
+_POSTFIELDS, _POSTSIZE, _READDATA = _options("POSTFIELDS", "POSTFIELDSIZE_LARGE", "READDATA")
+_SEEKDATA, _VERSION, _VERBOSE, _FRESH = _options("SEEKDATA", "HTTP_VERSION", "VERBOSE", "FRESH_CONNECT")
+_HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
+_NOT_WRITTEN = 23  # CURLE_WRITE_ERROR: a callback of ours did not take what came
+_NO_SOCKET = -1  # CURL_SOCKET_TIMEOUT
+_REST, _GO_ON = 1, 0  # CURLPAUSE_RECV, CURLPAUSE_CONT
+# What libcurl wants to know of a socket (CURL_POLL_…), and what it is told (CURL_CSELECT_…).
+_WANTED = {1: select.EPOLLIN, 2: select.EPOLLOUT, 3: select.EPOLLIN | select.EPOLLOUT}
+_READABLE, _WRITABLE, _FAILED = 1, 2, 4
+_MASKS = {int(select.EPOLLIN): _READABLE, int(select.EPOLLOUT): _WRITABLE}  # the usual ones
+_socket_action = lib.curl_multi_socket_action
+_STATUS_LINE = re.compile(r"HTTP/[0-9.]+ ([2-5][0-9][0-9])(?: |$)")
+_NO_TEXT = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f]+"
+)  # in a header: control characters but for tabs and line feeds
+
+
+class Handle:
+    """One libcurl easy handle, kept from call to call. Not for two threads at once: while a call is under way it is the
+    loop's, before and after that its request's."""
 
     def __init__(self, route: Route) -> None:
-        self._easy, self._multi = lib.curl_easy_init(), lib.curl_multi_init()
-        self._running, self._number = ffi.new("int *"), ffi.new("int *")
-        self._body, self._head = _Received(), _Pile()
+        self.easy = lib.curl_easy_init()
+        if not self.easy:
+            raise no_handle()
+        self.body, self._head = _Received(), _Received()
         self._error = ffi.new("char[]", 256)
         self._kept: list[Any] = []  # what libcurl points to
         self._lines = self._pinned = ffi.NULL
         self._sent: Any = None  # the body, or libcurl's way to the reader of one that is not held in memory
-        self._reader: BlobReader | None = None
+        self.reader: BlobReader | None = None
         self._url, self._posts, self._method, self._plain = "", False, "", False
         self.silence = 0.0  # seconds without a byte that end the call
-        self.once_sent: Callable[[], None] | None = None  # called when the next call is on its way
         self._hears = self._fresh = False
         self.failed = False  # whether its last call did: such a handle is not used again
-        if not self._easy or not self._multi:
-            self.close()
-            raise no_handle()
         if route.browser:
-            lib.curl_easy_impersonate(self._easy, route.browser.encode(), 1)
+            lib.curl_easy_impersonate(self.easy, route.browser.encode(), 1)
         for name, value in {
             "ERRORBUFFER": self._error,
             "CAINFO": DEFAULT_CACERT.encode(),
@@ -1845,40 +1998,38 @@ class Handle:
             "NOSIGNAL": 1,
             "PROTOCOLS_STR": b"http,https",
             "CONNECTTIMEOUT_MS": int(CONNECT_TIMEOUT * 1000),
+            "MAXAGE_CONN": int(IDLE_LIFE),
             "ACCEPT_ENCODING": b"gzip, deflate, br, zstd",  # as browsers say it; libcurl decodes
             "TCP_NODELAY": 1,
             "TCP_KEEPALIVE": 1,
             "UPLOAD_BUFFERSIZE": 16384,  # the default of 64 KiB stays with every handle
             "WRITEFUNCTION": lib.buffer_callback,
-            "WRITEDATA": self._sink(self._body),
+            "WRITEDATA": self._pointed(self.body),
             "HEADERFUNCTION": lib.buffer_callback,
-            "HEADERDATA": self._sink(self._head),
+            "HEADERDATA": self._pointed(self._head),
             "READFUNCTION": lib.read_buffer_callback,
             "SEEKFUNCTION": lib.seek_buffer_callback,
         }.items():
             self._set(_options(name)[0], value)
-        self.used = time.monotonic()
 
-    def _sink(self, callback: Any) -> Any:
-        self._kept.append(ffi.new_handle(_Sink(callback)))
+    def _pointed(self, at: _Received) -> Any:
+        self._kept.append(ffi.new_handle(at))
         return self._kept[-1]
 
     def _set(self, option: int, value: Any) -> None:
         """curl_easy_setopt; the glue wants numbers by pointer."""
         if isinstance(value, int):
             value = ffi.new("int64_t *" if option >= 30000 else "long *", value)
-        if code := lib._curl_easy_setopt(self._easy, option, value):
+        if code := lib._curl_easy_setopt(self.easy, option, value):
             raise RuntimeError(f"libcurl refused option {option} ({code})")
 
     def close(self) -> None:
-        """Frees the handle and closes its connections."""
-        if self._multi:
-            lib.curl_multi_cleanup(self._multi)
-        if self._easy:
-            lib.curl_easy_cleanup(self._easy)
+        """Frees the handle."""
+        if self.easy:
+            lib.curl_easy_cleanup(self.easy)
             lib.curl_slist_free_all(self._lines)
             lib.curl_slist_free_all(self._pinned)
-        self._multi = self._easy = None
+        self.easy = None
 
     def as_it_comes(self) -> None:
         """Does not decode answers from now on: what grows without bound as it is decoded cannot be counted in time."""
@@ -1909,8 +2060,8 @@ class Handle:
         if isinstance(body, Blob) and body.size <= MOST_IN_MEMORY:
             body = body.read()
         if isinstance(body, Blob):
-            self._reader = BlobReader(body)
-            self._sent = ffi.new_handle(_Sink(self._reader))
+            self.reader = BlobReader(body)
+            self._sent = ffi.new_handle(_Sink(self.reader))
             self._set(_POSTSIZE, body.size)
             self._set(_POSTFIELDS, ffi.NULL)
             self._set(_READDATA, self._sent)
@@ -1932,11 +2083,11 @@ class Handle:
         self._set(_HTTPHEADER, lines)
         lib.curl_slist_free_all(self._lines)
         self._lines = lines
-        self.silence, self.once_sent = silence, None
+        self.silence = silence
         if self._fresh:
             self._fresh = False
             self._set(_FRESH, 0)
-        self._body.clear()
+        self.body.clear()
         self._head.clear()
 
     def sent_once(self) -> None:
@@ -1958,69 +2109,36 @@ class Handle:
         self._set(_options("DEBUGDATA")[0], self._hearing)
         self._set(_VERBOSE, 1)
 
-    def transfer(self, watch: Watch) -> Pieces:
-        """Runs the prepared call: yields what has come together, None for a heartbeat's time of silence."""
-        multi, running, body, number = self._multi, self._running, self._body, self._number
-        lib.curl_multi_add_handle(multi, self._easy)
-        try:
-            heard = signed = checked = time.monotonic()
-            while True:
-                lib.curl_multi_perform(multi, running)
-                if self.once_sent:
-                    once_sent, self.once_sent = self.once_sent, None
-                    once_sent()
-                now = time.monotonic()
-                if now - checked >= 1.0:
-                    checked = now
-                    watch.check()
-                if self._reader:
-                    heard = max(heard, self._reader.used)  # an upload that goes on is no silence
-                if body:
-                    data = body[0] if len(body) == 1 else b"".join(body)
-                    body.clear()
-                    heard = signed = now
-                    yield data
-                elif now - heard > self.silence and running[0]:
-                    text = f"The upstream was silent for {self.silence:g} seconds; try again."
-                    raise Refusal("silent", text)
-                elif now - signed >= watch.heartbeat:
-                    signed = now
-                    yield None
-                if not running[0]:
-                    break
-                lib.curl_multi_poll(multi, ffi.NULL, 0, 1000, number)
-            self._raise_for_result()
-        except Refusal:
-            self.failed = True
-            raise
-        finally:
-            if running[0]:  # left early: a connection whose answer's end is just coming can be kept
-                lib.curl_multi_poll(multi, ffi.NULL, 0, LAST_SILENCE_MS, number)
-                lib.curl_multi_perform(multi, running)
-            lib.curl_multi_remove_handle(multi, self._easy)
-            self.used = time.monotonic()
-            if self._reader:  # whose blob is not to live as long as the handle
-                self._set(_READDATA, ffi.NULL)
-                self._set(_SEEKDATA, ffi.NULL)
-                self._reader = self._sent = None
-            if self._hears:
-                self._hears = False
-                self._set(_VERBOSE, 0)
+    def rest(self, rests: bool) -> None:
+        """Lets its connection rest, or go on; what has come meanwhile may come at once."""
+        lib.curl_easy_pause(self.easy, _REST if rests else _GO_ON)
 
-    def _raise_for_result(self) -> None:
-        message = lib.curl_multi_info_read(self._multi, self._number)
-        if message == ffi.NULL or not (code := message.data.result):
-            return
+    def over(self) -> None:
+        """Lets go of what the call alone needed."""
+        self.body.tell = int
+        self.body.clear()
+        if self.reader:  # whose blob is not to live as long as the handle
+            self._set(_READDATA, ffi.NULL)
+            self._set(_SEEKDATA, ffi.NULL)
+            self.reader = self._sent = None
+        if self._hears:
+            self._hears = False
+            self._set(_VERBOSE, 0)
+
+    def failure(self, code: int) -> Refusal | None:
+        """What a call's end with this code of libcurl's means, None for 0."""
+        if not code:
+            return None
         text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
         tunnel = text.startswith("CONNECT tunnel failed")
         if code == _NOT_WRITTEN:
-            raise Refusal("broken", "The upstream sent more at once than any answer has; it was left.")
+            return Refusal("broken", "The upstream sent more at once than any answer has; it was left.")
         if self._head and not tunnel:
-            raise Refusal("broken", f"The upstream broke off its answer: {text}")
+            return Refusal("broken", f"The upstream broke off its answer: {text}")
         advice = "check this server's network, or PROXY_URL"
         refused = Refusal("unreachable", f"The upstream could not be reached ({text}); {advice}.")
         refused.unsent = tunnel or code in _NOT_CONNECTED
-        raise refused
+        return refused
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Status and headers of the newest answer (of several, after a proxy's or a 1xx, the last)."""
@@ -2040,133 +2158,448 @@ class Handle:
         return int(status[1]), headers
 
 
-class Call:
-    """A call under way: `start` until the head is there, then once `rest` for the body."""
+# What libcurl calls, in the place of curl_cffi's own functions, which are for its own classes.
+@ffi.def_extern(name="buffer_callback")
+def _on_bytes(data: Any, size: int, number: int, received: Any) -> int:
+    """Something has come; once per event of a stream. Another number than that of the bytes ends the call."""
+    pieces: _Received = ffi.from_handle(received)
+    if not pieces:
+        pieces.tell()
+    elif len(pieces) >= MAX_PIECES:
+        return 0
+    pieces.append(ffi.buffer(data, number)[:])
+    return number
 
-    def __init__(self, handle: Handle, watch: Watch, release: Callable[[], None]) -> None:
-        self.handle, self._bytes, self._release = handle, handle.transfer(watch), release
-        self._first = b""
-        self.status, self.headers = 0, dict[str, str]()
-        self.body = Blob()  # if it is taken by `blobs`
+
+@ffi.def_extern(name="socket_function")
+def _on_socket(easy: Any, fd: int, what: int, multi: Any, kept: Any) -> int:
+    """libcurl wants to know when a socket is ready."""
+    ffi.from_handle(multi).wants(fd, what)
+    return 0
+
+
+@ffi.def_extern(name="timer_function")
+def _on_timer(multi_handle: Any, milliseconds: int, multi: Any) -> int:
+    """libcurl wants a turn after some time, or none."""
+    ffi.from_handle(multi).wants_turn(milliseconds)
+    return 0
+
+
+class Multi:
+    """The connections of one owner over one route: a libcurl multi handle that the loop drives.
+
+    libcurl gives a kept connection to any call of the same multi handle. So every owner has one of its own, and no two
+    of them ever share a connection. But for `close`, everything is for the loop's thread.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._multi = lib.curl_multi_init()
+        if not self._multi:
+            raise no_handle()
+        self._running, self._left = ffi.new("int *"), ffi.new("int *")
+        self._me = ffi.new_handle(self)
+        self._calls: dict[Any, Call] = {}
+        self._fresh: list[Call] = []  # those that something has come for
+        self._due = 0.0  # when libcurl wants a turn (time.monotonic()), 0 for never
+        self.idle: list[Handle] = []  # no call's just now
+        self.users, self.used = 0, time.monotonic()  # how many calls there are, and when there last was one
+        for option, value in {
+            CurlMOpt.SOCKETFUNCTION: lib.socket_function,
+            CurlMOpt.SOCKETDATA: self._me,
+            CurlMOpt.TIMERFUNCTION: lib.timer_function,
+            CurlMOpt.TIMERDATA: self._me,
+            CurlMOpt.PIPELINING: ffi.new("long *", 0),  # a connection a call: one that rests stops no other
+            CurlMOpt.MAXCONNECTS: ffi.new("long *", MAX_IDLE),
+        }.items():
+            lib.curl_multi_setopt(self._multi, option, value)
+
+    def add(self, call: Call) -> None:
+        """Begins a call."""
+        self._calls[call.handle.easy] = call
+        call.handle.body.tell = functools.partial(self._fresh.append, call)
+        lib.curl_multi_add_handle(self._multi, call.handle.easy)  # which asks for a turn
+
+    def remove(self, call: Call) -> None:
+        """Ends a call where it is; its connection goes too if the answer was not over."""
+        if self._calls.pop(call.handle.easy, None):
+            lib.curl_multi_remove_handle(self._multi, call.handle.easy)
+            call.handle.over()
+
+    def go_on(self, call: Call) -> None:
+        """Reads on for a call whose connection rests."""
+        call.handle.rest(False)
+        self._see_to()
+
+    def close(self) -> None:
+        """Closes the connections and frees the handles; when there is no call any more."""
+        self._due = 0.0
+        for handle in self.idle:
+            handle.close()
+        self.idle.clear()
+        lib.curl_multi_cleanup(self._multi)
+
+    def wants(self, fd: int, what: int) -> None:
+        """What libcurl waits for at a socket; nothing any more for what is no key of _WANTED."""
+        if events := _WANTED.get(what):
+            self._loop.watch(fd, events, functools.partial(self._ready, fd))
+        else:
+            self._loop.unwatch(fd)
+
+    def wants_turn(self, milliseconds: int) -> None:
+        """When libcurl wants a turn whatever its sockets do."""
+        if milliseconds < 0:
+            self._due = 0.0
+            return
+        self._due = due = time.monotonic() + milliseconds / 1000
+        turn = functools.partial(self._turn, due)
+        if milliseconds:
+            self._loop.at(due, turn)
+        else:
+            self._loop.soon(turn)  # not now: libcurl does not take a call from within its own
+
+    def _turn(self, due: float) -> None:
+        if due == self._due:  # else it was called off
+            self._due = 0.0
+            self._act(_NO_SOCKET, 0)
+
+    def _ready(self, fd: int, events: int) -> None:
+        """A socket is ready; once per event of a stream."""
+        self._act(fd, _MASKS.get(events) or _READABLE | _WRITABLE | _FAILED)
+
+    def _act(self, fd: int, mask: int) -> None:
+        _socket_action(self._multi, fd, mask, self._running)
+        if self._fresh or self._running[0] < len(self._calls):
+            self._see_to()
+
+    def _see_to(self) -> None:
+        """Hands on what has come, and ends the calls that are over."""
+        while self._fresh:
+            self._fresh.pop().bring()
+        while self._running[0] < len(self._calls):
+            message = lib.curl_multi_info_read(self._multi, self._left)
+            if message == ffi.NULL:
+                return
+            call, code = self._calls[message.easy_handle], message.data.result
+            self.remove(call)
+            call.end(call.handle.failure(code))
+
+
+class Outlet(Protocol):
+    """Where bytes go on to. It is `full` when so much waits to be sent that no more should come: then no more of a call is
+    read until it calls `on_room`."""
+
+    full: bool
+    on_room: Callable[[], object]
+
+    def write(self, data: bytes, events: int) -> None:
+        """Sends bytes, which are so many events, now or once there is room; never waits."""
+
+    def drain(self) -> None:
+        """Waits until it is not full: for the request's thread."""
+
+
+class Call(Ticking):
+    """A call under way. The loop brings its bytes; the request's thread decides what becomes of them.
+
+    At any moment one of the two has it: the thread, for which what comes is put aside up to MAX_AHEAD, or (inside of
+    `carry`) the loop. To be used in a `with` block, at whose end the call is ended where it is.
+    """
+
+    def __init__(self, loop: Loop, multi: Multi, handle: Handle, watch: Watch, release: Callable[[], object]):
+        self.handle, self.status, self.headers = handle, 0, dict[str, str]()
         self.reached: Callable[[bool], None] | None = None  # told whether there was a connection
+        self._loop, self._multi, self._watch, self._release = loop, multi, watch, release
+        self._begun = False
+        self._held = True  # whether the thread has it
+        self._take: Callable[[bytes], Any] | None = None
+        self._given: Any = None  # what `_take` had the loop stop with
+        self._outlet: Outlet | None = None
+        self._ahead: deque[bytes] = deque()  # what nobody has taken yet
+        self._rests = self._over = False
+        self._failure: Exception | None = None
+        self._heard = 0.0  # when the last byte came
 
     def __enter__(self) -> Call:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the call where it is; its connection goes too if the answer was not over."""
-        try:
-            self._bytes.close()
-        finally:
+        if not self._begun:
             self._release()
+        elif self._held:
+            self._loop.soon(self._leave)
+        else:
+            self._loop.run(self._leave)
 
-    def start(self) -> Patient[None]:
+    # -- for the request's thread ------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Sends the request, unless that was done."""
+        if not self._begun:
+            self._begun = True
+            self._loop.soon(self._add)
+
+    def start(self) -> None:
         """Waits for the first byte of the body (or its end): status and headers are known then."""
-        try:
-            while (first := next(self._bytes, b"")) is None:
-                yield
-        except Refusal as refused:
-            if self.reached:
-                self.reached(refused.reason != "unreachable")
-            raise
-        if self.reached:
-            self.reached(True)
-        self._first = first
-        self.status, self.headers = self.handle.head()
+        self.begin()
+        self._watch.wait(lambda: self._ahead or self._over)
+        if not self._ahead:
+            self._raise_failure()
+        self._told()
 
-    def rest(self) -> Pieces:
-        """The body's bytes as they come, None for a heartbeat's time of silence; after `start`."""
-        if self._first:
-            yield self._first
-            yield from self._bytes
+    def read(self) -> bytes:
+        """The next bytes, b"" at the end."""
+        self._watch.wait(lambda: self._ahead or self._over)
+        if not self._ahead:
+            self._raise_failure()
+        parts = []
+        while self._ahead:  # to which the loop may be adding
+            parts.append(self._ahead.popleft())
+        if self._rests:
+            self._loop.soon(self._on_room)
+        return b"".join(parts)
 
-    def whole(self) -> Patient[Answer]:
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes as they come."""
+        while data := self.read():
+            yield data
+
+    def carry(self, take: Callable[[bytes], Any], outlet: Outlet | None = None) -> Any:
+        """Has the loop give the bytes to `take` as they come: what that returns if it is not None, None at the end. What is
+        not for the loop to do is returned like this and done here, before it is carried on."""
+        self.begin()
+        self._held, self._given = False, None
+
+        def begin() -> None:
+            self._take, self._outlet = take, outlet
+            if self._ahead:
+                data = b"".join(self._ahead)
+                self._ahead.clear()
+                self._hand_out(data)
+            if self._held:
+                return
+            if self._over:
+                self._hand_back()
+            elif not (outlet and outlet.full):
+                self._on_room()
+
+        self._loop.soon(begin)
+        self._watch.wait(lambda: self._held)
+        if self._given is None:
+            self._raise_failure()
+        return self._given
+
+    def whole(self) -> Answer:
         """The whole answer."""
-        if not self.status:
-            yield from self.start()
-        parts, size = [], 0
-        for data in self.rest():
-            if data is None:
-                yield
-                continue
+        parts, size = list[bytes](), 0
+
+        def gather(data: bytes) -> None:
+            nonlocal size
             parts.append(data)
             size += len(data)
             if size > MAX_ANSWER:
                 raise too_large()
+
+        self.carry(gather)
+        if not self.status:
+            self._told()
         return Answer(self.status, self.headers, b"".join(parts))
 
-    def blobs(self) -> Generator[Blob | None, None, None]:
-        """The body's bytes so far as they come together in `body`, None for a heartbeat's time of silence."""
-        for data in self.rest():
-            if data is not None:
-                self.body.write(data)
-            yield None if data is None else self.body
+    def _told(self) -> None:
+        """Status and headers are known."""
+        if self.reached:
+            self.reached(True)
+        self.status, self.headers = self.handle.head()
+
+    def _raise_failure(self) -> None:
+        """Raises what the call failed with."""
+        if self._failure is None:
+            return
+        self.handle.failed = True
+        if self.reached and not self.status and isinstance(self._failure, Refusal):
+            self.reached(self._failure.reason != "unreachable")
+        raise self._failure
+
+    # -- for the loop ------------------------------------------------------------------------------------------
+
+    def _add(self) -> None:
+        self._heard = time.monotonic()
+        self._loop.ticking[self] = None
+        self._multi.add(self)
+
+    def bring(self) -> None:
+        """Something has come; once per event of a stream."""
+        received = self.handle.body
+        data = received[0] if len(received) == 1 else b"".join(received)
+        received.clear()
+        self._heard = time.monotonic()
+        if self._take is not None:
+            self._hand_out(data)
+            return
+        self._ahead.append(data)
+        if len(self._ahead) > MAX_AHEAD:
+            self._rest()
+        if self._held:
+            self._loop.ring(self._watch)
+
+    def _hand_out(self, data: bytes) -> None:
+        """Gives what has come to who takes it; once per event of a stream."""
+        try:
+            self._given = self._take(data)  # type: ignore[misc] # there is one
+        except Exception as failure:  # the thread's to handle
+            self._failure = failure
+            self._hand_back()
+            return
+        if self._given is not None:
+            self._hand_back()
+        elif self._outlet is not None and self._outlet.full:
+            self._outlet.on_room = self._on_room
+            self._rest()
+
+    def _hand_back(self) -> None:
+        self._take = self._outlet = None
+        self._held = True
+        self._loop.ring(self._watch)
+
+    def _rest(self) -> None:
+        if not self._over and not self._rests:
+            self._rests = True
+            self.handle.rest(True)
+
+    def _on_room(self) -> None:
+        if self._rests and not self._over:
+            self._rests = False
+            self._heard = time.monotonic()
+            self._multi.go_on(self)
+
+    def end(self, failure: Exception | None) -> None:
+        """The answer is over, or cannot go on."""
+        if self._over:
+            return
+        self._over, self._failure = True, self._failure or failure
+        self._loop.ticking.pop(self, None)
+        if self._take is not None:
+            self._hand_back()
+        elif self._held:
+            self._loop.ring(self._watch)
+
+    def tick(self, now: float) -> None:
+        """Ends the call after too long a silence; an upload that goes on is none, nor is a connection that rests."""
+        if self.handle.reader:
+            self._heard = max(self._heard, self.handle.reader.used)
+        if now - self._heard > self.handle.silence and not self._rests:
+            text = f"The upstream was silent for {self.handle.silence:g} seconds; try again."
+            self._multi.remove(self)
+            self.end(Refusal("silent", text))
+
+    def _leave(self) -> None:
+        """Nobody wants more of it: it is ended, unless its end is just coming, so that its connection can be kept."""
+        self._held, self._take = False, lambda data: None
+        if self._over:
+            self._gone()
+        else:
+            self._ahead.clear()
+            self._watch = Watch()
+            if self._rests:
+                self._gone()
+            else:
+                self._loop.at(time.monotonic() + LAST_SILENCE, self._gone)
+
+    def _gone(self) -> None:
+        self._loop.ticking.pop(self, None)
+        self._multi.remove(self)
+        release, self._release = self._release, int
+        release()
 
 
 class Handles:
-    """Kept handles by owner and route: two owners never share a connection. Up to `most` are kept for each owner, or in
-    all when they are `together`: then the one used longest ago goes."""
+    """Kept connections and handles by owner and route: two owners never share a connection. Those of up to `most` owners
+    are kept where they are `together`: then those used longest ago go."""
 
-    def __init__(self, together: bool = False, most: int = MOST_IDLE_HANDLES) -> None:
-        self._together, self._most = together, most
-        self._idle_lock = threading.Lock()
-        self._idle: OrderedDict[tuple[str, Route, str], list[Handle]] = OrderedDict()
+    def __init__(self, loop: Loop, together: bool = False, most: int = MAX_IDLE) -> None:
+        self._loop, self._together, self._most = loop, together, most
+        self._closed = False
+        self._multis_lock = threading.Lock()
+        self._multis: OrderedDict[tuple[str, Route, str], Multi] = OrderedDict()
 
     def call(
         self, owner: str, route: Route, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
         watch: Watch, silence: float, kept: bool = True, place: str = "",
     ) -> Call:  # fmt: skip
-        """A call on a handle of the owner's: the one used last, whose connection is most likely alive.
+        """A call on a connection of the owner's.
 
-        `headers` are whole lines; `silence` is how many seconds without a byte end the call; `kept` is whether the handle
-        is, if the call does not fail; `place` is what `Handle.lead` takes, "" for nothing. To be used in a `with` block,
-        at whose end the call is ended where it is.
+        `headers` are whole lines; `silence` is how many seconds without a byte end the call; `kept` is whether the
+        connection is; `place` is what `Handle.lead` takes, "" for nothing.
         """
         key = (owner, route, place)
-        with self._idle_lock:
-            idle = self._idle.get(key)
-            handle = idle.pop() if idle else None
-        if handle is None:
-            handle = Handle(route)
-            if place:
-                handle.lead(place)
+        with self._multis_lock:
+            multi = self._multis.get(key)
+            if multi is None:
+                multi = self._multis[key] = Multi(self._loop)
+            self._multis.move_to_end(key)
+            multi.users += 1
+            handle = multi.idle.pop() if multi.idle else None
         try:
+            if handle is None:
+                handle = Handle(route)
+                if place:
+                    handle.lead(place)
             handle.prepare(method, url, headers, body, silence)
         except BaseException:
-            handle.close()
+            self._give_back(key, multi, handle, kept)
             raise
-        return Call(handle, watch, functools.partial(self._give_back, key, handle, kept))
+        return Call(
+            self._loop, multi, handle, watch, functools.partial(self._give_back, key, multi, handle, kept)
+        )
 
-    def _give_back(self, key: tuple[str, Route, str], handle: Handle, kept: bool) -> None:
-        surplus: Handle | None = handle
-        if kept and not handle.failed:
-            with self._idle_lock:
-                idle = self._idle.setdefault(key, [])
-                idle.append(handle)
-                self._idle.move_to_end(key)
-                surplus = self._surplus(idle)
-        if surplus:
-            surplus.close()
+    def _give_back(
+        self, key: tuple[str, Route, str], multi: Multi, handle: Handle | None, kept: bool
+    ) -> None:
+        """A call is over: its handle is kept for the next one, unless it failed."""
+        surplus: list[Multi] = []
+        with self._multis_lock:
+            multi.users -= 1
+            multi.used = time.monotonic()
+            if handle and kept and not handle.failed and len(multi.idle) < MAX_IDLE:
+                multi.idle.append(handle)
+                handle = None
+            if not kept or self._closed:
+                self._take_out(key, surplus)
+            elif self._together and len(self._multis) > self._most:
+                unused = (key for key, one in self._multis.items() if not one.users)
+                self._take_out(next(unused, key), surplus)
+        if handle:
+            handle.close()
+        for one in surplus:
+            self._loop.soon(one.close)
 
-    def _surplus(self, idle: list[Handle]) -> Handle | None:
-        """Takes out the handle that there is no place for, if there is one; the lock is held."""
-        if not self._together:
-            return idle.pop(0) if len(idle) > self._most else None
-        if sum(map(len, self._idle.values())) <= self._most:
-            return None
-        oldest = next(one for one in self._idle.values() if one)
-        return oldest.pop(0)
+    def _take_out(self, key: tuple[str, Route, str], surplus: list[Multi]) -> None:
+        """Takes out connections that nobody uses; the lock is held."""
+        multi = self._multis.get(key)
+        if multi and not multi.users:
+            del self._multis[key]
+            surplus.append(multi)
 
     def sweep(self, now: float) -> None:
-        """Closes what has been idle for long."""
-        with self._idle_lock:
-            old = [h for idle in self._idle.values() for h in idle if now - h.used > IDLE_HANDLE_LIFE]
-            for key, idle in list(self._idle.items()):
-                self._idle[key] = [h for h in idle if now - h.used <= IDLE_HANDLE_LIFE]
-                if not self._idle[key]:
-                    del self._idle[key]
-        for handle in old:
-            handle.close()
+        """Closes what has been unused for long; `now` is a time.monotonic()."""
+        surplus: list[Multi] = []
+        with self._multis_lock:
+            for key, multi in list(self._multis.items()):
+                if now - multi.used > IDLE_LIFE:
+                    self._take_out(key, surplus)
+        for multi in surplus:
+            self._loop.soon(multi.close)
+
+    def owners(self) -> list[str]:
+        """Those that have connections here, the one used longest ago first."""
+        with self._multis_lock:
+            return [key[0] for key in self._multis]
+
+    def close(self) -> None:
+        """Closes all connections, those of calls that are under way once they are over."""
+        self._closed = True
+        self._loop.run(int)  # what was said to be over before this is
+        self.sweep(math.inf)
 
 
 FETCH_TIME = 30.0  # seconds for what a client's URL leads to, redirects included
@@ -2204,18 +2637,18 @@ class Fetcher:
     neither a second DNS answer nor a redirect leads elsewhere. Behind a proxy too: it is told the address.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, loop: Loop) -> None:
+        self.settings, self._loop = settings, loop
         self._resolving = ThreadPoolExecutor(32, thread_name_prefix="resolver")
 
-    def fetched(self, url: str, where: str, watch: Watch) -> Patient[tuple[Blob, str, str]]:
+    def fetched(self, url: str, where: str, watch: Watch) -> tuple[Blob, str, str]:
         """The bytes, their MIME type ("" when unknown) and the URL's file name; a 400 for `where` names the host."""
         end = time.monotonic() + FETCH_TIME
         host = ""
         try:
             for _ in range(MOST_REDIRECTS + 1):
                 host, port, name = self.parted(url)
-                blob, status, headers = yield from self._get(url, host, port, end, watch)
+                blob, status, headers = self._get(url, host, port, end, watch)
                 if status in (301, 302, 303, 307, 308) and headers.get("location"):
                     with contextlib.suppress(ValueError):  # else the next round says what is wrong
                         url = urllib.parse.urljoin(url, headers["location"])
@@ -2244,16 +2677,16 @@ class Fetcher:
         port = port or (443 if parts.scheme == "https" else 80)
         return host, port, urllib.parse.unquote(parts.path.rpartition("/")[2])
 
-    def _addresses(self, host: str, port: int, watch: Watch) -> Patient[list[str]]:
+    def _addresses(self, host: str, port: int, watch: Watch) -> list[str]:
         """What a client's host resolves to; ValueError when any of it is private and that is not allowed."""
         if self.settings.allow_private_urls and self.settings.export_proxy_url:
             return [""]  # the proxy may know names that this machine does not
-        addresses = yield from self.resolved(host, port, watch)
+        addresses = self.resolved(host, port, watch)
         if not self.settings.allow_private_urls and not all(map(is_public, filter(None, addresses))):
             raise ValueError("it is a private address, which ALLOW_PRIVATE_URLS=true would allow")
         return addresses
 
-    def resolved(self, host: str, port: int, watch: Watch) -> Patient[list[str]]:
+    def resolved(self, host: str, port: int, watch: Watch) -> list[str]:
         """Up to three addresses of a host, private ones first and then IPv4; "" for one that is a public address itself.
         ValueError for none."""
         with contextlib.suppress(ValueError):
@@ -2261,7 +2694,7 @@ class Fetcher:
                 return [""]
         asked = self._resolving.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
-            found = yield from awaited(asked, watch, 10.0)
+            found = watch.result(asked, 10.0)
         except TimeoutError:
             asked.cancel()
             raise ValueError("its name takes too long to be resolved") from None
@@ -2274,9 +2707,9 @@ class Fetcher:
 
     def _get(
         self, url: str, host: str, port: int, end: float, watch: Watch
-    ) -> Patient[tuple[Blob, int, dict[str, str]]]:
+    ) -> tuple[Blob, int, dict[str, str]]:
         """One request: body, status and headers; from the first of the host's addresses that can be reached."""
-        addresses = yield from self._addresses(host, port, watch)
+        addresses = self._addresses(host, port, watch)
         for address in addresses:
             handle = Handle(Route(self.settings.impersonate, next(iter(self.settings.export_proxy_url), "")))
             handle.as_it_comes()
@@ -2284,27 +2717,30 @@ class Fetcher:
                 handle.pin(address)
             headers, left = [b"Expect:", b"Accept-Encoding: identity"], max(0.1, end - time.monotonic())
             handle.prepare("GET", url, headers, None, left)
+            multi = Multi(self._loop)
+            multi.idle.append(handle)  # which goes with it
             try:
-                with Call(handle, watch, handle.close) as call:
-                    return (yield from self._taken(call, end))
+                with Call(
+                    self._loop, multi, handle, watch, functools.partial(self._loop.soon, multi.close)
+                ) as call:
+                    return self._taken(call, end)
             except Refusal as refused:
                 if refused.reason != "unreachable" or address == addresses[-1]:
                     raise
         raise ValueError("its name cannot be resolved")
 
-    def _taken(self, call: Call, end: float) -> Patient[tuple[Blob, int, dict[str, str]]]:
-        yield from call.start()
-        most = self.settings.max_body_mb << 20
+    def _taken(self, call: Call, end: float) -> tuple[Blob, int, dict[str, str]]:
+        call.start()
+        body, most = Blob(), self.settings.max_body_mb << 20
         if call.headers.get("content-encoding", "identity") != "identity":
             raise ValueError("it answers compressed, although it was asked not to")
-        for blob in call.blobs():
-            if blob is None:
-                yield
-            elif blob.size > most:
+        for data in call.pieces():
+            body.write(data)
+            if body.size > most:
                 raise ValueError(f"it is larger than MAX_BODY_MB allows ({most >> 20} MiB)")
             if time.monotonic() > end:
                 raise ValueError(f"it takes longer than {FETCH_TIME:g} seconds")
-        return call.body, call.status, call.headers
+        return body, call.status, call.headers
 
 
 # ============================================================================================================
@@ -3453,11 +3889,11 @@ def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
 class ChatGPT:
     """The web API of chatgpt.com for any account: turns, what they need beforehand, and token renewal."""
 
-    def __init__(self, settings: Settings, pool: Pool, handles: Handles, solver: Solver, metrics: Metrics):
-        self.settings, self.pool, self.handles = settings, pool, handles
-        self.solver, self.metrics = solver, metrics
+    def __init__(self, settings: Settings, pool: Pool, loop: Loop, solver: Solver, metrics: Metrics):
+        self.settings, self.pool, self.solver, self.metrics = settings, pool, solver, metrics
         self.silence = float(settings.upstream_timeout)
-        self.fetcher, self.guest_handles = Fetcher(settings), Handles(together=True)
+        self.fetcher = Fetcher(settings, loop)
+        self.handles, self.guest_handles = Handles(loop), Handles(loop, together=True)
         self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
         self._renewals = ThreadPoolExecutor(32, thread_name_prefix="renewal")
         # Of their own, so that made-up tokens keep no account of the pool from its renewal.
@@ -3466,7 +3902,6 @@ class ChatGPT:
         self._pages: dict[tuple[str, str], Page] = {}
         self._agents: dict[str, str] = {}
         self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
-        self._nobody = Watch(math.inf)
 
     def close(self) -> None:
         """Begins no more background work."""
@@ -3501,14 +3936,14 @@ class ChatGPT:
     def _answer(
         self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
         watch: Watch, silence: float | None = None, once: bool = False, place: str = "",
-    ) -> Patient[Answer]:  # fmt: skip
+    ) -> Answer:  # fmt: skip
         """The whole answer of a call; counted under `name`, its cookies kept if it is the site's. `once`: it must not be
         made twice."""
         try:
             with self._call(account, method, url, headers, body, watch, silence, place) as call:
                 if once:
                     call.handle.sent_once()
-                answer = yield from call.whole()
+                answer = call.whole()
         except Refusal:
             self._heard(name, account, 0, {})
             raise
@@ -3557,12 +3992,12 @@ class ChatGPT:
     def _object(
         self, name: str, account: Account, path: str, watch: Watch, body: Mapping[str, Any] | Blob | None = None,
         kind: str = "application/json", silence: float | None = None,
-    ) -> Patient[dict[str, Any]]:  # fmt: skip
+    ) -> dict[str, Any]:  # fmt: skip
         """A call that answers with a JSON object, GET without a body and POST with one; Refusal for anything but 2xx."""
         url, headers = self._base(account) + path, self._headers(account, kind=kind)
         method = "GET" if body is None else "POST"
         data = compact(body).encode() if isinstance(body, Mapping) else body
-        answer = yield from self._answer(name, account, method, url, headers, data, watch, silence)
+        answer = self._answer(name, account, method, url, headers, data, watch, silence)
         value = answer.object()
         if value is None or not 200 <= answer.status < 300:
             raise refusal(answer.status, answer.headers, answer.body)
@@ -3570,7 +4005,7 @@ class ChatGPT:
 
     # -- one turn --------------------------------------------------------------------------------------------
 
-    def page(self, account: Account, watch: Watch) -> Patient[Page]:
+    def page(self, account: Account, watch: Watch) -> Page:
         """The start page's facts for fingerprints, read at most every PAGE_LIFE seconds; a failure is harmless."""
         key = (account.gateway, account.route.browser)
         known, now = self._pages.get(key), time.time()
@@ -3582,7 +4017,7 @@ class ChatGPT:
         call = self._call(account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence))
         call.handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
         with call, contextlib.suppress(Refusal):
-            answer = yield from call.whole()
+            answer = call.whole()
             self._heard("page", account, answer.status, answer.headers)
             if answer.status == 200:
                 text = answer.body[:1_000_000].decode("utf-8", "replace")
@@ -3596,11 +4031,11 @@ class ChatGPT:
         agent = self._agents.get(account.route.browser, UNKNOWN_AGENT)
         return fingerprint(account.row.device, agent, self.settings.oai_language, page, time.time())
 
-    def requirements(self, account: Account, watch: Watch) -> Patient[Requirements]:
+    def requirements(self, account: Account, watch: Watch) -> Requirements:
         """Requirements token and proofs for one conversation call; either generation, steps 1 to 3 of "One turn"."""
         if self.settings.conversation_only:
             return Requirements()
-        page = yield from self.page(account, watch)
+        page = self.page(account, watch)
         token, made = account.requirements_token
         if not token or made != page.read:
             token = requirements_token(self._fingerprint(account, page), self.settings.pow_algorithm)
@@ -3608,26 +4043,26 @@ class ChatGPT:
         path, newer, asked = "/sentinel/chat-requirements", (account.gateway, "sentinel"), {"p": token}
         if newer not in self._newer:
             try:
-                answer = yield from self._object("requirements", account, path, watch, asked)
-                return (yield from self._satisfied(account, page, answer, watch))
+                answer = self._object("requirements", account, path, watch, asked)
+                return self._satisfied(account, page, answer, watch)
             except Refusal as refused:
                 if refused.reason != "missing":
                     raise
         try:
-            answer = yield from self._object("requirements", account, f"{path}/prepare", watch, asked)
+            answer = self._object("requirements", account, f"{path}/prepare", watch, asked)
         except Refusal as refused:
             if refused.reason == "missing":
                 self._newer.discard(newer)
             raise
         self._newer.add(newer)
-        ready = yield from self._satisfied(account, page, answer, watch)
+        ready = self._satisfied(account, page, answer, watch)
         final = {"prepare_token": granted(answer, "prepare_token"), "proofofwork": ready.proof}
-        answer = yield from self._object("requirements", account, f"{path}/finalize", watch, final)
+        answer = self._object("requirements", account, f"{path}/finalize", watch, final)
         return replace(ready, token=granted(answer, "token"), expires=_expiry(answer))
 
     def _satisfied(
         self, account: Account, page: Page, asked: Mapping[str, Any], watch: Watch
-    ) -> Patient[Requirements]:
+    ) -> Requirements:
         """Solves what an answer to chat-requirements asks for. Turnstile is left to the upstream to decide."""
         expires = _expiry(asked)
         if asked.get("force_login") and account.row.kind == LOGIN_FREE:
@@ -3636,12 +4071,12 @@ class ChatGPT:
         solution = token = ""
         if proof.get("required"):
             seed, difficulty = str(proof.get("seed")), str(proof.get("difficulty"))
-            solution = yield from self._proof(account, page, seed, difficulty, watch)
+            solution = self._proof(account, page, seed, difficulty, watch)
         if arkose.get("required"):
-            token = yield from self._arkose(str(arkose.get("dx") or ""), watch)
+            token = self._arkose(str(arkose.get("dx") or ""), watch)
         return Requirements(granted(asked, "token"), solution, token, expires)
 
-    def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> Patient[str]:
+    def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> str:
         if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty) or not _SEED.fullmatch(seed):
             text = "The upstream asks a proof of work of an unknown kind."
             raise Refusal("rejected", text, "upstream_error")
@@ -3651,18 +4086,18 @@ class ChatGPT:
         start = time.monotonic()
         configuration = self._fingerprint(account, page)
         job = (seed, difficulty.lower(), configuration, self.settings.pow_algorithm)
-        token = yield from self.solver.solved(job, watch)
+        token = self.solver.solved(job, watch)
         self.metrics.observe("chatproxy_proof_seconds", time.monotonic() - start)
         return token
 
-    def _arkose(self, dx: str, watch: Watch) -> Patient[str]:
+    def _arkose(self, dx: str, watch: Watch) -> str:
         if not (url := self.settings.arkose_token_url):
             text = "The upstream wants an Arkose token; set ARKOSE_TOKEN_URL to a service that provides them."
             raise Refusal("rejected", text, "arkose_required")
         body, route, token = compact({"blob": dx}).encode("utf-8", "replace"), Route("", ""), ""
         call = self.handles.call("arkose", route, "POST", url, _JSON_HEADERS, body, watch, self.silence)
         with call, contextlib.suppress(Refusal):
-            answer = yield from call.whole()
+            answer = call.whole()
             token = granted(answer.object() or {}, "token") if answer.status == 200 else ""
         if not token:
             raise Refusal("rejected", "The service at ARKOSE_TOKEN_URL gave no token.", "arkose_required")
@@ -3670,22 +4105,21 @@ class ChatGPT:
 
     def conversation(
         self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch
-    ) -> Pieces:
-        """Steps 4 and 5 of "One turn": the answer's bytes as they come, None for a heartbeat's time of silence."""
+    ) -> Call:
+        """Steps 4 and 5 of "One turn": the call whose bytes are the answer, begun; for a `with` block."""
         newer = (account.gateway, "conversation")
         if newer not in self._newer:
             try:
-                yield from self._converse(account, "/conversation", body, needs.headers(), watch)
-                return
+                return self._converse(account, "/conversation", body, needs.headers(), watch)
             except Refusal as refused:
                 if refused.reason != "missing":
                     raise
         bare = {name: value for name, value in body.items() if name != "messages"}
         try:
-            answer = yield from self._object("conduit", account, "/f/conversation/prepare", watch, bare)
+            answer = self._object("conduit", account, "/f/conversation/prepare", watch, bare)
             self._newer.add(newer)
             conduit = f"x-conduit-token: {granted(answer, 'conduit_token')}".encode()
-            yield from self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
+            return self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
         except Refusal as refused:
             if refused.reason == "missing":
                 self._newer.discard(newer)
@@ -3693,68 +4127,70 @@ class ChatGPT:
 
     def _converse(
         self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
-    ) -> Pieces:
+    ) -> Call:
         url, data = self._base(account) + path, compact(body).encode("utf-8", "replace")
         headers = self._headers(account, *extra, accept=b"text/event-stream")
-        with self._call(account, "POST", url, headers, data, watch) as call:
+        with contextlib.ExitStack() as guard:
+            call = guard.enter_context(self._call(account, "POST", url, headers, data, watch))
             if "conversation_id" in body:  # what is said in it is not to be said twice
                 call.handle.sent_once()
+            call.begin()
             if account.answered:
-                call.handle.once_sent = lambda: self.prepare(account)  # meanwhile, not before
+                self.prepare(account)  # meanwhile, not before
             try:
-                yield from call.start()
+                call.start()
             except Refusal:
                 self._heard("conversation", account, 0, {})
                 raise
             self._heard("conversation", account, call.status, call.headers)
-            if call.status == 200 and "text/html" not in call.headers.get("content-type", ""):
-                yield from call.rest()
-                return
-            answer = yield from call.whole()
-            raise refusal(answer.status, answer.headers, answer.body)
+            if call.status != 200 or "text/html" in call.headers.get("content-type", ""):
+                answer = call.whole()
+                raise refusal(answer.status, answer.headers, answer.body)
+            guard.pop_all()
+        return call
 
     # -- files and voice ---------------------------------------------------------------------------------------
 
-    def upload(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[str]:
+    def upload(self, account: Account, file: File, blob: Blob, watch: Watch) -> str:
         """ "Files": the id of a file that the account now holds, documents once they have been read there."""
         case = use_case(file)
         asked = {"file_name": file.name, "file_size": blob.size, "use_case": case}
         asked |= {"timezone_offset_min": TIMEZONE_OFFSET_MIN, "reset_rate_limits": False}
-        made = yield from self._object("files", account, "/files", watch, asked)
+        made = self._object("files", account, "/files", watch, asked)
         id, url = str(made.get("file_id") or ""), str(made.get("upload_url") or "")
         if not _FILE_ID.fullmatch(id) or not _URL_TEXT.fullmatch(url):
             raise Refusal("broken", "The upstream did not say where to upload a file; try again.")
-        place = yield from self.named_place(account, url, watch)
+        place = self.named_place(account, url, watch)
         headers = [b"x-ms-blob-type: BlockBlob", b"x-ms-version: 2020-04-08", b"Expect:"]
         headers += [f"Content-Type: {file.mime}".encode(), f"Origin: {account.gateway}".encode()]
-        answer = yield from self._answer("upload", account, "PUT", url, headers, blob, watch, place=place)
+        answer = self._answer("upload", account, "PUT", url, headers, blob, watch, place=place)
         if not 200 <= answer.status < 300:
             raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
         # What is uploaded is not sent again for a hiccup of these two calls.
-        yield from self._insistently(
+        self._insistently(
             functools.partial(self._object, "uploaded", account, f"/files/{id}/uploaded", watch, {}), watch
         )
         if case == "my_files":
-            yield from self._indexed(account, id, watch)
+            self._indexed(account, id, watch)
         return id
 
     @staticmethod
-    def _insistently(ask: Callable[[], Patient[T]], watch: Watch) -> Patient[T]:
+    def _insistently(ask: Callable[[], T], watch: Watch) -> T:
         """The result of a call, at the third attempt where the upstream fails."""
         for pause in (0.3, 1.0):
             try:
-                return (yield from ask())
+                return ask()
             except Refusal as refused:
                 if refused.reason not in ("broken", "unreachable"):
                     raise
-            yield from paused(pause, watch)
-        return (yield from ask())
+            watch.pause(pause)
+        return ask()
 
-    def _indexed(self, account: Account, id: str, watch: Watch) -> Patient[None]:
+    def _indexed(self, account: Account, id: str, watch: Watch) -> None:
         """Waits until the site has read a document."""
         end, pause = time.monotonic() + self.silence, 0.1
         while time.monotonic() < end:
-            said = yield from self._insistently(
+            said = self._insistently(
                 functools.partial(self._object, "file", account, f"/files/{id}", watch), watch
             )
             if (status := said.get("retrieval_index_status")) == "success":
@@ -3762,29 +4198,27 @@ class ChatGPT:
             if status in ("failed", "error"):
                 text = "The upstream cannot read this document; send it in another format."
                 raise Refusal("rejected", text)
-            yield from paused(pause, watch)
+            watch.pause(pause)
             pause = min(pause * 1.5, 2.0)
         raise Refusal("silent", "The upstream took too long to read the document; try again.")
 
-    def file_url(self, account: Account, id: str, watch: Watch, conversation: str = "") -> Patient[str]:
+    def file_url(self, account: Account, id: str, watch: Watch, conversation: str = "") -> str:
         """A short-lived URL for a file that the account holds; for `sediment` files the conversation's."""
         talk = urllib.parse.quote(conversation, safe="", errors="replace")
         place = f"/conversation/{talk}/attachment" if conversation else "/files"
-        return (yield from self._url("download", account, f"{place}/{id}/download", watch))
+        return self._url("download", account, f"{place}/{id}/download", watch)
 
-    def sandbox_url(
-        self, account: Account, conversation: str, message: str, path: str, watch: Watch
-    ) -> Patient[str]:
+    def sandbox_url(self, account: Account, conversation: str, message: str, path: str, watch: Watch) -> str:
         """A short-lived URL for a file that the model made at `/mnt/data/…`."""
         query = urllib.parse.urlencode({"message_id": message, "sandbox_path": path}, errors="replace")
         talk = urllib.parse.quote(conversation, safe="", errors="replace")
         address = f"/conversation/{talk}/interpreter/download?{query}"
-        return (yield from self._url("interpreter", account, address, watch))
+        return self._url("interpreter", account, address, watch)
 
-    def _url(self, name: str, account: Account, path: str, watch: Watch) -> Patient[str]:
+    def _url(self, name: str, account: Account, path: str, watch: Watch) -> str:
         gone = Refusal("forgotten", "The upstream does not have this file any more.")
         try:
-            said = yield from self._object(name, account, path, watch)
+            said = self._object(name, account, path, watch)
         except Refusal as refused:
             raise gone if refused.reason == "missing" else refused from None
         url = said.get("download_url")
@@ -3792,10 +4226,10 @@ class ChatGPT:
             raise gone
         return url
 
-    def named_place(self, account: Account, url: str, watch: Watch) -> Patient[str]:
+    def named_place(self, account: Account, url: str, watch: Watch) -> str:
         """What a URL that the upstream names leads to, as `Handle.lead` takes it, "" for wherever its host is; Refusal
         when that is a private address, unless the upstream's own is one. Behind a proxy names are the proxy's."""
-        private = yield from self._gateway_private(account.gateway, watch)
+        private = self._gateway_private(account.gateway, watch)
         if private or url.startswith(account.gateway + "/"):
             return ""
         try:
@@ -3803,7 +4237,7 @@ class ChatGPT:
             literal = re.fullmatch(r"[0-9.]+|.*:.*|localhost|.*\.localhost", host)
             addresses = [""]
             if literal or not account.route.proxy:
-                addresses = yield from self.fetcher.resolved(host, port, watch)
+                addresses = self.fetcher.resolved(host, port, watch)
         except ValueError:
             raise Refusal("broken", "The upstream named a place for a file that cannot be found.") from None
         if not all(map(is_public, filter(None, addresses))):
@@ -3811,55 +4245,50 @@ class ChatGPT:
         shown = [f"[{one}]" if ":" in one else one for one in addresses if one]
         return f"{host}:{port}:{','.join(shown)}" if shown else ""
 
-    def _gateway_private(self, gateway: str, watch: Watch) -> Patient[bool]:
+    def _gateway_private(self, gateway: str, watch: Watch) -> bool:
         """Whether the upstream itself is at a private address, as a gateway of one's own may be."""
         if gateway not in self._private_gateways:
             host, port, _ = Fetcher.parted(gateway)
             try:
-                addresses = yield from self.fetcher.resolved(host, port, watch)
+                addresses = self.fetcher.resolved(host, port, watch)
             except ValueError:  # it may be resolved another time, or by a proxy alone
                 return False
             self._private_gateways[gateway] = not all(map(is_public, filter(None, addresses)))
         return self._private_gateways[gateway]
 
-    def content(self, account: Account, url: str, watch: Watch) -> Patient[Call]:
+    def content(self, account: Account, url: str, watch: Watch) -> Call:
         """The call that gets a file's bytes, begun; its own files the site gives to the account alone."""
-        place = yield from self.named_place(account, url, watch)
+        place = self.named_place(account, url, watch)
         own = url.startswith(account.gateway + "/")
         headers = self._headers(account) if own else [b"Expect:"]
         with contextlib.ExitStack() as guard:
             call = guard.enter_context(self._call(account, "GET", url, headers, None, watch, place=place))
-            yield from call.start()
+            call.start()
             if call.status != 200:
                 raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
             guard.pop_all()
         return call
 
-    def downloaded(self, account: Account, url: str, watch: Watch) -> Patient[Blob]:
+    def downloaded(self, account: Account, url: str, watch: Watch) -> Blob:
         """A file's bytes."""
-        most = max(MAX_ANSWER, self.settings.max_body_mb << 20)
-        with (yield from self.content(account, url, watch)) as call:
-            for blob in call.blobs():
-                if blob is None:
-                    yield
-                elif blob.size > most:
+        blob, most = Blob(), max(MAX_ANSWER, self.settings.max_body_mb << 20)
+        with self.content(account, url, watch) as call:
+            for data in call.pieces():
+                blob.write(data)
+                if blob.size > most:
                     raise too_large()
-        return call.body
+        return blob
 
-    def me(self, account: Account, watch: Watch) -> Patient[None]:
+    def me(self, account: Account, watch: Watch) -> None:
         """The cheapest call that only a working account answers."""
-        yield from self._object("me", account, "/me", watch)
+        self._object("me", account, "/me", watch)
 
-    def native(
-        self, account: Account, method: str, path: str, body: Blob | None, watch: Watch
-    ) -> Patient[Answer]:
+    def native(self, account: Account, method: str, path: str, body: Blob | None, watch: Watch) -> Answer:
         """ "Conversations": a call of the site's own scripts, with its own answer. Refusal where another attempt can do no
         harm: the call was not taken up (401, 429), never arrived, or changes nothing."""
         url, headers, reads = self._base(account) + path, self._headers(account), method == "GET"
         try:
-            answer = yield from self._answer(
-                "native", account, method, url, headers, body, watch, once=not reads
-            )
+            answer = self._answer("native", account, method, url, headers, body, watch, once=not reads)
         except Refusal as refused:
             if reads or refused.unsent:
                 raise
@@ -3868,14 +4297,14 @@ class ChatGPT:
             raise refusal(answer.status, answer.headers, answer.body)
         return answer
 
-    def models(self, account: Account, watch: Watch) -> Patient[tuple[str, ...]]:
+    def models(self, account: Account, watch: Watch) -> tuple[str, ...]:
         """The slugs of the models that an account may use, read at most every MODELS_LIFE seconds; what is known stays
         in use when the upstream fails."""
         read, slugs = account.models
         if time.time() - read < MODELS_LIFE:
             return slugs
         try:
-            said = yield from self._object(
+            said = self._object(
                 "models", account, "/models", watch, silence=min(MODELS_SILENCE, self.silence)
             )
         except Refusal:
@@ -3889,12 +4318,12 @@ class ChatGPT:
 
     def speech(
         self, account: Account, conversation: str, message: str, voice: str, form: str, watch: Watch
-    ) -> Patient[Answer]:
+    ) -> Answer:
         """ "Voice": a message read aloud."""
         query = {"message_id": message, "conversation_id": conversation, "voice": voice, "format": form}
         url = f"{self._base(account)}/synthesize?{urllib.parse.urlencode(query)}"
         headers = self._headers(account)
-        answer = yield from self._answer("synthesize", account, "GET", url, headers, None, watch)
+        answer = self._answer("synthesize", account, "GET", url, headers, None, watch)
         kind = answer.headers.get("content-type", "")
         if answer.status != 200 or not kind.startswith(("audio/", "application/oct")):
             raise refusal(answer.status, answer.headers, answer.body)
@@ -3902,7 +4331,7 @@ class ChatGPT:
 
     def transcription(
         self, account: Account, audio: Blob, name: str, mime: str, language: str, watch: Watch
-    ) -> Patient[str]:
+    ) -> str:
         """ "Voice": what is said in a recording."""
         mark, body = f"----chatproxy{secrets.token_hex(12)}", Blob()
         quoted = re.sub(r'[\x00-\x1f"\\]', "_", name)
@@ -3914,7 +4343,7 @@ class ChatGPT:
             body.write(f'\r\n{head}"language"\r\n\r\n{language}'.encode())
         body.write(f"\r\n--{mark}--\r\n".encode())
         kind = f"multipart/form-data; boundary={mark}"
-        said = yield from self._object("transcribe", account, "/transcribe", watch, body, kind)
+        said = self._object("transcribe", account, "/transcribe", watch, body, kind)
         return str(said.get("text") or "")
 
     # -- prepared ahead --------------------------------------------------------------------------------------
@@ -3927,19 +4356,19 @@ class ChatGPT:
     def _prepared(self, account: Account) -> Requirements | None:
         """The spare, or None when it could not be had: the next turn will find out why."""
         try:
-            return patiently(self.requirements(account, self._nobody))
+            return self.requirements(account, Watch())
         except ApiError as error:
             log(logging.DEBUG, "no requirements ahead", account=account.name, code=error.code)
         except Exception:
             log(logging.ERROR, "background job failed", exc_info=True, account=account.name)
         return None
 
-    def spare(self, account: Account, watch: Watch) -> Patient[Requirements | None]:
+    def spare(self, account: Account, watch: Watch) -> Requirements | None:
         """The account's spare, for a moment waited for if it is on its way; None when there is none to be used."""
         future = self.pool.take_spare(account)
         if future is not None and not future.cancel():
             with contextlib.suppress(TimeoutError):
-                needs: Requirements | None = yield from awaited(future, watch, SPARE_PATIENCE)
+                needs: Requirements | None = watch.result(future, SPARE_PATIENCE)
                 if needs is not None and needs.expires > time.monotonic() + 1:
                     return needs
         return None
@@ -3960,7 +4389,7 @@ class ChatGPT:
 
     # -- tokens ----------------------------------------------------------------------------------------------
 
-    def token(self, account: Account, watch: Watch, refused: str = "") -> Patient[None]:
+    def token(self, account: Account, watch: Watch, refused: str = "") -> None:
         """Sees to it that the account has a usable access token, other than one that was just `refused`.
 
         One exchange at a time an account, in the background: a client that hangs up never interrupts one.
@@ -3971,7 +4400,7 @@ class ChatGPT:
         renewal = self.pool.renewal(account, refused, lambda: executor.submit(self._renew, account))
         if renewal is not None:
             try:
-                yield from awaited(renewal, watch, self.silence)
+                watch.result(renewal, self.silence)
             except TimeoutError:
                 raise Refusal("silent", "The token endpoint did not answer in time; try again.") from None
 
@@ -4048,8 +4477,7 @@ class ChatGPT:
         dead = ""
         for client in [{"client_id": BROWSER_CLIENT}, ios] if secret.startswith("rt_") else [ios]:
             data = compact(body | client).encode()
-            call = self._answer("refresh", account, "POST", url, _JSON_HEADERS, data, self._nobody)
-            answer = patiently(call)
+            answer = self._answer("refresh", account, "POST", url, _JSON_HEADERS, data, Watch())
             said = answer.object() or {}
             if answer.status == 200 and said.get("access_token"):
                 return str(said["access_token"]), str(said.get("refresh_token") or "") or None
@@ -4067,7 +4495,7 @@ class ChatGPT:
         names = [f"{SESSION_COOKIE}.{i}" if len(pieces) > 1 else SESSION_COOKIE for i in range(len(pieces))]
         cookies = account.cookies | dict(zip(names, pieces, strict=True))
         url, headers = f"{account.gateway}/api/auth/session", [b"Expect:", *_cookie_line(cookies)]
-        answer = patiently(self._answer("session", account, "GET", url, headers, None, self._nobody))
+        answer = self._answer("session", account, "GET", url, headers, None, Watch())
         said = answer.object()
         if answer.status == 200 and said == {}:
             raise Refusal("dead", "the session is over")
@@ -4103,8 +4531,8 @@ def walled(answer: Answer) -> bool:
 class SignIn:
     """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.issuer, self.handles, self.watch = settings.openai_auth_url, Handles(), Watch(math.inf)
+    def __init__(self, settings: Settings, loop: Loop) -> None:
+        self.issuer, self.handles, self.watch = settings.openai_auth_url, Handles(loop), Watch()
         self.route = Route(settings.impersonate, next(iter(settings.proxy_url), ""))
         self.state, self.verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
         self.redirect = f"http://localhost:{CALLBACK_PORT}/auth/callback"
@@ -4127,7 +4555,7 @@ class SignIn:
 
     def _ask(self, method: str, url: str, headers: list[bytes], body: bytes | None) -> Answer:
         with self.handles.call("sign-in", self.route, method, url, headers, body, self.watch, 30.0) as call:
-            return patiently(call.whole())
+            return call.whole()
 
     def _post(self, path: str, kind: str, body: str) -> Answer:
         headers = [f"Content-Type: {kind}".encode(), b"Expect:"]
@@ -4180,8 +4608,8 @@ class PasswordSignIn(SignIn):
 
     STEPS = 12  # redirects and forms
 
-    def __init__(self, settings: Settings, watch: Watch) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, loop: Loop, watch: Watch) -> None:
+        super().__init__(settings, loop)
         self.watch = watch
         self._cookies: dict[str, str] = {}
 
@@ -4191,7 +4619,7 @@ class PasswordSignIn(SignIn):
         try:
             return self._tokens_for(username, password, code)
         finally:
-            self.handles.sweep(math.inf)  # which has none of them left open
+            self.handles.close()
 
     def _tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
         query = {
@@ -4361,7 +4789,7 @@ class EventStream:
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
-        self._size = 0  # of what is put aside
+        self.size = 0  # of what is put aside
         self._last = b""  # the last byte put aside, to see an end that is cut in two
         self._cr = False  # a carriage return was last: a line feed that follows belongs to it
 
@@ -4374,16 +4802,22 @@ class EventStream:
             if data:
                 self._parts.append(data)
                 self._last = data[-1:]
-                self._size += len(data)
-                if self._size > MAX_EVENT:
-                    raise Refusal("broken", "The upstream's answer has an event without end; it was left.")
+                self.size += len(data)
+                self._check(self.size)
             return []
         cut = end + 2 if end >= 0 else 1
+        if self.size:
+            self._check(self.size + data.find(b"\n\n"))
         block = b"".join([*self._parts, data[:cut]]) if self._parts else data[:cut]
         rest = data[cut:]
-        self._parts, self._last, self._size = [rest] if rest else [], rest[-1:], 0
+        self._parts, self._last, self.size = [rest] if rest else [], rest[-1:], len(rest)
         events = map(self._data, block.decode("utf-8", "replace").split("\n\n"))
         return [data for data in events if data is not None]
+
+    @staticmethod
+    def _check(size: int) -> None:
+        if size > MAX_EVENT:
+            raise Refusal("broken", "The upstream's answer has an event without end; it was left.")
 
     def _unix(self, data: bytes) -> bytes:
         """The same with line feeds for all three line ends, one that is cut in two included."""
@@ -4393,8 +4827,10 @@ class EventStream:
 
     @staticmethod
     def _data(event: str) -> str | None:
-        if event.startswith("data: ") and "\n" not in event:  # nearly all of them
-            return event[6:]
+        # Nearly all of them begin in one of two ways, and have one line of data.
+        start = 6 if event.startswith("data: ") else 19 if event.startswith("event: delta\ndata: ") else 0
+        if start and event.find("\n", start) < 0:
+            return event[start:]
         lines = [line[5:].removeprefix(" ") for line in event.split("\n") if line.startswith("data:")]
         return "\n".join(lines) if lines else None
 
@@ -4643,14 +5079,16 @@ class Decoder:
 
     def __init__(self) -> None:
         self.conversation = self.message = self.model = ""
+        self.failure: Refusal | None = None  # that came behind events of the same batch
         self._begun = False
         self._messages: dict[str, _Growing] = {}
         self.renew()
 
     def renew(self) -> None:
         """Gets ready for the bytes of the call that goes on with this answer."""
-        self._events = EventStream()
+        self.lines = EventStream()
         self._current: _Growing | None = None
+        self.failure = None
         self._path, self._op = "", "add"
         self._hot = False  # the last event appended to part 0 of an answering message
         self._reason, self.done = "", False
@@ -4658,7 +5096,7 @@ class Decoder:
     def feed(self, data: bytes) -> list[Event]:
         """The events that have become whole; Refusal when the upstream says that it failed."""
         out: list[Event] = []
-        for text in self._events.feed(data):
+        for text in self.lines.feed(data):
             if text[:1] != "{":
                 self.done = self.done or text == "[DONE]"
                 continue
@@ -4671,8 +5109,14 @@ class Decoder:
             # Once per token: {"v": "…"} goes on appending to the answer's first part.
             if self._hot and len(value) == 1 and type(more := value.get("v")) is str:
                 self._current.append(more, out)  # type: ignore[union-attr] # hot: there is one
-            else:
+                continue
+            try:
                 self._take(value, out)
+            except Refusal as refused:
+                if not out:
+                    raise
+                self.failure = refused
+                break
         if self._current is not None and self._current.sent > MAX_MESSAGE:
             raise Refusal("broken", "The upstream's answer is longer than any that is read; it was left.")
         return out
@@ -4858,9 +5302,7 @@ class Files:
             return found[0]
         raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.", where)
 
-    def gathered(
-        self, attachment: Attachment, scope: Scope, watch: Watch
-    ) -> Patient[tuple[File, Blob | None]]:
+    def gathered(self, attachment: Attachment, scope: Scope, watch: Watch) -> tuple[File, Blob | None]:
         """A message's file, and its bytes unless an account has it already; fetched if it is given by URL."""
         blob, mime, name = attachment.blob, attachment.mime, attachment.name
         if attachment.file:
@@ -4869,7 +5311,7 @@ class Files:
                 raise unfit(attachment.where, NO_IMAGE)
             return file, None
         if blob is None:
-            blob, said, named = yield from self.fetcher.fetched(attachment.url, attachment.where, watch)
+            blob, said, named = self.fetcher.fetched(attachment.url, attachment.where, watch)
             mime, name = mime or said, name or named
         file = self.described(blob, name, mime, scope.owner)
         if attachment.image and not file.width:
@@ -4905,7 +5347,7 @@ class Files:
                 return one._replace(name=file.name, mime=file.mime)
         return None
 
-    def placed(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[File]:
+    def placed(self, account: Account, file: File, blob: Blob, watch: Watch) -> File:
         """The file as an account holds it: known, or uploaded now, at a time by one of those who need it."""
         key, mine = (account.id, file.digest), Future[None]()
         while True:
@@ -4915,9 +5357,9 @@ class Files:
                 other = self._uploads.setdefault(key, mine)
             if other is mine:
                 break
-            yield from awaited(other, watch, math.inf)  # who uploads sees to it that it ends
+            watch.result(other)  # who uploads sees to it that it ends
         try:
-            id = yield from self._sent(account, file, blob, watch)
+            id = self._sent(account, file, blob, watch)
             file = file._replace(account=account.id, upstream=id, purpose="", used=time.time())
             with contextlib.suppress(StoreUnavailable):  # it is uploaded again next time
                 file = self.kept(file)
@@ -4927,20 +5369,20 @@ class Files:
                 del self._uploads[key]
             mine.set_result(None)
 
-    def _sent(self, account: Account, file: File, blob: Blob, watch: Watch) -> Patient[str]:
+    def _sent(self, account: Account, file: File, blob: Blob, watch: Watch) -> str:
         """Uploads a file; what the account is told then is about uploads, not about a model."""
         wait = account.wait_for(UPLOADS, time.time())
         if wait and self.upstream.settings.enable_limit:
             raise Refusal("limited", "The upstream's limit for uploads is reached.", wait=wait, about=UPLOADS)
         try:
-            return (yield from self.upstream.upload(account, file, blob, watch))
+            return self.upstream.upload(account, file, blob, watch)
         except Refusal as refused:
             refused.about = UPLOADS
             raise
 
-    def renewed(self, account: Account, held: File, blob: Blob, watch: Watch) -> Patient[File]:
+    def renewed(self, account: Account, held: File, blob: Blob, watch: Watch) -> File:
         """Uploads again what the upstream has forgotten: all entries of it lead to the new one."""
-        id = yield from self._sent(account, held, blob, watch)
+        id = self._sent(account, held, blob, watch)
         self.store.move_file(account.id, held.upstream, id)
         return held._replace(upstream=id)
 
@@ -4957,28 +5399,64 @@ class Files:
             return mine[0]
         return self.kept((held or [file])[0]._replace(owner=owner, purpose="", used=time.time()))
 
-    def content(self, account: Account, file: File, watch: Watch) -> Patient[Blob]:
+    def content(self, account: Account, file: File, watch: Watch) -> Blob:
         """A file's bytes from the account that holds it."""
-        url = yield from self.upstream.file_url(account, file.upstream, watch)
-        return (yield from self.upstream.downloaded(account, url, watch))
+        url = self.upstream.file_url(account, file.upstream, watch)
+        return self.upstream.downloaded(account, url, watch)
 
 
 # ============================================================================================================
-# answers: a question becomes events, whichever account and however many attempts it takes
+# turns: a question becomes events, whichever account and however many attempts it takes
 # ============================================================================================================
 
-# Reasons to go on to the next account, never after the upstream rejected the request itself.
-_NEXT_ACCOUNT = ("expired", "blocked", "limited", "broken", "unreachable", "unlisted")
-_FAILURES = (*_NEXT_ACCOUNT, "silent", "dead")  # which an account is told to have had
+NEXT_ACCOUNT = "next_account"
+# What is done about a refusal, by its reason: of these methods of `Turns`, in their order, the first that can help. Each
+# helps an account once; what an account is not helped by is tried on the next one, if that is among them.
+REMEDIES: dict[str, tuple[str, ...]] = {
+    "expired": ("renew_token", NEXT_ACCOUNT),
+    "blocked": ("require_anew", NEXT_ACCOUNT),
+    "limited": (NEXT_ACCOUNT,),
+    "broken": (NEXT_ACCOUNT,),
+    "unreachable": (NEXT_ACCOUNT,),
+    "unlisted": (NEXT_ACCOUNT,),
+    "forgotten": ("upload_anew",),
+    "silent": (),
+    "missing": (),
+    "rejected": (),
+    "dead": (),
+}
+# Those that an account is told to have had, as its failures.
+_FAILURES = ("expired", "blocked", "limited", "broken", "unreachable", "unlisted", "silent", "dead")
 _LOOKED_UP = {Drawing, SandboxLink}
+_LIGHT = {Text, Reasoning}  # the events that the loop passes on; everything else is for the request's thread
+MAX_LIGHT = 1 << 16  # bytes that come together which the loop decodes
 MOST_LINKS = 20  # different files of one answer that are looked up
 
 
-Batches = Generator[list[Event] | None, None, None]
-# Batches, and at the end those events that came together with it.
-Ending = Generator[list[Event] | None, None, list[Event]]
-Steps = Generator[Y | None, None, T]
-Work = Callable[[Account], Steps[Y, T]]
+class Sink:
+    """Takes an answer's events, batch by batch, from the request's thread or from the loop, never from both at a time."""
+
+    outlet: Outlet | None = None  # where they go on to
+    over = False  # whether no more is wanted
+    careful = False  # whether `light` is to be asked
+
+    def light(self, events: list[Event]) -> bool:
+        """Whether `take` is done with these at once, so that the loop may have it done."""
+        return True
+
+    def take(self, events: list[Event]) -> None:
+        """Takes what has come together."""
+        raise NotImplementedError
+
+
+class Collected(Sink):
+    """All events of an answer."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def take(self, events: list[Event]) -> None:
+        self.events += events
 
 
 class Attempt:
@@ -4991,17 +5469,26 @@ class Attempt:
         question may use, and `signed_in` whether a login-free account will not do."""
         self.question, self.watch, self.guest, self.scope = question, watch, guest, scope
         self.signed_in = signed_in
+        self.once = False  # whether it must not be asked twice, where it may have been heard
+        self.counts = False  # whether answers and failures of its accounts are counted
         self.kept_by: str | None = None  # the account that holds the conversation
         self.holder: str | None = None  # the one account that will do: it has the conversation or a file
         self.preferred: str | None = None  # the account to begin with, if it can be
         self.materials: dict[Attachment, tuple[File, Blob | None]] = {}
         self.tried: list[Account] = []
         self.account: Account | None = None  # the one that is asked
-        self.token = ""  # the access token of the call under way
+        self.remedies: set[str] = set()  # that were tried with it
+        self.token = self.refused_token = (
+            ""  # the access token of the call under way, and of the one before it
+        )
+        self.spare = False  # whether that has requirements which were prepared ahead
+        self.held: dict[Attachment, File] = {}  # the question's files as the account holds them
+        self.forgotten = False  # whether it turned out not to hold one any more
         self.decoder = Decoder()  # of the answer under way
         self.begun = False  # whether the client has anything of the answer
-        self.continuing = False  # whether the call under way goes on with an answer
-        self.pieces: Pieces | None = None  # the call under way; ended when the client has its last words
+        self.failed = False  # whether the account's answer was counted as a failure
+        self.tail: list[Event] = []  # what came together with the end of the answer
+        self.continues: Finish | None = None  # where the answer was cut that the call under way goes on with
         self.kept = ""  # the conversation that is remembered for its account
         self.keeps = False  # whether that is done although HISTORY_DISABLED
         self.links: dict[SandboxLink, str] = {}  # URLs of the files that the model made
@@ -5011,153 +5498,212 @@ DONE = b"data: [DONE]\n\n"
 _DONE_LINES = re.compile(rb"(?m)^data: ?\[DONE\]\r?\n(?:\r?\n)?")
 
 
-def without_done(pieces: Pieces) -> Pieces:
-    """The same bytes but for `[DONE]`; of an unfinished line no more is held back than could become that."""
-    rest = b""
-    for data in pieces:
-        if data is None:
-            yield None
-            continue
-        data, rest = _DONE_LINES.sub(b"", rest + data), b""
+class WithoutDone:
+    """Bytes but for `[DONE]`; of an unfinished line no more is held back than could become that."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What can be passed on now."""
+        data, self._rest = _DONE_LINES.sub(b"", self._rest + data), b""
         line = data[data.rfind(b"\n") + 1 :]
         if line and DONE.startswith(line[: len(DONE) - 2]):
-            data, rest = data[: -len(line)], line
-        if data:
-            yield data
-    if rest and rest.strip() != DONE.strip():
-        yield rest
+            data, self._rest = data[: -len(line)], line
+        return data
+
+    def end(self) -> bytes:
+        """What was still held back."""
+        rest, self._rest = self._rest, b""
+        return b"" if rest.strip() == DONE.strip() else rest
 
 
-class Answers:
-    """Asks the web upstream on behalf of the pool or of a guest: leases, retries, goes on with what was cut."""
+class Turns:
+    """Asks the web upstream on behalf of the pool or of a guest: leases, tries again, goes on with what was cut."""
 
     def __init__(self, upstream: ChatGPT, files: Files, ledger: Ledger) -> None:
         self.upstream, self.files, self.ledger = upstream, files, ledger
         self.settings, self.pool, self.metrics = upstream.settings, upstream.pool, upstream.metrics
 
-    def ask(self, attempt: Attempt) -> Batches:
-        """The answer as batches of events that came together, None for a heartbeat's time of silence; Finish is last.
+    # -- what is asked ------------------------------------------------------------------------------------------
 
-        ApiError when no account could answer; after the first event, when the answer broke off.
-        """
+    def answer(self, attempt: Attempt, sink: Sink) -> None:
+        """Has a question answered; Finish is the last event. ApiError when no account could answer; after the first event,
+        when the answer broke off."""
         question = attempt.question
+        attempt.counts = True
         if attempt.guest is None and question.conversation:
             attempt.holder = attempt.kept_by = self.pool.holder(question.conversation, attempt.scope)
-        yield from self._gather(attempt)
-        try:
-            yield from self._attempts(
-                attempt, lambda account: self._counted(account, attempt, self._answer(account, attempt))
-            )
-        finally:
-            if attempt.pieces:
-                attempt.pieces.close()
+        self._gather(attempt)
 
-    def native(self, attempt: Attempt, body: Mapping[str, Any], again: int) -> Pieces:
-        """The upstream's own bytes for a conversation body, None for a heartbeat's time of silence. What was cut for
-        length is gone on with up to `again` times, and then has one `[DONE]`."""
-        try:
-            yield from self._attempts(
-                attempt,
-                lambda account: self._counted(account, attempt, self._native(account, attempt, body, again)),
-            )
-        finally:
-            if attempt.pieces:
-                attempt.pieces.close()
+        def ask(account: Account) -> Finish | None:
+            return self._asked(account, attempt, sink)
 
-    def _native(self, account: Account, attempt: Attempt, body: Mapping[str, Any], again: int) -> Pieces:
-        attempt.continuing = False
-        for left in range(again, -1, -1):
-            attempt.decoder = decoder = Decoder()
-            turn = self._signed_in(account, attempt, functools.partial(self._native_turn, attempt, body))
-            yield from without_done(turn) if again else turn
-            over = decoder.finish()
-            if not left or not over or over.reason != "length" or not over.conversation or not over.message:
-                break
-            body = {name: value for name, value in body.items() if name != "messages"}
-            body |= {"action": "continue", "conversation_id": over.conversation}
-            body |= {"parent_message_id": over.message, "websocket_request_id": new_id()}
-            attempt.continuing = True
-        if again and over:
-            yield DONE
+        def going_on() -> bool:
+            self._give(sink, self._rest(attempt))
+            return not sink.over
 
-    def _native_turn(self, attempt: Attempt, body: Mapping[str, Any], account: Account) -> Pieces:
-        """One conversation call, made again with fresh requirements where those that were prepared are refused."""
-        upstream, watch, decoder = self.upstream, attempt.watch, attempt.decoder
-        if account.row.kind == LOGIN_FREE:
-            body = {**body, "model": "auto"}
-        # A failure that is streamed is passed on in the upstream's own words.
-        passed_on = contextlib.suppress(Refusal)
-        needs = yield from upstream.spare(account, watch)
-        while True:
-            spare = needs is not None
-            if needs is None:
-                needs = yield from upstream.requirements(account, watch)
-            try:
-                attempt.pieces = upstream.conversation(account, body, needs, watch)
-                for data in attempt.pieces:  # once per event
-                    if data:
-                        if not attempt.begun:
-                            self._begun(account, attempt)
-                        with passed_on:
-                            decoder.feed(data)
-                        if decoder.conversation != attempt.kept:
-                            self._keep(account, attempt, decoder.conversation)
-                    yield data
-                return
-            except Refusal as refused:
-                if refused.reason == "blocked" and spare and not (attempt.begun and not attempt.continuing):
-                    needs = None
-                    continue
-                if refused.reason == "broken" or (refused.reason == "unreachable" and not refused.unsent):
-                    refused.reason = "silent"  # it may have got there: no other attempt is made
-                raise
+        finish = self._to_the_end(attempt, ask, self.settings.auto_continue, going_on)
+        if not sink.over:
+            finish = finish or Finish("stop")
+            self._give(sink, [*self._rest(attempt), finish])
 
-    def _gather(self, attempt: Attempt) -> Patient[None]:
-        """Makes ready what comes with a question, whichever account it will be."""
-        attachments, fetched, most = attempt.question.attachments, 0, self.settings.max_body_mb
-        if len(attachments) > MOST_ATTACHMENTS:
-            raise invalid(attachments[-1].where, f"A request may have at most {MOST_ATTACHMENTS} files.")
-        for one in attachments:
-            attempt.signed_in = True
-            if one not in attempt.materials:
-                attempt.materials[one] = yield from self.files.gathered(one, attempt.scope, attempt.watch)
-            file = attempt.materials[one][0]
-            fetched += file.size if one.url else 0
-            if fetched > most << 20:
-                text = f"The URLs of a request lead to more than MAX_BODY_MB ({most} MiB)."
-                raise invalid(one.where, text)
-            if attempt.guest is None:
-                attempt.holder = attempt.holder or file.account or None
+    def native(self, attempt: Attempt, body: Mapping[str, Any], again: int, outlet: Outlet) -> None:
+        """Has a conversation body answered in the upstream's own bytes. What was cut for length is gone on with up to
+        `again` times, and then has one `[DONE]`."""
+        attempt.counts = attempt.once = True
+        done = WithoutDone() if again else None
+
+        def ask(account: Account) -> Finish | None:
+            return self._native(account, attempt, body, done, outlet)
+
+        def going_on() -> bool:
+            if done:
+                outlet.write(done.end(), 0)
+            return True
+
+        finish = self._to_the_end(attempt, ask, again, going_on)
+        if done:
+            outlet.write(done.end(), 0)
+            outlet.write(DONE if finish else b"", 1)
 
     def do(
         self,
         kind: str,
         guest: Account | None,
-        work: Work[None, T],
+        work: Callable[[Account], T],
         watch: Watch,
         holder: str | None = None,
         preferred: str | None = None,
-    ) -> Patient[T]:
+    ) -> T:
         """The result of some calls that need a signed-in account; `kind` is what its rate limits are counted under."""
         attempt = Attempt(Question((), kind), watch, guest, Scope("nobody"), signed_in=True)
         attempt.holder, attempt.preferred = holder if guest is None else None, preferred
-        return (yield from self._attempts(attempt, lambda account: self._signed_in(account, attempt, work)))
+        return self._attempts(attempt, work)
 
-    def _attempts(self, attempt: Attempt, work: Work[Y, T]) -> Steps[Y, T]:
-        """Does the work on one account after another, until it is done or is not to be tried again."""
-        account = self._lease(attempt)
+    # -- one attempt after the other ----------------------------------------------------------------------------
+
+    def _to_the_end(
+        self,
+        attempt: Attempt,
+        ask: Callable[[Account], Finish | None],
+        again: int,
+        going_on: Callable[[], bool],
+    ) -> Finish | None:
+        """Has an answer made, and gone on with up to `again` times where it was cut for length: how it ended, None when that
+        is not known. `going_on` is called before that, and tells whether the client wants more."""
+        finish: Finish | None = None
+        try:
+            for left in range(again, -1, -1):
+                finish = self._attempts(attempt, ask)
+                known = (
+                    finish is not None
+                    and finish.reason == "length"
+                    and finish.conversation
+                    and finish.message
+                )
+                if not left or not known or not going_on():
+                    break
+                attempt.continues = finish
+                attempt.remedies.clear()
+        except Refusal:
+            if attempt.continues is None:
+                raise
+            decoder = attempt.decoder  # what there is of the answer stays good
+            finish = Finish("length", decoder.conversation, decoder.message)
+        finally:
+            if attempt.begun and not attempt.failed:
+                self._count(attempt, answers=1)
+        return finish
+
+    def _attempts(self, attempt: Attempt, work: Callable[[Account], T]) -> T:
+        """Does the work on one account after another, with the remedies that there are for its refusals, until it is done
+        or is not to be tried again."""
+        account = attempt.account = attempt.account or self._lease(attempt)
         while True:
-            if account in attempt.tried:
-                # On the same account again: a quarter of a second later, twice as long each time, at most 4 s.
-                yield from paused(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0), attempt.watch)
-            attempt.account = account
             try:
-                return (yield from work(account))
+                self.upstream.token(account, attempt.watch, attempt.refused_token)
+                attempt.token = account.row.access_token
+                return work(account)
             except Refusal as refused:
-                self._learn(account, attempt, refused)
-                if attempt.begun:
-                    raise
-                account = self._next(account, attempt, refused)
+                if not self._helped(account, attempt, refused):
+                    self._learn(account, attempt, refused)
+                    account = self._next(account, attempt, refused)
+
+    def _helped(self, account: Account, attempt: Attempt, refused: Refusal) -> bool:
+        """Whether the same account may do better at once."""
+        again = not attempt.begun or attempt.continues is not None  # the client would have nothing twice
+        for name in REMEDIES[refused.reason]:
+            if again and name != NEXT_ACCOUNT and name not in attempt.remedies:
+                attempt.remedies.add(name)
+                if getattr(self, name)(account, attempt):
+                    return True
+        return False
+
+    def renew_token(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: another access token than the one that was refused."""
+        attempt.refused_token = attempt.token
+        return account.renewable and account.row.state == "ready"
+
+    def require_anew(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: requirements of this moment, where those that were prepared ahead may have been forgotten."""
+        return attempt.spare
+
+    def upload_anew(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: files that the account turned out not to hold any more are uploaded once more."""
+        attempt.forgotten = bool(attempt.held)
+        return attempt.forgotten
+
+    def _learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
+        """What a refusal means for its account."""
+        if refused.reason in _FAILURES and attempt.continues is None:
+            attempt.failed = True
+            self._count(attempt, failures=1)
+        model = refused.about or attempt.question.model
+        expired = refused.reason == "expired" and account.row.state == "ready"
+        if refused.reason == "limited" or (expired and (account.renewable or account.row.kind == LOGIN_FREE)):
+            # A token that is refused although it was just renewed: the account is not dead, but left alone a while.
+            pause = self.pool.told_to_wait(account, model, refused.wait)
+            refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
+            log(logging.INFO, "account told to wait", account=account.name, model=model, seconds=round(pause))
+        elif expired:
+            self.pool.set_aside(account, "expired", "the upstream refused its token (401)", attempt.token)
+
+    def _count(self, attempt: Attempt, **amounts: int) -> None:
+        if attempt.counts and attempt.account and not attempt.account.row.guest:
+            self.ledger.count(attempt.account.id, **amounts)
+
+    def _next(self, account: Account, attempt: Attempt, refused: Refusal) -> Account:
+        """The account for the next attempt; when none is to be made, raises what the client is told."""
+        reason = refused.reason
+        if attempt.begun:
+            raise refused
+        attempt.tried.append(account)
+        heard = reason == "broken" or (reason == "unreachable" and not refused.unsent)
+        most = 0 if attempt.once and heard else self.settings.retry_times
+        if NEXT_ACCOUNT not in REMEDIES[reason] or len(attempt.tried) > most:
+            raise self._last(refused, attempt)
+        try:
+            account = self._lease(attempt)
+        except ApiError as none:
+            raise (none if reason in ("expired", "limited") else refused) from None
+        if account in attempt.tried:
+            if reason in ("blocked", "unlisted") or (refused.about and reason == "limited"):
+                raise refused
+            # On the same account again: a quarter of a second later, twice as long each time, at most 4 s.
+            attempt.watch.pause(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0))
+        self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
+        attempt.account, attempt.failed, attempt.refused_token = account, False, ""
+        attempt.remedies.clear()
+        attempt.held.clear()
+        return account
+
+    def _last(self, refused: Refusal, attempt: Attempt) -> ApiError:
+        """What the client is told after the last attempt."""
+        if refused.reason != "expired" or attempt.guest:
+            return refused
+        text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
+        return ApiError("no_account", text, headers={"Retry-After": "1"})
 
     def _lease(self, attempt: Attempt) -> Account:
         model = attempt.question.model
@@ -5172,135 +5718,178 @@ class Answers:
             signed_in = self.pool.signed_in()  # login-free accounts have no model but one
         return self.pool.lease(model, attempt.tried, attempt.holder, signed_in, uploads)
 
-    def _learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
-        """What a refusal means for its account."""
-        model = refused.about or attempt.question.model
-        expired = refused.reason == "expired" and account.row.state == "ready"
-        if refused.reason == "limited" or (expired and (account.renewable or account.row.kind == LOGIN_FREE)):
-            # A token that is refused although it was just renewed: the account is not dead, but left alone a while.
-            pause = self.pool.told_to_wait(account, model, refused.wait)
-            refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
-            log(logging.INFO, "account told to wait", account=account.name, model=model, seconds=round(pause))
-        elif expired:
-            self.pool.set_aside(account, "expired", "the upstream refused its token (401)", attempt.token)
+    # -- one conversation call ----------------------------------------------------------------------------------
 
-    def _next(self, account: Account, attempt: Attempt, refused: Refusal) -> Account:
-        """The account for the next attempt; when none is to be made, raises what the client is told."""
-        reason = refused.reason
-        attempt.tried.append(account)
-        if reason not in _NEXT_ACCOUNT or len(attempt.tried) > self.settings.retry_times:
-            raise self._last(refused, attempt)
+    def _asked(self, account: Account, attempt: Attempt, sink: Sink) -> Finish | None:
+        """One conversation call: how the answer ended, None when the client wants no more of it."""
+        question, over = attempt.question, attempt.continues
+        if over:
+            question = replace(question, messages=(), continues=True)
+            question = replace(question, conversation=over.conversation, parent=over.message)
+            attempt.decoder.renew()
+        else:
+            attempt.decoder = Decoder()
+            if self.settings.check_model:
+                self._check_model(account, question.model, attempt.watch)
+            self._place(account, attempt)
+        needs, login_free = self._requirements(account, attempt), account.row.kind == LOGIN_FREE
+        body = conversation_body(question, self.settings.history_disabled, login_free, attempt.held)
         try:
-            account = self._lease(attempt)
-        except ApiError as none:
-            raise (none if reason in ("expired", "limited") else refused) from None
-        if account in attempt.tried and (
-            reason in ("blocked", "unlisted") or (refused.about and reason == "limited")
-        ):
-            raise refused
-        self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
-        return account
-
-    def _last(self, refused: Refusal, attempt: Attempt) -> ApiError:
-        """What the client is told after the last attempt."""
-        if refused.reason != "expired" or attempt.guest:
-            return refused
-        text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
-        return ApiError("no_account", text, headers={"Retry-After": "1"})
-
-    def _counted(
-        self, account: Account, attempt: Attempt, answer: Generator[Y, None, None]
-    ) -> Generator[Y, None, None]:
-        """An answer that the account gave, to its end or until the client left, or that it failed to give."""
-        failed = False
-        try:
-            yield from answer
-        except Refusal as refused:
-            failed = refused.reason in _FAILURES
+            with self.upstream.conversation(account, body, needs, attempt.watch) as call:
+                self._pass_on(call, account, attempt, sink)
+        except Refusal:
+            if attempt.begun and (finish := attempt.decoder.finish()):
+                return finish  # only a second saying so is missing
             raise
-        finally:
-            if (failed or attempt.begun) and not account.row.guest:
-                self.ledger.count(account.id, **{"failures" if failed else "answers": 1})
+        finish = attempt.decoder.finish()
+        if finish is None and not sink.over:
+            raise Refusal("broken", "The upstream broke off its answer; try again.")
+        return finish
 
-    def _answer(self, account: Account, attempt: Attempt) -> Batches:
-        """The whole answer of one account, continued as often as AUTO_CONTINUE says."""
-        question, decoder = attempt.question, Decoder()
-        attempt.decoder, attempt.continuing = decoder, False
-        for continuation in range(self.settings.auto_continue + 1):
-            try:
-                turn = functools.partial(self._turn, attempt, question)
-                events = yield from self._signed_in(account, attempt, turn)
-            except Refusal as refused:
-                if attempt.begun and (over := decoder.finish()):  # only a second saying so is missing
-                    yield [*(yield from self._looked_up(account, attempt, decoder.rest())), over]
-                    return
-                if not continuation:
-                    raise
-                self._learn(account, attempt, refused)  # what there is of the answer stays good
-                rest = yield from self._looked_up(account, attempt, decoder.rest())
-                yield [*rest, Finish("length", decoder.conversation, decoder.message)]
+    def _requirements(self, account: Account, attempt: Attempt) -> Requirements:
+        ahead = None
+        if "require_anew" not in attempt.remedies:
+            ahead = self.upstream.spare(account, attempt.watch)
+        attempt.spare = ahead is not None
+        return ahead or self.upstream.requirements(account, attempt.watch)
+
+    def _pass_on(self, call: Call, account: Account, attempt: Attempt, sink: Sink) -> None:
+        """Gives the sink what comes of an answer: the loop what is light, this thread everything else."""
+        decoder = attempt.decoder
+        lines = decoder.lines
+
+        def light(data: bytes) -> bytes | list[Event] | None:
+            """What is not for the loop, None when it is done; once per event."""
+            if len(data) + lines.size > MAX_LIGHT:
+                return data
+            events = decoder.feed(data)
+            if not events and not decoder.done and decoder.conversation == attempt.kept:
+                return None
+            settled = attempt.begun and not decoder.done and not decoder.failure
+            known = decoder.conversation == attempt.kept and _LIGHT.issuperset(map(type, events))
+            if not settled or not known or (sink.careful and not sink.light(events)):
+                return events
+            sink.take(events)
+            return [] if sink.over else None
+
+        come: bytes | list[Event] | None = call.read() or None
+        while come is not None:
+            events = decoder.feed(come) if isinstance(come, bytes) else come
+            if events and not attempt.begun:
+                self._begin(account, attempt)
+            if decoder.conversation != attempt.kept:
+                self._keep(account, attempt, decoder.conversation)
+            if not _LOOKED_UP.isdisjoint(map(type, events)):
+                events = self._looked_up(account, attempt, events)
+            if decoder.done:
+                attempt.tail = events
                 return
-            if not (over := decoder.finish()):
-                raise Refusal("broken", "The upstream broke off its answer; try again.")
-            finish = over
-            events = [*events, *(yield from self._looked_up(account, attempt, decoder.rest()))]
-            if finish.reason != "length" or not finish.conversation or not finish.message:
-                break
-            if continuation < self.settings.auto_continue:
-                if events:
-                    yield events
-                question = replace(question, messages=(), continues=True)
-                question = replace(question, conversation=finish.conversation, parent=finish.message)
-                attempt.continuing = True
-                decoder.renew()
-        yield [*events, finish]
+            self._give(sink, events)
+            if decoder.failure:
+                raise decoder.failure
+            if sink.over:
+                return
+            come = call.carry(light, sink.outlet)
 
-    def _signed_in(self, account: Account, attempt: Attempt, work: Work[Y, T]) -> Steps[Y, T]:
-        """Does the work with a usable access token; once more with a renewed one if that was refused."""
-        refused_token = ""
-        while True:
-            yield from self.upstream.token(account, attempt.watch, refused_token)
-            attempt.token = account.row.access_token
-            try:
-                return (yield from work(account))
-            except Refusal as refused:
-                alive = account.renewable and account.row.state == "ready"
-                over = attempt.begun and not attempt.continuing
-                if refused.reason != "expired" or not alive or refused_token or over:
-                    raise
-                refused_token = attempt.token
+    @staticmethod
+    def _give(sink: Sink, events: list[Event]) -> None:
+        """Gives the sink events, and waits while there is no room where they go."""
+        if events:
+            sink.take(events)
+            if sink.outlet:
+                sink.outlet.drain()
 
-    def _turn(self, attempt: Attempt, question: Question, account: Account) -> Ending:
-        """One conversation call, made again once if fresh requirements, and once if fresh uploads, may help."""
-        upstream, watch, spare, known = self.upstream, attempt.watch, True, True
-        login_free = account.row.kind == LOGIN_FREE
-        if self.settings.check_model and not attempt.continuing:
-            yield from self._check_model(account, question.model, watch)
-        files = {}
-        for one in question.attachments:
-            files[one] = yield from self._placed(account, attempt, one)
-        while True:
-            needs = (yield from upstream.spare(account, watch)) if spare else None
-            spare = needs is not None
-            if needs is None:
-                needs = yield from upstream.requirements(account, watch)
-            body = conversation_body(question, self.settings.history_disabled, login_free, files)
-            try:
-                return (yield from self._call(account, attempt, body, needs))
-            except Refusal as refused:
-                if attempt.begun and not attempt.continuing:
-                    raise
-                if refused.reason == "blocked" and spare:
-                    spare = False  # the upstream may have forgotten what was prepared
-                elif refused.reason == "forgotten" and files and known:
-                    known = False
-                    for one, file in files.items():
-                        if blob := attempt.materials[one][1]:
-                            files[one] = yield from self.files.renewed(account, file, blob, watch)
-                else:
-                    raise
+    def _rest(self, attempt: Attempt) -> list[Event]:
+        """What there is of an answer besides what the client has, once nothing more comes."""
+        rest, attempt.tail = attempt.tail, []
+        account = attempt.account
+        return [*rest, *(self._looked_up(account, attempt, attempt.decoder.rest()) if account else ())]
 
-    def _placed(self, account: Account, attempt: Attempt, attachment: Attachment) -> Patient[File]:
+    def _native(
+        self,
+        account: Account,
+        attempt: Attempt,
+        body: Mapping[str, Any],
+        done: WithoutDone | None,
+        outlet: Outlet,
+    ) -> Finish | None:
+        """One conversation call, its answer passed on as it comes: how that ended, None when it does not say."""
+        if over := attempt.continues:
+            body = {name: value for name, value in body.items() if name != "messages"}
+            body |= {"action": "continue", "conversation_id": over.conversation}
+            body |= {"parent_message_id": over.message, "websocket_request_id": new_id()}
+        if account.row.kind == LOGIN_FREE:
+            body = {**body, "model": "auto"}
+        decoder = attempt.decoder = Decoder()
+        noted: list[bytes] = []  # what is to be passed on once its conversation is remembered
+
+        def note(data: bytes) -> None:
+            with contextlib.suppress(
+                Refusal
+            ):  # a failure that is streamed is passed on in the upstream's own words
+                decoder.feed(data)
+
+        def write(data: bytes) -> None:
+            outlet.write(done.feed(data) if done else data, data.count(b"\n\n"))
+
+        def light(data: bytes) -> bytes | None:
+            """What is not for the loop, None when it is done; once per event."""
+            if len(data) + decoder.lines.size > MAX_LIGHT:
+                return data
+            note(data)
+            if decoder.conversation != attempt.kept:
+                noted.append(data)
+                return b""
+            write(data)
+            return None
+
+        needs = self._requirements(account, attempt)
+        with self.upstream.conversation(account, body, needs, attempt.watch) as call:
+            come = call.read() or None
+            while come is not None:
+                if come:
+                    note(come)
+                    noted.append(come)
+                if not attempt.begun:
+                    self._begin(account, attempt)
+                if decoder.conversation != attempt.kept:
+                    self._keep(account, attempt, decoder.conversation)
+                for data in noted:
+                    write(data)
+                noted.clear()
+                outlet.drain()
+                come = call.carry(light, outlet)
+        return decoder.finish()
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _gather(self, attempt: Attempt) -> None:
+        """Makes ready what comes with a question, whichever account it will be."""
+        attachments, fetched, most = attempt.question.attachments, 0, self.settings.max_body_mb
+        if len(attachments) > MOST_ATTACHMENTS:
+            raise invalid(attachments[-1].where, f"A request may have at most {MOST_ATTACHMENTS} files.")
+        for one in attachments:
+            attempt.signed_in = True
+            if one not in attempt.materials:
+                attempt.materials[one] = self.files.gathered(one, attempt.scope, attempt.watch)
+            file = attempt.materials[one][0]
+            fetched += file.size if one.url else 0
+            if fetched > most << 20:
+                text = f"The URLs of a request lead to more than MAX_BODY_MB ({most} MiB)."
+                raise invalid(one.where, text)
+            if attempt.guest is None:
+                attempt.holder = attempt.holder or file.account or None
+
+    def _place(self, account: Account, attempt: Attempt) -> None:
+        """Has the account hold the question's files."""
+        anew, attempt.forgotten = attempt.forgotten, False
+        for one in attempt.question.attachments:
+            if one not in attempt.held:
+                attempt.held[one] = self._placed(account, attempt, one)
+            if anew and (blob := attempt.materials[one][1]):
+                attempt.held[one] = self.files.renewed(account, attempt.held[one], blob, attempt.watch)
+
+    def _placed(self, account: Account, attempt: Attempt, attachment: Attachment) -> File:
         """A question's file as the account holds it, its bytes got from the account that has it if that is another."""
         file, blob = attempt.materials[attachment]
         if found := self.files.known(account, file):
@@ -5308,20 +5897,20 @@ class Answers:
         if blob is None:
             try:
                 get = functools.partial(self.files.content, file=file, watch=attempt.watch)
-                blob = yield from self.do("downloads", None, get, attempt.watch, file.account)
+                blob = self.do("downloads", None, get, attempt.watch, file.account)
             except ApiError as error:  # what befell that account is not this one's fault
                 raise ApiError(error.code, error.message, attachment.where, error.headers) from None
             attempt.materials[attachment] = file, blob
-        return (yield from self.files.placed(account, file, blob, attempt.watch))
+        return self.files.placed(account, file, blob, attempt.watch)
 
-    def _check_model(self, account: Account, model: str, watch: Watch) -> Patient[None]:
+    def _check_model(self, account: Account, model: str, watch: Watch) -> None:
         """CHECK_MODEL: refuses what the account does not list, unless the list cannot be had."""
         if upstream_model(model, False) == "auto":
             return
         if account.row.kind == LOGIN_FREE:
             raise Refusal("unlisted", "Login-free accounts have no model but auto.")
         try:
-            listed = yield from self.upstream.models(account, watch)
+            listed = self.upstream.models(account, watch)
         except Refusal as refused:
             if refused.reason == "expired":
                 raise
@@ -5329,26 +5918,9 @@ class Answers:
         if listed and model not in listed:
             raise Refusal("unlisted", "No account offers this model; GET /v1/models lists those there are.")
 
-    def _call(self, account: Account, attempt: Attempt, body: dict[str, Any], needs: Requirements) -> Ending:
-        watch, decoder, last = attempt.watch, attempt.decoder, time.monotonic()
-        attempt.pieces = self.upstream.conversation(account, body, needs, watch)
-        for data in attempt.pieces:
-            events = decoder.feed(data) if data else []
-            if events and not attempt.begun:
-                self._begun(account, attempt)
-            if decoder.conversation != attempt.kept:
-                self._keep(account, attempt, decoder.conversation)
-            if not _LOOKED_UP.isdisjoint(map(type, events)):
-                events = yield from self._looked_up(account, attempt, events)
-            if decoder.done:
-                return events
-            now = time.monotonic()
-            if events or now - last >= watch.heartbeat:  # what is hidden from the client is silence to it
-                last = now
-                yield events or None
-        return []
+    # -- what an answer leads to ----------------------------------------------------------------------------------
 
-    def _looked_up(self, account: Account, attempt: Attempt, events: list[Event]) -> Patient[list[Event]]:
+    def _looked_up(self, account: Account, attempt: Attempt, events: list[Event]) -> list[Event]:
         """The events with URLs for what the model drew and made."""
         upstream, watch, links, out = self.upstream, attempt.watch, attempt.links, list[Event]()
         conversation = attempt.decoder.conversation
@@ -5357,26 +5929,26 @@ class Answers:
                 if event not in links and len(links) < MOST_LINKS:
                     made = (event.message, urllib.parse.unquote(event.path))
                     ask = functools.partial(upstream.sandbox_url, account, conversation, *made, watch)
-                    links[event] = yield from self._url(account, ask, watch)
+                    links[event] = self._url(account, ask, watch)
                 out.append(Text(links.get(event) or f"sandbox:{event.path}"))
             elif isinstance(event, Drawing):
                 scheme, _, id = event.pointer.partition("#")[0].partition("://")
                 place = conversation if scheme == "sediment" else ""
                 ask = functools.partial(upstream.file_url, account, id, watch, place)
-                if _FILE_ID.fullmatch(id) and (url := (yield from self._url(account, ask, watch))):
+                if _FILE_ID.fullmatch(id) and (url := self._url(account, ask, watch)):
                     out.append(Image(url))
             else:
                 out.append(event)
         return out
 
     @staticmethod
-    def _url(account: Account, ask: Callable[[], Patient[str]], watch: Watch) -> Patient[str]:
+    def _url(account: Account, ask: Callable[[], str], watch: Watch) -> str:
         """A download URL, "" when there is none: what was just made may take the upstream a moment to find."""
         code = ""
         for pause in (0.0, 0.3, 1.0):
-            yield from paused(pause, watch)
+            watch.pause(pause)
             try:
-                return (yield from ask())
+                return ask()
             except Refusal as refused:
                 code = refused.code
                 if refused.reason not in ("forgotten", "missing", "broken"):
@@ -5384,7 +5956,7 @@ class Answers:
         log(logging.WARNING, "a file of an answer cannot be had", account=account.name, code=code)
         return ""
 
-    def _begun(self, account: Account, attempt: Attempt) -> None:
+    def _begin(self, account: Account, attempt: Attempt) -> None:
         """The first of an answer is there: the account works."""
         attempt.begun = True
         first = not account.answered
@@ -6090,6 +6662,10 @@ class CallScanner:
         """The whole answer as the model wrote it."""
         return "".join([*self._text, *self._raw])
 
+    def light(self, events: list[Event]) -> bool:
+        """Whether `feed` does nothing with these but to hold or to pass them on: no call ends in them."""
+        return not self._calls and not any(">" in event[0] for event in events)
+
     def feed(self, events: list[Event]) -> list[Event]:
         """What of a batch of events can be passed on."""
         out: list[Event] = []
@@ -6284,6 +6860,10 @@ class ShapeScanner:
         """The whole answer as the model wrote it."""
         return "".join(self._text)
 
+    def light(self, events: list[Event]) -> bool:
+        """Whether `feed` does nothing with these but to hold or to pass them on."""
+        return True
+
     def feed(self, events: list[Event]) -> list[Event]:
         """What of a batch of events can be passed on."""
         out: list[Event] = []
@@ -6324,16 +6904,39 @@ def instructed(
     return (Message("system", ("\n\n".join(told),)), *messages) if told else messages
 
 
-def exchange(turn: Turn, ask: Callable[[Question], Batches], watch: Watch) -> Batches:
-    """The answer to a turn, as `ask` gives it, with the client's functions and shape seen to: what cannot be used is
-    asked for again, once, without the client's noticing."""
-    effort, heartbeat = Effort(watch.check), watch.heartbeat
+class Scanned(Sink):
+    """An answer that goes through one scanner after the other before its sink has it; what they hold back is silence to the
+    client. `words_only`: it is given again, without what the client has from the first one."""
+
+    def __init__(
+        self, scanners: list[CallScanner | ShapeScanner], sink: Sink, words_only: bool = False
+    ) -> None:
+        self._scanners, self._sink, self._words_only = scanners, sink, words_only
+        self.outlet, self.careful = sink.outlet, True
+
+    def light(self, events: list[Event]) -> bool:
+        return all(one.light(events) for one in self._scanners) and self._sink.light(events)
+
+    def take(self, events: list[Event]) -> None:
+        if self._words_only:
+            events = [event for event in events if isinstance(event, (Text, Finish))]
+        for scanner in self._scanners:
+            events = scanner.feed(events)
+        if events:
+            self._sink.take(events)
+        self.over = self._sink.over or self._scanners[0].over
+
+
+def exchange(turn: Turn, ask: Callable[[Question, Sink], None], sink: Sink, watch: Watch) -> None:
+    """Has a turn answered by `ask`, with the client's functions and shape seen to: what cannot be used is asked for again,
+    once, without the client's noticing."""
+    effort = Effort(watch.check)
     scanners: list[CallScanner | ShapeScanner] = [CallScanner(turn.offer, effort)] if turn.offer else []
     scanners += [ShapeScanner(turn.shape, effort)] if turn.shape else []
     if not scanners:
-        yield from ask(turn.question)
+        ask(turn.question, sink)
         return
-    yield from _scanned(scanners, ask(turn.question), heartbeat)
+    ask(turn.question, Scanned(scanners, sink))
     if not (complaint := next((one.complaint for one in scanners if one.complaint), "")):
         return
     first = scanners[0]
@@ -6343,35 +6946,13 @@ def exchange(turn: Turn, ask: Callable[[Question], Batches], watch: Watch) -> Ba
     scanners += [ShapeScanner(turn.shape, effort, True)] if turn.shape else []
     again = replace(turn.question, messages=(*turn.question.messages, *said))
     try:
-        yield from _scanned(scanners, _words(ask(again)), heartbeat)
+        ask(again, Scanned(scanners, sink, words_only=True))
     except ApiError:
         if turn.shape or not isinstance(first, CallScanner):
             raise
         out: list[Event] = []
         first.as_text(out, Finish("stop"))
-        yield out
-
-
-def _words(answer: Batches) -> Batches:
-    """An answer that is given again without what the client has from the first one."""
-    with contextlib.closing(answer):
-        for events in answer:
-            yield [event for event in events if isinstance(event, (Text, Finish))] if events else None
-
-
-def _scanned(scanners: list[CallScanner | ShapeScanner], answer: Batches, heartbeat: float) -> Batches:
-    """A batch goes through one scanner after the other; what they hold back is silence to the client."""
-    sent = time.monotonic()
-    with contextlib.closing(answer):
-        for events in answer:
-            for scanner in scanners if events else ():
-                events = scanner.feed(events or [])
-            now = time.monotonic()
-            if events or now - sent >= heartbeat:
-                sent = now
-                yield events or None
-            if scanners[0].over:
-                return
+        sink.take(out)
 
 
 # -- a chat completion request -----------------------------------------------------------------------------------------
@@ -6516,9 +7097,15 @@ class Tokens:
     def __init__(self) -> None:
         self._encode: Callable[..., list[int]] | None = None
         self._loading: threading.Thread | None = None
-        if importlib.util.find_spec("tiktoken"):
-            self._loading = threading.Thread(target=self._load, name="tiktoken", daemon=True)
-            self._loading.start()
+        self._looked = False  # whether tiktoken was looked for
+
+    def start(self) -> None:
+        """Looks for tiktoken, once."""
+        if not self._looked:
+            self._looked = True
+            if importlib.util.find_spec("tiktoken"):
+                self._loading = threading.Thread(target=self._load, name="tiktoken", daemon=True)
+                self._loading.start()
 
     def _load(self) -> None:
         """tiktoken may have to download its vocabulary: in the background, so that nobody waits long for it."""
@@ -6529,6 +7116,7 @@ class Tokens:
 
     def count(self, text: str) -> int:
         """The tokens of a text in o200k_base."""
+        self.start()
         if self._loading is not None:
             self._loading.join(2.0)
             self._loading = None
@@ -6548,6 +7136,13 @@ class Trimmer:
         self._longest = max(map(len, self._starts), default=0)
         self._held = ""
         self.over = False
+
+    def light(self, events: list[Event]) -> bool:
+        """Whether the answer surely does not end with these: a token has at least one of a text's bytes, and a stop
+        sequence that ends in it at least one of its characters."""
+        if self._left is not None and self._left <= 4 * sum(len(event[0]) for event in events):
+            return False
+        return not any(stop[-1] in event[0] for stop in self._stops for event in events)
 
     def feed(self, events: list[Event]) -> list[Event]:
         """The events with their text trimmed; after the end of the answer `over` is set and nothing follows."""
@@ -6635,8 +7230,8 @@ class Answered:
         self.turn, self._tokens, self._keeps_text = turn, tokens, keeps_text
         self.created = int(time.time())
         self.model = turn.model
-        trims = turn.stops or turn.limit is not None
-        self._trimmer = Trimmer(turn.stops, turn.limit, tokens.count) if trims else None
+        self.trims = bool(turn.stops) or turn.limit is not None
+        self._trimmer = Trimmer(turn.stops, turn.limit, tokens.count) if self.trims else None
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[FunctionCall] = []
@@ -6648,6 +7243,10 @@ class Answered:
     def text(self) -> str:
         """What the client has been given of the answer, if it is kept."""
         return "".join(self._text)
+
+    def light(self, events: list[Event]) -> bool:
+        """Whether these surely do not end the answer."""
+        return self._trimmer is None or self._trimmer.light(events)
 
     def take(self, events: list[Event]) -> list[Event]:
         """Notes a batch of events; those that the client may see."""
@@ -6697,6 +7296,7 @@ class Completion(Answered):
         # Else nobody asks for the text.
         super().__init__(turn, tokens, keeps_text=counts or not turn.stream or turn.include_usage)
         self._extras = extras
+        self._notes = self.trims or self._keeps_text  # whether text is to be looked at
         self.id = f"chatcmpl-{random.getrandbits(112):028x}"
 
     def usage(self) -> dict[str, Any]:
@@ -6759,8 +7359,11 @@ class CompletionStream(Completion):
 
     def feed(self, events: list[Event]) -> tuple[bytes, int]:
         """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
+        quote = json.encoder.encode_basestring
+        if self._begun and not self._notes and len(events) == 1 and type(events[0]) is Text:  # once per token
+            return f"{self._ahead}{quote(events[0][0])}{self._behind}".encode("utf-8", "replace"), 1
         pieces: list[str] = []
-        append, quote = pieces.append, json.encoder.encode_basestring
+        append = pieces.append
         for event in self.take(events):
             kind = type(event)
             if not self._begun and (kind is not Begin or self._at_once):
@@ -7097,6 +7700,344 @@ class ModelResponse(Answered):
 
 
 # ============================================================================================================
+# websocket: RFC 6455, the server's side, text messages without extensions
+# ============================================================================================================
+
+_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
+_CODES = {*range(1000, 1015), *range(3000, 5000)} - {1004, 1005, 1006}  # what a Close may carry
+_NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Closed(Exception):
+    """The connection is over: its Close frame's code (1005: it had none; 1006: there was no frame) and a reason."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
+
+
+def accept_key(key: str) -> str:
+    """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key."""
+    text = key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    return base64.b64encode(hashlib.sha1(text.encode(), usedforsecurity=False).digest()).decode()
+
+
+class WebSocket:
+    """A connection after its handshake; its owner closes the socket once it is over.
+
+    The loop reads it. A message goes to who listens, in the loop, or waits for `receive`, with no more read until then.
+    Whoever sends does not wait: what the client does not take at once is sent by the loop. `ahead` was read after the
+    request, `most` is a message's size in bytes. Seconds: after `idle` without a byte the client is sent a ping, after
+    `patience` more it is gone (it has as long to answer a Close), and so it is when a frame is not out within
+    `send_timeout`.
+    """
+
+    MAX_UNSENT = 100  # frames
+
+    def __init__(
+        self, sock: socket.socket, loop: Loop, ahead: bytes = b"", *, most: int = 1_000_000,
+        idle: float = 15, patience: float = 10, send_timeout: float = 30,
+    ) -> None:  # fmt: skip
+        sock.setblocking(False)
+        self._sock, self._fd, self._loop, self._most = sock, sock.fileno(), loop, most
+        self._idle, self._patience, self._send_timeout = idle, patience, send_timeout
+        self._due, self._pinged = time.monotonic() + idle, False  # when to ping or, after that, to give up
+        self._lock = threading.Lock()  # for the socket, which TLS needs, and for what is below
+        self._unsent: deque[tuple[memoryview, float]] = deque()  # frames, and until when each must be out
+        self._last: Closed | None = None  # the Close that we sent: no frame may follow it
+        self._answer_due = math.inf  # when the client's answer to it must be here
+        self._over: Closed | None = None  # how it ended
+        self._clean = False  # with the client's Close
+        # For the loop alone.
+        self._ahead, self._message = bytearray(ahead), bytearray()
+        self._begun = False  # whether a message is under way; kept as bytes: empty fragments know no limit
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._texts: deque[str] = deque()  # messages that nobody has received
+        self._busy = False  # whether somebody has one, and has not come for the next
+        self._next_look = math.inf
+        self._watch = Watch()
+        self._heard: Callable[[str], None] | None = None
+        self._ended: list[Callable[[], object]] = []
+        self.needed = 0  # how many wait for what it will say: a server that ends leaves it its time
+        loop.soon(self._enter)
+
+    def receive(self, deadline: float = math.inf) -> str | None:
+        """The next whole text message; None, then and ever after, once the client has said or answered Close.
+
+        Closed for a fault of the client, which is told its code; with 1008, told too, for no whole message by `deadline`
+        (a time.monotonic()); with 1006 for an end without Close. Messages that follow our `close` are passed over.
+        """
+        if self._busy:
+            self._busy = False
+            self._loop.soon(self._go_on)
+        try:
+            self._watch.wait(lambda: self._texts or self._over, deadline - time.monotonic())
+        except TimeoutError:
+            late = Closed(1008, "no message came in time")
+            self.close(late.code, late.reason)
+            self._finish(late)
+        if self._texts:
+            self._busy = True
+            return self._texts.popleft()
+        if self._clean:
+            return None
+        raise self._end()
+
+    def listen(self, heard: Callable[[str], None]) -> None:
+        """Has every further message given to `heard`, in the loop."""
+
+        def begin() -> None:
+            self._heard, self._busy = heard, False
+            self._go_on()
+
+        self._loop.soon(begin)
+
+    def at_end(self, call: Callable[[], object]) -> bool:
+        """Has something called, in the loop, once the connection is over; False if it is over already."""
+        with self._lock:
+            if self._over is None:
+                self._ended.append(call)
+            return self._over is None
+
+    def send(self, text: str) -> None:
+        """Sends a text message, a lone surrogate as "?". Closed if the connection is over, or is lost by this."""
+        self._put(_TEXT_FRAME, text.encode("utf-8", "replace"))
+
+    def ping(self, payload: bytes = b"") -> None:
+        """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
+        self._put(_PING, payload[:125])
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Sends Close unless one was sent, with what fits of the reason; ValueError for a code that no Close may carry. The
+        client then has `patience` for its answer."""
+        if code not in _CODES:
+            raise ValueError(f"no Close may carry {code}")
+        words = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")  # no half of a character
+        with contextlib.suppress(Closed):
+            self._put(_CLOSE, code.to_bytes(2, "big") + words.encode(), Closed(code, reason))
+
+    def drop(self, reason: str) -> Closed:
+        """Ends the connection at once, without Close: who waits for it wakes up and gets what is returned here."""
+        with self._lock:
+            self._dropped(reason)
+        return self._end()
+
+    def leave(self, reason: str) -> None:
+        """Sends and reads no more: the socket is its owner's again."""
+        self._finish(Closed(1006, reason))
+
+    def _end(self) -> Closed:
+        """A new exception each time: raised by several threads, one would mix their tracebacks."""
+        told = self._over or self._last or Closed(1006, "")
+        return Closed(told.code, told.reason)
+
+    def _finish(self, how: Closed) -> None:
+        """It is over."""
+        with self._lock:
+            self._finished(how)
+
+    def _finished(self, how: Closed) -> None:
+        """The same; the lock is held."""
+        if self._over is None:
+            self._over = how
+            self._loop.soon(self._leave)
+
+    def _dropped(self, reason: str) -> None:
+        """It is over, and the socket is of no use any more; the lock is held."""
+        self._finished(Closed(1006, reason))
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # an SSLSocket's own goes on in plain text
+
+    def _put(self, opcode: int, payload: bytes, last: Closed | None = None) -> None:
+        """Sends a frame, whole or as the last thing ever; `last`: it is our Close. Closed as in `send`."""
+        size, now = len(payload), time.monotonic()
+        mark, width = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
+        extended = size.to_bytes(width, "big") if width else b""
+        frame = memoryview(bytes((0x80 | opcode, mark)) + extended + payload)
+        with self._lock:
+            if self._over or self._last:
+                raise self._end()
+            if last:
+                self._last, self._answer_due = last, now + self._patience
+                self._texts.clear()
+                self._busy = False
+                self._loop.soon(self._go_on)
+            self._unsent.append((frame, now + self._send_timeout))
+            if len(self._unsent) == 1:
+                self._flush()
+                if self._unsent and not self._over:
+                    self._loop.soon(self._await)
+            if self._over:
+                raise self._end()
+
+    def _flush(self) -> None:
+        """Sends what the client takes now; the lock is held."""
+        while self._unsent:
+            frame, deadline = self._unsent[0]
+            try:
+                sent = self._sock.send(frame)
+            except _NOT_READY:
+                return
+            except OSError as error:
+                self._dropped(f"the client is gone: {error}")
+                return
+            if sent < len(frame):
+                self._unsent[0] = (frame[sent:], deadline)
+            else:
+                self._unsent.popleft()
+
+    # -- in the loop ---------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        self._take_frames()
+        self._await()
+
+    def _await(self) -> None:
+        """Watches the socket for what is wanted of it, and the time."""
+        with self._lock:
+            if self._over is None:
+                reads = 0 if self._rests() else select.EPOLLIN
+                sends = select.EPOLLOUT if self._unsent else 0
+                self._loop.watch(self._fd, reads | sends, self._ready)
+                late = self._unsent[0][1] if self._unsent else math.inf
+                if (look := min(self._due, self._answer_due, late)) < self._next_look:
+                    self._next_look = look
+                    self._loop.at(look, functools.partial(self._look, look))
+
+    def _rests(self) -> bool:
+        """Whether no more is read just now: somebody has a message, or one waits, or too much for the client to read it."""
+        return self._busy or bool(self._texts) or len(self._unsent) >= self.MAX_UNSENT
+
+    def _leave(self) -> None:
+        self._loop.unwatch(self._fd, self._ready)
+        self._watch.ring()
+        for call in self._ended:
+            call()
+
+    def _go_on(self) -> None:
+        """Somebody has received a message, or listens."""
+        while self._heard and self._texts:
+            self._heard(self._texts.popleft())
+        self._take_frames()
+        self._await()
+
+    def _look(self, planned: float) -> None:
+        """Sees whether the client has been silent or slow for too long."""
+        if planned != self._next_look:
+            return  # an earlier look has taken this one's place
+        self._next_look, now = math.inf, time.monotonic()
+        with self._lock:
+            silent = now >= self._due and not self._over
+            if now >= self._answer_due:
+                self._dropped("Close was not answered")
+            elif self._unsent and now >= self._unsent[0][1]:
+                self._dropped("the client reads too slowly")
+            elif silent and self._rests():
+                self._due = now + self._idle  # nobody has looked what it says
+                silent = False
+            elif silent and self._pinged:
+                self._dropped("the client fell silent")
+            elif silent:
+                self._pinged, self._due = True, now + self._patience
+        if silent:
+            with contextlib.suppress(Closed):
+                self.ping()
+        self._await()
+
+    def _ready(self, events: int) -> None:
+        """The socket has something to read, or room."""
+        with self._lock:
+            self._flush()
+        self._take_frames()
+        for _ in range(16):  # what TLS has decrypted no socket tells of
+            with self._lock:
+                if self._over or self._rests():
+                    break
+                try:
+                    data = self._sock.recv(65536)
+                except _NOT_READY:
+                    break
+                except OSError as error:
+                    self._dropped(f"the client is gone: {error}")
+                    break
+                if not data:
+                    self._dropped("the client hung up")
+                    break
+                self._pinged, self._due = False, time.monotonic() + self._idle
+            self._ahead += data
+            self._take_frames()
+        self._await()
+
+    def _take_frames(self) -> None:
+        """Takes the frames that are whole, until a message waits for somebody."""
+        try:
+            while not self._over and not self._rests() and (frame := self._frame()):
+                self._take(*frame)
+        except (Closed, UnicodeDecodeError) as error:
+            fault = error if isinstance(error, Closed) else Closed(1007, "a text is not UTF-8")
+            if fault.code != 1006:
+                self.close(fault.code, fault.reason)
+            self._finish(fault)
+
+    def _take(self, opcode: int, final: bool, data: bytes) -> None:
+        if opcode == _PING:
+            with contextlib.suppress(Closed):  # after our Close; any other end shows at the next read
+                self._put(_PONG, data)
+        elif opcode == _CLOSE:
+            code = int.from_bytes(data[:2], "big") if data else 1005
+            if data and code not in _CODES:  # as no single byte is
+                raise Closed(1002, "a Close has a code that is none")
+            told = Closed(code, data[2:].decode())
+            with contextlib.suppress(Closed):
+                self._put(_CLOSE, data[:2], told)
+            self._clean = True
+            self._finish(told)
+        elif opcode != _PONG:
+            self._decoder.decode(data, final)  # a fault is told before the message's end
+            self._message += data
+            self._begun = not final
+            if final:
+                text = self._message.decode()
+                self._message.clear()
+                if self._last is None and self._heard:
+                    self._heard(text)
+                elif self._last is None:
+                    self._texts.append(text)
+                    self._watch.ring()
+
+    def _frame(self) -> tuple[int, bool, bytes] | None:
+        """The next frame: opcode, whether it ends its message, payload; None while it is not whole. What is wrong with a
+        header is told before the payload is read."""
+        ahead = self._ahead
+        if len(ahead) < 2:
+            return None
+        first, second = ahead[:2]
+        opcode, final, size, start = first & 15, first >= 0x80, second & 0x7F, 6
+        known = opcode in (_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG)
+        if first & 0x70 or not known or second < 0x80:
+            raise Closed(1002, "a frame has a reserved bit or opcode, or no mask")
+        if (size > 125 or not final) if opcode >= _CLOSE else self._begun != (opcode == _CONTINUATION):
+            raise Closed(1002, "a control frame is fragmented or too long, or fragments are out of order")
+        if opcode == _BINARY:
+            raise Closed(1003, "only text messages are read here")
+        if size > 125:
+            start, least = (8, 126) if size == 126 else (14, 65536)
+            if len(ahead) < start - 4:
+                return None
+            size = int.from_bytes(ahead[2 : start - 4], "big")
+            if size < least or size >> 63:
+                raise Closed(1002, "a length is negative, or not in its shortest form")
+        if opcode < _CLOSE and size > self._most - len(self._message):
+            raise Closed(1009, f"a message is longer than {self._most} bytes")
+        if len(ahead) < start + size:
+            return None
+        mask, data = ahead[start - 4 : start], ahead[start : start + size]
+        del ahead[: start + size]
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")  # 15 times as fast as a loop
+        return opcode, final, (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+
+
+# ============================================================================================================
 # http: listening, parsing, limits, auth, router, streaming out
 # ============================================================================================================
 
@@ -7111,6 +8052,7 @@ BODY_RATE = 10_000  # bytes a second that extend the time a client has for its b
 SEND_TIMEOUT = 30  # seconds without a byte read by a client that end its answer
 # Seconds in which a client may go on sending after its answer, before the connection is closed.
 DRAIN_TIME = 2.0
+LINGER = 0.1  # seconds that a thread waits for a connection's next request itself
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _TARGET = re.compile(r"[\x21-\x7e]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -7253,20 +8195,38 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class Stream:
+    """An answer that is written as it comes: `write` does that, from beginning to end, in the request's thread, and may have
+    the loop go on with it meanwhile.
+
+    The status is sent with the first bytes. An ApiError raised before that is answered as such, and a Reply that is returned
+    before that is sent instead; an ApiError raised later becomes the last event of an event stream, and cuts another off.
+    `signs`: whether a sign of life may stand between two events; `opens`: whether it may come before anything else.
+    """
+
+    write: Callable[[Writer], Reply | None]
+    status: int = 200
+    content_type: str = "text/event-stream; charset=utf-8"
+    headers: dict[str, str] = field(default_factory=dict)
+    signs: bool = True
+    opens: bool = False
+
+
 # An answer's pieces: bytes, and how many events they are.
 Sent = Generator[tuple[bytes, int], None, None]
 
 
-@dataclass
-class Stream:
-    """An answer in pieces: (bytes, how many events they are) each, sent as they come. Its status is sent with the first;
-    an ApiError raised before that is answered as such, one raised later becomes the last event of an event stream, and
-    cuts another off."""
+def streamed(pieces: Sent, **facts: Any) -> Stream:
+    """An answer in pieces that are made one after the other; `facts` are fields of a Stream."""
 
-    pieces: Sent
-    status: int = 200
-    content_type: str = "text/event-stream; charset=utf-8"
-    headers: dict[str, str] = field(default_factory=dict)
+    def write(writer: Writer) -> None:
+        with contextlib.closing(pieces):
+            for data, events in pieces:
+                writer.write(data, events)
+                writer.drain()
+
+    return Stream(write, **facts)
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
@@ -7354,6 +8314,8 @@ class Wire:
         self._sock, self._timeout = sock, timeout
         self._ahead = b""
         self._limited = 0.0
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
         self._crumbs = 0  # reads of this request that brought next to nothing
 
     def _limit(self, seconds: float) -> None:
@@ -7372,10 +8334,25 @@ class Wire:
         data, self._ahead = self._ahead, b""
         return data
 
-    def sending(self) -> None:
-        """To be called before an answer: TLS has one time-out for both ways, others have SO_SNDTIMEO for this one."""
+    def lingers(self, seconds: float) -> bool:
+        """Whether something of another request is there within a moment, or its end."""
+        if self._ahead or (isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()):
+            return True
+        return bool(self._poll.poll(seconds * 1000))
+
+    def replying(self) -> None:
+        """To be called before a whole answer: TLS has one time-out for both ways, others have SO_SNDTIMEO for this one."""
         if isinstance(self._sock, ssl.SSLSocket):
             self._limit(SEND_TIMEOUT)
+
+    def sending(self) -> None:
+        """To be called before an answer that is sent as it comes: from now on nobody waits for the socket."""
+        if isinstance(self._sock, ssl.SSLSocket):
+            self._sock.settimeout(0.0)
+
+    def sent(self) -> None:
+        """To be called behind it."""
+        self._limited = -1.0
 
     def _more(self, deadline: float) -> bytes:
         """The next bytes, b"" at the end; ApiError request_timeout when they are not there in time. What is sent in
@@ -7511,26 +8488,7 @@ class Wire:
         return line[:-1]
 
 
-# -- WebSocket (RFC 6455) ----------------------------------------------------------------------------------------------
-
-_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
 _KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64, and nothing else is
-_CODES = {*range(1000, 1015), *range(3000, 5000)} - {1004, 1005, 1006}  # what a Close may carry
-_WANTS: Any = {ssl.SSLWantReadError: select.POLLIN, ssl.SSLWantWriteError: select.POLLOUT}
-
-
-class Closed(Exception):
-    """The connection is over: its Close frame's code (1005: it had none; 1006: there was no frame) and a reason."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
-        self.code, self.reason = code, reason
-
-
-def accept_key(key: str) -> str:
-    """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key."""
-    text = key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-    return base64.b64encode(hashlib.sha1(text.encode(), usedforsecurity=False).digest()).decode()
 
 
 def handshake(request: Request) -> dict[str, str]:
@@ -7555,198 +8513,13 @@ def handshake(request: Request) -> dict[str, str]:
     return {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept_key(key)}
 
 
-class WebSocket:
-    """A connection after its handshake; its owner closes the socket when `receive` has told the end.
-
-    The socket becomes non-blocking and who must wait polls: reader and writers have time-outs of their own, and no two
-    threads are ever inside one TLS object, which OpenSSL forbids. `ahead` was read after the request, `most` is a
-    message's size in bytes. Seconds: after `idle` without a byte the client is sent a ping, after `patience` more it is
-    gone (it has as long to answer a Close), and so it is when a frame is not out within `send_timeout`.
-    """
-
-    def __init__(
-        self, sock: socket.socket, ahead: bytes = b"", *, most: int = 1_000_000,
-        idle: float = 15, patience: float = 10, send_timeout: float = 30,
-    ) -> None:  # fmt: skip
-        sock.setblocking(False)
-        self._sock, self._fd, self._ahead, self._most = sock, sock.fileno(), bytearray(ahead), most
-        self._idle, self._patience, self._send_timeout = idle, patience, send_timeout
-        self._due, self._pinged = time.monotonic() + idle, False  # when to ping or, after that, to give up
-        self._sock_lock = threading.Lock()  # for a call, which never waits
-        self._send_lock = threading.Lock()  # for a frame, and the next two
-        self._last: Closed | None = None  # the Close that we sent: no frame may follow it
-        self._answer_due = math.inf  # when the client's answer to it must be here
-        self._over: Closed | None = None  # how it ended
-        self._clean = False  # with the client's Close
-        self.needed = 0  # how many wait for what it will say: a server that ends leaves it its time
-
-    def receive(self, deadline: float = math.inf) -> str | None:
-        """The next whole text message; None, then and ever after, once the client has said or answered Close.
-
-        Closed for a fault of the client, which is told its code; with 1008, told too, for no whole message by `deadline`
-        (a time.monotonic()); with 1006 for an end without Close. Messages that follow our `close` are passed over.
-        """
-        # Fragments are kept as bytes: a million strings of one letter take 80 MB, and empty ones know no limit.
-        message, decoder, begun = bytearray(), codecs.getincrementaldecoder("utf-8")(), False
-        try:
-            while self._over is None:
-                opcode, final, data = self._frame(begun, self._most - len(message), deadline)
-                if opcode == _PING:
-                    with contextlib.suppress(Closed):  # after our Close; any other end shows at the next read
-                        self._send(_PONG, data)
-                elif opcode == _CLOSE:
-                    code = int.from_bytes(data[:2], "big") if data else 1005
-                    if data and code not in _CODES:  # as no single byte is
-                        raise Closed(1002, "a Close has a code that is none")
-                    told = Closed(code, data[2:].decode())
-                    with contextlib.suppress(Closed):
-                        self._send(_CLOSE, data[:2], told)
-                    self._over, self._clean = self._over or told, True
-                elif opcode != _PONG:
-                    decoder.decode(data, final)  # a fault is told before the message's end
-                    message += data
-                    if final:
-                        text = message.decode()
-                        if self._last is None:
-                            return text
-                        message.clear()
-                    begun = not final
-        except (Closed, UnicodeDecodeError) as error:
-            fault = error if isinstance(error, Closed) else Closed(1007, "a text is not UTF-8")
-            if fault.code != 1006:
-                self.close(fault.code, fault.reason)
-            self._over = self._over or fault
-        if self._clean:
-            return None
-        raise self._end()
-
-    def send(self, text: str) -> None:
-        """Sends a text message, a lone surrogate as "?". Closed if the connection is, or is lost by this."""
-        self._send(_TEXT_FRAME, text.encode("utf-8", "replace"))
-
-    def ping(self, payload: bytes = b"") -> None:
-        """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
-        self._send(_PING, payload[:125])
-
-    def close(self, code: int = 1000, reason: str = "", within: float | None = None) -> None:
-        """Sends Close unless one was sent, with what fits of the reason; ValueError for a code that no Close may carry.
-        The reader then waits `patience` for the answer; one that waits already learns of that at its next time-out.
-        `within`: the seconds that this may take, the time-out of sends if None."""
-        if code not in _CODES:
-            raise ValueError(f"no Close may carry {code}")
-        words = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")  # no half of a character
-        with contextlib.suppress(Closed):
-            self._send(_CLOSE, code.to_bytes(2, "big") + words.encode(), Closed(code, reason), within)
-
-    def drop(self, reason: str) -> Closed:
-        """Ends the connection at once, without Close: who waits for it wakes up and gets what is returned here."""
-        self.leave(reason)
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # an SSLSocket's own goes on in plain text
-        return self._end()
-
-    def leave(self, reason: str) -> None:
-        """Sends and reads no more: the socket is its owner's again."""
-        self._over = self._over or Closed(1006, reason)
-
-    def _end(self) -> Closed:
-        """A new exception each time: raised by several threads, one would mix their tracebacks."""
-        told = self._over or self._last or Closed(1006, "")
-        return Closed(told.code, told.reason)
-
-    def _attempt(self, call: Callable[[Any], Any], given: Any, event: int, until: float) -> Any:
-        """What a call of the socket gives; None if it was not ready, after a wait; Closed if the client is gone."""
-        try:
-            with self._sock_lock:
-                return call(given)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            event = _WANTS.get(type(error), event)
-        except OSError as error:
-            raise self.drop(f"the client is gone: {error}") from None
-        poll = select.poll()
-        poll.register(self._fd, event)
-        poll.poll(max(until - time.monotonic(), 0) * 1000)
-        return None
-
-    def _send(
-        self, opcode: int, payload: bytes, last: Closed | None = None, within: float | None = None
-    ) -> None:
-        """Sends a frame, whole or as the last thing ever; `last`: it is our Close. Closed as in `send`."""
-        patience = self._send_timeout if within is None else within
-        size, deadline = len(payload), time.monotonic() + patience
-        mark, width = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
-        extended = size.to_bytes(width, "big") if width else b""
-        rest = memoryview(bytes((0x80 | opcode, mark)) + extended + payload)
-        if not self._send_lock.acquire(timeout=patience):
-            raise self.drop("the client reads too slowly")
-        try:
-            if self._over or self._last:
-                raise self._end()
-            if last:
-                self._last, self._answer_due = last, time.monotonic() + self._patience
-            while rest:
-                sent = self._attempt(self._sock.send, rest, select.POLLOUT, deadline)
-                if sent is None and time.monotonic() >= deadline:  # not a piece's: the client could sip
-                    raise self.drop("the client reads too slowly")
-                rest = rest[sent or 0 :]
-        finally:
-            self._send_lock.release()
-
-    def _need(self, size: int, deadline: float) -> None:
-        """Reads until `_ahead` has so many bytes. It sleeps from one time-out to the next, which may be a ping's."""
-        while len(self._ahead) < size:
-            if time.monotonic() >= min(deadline, self._answer_due):
-                late = Closed(1008, "no message came in time")
-                raise self.drop("Close was not answered") if self._last else late
-            # What is there is read before any silence is judged: the reader may have been away for long.
-            until = min(self._due, deadline, self._answer_due)
-            data = self._attempt(self._sock.recv, 65536, select.POLLIN, until)
-            if data == b"":
-                raise self.drop("the client hung up")
-            if data:
-                self._ahead += data
-                self._pinged, self._due = False, time.monotonic() + self._idle
-            elif time.monotonic() >= self._due:
-                if self._pinged:
-                    raise self.drop("the client fell silent")
-                self._pinged, self._due = True, time.monotonic() + self._patience
-                with contextlib.suppress(Closed):  # shows at the next read
-                    self.ping()
-
-    def _frame(self, begun: bool, room: int, deadline: float) -> tuple[int, bool, bytes]:
-        """The next frame: opcode, whether it ends its message, payload. `begun`: fragments of a message, which may have
-        `room` bytes more, are under way. What is wrong with a header is told before the payload is read."""
-        self._need(2, deadline)
-        first, second = self._ahead[:2]
-        opcode, final, size, start = first & 15, first >= 0x80, second & 0x7F, 6
-        known = opcode in (_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG)
-        if first & 0x70 or not known or second < 0x80:
-            raise Closed(1002, "a frame has a reserved bit or opcode, or no mask")
-        if (size > 125 or not final) if opcode >= _CLOSE else begun != (opcode == _CONTINUATION):
-            raise Closed(1002, "a control frame is fragmented or too long, or fragments are out of order")
-        if opcode == _BINARY:
-            raise Closed(1003, "only text messages are read here")
-        if size > 125:
-            start, least = (8, 126) if size == 126 else (14, 65536)
-            self._need(start - 4, deadline)
-            size = int.from_bytes(self._ahead[2 : start - 4], "big")
-            if size < least or size >> 63:
-                raise Closed(1002, "a length is negative, or not in its shortest form")
-        if opcode < _CLOSE and size > room:
-            raise Closed(1009, f"a message is longer than {self._most} bytes")
-        self._need(start + size, deadline)
-        mask, data = self._ahead[start - 4 : start], self._ahead[start : start + size]
-        del self._ahead[: start + size]
-        key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")  # 15 times as fast as a loop
-        return opcode, final, (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
-
-
 @dataclass
 class Upgrade:
-    """An answer that turns the connection into a WebSocket: `headers` are those of the 101, `serve` has it to its end."""
+    """An answer that turns the connection into a WebSocket: `headers` are those of the 101. `serve` has it to its end, or
+    returns True where it listens on without a thread."""
 
     headers: dict[str, str]
-    serve: Callable[[WebSocket], None]
+    serve: Callable[[WebSocket], object]
     status: int = 101
 
 
@@ -7754,17 +8527,192 @@ class Client(Watch):
     """The client as someone who waits: gone when its side of the connection is closed."""
 
     def __init__(self, sock: socket.socket, server: Server) -> None:
-        super().__init__(float(server.settings.heartbeat))
+        super().__init__()
         self._poll = select.poll()
-        # Where the system cannot tell a closed connection from unread bytes, a hang-up shows at the next write.
-        self._poll.register(sock.fileno(), getattr(select, "POLLRDHUP", 0))
+        self._poll.register(sock.fileno(), select.POLLRDHUP)
         self._server = server
+        self.writer: Writer | None = None  # of the answer that it gets as it comes
 
     def check(self) -> None:
-        if self._poll.poll(0):
+        if (self.writer and self.writer.gone) or self.hung_up():
             raise ClientGone
         if self._server.ending:
             raise overloaded("The server is shutting down")
+
+    def hung_up(self) -> bool:
+        """Whether its side of the connection is closed."""
+        return bool(self._poll.poll(0))
+
+    def look_after(self) -> float:
+        self.check()
+        return self.writer.sign() if self.writer else self.LOOK
+
+
+HEARTBEAT_COMMENT = b": \n\n"
+MAX_UNSENT = 1 << 17  # bytes that wait for a client to read, before no more is fetched for it
+
+
+class Writer(Ticking):
+    """An answer that is sent as it comes, by the request's thread and, while that waits, by the loop.
+
+    What the client's socket does not take at once waits here, and the loop sends it; `full` says when it is enough. A
+    client that reads nothing for SEND_TIMEOUT seconds, or hangs up, is `gone`: then nothing is sent, and who waits for it
+    wakes up.
+    """
+
+    def __init__(self, connection: Connection, request: Request, stream: Stream, keep: bool) -> None:
+        self.begun = self.gone = self.full = False
+        self.events = 0
+        self.on_room: Callable[[], object] = int
+        self._connection, self._request, self._stream, self.keep = connection, request, stream, keep
+        self._sock, self._watch, self._loop = connection.sock, connection.client, connection.server.loop
+        self._secure = isinstance(self._sock, ssl.SSLSocket)
+        self._chunked = connection.version == "1.1"
+        self._heartbeat = float(connection.server.settings.heartbeat)
+        self._write_lock = threading.Lock()
+        self._unsent: list[bytes] = []
+        self._size = 0  # of it
+        self._between = True  # whether what was written last is a whole event
+        self._last = time.monotonic()  # when something was written, or taken by the client
+        self._watched = self._left = False
+
+    def write(self, data: bytes, events: int = 0) -> None:
+        """Sends bytes of the answer, which are so many events, now or once there is room; never waits. Once per event."""
+        if not data:  # a chunk of none would be the last
+            return
+        framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+        with self._write_lock:
+            self.events += events
+            self._between = data[-2:] == b"\n\n"
+            self._send(framed)
+
+    def drain(self) -> None:
+        """Waits until there is room for more: for the request's thread. ClientGone when there is nobody to send to."""
+        if self.full:
+            self._watch.wait(lambda: self.gone or not self.full)
+        if self.gone:
+            raise ClientGone
+
+    def sign(self) -> float:
+        """Gives a sign of life if nothing was sent for HEARTBEAT seconds: the seconds until the next look."""
+        left = self._last + self._heartbeat - time.monotonic()
+        if left <= 0:
+            left = self._heartbeat
+            quiet = self._between and not self._unsent
+            if quiet and self._stream.signs and (self.begun or self._stream.opens):
+                self.write(HEARTBEAT_COMMENT)
+        # Whoever hangs up is noticed by the loop, once it watches.
+        return left if self._watched else min(left, Watch.LOOK)
+
+    def end(self, last: bytes = b"") -> None:
+        """Sends the end, behind a last event, and waits until the client has it."""
+        if last:
+            self.write(last if self._between else b"\n\n" + last, 1)
+        with self._write_lock:
+            self._send(b"0\r\n\r\n" if self._chunked else b"")
+        self._watch.wait(lambda: self.gone or not self._unsent)
+        if self.gone:
+            raise ClientGone
+
+    def close(self) -> None:
+        """Leaves the socket to the connection again."""
+        if self.begun:
+            with self._write_lock:
+                self._left = True
+            self._loop.soon(self._leave)
+            self._connection.wire.sent()
+
+    def _send(self, data: bytes) -> None:
+        """Sends what there is room for, and puts the rest aside; the lock is held. Once per event."""
+        if not self.begun:
+            self.begun = True
+            data = self._connection.head_of(self._request, self._stream, self.keep) + data
+            self._connection.wire.sending()
+            self._loop.soon(self._enter)
+        if self.gone or not data:
+            return
+        self._last = time.monotonic()
+        sent = 0 if self._unsent else self._put(data)
+        if sent < len(data) and not self.gone:
+            self._unsent.append(data[sent:])
+            self._size += len(data) - sent
+            self.full = self._size > MAX_UNSENT
+            if len(self._unsent) == 1:
+                self._loop.soon(self._await_room)
+
+    def _put(self, data: bytes) -> int:
+        """How many bytes the socket takes now."""
+        try:
+            return self._sock.send(data) if self._secure else self._sock.send(data, socket.MSG_DONTWAIT)
+        except _NOT_READY:
+            return 0
+        except OSError:
+            self._lose()
+            return 0
+
+    def _lose(self) -> None:
+        self.gone = True
+        self._unsent.clear()
+        self._size, self.full = 0, False
+        self._watch.ring()
+
+    # -- in the loop ---------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        """Watches whether the client hangs up."""
+        with self._write_lock:
+            if not self._left:
+                self._await()
+                self._watched = True
+
+    def _leave(self) -> None:
+        self._loop.ticking.pop(self, None)
+        self._loop.unwatch(self._connection.fd, self._ready)
+
+    def _await_room(self) -> None:
+        with self._write_lock:
+            if self._unsent and not self._left:
+                self._await()
+
+    def _await(self) -> None:
+        """Watches whether the client hangs up and, if something waits for that, reads; the lock is held."""
+        room = select.EPOLLOUT if self._unsent else 0
+        self._loop.watch(self._connection.fd, select.EPOLLRDHUP | room, self._ready)
+        if room:
+            self._loop.ticking[self] = None
+        else:
+            self._loop.ticking.pop(self, None)
+
+    def _ready(self, events: int) -> None:
+        """The client has read something, or hung up."""
+        with self._write_lock:
+            if self._left:
+                return
+            if events & _HUNG_UP and self._watch.hung_up():
+                self._lose()
+            if self._unsent:
+                data = b"".join(self._unsent)
+                sent = self._put(data)
+                if sent:
+                    self._last = time.monotonic()
+                self._unsent = [data[sent:]] if sent < len(data) and not self.gone else []
+                self._size = sum(map(len, self._unsent))
+                self.full = self._size > MAX_UNSENT
+            if self.gone:
+                self._leave()
+            elif not self._unsent:
+                self._await()
+            room = self._size <= MAX_UNSENT // 2
+        if room:
+            on_room, self.on_room = self.on_room, int
+            on_room()
+            self._watch.ring()
+
+    def tick(self, now: float) -> None:
+        if now - self._last > SEND_TIMEOUT:
+            with self._write_lock:
+                self._lose()
+                self._leave()
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -7784,6 +8732,11 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 class Application:
     """What a server serves. A request's head is looked at first: who may send what is settled before its body is read."""
+
+    @functools.cached_property
+    def loop(self) -> Loop:
+        """The loop that carries its answers."""
+        return Loop()
 
     def admit(self, request: Request) -> int:
         """How many bytes the body of a request may have, of which the head alone is there; ApiError when it is refused."""
@@ -7814,10 +8767,72 @@ def place_of(peer: str) -> str:
     return peer
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """A thread a connection, up to MAX_CONNECTIONS; the application answers a Request."""
+class Workers:
+    """Threads that requests are answered in. The one that became free last takes the next; one that has had nothing to do
+    for a while ends."""
 
-    daemon_threads = True
+    LIFE = 10.0  # seconds that a free thread waits for something to do
+
+    def __init__(self) -> None:
+        self._free_lock = threading.Lock()
+        self._free: list[Worker] = []
+        # What no free thread is there for. Starting one takes long enough to be a thread's own work.
+        self._waiting: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._start, name="starter", daemon=True).start()
+
+    def run(self, job: Callable[[], object]) -> None:
+        """Has a thread do a job."""
+        with self._free_lock:
+            worker = self._free.pop() if self._free else None
+        if worker:
+            worker.job = job
+            worker.bell.release()
+        else:
+            self._waiting.put(job)
+
+    def _start(self) -> None:
+        """Starts a thread for every job that waits for one."""
+        while job := self._waiting.get():
+            Worker(self, job).start()
+
+    def close(self) -> None:
+        """Starts no more of them."""
+        self._waiting.put(None)
+
+    def next_job(self, worker: Worker) -> bool:
+        """Waits, in a worker's thread, until there is something to do; False when the thread is to end."""
+        with self._free_lock:
+            self._free.append(worker)
+        if worker.bell.acquire(timeout=self.LIFE):
+            return True
+        with self._free_lock:
+            if worker in self._free:
+                self._free.remove(worker)
+                return False
+        return worker.bell.acquire()  # it was being given something
+
+
+class Worker(threading.Thread):
+    """One of the threads."""
+
+    def __init__(self, workers: Workers, job: Callable[[], object]) -> None:
+        super().__init__(name="request", daemon=True)
+        self.job, self.bell = job, threading.Lock()
+        self.bell.acquire()
+        self._workers = workers
+
+    def run(self) -> None:
+        while True:
+            self.job()
+            self.job = int  # what was done is not kept
+            if not self._workers.next_job(self):
+                return
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A thread a request, up to MAX_CONNECTIONS connections; those without a request wait in the loop. The application
+    answers a Request."""
+
     request_queue_size = 1024
     allow_reuse_address = True
 
@@ -7826,6 +8841,7 @@ class Server(http.server.ThreadingHTTPServer):
         quiet: bool = False,
     ) -> None:  # fmt: skip
         self.application, self.settings, self.metrics, self.quiet = application, settings, metrics, quiet
+        self.loop, self.workers = application.loop, Workers()
         self.room = Room(ROOM_IN_MEMORY, max(ROOM_ON_DISK, 4 * (settings.max_body_mb << 20)))
         self.prefix = f"/{settings.api_prefix}" if settings.api_prefix else ""
         self.stopping = False  # no new requests
@@ -7877,7 +8893,15 @@ class Server(http.server.ThreadingHTTPServer):
                 request.shutdown(socket.SHUT_WR)
         return False
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Has the loop wait for what a new connection sends first."""
+        connection = Connection(request, client_address, self)
+        with self._open_lock:
+            self._open[request] = connection
+        self.loop.soon(connection.wait)
+
     def shutdown_request(self, request: Any) -> None:
+        """Closes a connection, by the socket that was accepted."""
         with self._open_lock:
             self._open.pop(request, None)
             if place := self._places.pop(request, ""):
@@ -7885,15 +8909,6 @@ class Server(http.server.ThreadingHTTPServer):
                 if not self._from[place]:
                     del self._from[place]
         super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of this program outside any request."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            log(logging.ERROR, "connection failed", exc_info=True)
-
-    def entered(self, connection: Connection) -> None:
-        """Notes who serves an accepted socket: idle ones can be ended at once."""
-        self._open[connection.plain] = connection
 
     def connections(self) -> int:
         return len(self._open)
@@ -7903,22 +8918,29 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         self.shutdown()
         self.socket.close()
+        self._wait_for_open(grace)
+        self.workers.close()
+
+    def _wait_for_open(self, grace: float) -> None:
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline + 3:
             with self._open_lock:
+                busy = [one for one in self._open.values() if one and one.busy]
                 idle = [one for one in self._open.values() if one and not one.busy]
                 webs = [one.web for one in self._open.values() if one and one.web]
                 webs = [web for web in webs if self.ending or not web.needed]
                 left = len(self._open) - len(idle)
             for web in webs:
-                web.close(1001, "the server is shutting down", within=0)
+                web.close(1001, "the server is shutting down")
                 web.drop("the server is shutting down")
             for one in idle:
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(one.sock, socket.SHUT_RD)  # TLS has nothing to say to it
+                one.let_go()
             if not left:
                 return
             self.ending = time.monotonic() >= deadline
+            if self.ending:
+                for one in busy:
+                    one.client.ring()
             time.sleep(0.05)
 
 
@@ -7969,40 +8991,120 @@ _PREFLIGHT = {
 }
 
 
-class Connection(http.server.BaseHTTPRequestHandler):
+class Connection(http.server.BaseHTTPRequestHandler, Ticking):
     """One client connection: HTTP/1.1 with keep-alive and pipelining, HTTP/1.0 with close.
 
     A request is read whole, answered, and only then the next one is looked at. What `parse_head` refuses ends the
-    connection, since nobody can say where the next request would begin.
+    connection, since nobody can say where the next request would begin. While it has no request it waits in the loop, and
+    has no thread.
     """
 
     server: Server
+
+    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
+        """Without a request, and so without what the base class does for one at once."""
+        self.request, self.client_address, self.server = sock, address, server
+        self.setup()
 
     def setup(self) -> None:
         sock = self.request
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_TIMEOUT, 0))
         self.plain = self.sock = sock
+        self.fd = sock.fileno()
         self.busy = False  # whether a request is being answered
         self.web: WebSocket | None = None  # what the connection has become
-        self.server.entered(self)
         self.peer = str(self.client_address[0])
+        self.wire: Wire
+        self._met = False  # whether it had a request, for which TLS has begun
+        self._waits = time.monotonic()  # for a request, since when
 
-    def handle(self) -> None:
-        """Answers request after request until either side closes."""
+    # -- in the loop ---------------------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Waits for a request."""
+        if self.server.stopping:
+            self._visit()
+            return
+        self._waits = time.monotonic()
+        self.server.loop.watch(self.fd, select.EPOLLIN | select.EPOLLRDHUP, self._come)
+        self.server.loop.ticking[self] = None
+
+    def _come(self, events: int) -> None:
+        """Something has come, or the client is done."""
+        self._leave()
+        if events & _HUNG_UP and not isinstance(self.sock, ssl.SSLSocket):
+            with contextlib.suppress(OSError):
+                if not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    self._drop()
+                    return
+        self._visit()
+
+    def tick(self, now: float) -> None:
+        if now - self._waits > self.server.settings.read_timeout:
+            self._leave()
+            self._drop()
+
+    def _drop(self) -> None:
+        """Closes it as it is: there is nothing to be told, or to be read."""
+        self.sock.close()
+        self.server.shutdown_request(self.plain)
+
+    def _leave(self) -> None:
+        self.server.loop.unwatch(self.fd, self._come)
+        self.server.loop.ticking.pop(self, None)
+
+    def _visit(self) -> None:
+        self.server.workers.run(self.visit)
+
+    # -- in a thread ---------------------------------------------------------------------------------------------
+
+    def visit(self) -> None:
+        """Answers what has come, and then waits for more in the loop; at the end closes the connection."""
+        try:
+            if self.handle():
+                self.server.loop.soon(self.wait)
+                return
+        except Exception:
+            log(logging.ERROR, "connection failed", exc_info=True)
+        if self.web is None or not self.web.at_end(self._at_end):
+            self._end()
+
+    def _at_end(self) -> None:
+        """The WebSocket that it has become is over."""
+        self.server.workers.run(self._end)
+
+    def _end(self) -> None:
+        try:
+            self.finish()
+        finally:
+            self.server.shutdown_request(self.plain)
+
+    def handle(self) -> bool:  # type: ignore[override] # whose caller is `visit`
+        """Answers request after request: whether there may be more after a while, else the connection is over."""
         server = self.server
         try:
-            if server.tls:
-                self.plain.settimeout(server.settings.read_timeout)
-                self.sock = self.request = server.tls.wrap_socket(self.plain, server_side=True)
-            self.wire = Wire(self.sock, float(server.settings.read_timeout))
-            self.client = Client(self.sock, server)
+            if not self._met:
+                self._met = True
+                if server.tls:
+                    self.plain.settimeout(server.settings.read_timeout)
+                    self.sock = self.request = server.tls.wrap_socket(self.plain, server_side=True)
+                self.wire = Wire(self.sock, float(server.settings.read_timeout))
+                self.client = Client(self.sock, server)
             while self._one():
                 self.busy = False
                 if server.stopping:
-                    break
+                    return False
+                if not self.wire.lingers(LINGER):
+                    return True
         except (OSError, ClientGone):
             pass
+        return False
+
+    def let_go(self) -> None:
+        """Has a thread that waits for a request wait no longer."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RD)  # TLS has nothing to say to it
 
     def finish(self) -> None:
         """Closes without a reset that could overtake the answer: reads what the client still sends, for a moment."""
@@ -8082,16 +9184,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.sock.sendall(head_bytes(upgrade, self.version, "", extra))
         self._first_byte(request)
         self._log(request, upgrade.status, 0)
-        self.web = WebSocket(self.sock, self.wire.ahead())
+        self.web = WebSocket(self.sock, self.server.loop, self.wire.ahead())
         try:
-            upgrade.serve(self.web)
+            if upgrade.serve(self.web):
+                return False
         except Closed:
             pass
         except Exception:
             log(logging.ERROR, "websocket failed", exc_info=True, id=self.request_id, route=request.route)
             self.web.close(1011, "chatproxy failed")
-        finally:
-            self.web.leave("it is over")  # `finish` closes, so that no reset overtakes our Close
+        self.web.leave("it is over")  # `finish` closes, so that no reset overtakes our Close
         return False
 
     def _failed(self, failure: Exception, request: Request) -> ApiError:
@@ -8145,7 +9247,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         keep = keep and not self.server.stopping
         connection = ("" if self.version == "1.1" else "keep-alive") if keep else "close"
         head = head_bytes(reply, self.version, connection, self._extra())
-        self.wire.sending()
+        self.wire.replying()
         try:
             self.sock.sendall(head if self.method == "HEAD" else head + reply.body)
         except OSError:
@@ -8164,51 +9266,42 @@ class Connection(http.server.BaseHTTPRequestHandler):
         labels = f'route="{request.route}"'
         self.server.metrics.observe("chatproxy_first_byte_seconds", time.monotonic() - self.start, labels)
 
-    def _stream(self, stream: Stream, request: Request, keep: bool) -> bool:
-        """Sends a stream's pieces as they come, each in one write."""
-        if self.method == "HEAD":
-            stream.pieces.close()
-            return self._send(Reply(stream.status, b"", stream.content_type, stream.headers), request, keep)
-        metrics, events, status = self.server.metrics, 0, stream.status
-        try:
-            piece, count = next(stream.pieces, (b"", 0))
-        except ClientGone:
-            self._log(request, 499, 0)
-            return False
-        except Exception as failure:
-            return self._send(error_reply(self._failed(failure, request)), request, keep)
-        metrics.add("chatproxy_streams_open")
-        keep = keep and self.version == "1.1" and not self.server.stopping
-        chunked, send = self.version == "1.1", self.sock.sendall
-        connection = "" if keep else "close"
-        head = head_bytes(stream, self.version, connection, self._extra())
+    def head_of(self, request: Request, stream: Stream, keep: bool) -> bytes:
+        """The head of a streamed answer, which begins now."""
         self._first_byte(request)
-        self.wire.sending()
+        self.server.metrics.add("chatproxy_streams_open")
+        return head_bytes(stream, self.version, "" if keep else "close", self._extra())
+
+    def _stream(self, stream: Stream, request: Request, keep: bool) -> bool:
+        """Sends an answer as it comes."""
+        if self.method == "HEAD":
+            return self._send(Reply(stream.status, b"", stream.content_type, stream.headers), request, keep)
+        lasting = keep and self.version == "1.1" and not self.server.stopping
+        writer = self.client.writer = Writer(self, request, stream, lasting)
+        status = stream.status
         try:
-            framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
-            send(head + framed)
-            events += count
-            for piece, count in stream.pieces:
-                events += count
-                if piece:  # a chunk of none would be the last
-                    send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            if chunked:
-                send(b"0\r\n\r\n")
+            reply = stream.write(writer)
+            if reply is not None and not writer.begun:
+                return self._send(reply, request, keep)
+            writer.end()
         except (*_GONE, ClientGone):
-            status, keep = 499, False
+            status, lasting = 499, False
         except Exception as failure:
             error = self._failed(failure, request)
-            status, keep = error.status, False
-            last = f"data: {compact(error.body())}\n\n".encode()
+            if not writer.begun:
+                return self._send(error_reply(error), request, keep)
+            status, lasting = error.status, False
             if stream.content_type.startswith("text/event-stream"):  # others can only be cut
-                with contextlib.suppress(OSError):
-                    send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if chunked else last)
+                with contextlib.suppress(ClientGone, ApiError):
+                    writer.end(f"data: {compact(error.body())}\n\n".encode())
         finally:
-            stream.pieces.close()  # its upstream call ends here
-            metrics.add("chatproxy_streams_open", -1)
-            metrics.add("chatproxy_events_total", events)
-        self._log(request, status, events)
-        return keep
+            self.client.writer = None
+            writer.close()
+            if writer.begun:
+                self.server.metrics.add("chatproxy_streams_open", -1)
+                self.server.metrics.add("chatproxy_events_total", writer.events)
+        self._log(request, status, writer.events)
+        return lasting
 
     def _log(self, request: Request | None, status: int, events: int) -> None:
         """One line and one count a request; the route's pattern, since a path may hold a token."""
@@ -8380,7 +9473,7 @@ class Guesses:
             if wrong:
                 self._note(place, now)
         try:
-            patiently(paused(until - now, request.watch))
+            request.watch.pause(until - now)
         finally:
             with self._guesses_lock:
                 waiting, until = self._waiting.pop(place)
@@ -8722,27 +9815,30 @@ class Agents:
         with self._agents_lock:
             return sorted(self._agents.values(), key=lambda agent: agent.asked)
 
-    def serve(self, web: WebSocket) -> None:
-        """Has an agent's connection to its end."""
+    def serve(self, web: WebSocket) -> bool:
+        """Lets an agent in: whether it is there now, and listened to."""
         offered = new_id()
         web.send(compact({"id": offered, "message": "Connection id", "data": ""}))
         said = self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))
         if said is None:
-            return
+            return False
         id = said.get("id")
         wanted = id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered
         agent = self._take_place(offered if self._taken(wanted) else wanted, web)
         log(logging.INFO, "agent connected", agent=agent.id)
-        try:
-            while (said := self._heard(web.receive())) is not None:
-                with self._agents_lock:
-                    agent.heard = time.time()
-                    waiting = agent.waiting.pop(str(said.get("id")), None)
-                if waiting and not waiting.done():
-                    waiting.set_result(said)
-        finally:
+        web.listen(functools.partial(self._hear, agent))
+        if not web.at_end(functools.partial(self._leave, agent, web)):
             self._leave(agent, web)
-            log(logging.INFO, "agent gone", agent=agent.id)
+        return True
+
+    def _hear(self, agent: Agent, text: str) -> None:
+        """An agent says something, which may be an answer; in the loop."""
+        said = self._heard(text) or {}
+        with self._agents_lock:
+            agent.heard = time.time()
+            waiting = agent.waiting.pop(str(said.get("id")), None)
+        if waiting and not waiting.done():
+            waiting.set_result(said)
 
     @staticmethod
     def _heard(text: str | None) -> dict[str, Any] | None:
@@ -8756,7 +9852,7 @@ class Agents:
         if agent is None:
             return False
         try:
-            patiently(self._exchange(agent, "ping", "", HOLDER_PATIENCE, Watch(math.inf)))
+            self._exchange(agent, "ping", "", HOLDER_PATIENCE, Watch())
         except AgentLost:
             return False
         return True
@@ -8769,11 +9865,12 @@ class Agents:
             lost, agent.waiting = agent.waiting, {}
         self._lose(lost)
         if before is not None:
-            before.close(1000, "the agent connected anew", within=0)
+            before.close(1000, "the agent connected anew")
             before.drop("the agent connected anew")
         return agent
 
     def _leave(self, agent: Agent, web: WebSocket) -> None:
+        log(logging.INFO, "agent gone", agent=agent.id)
         with self._agents_lock:
             if agent.web is not web:
                 return  # another connection has the place
@@ -8789,7 +9886,7 @@ class Agents:
 
     def _exchange(
         self, agent: Agent, message: str, data: str, patience: float, watch: Watch
-    ) -> Patient[dict[str, Any]]:
+    ) -> dict[str, Any]:
         """Sends a message; the answer with its id. AgentLost when there is none in time."""
         id, future = new_id(), Future[dict[str, Any]]()
         with self._agents_lock:
@@ -8800,7 +9897,7 @@ class Agents:
             web.needed = len(agent.waiting)
         try:
             web.send(compact({"id": id, "message": message, "data": data}))
-            return (yield from awaited(future, watch, patience))
+            return watch.result(future, patience)
         except Closed:
             raise AgentLost("the agent hung up") from None
         except TimeoutError:
@@ -8810,9 +9907,7 @@ class Agents:
                 agent.waiting.pop(id, None)
                 web.needed = len(agent.waiting)
 
-    def ask(
-        self, content: str, conversation: str, parent: str, scope: Scope, watch: Watch
-    ) -> Patient[AgentAnswer]:
+    def ask(self, content: str, conversation: str, parent: str, scope: Scope, watch: Watch) -> AgentAnswer:
         """An answer: of the agent that holds the conversation, without one of whoever answers a ping first, beginning
         with the one asked longest ago. ApiError no_agent when none is there, agent_lost when the one that holds the
         conversation is not, or fails; not_found when that is not the caller's to go on with."""
@@ -8835,7 +9930,7 @@ class Agents:
             tried.append(web := agent.web)
             agent.asked = time.time()
             try:
-                yield from self._exchange(agent, "ping", "", PING_PATIENCE, watch)
+                self._exchange(agent, "ping", "", PING_PATIENCE, watch)
             except AgentLost:
                 if web and agent.web is web:  # and has not come back meanwhile
                     web.drop("it did not answer a ping")
@@ -8843,12 +9938,27 @@ class Agents:
             data = {"message_id": new_id(), "conversation_id": conversation, "parent_id": parent or new_id()}
             asked, left = compact(data | {"content": content}), max(0.0, end - time.monotonic())
             try:
-                said = yield from self._exchange(agent, "ChatGptRequest", asked, left, watch)
+                said = self._exchange(agent, "ChatGptRequest", asked, left, watch)
             except AgentLost as lost:
                 if conversation or lost.silent:
                     raise ApiError("agent_lost", f"The question is lost: {lost}.") from None
                 continue
             return self._answer(agent, said, scope)
+
+    def answer(self, attempt: Attempt, sink: Sink) -> None:
+        """Has a question answered, in one piece. An agent is told the whole conversation, unless it holds that."""
+        question, messages = attempt.question, attempt.question.messages
+        lines = [f"{one.role.capitalize()}: {one.text}" for one in messages]
+        content = messages[0].text if len(messages) == 1 else "\n\n".join(lines)
+        given = question.conversation or "", question.parent or ""
+        said = self.ask(content, *given, attempt.scope, attempt.watch)
+        sink.take(
+            [
+                Begin(question.model, said.conversation, said.response),
+                Text(said.content),
+                Finish("stop", said.conversation, said.response),
+            ]
+        )
 
     def _holder(self, conversation: str) -> str | None:
         """The agent of a conversation; of one that nobody is known to hold, the only agent that there is."""
@@ -8888,7 +9998,6 @@ class Agents:
 # routes: one short function each
 # ============================================================================================================
 
-HEARTBEAT_COMMENT = b": \n\n"
 # What OpenAI's API has and the web upstream has not, with everything below it.
 ABSENT = (
     "/v1/embeddings", "/v1/moderations", "/v1/completions", "/v1/images/variations", "/v1/fine_tuning", "/v1/batches",
@@ -8922,16 +10031,18 @@ class App(Application):
     def __init__(
         self, settings: Settings, store: Store, solver: Solver, extra_keys: Iterable[str] = ()
     ) -> None:
-        self.settings, self.store, self.solver = settings, store, solver
-        self.metrics, self.handles, self.tokens = Metrics(), Handles(), Tokens()
+        self.settings, self.store, self.solver, self.loop = settings, store, solver, Loop()
+        self.metrics = Metrics()
         self.pool, self.ledger = Pool(settings, store), Ledger(store)
         self.keys = Keys(settings, self.pool, self.ledger, self._prove, extra_keys)
-        self.upstream = ChatGPT(settings, self.pool, self.handles, solver, self.metrics)
+        self.upstream = ChatGPT(settings, self.pool, self.loop, solver, self.metrics)
         self.files = Files(self.pool, self.upstream)
-        self.answers, self.agents = Answers(self.upstream, self.files, self.ledger), Agents()
+        self.turns, self.agents = Turns(self.upstream, self.files, self.ledger), Agents()
+        self.tokens = Tokens()
         self._stale = False  # whether another process has stored what is not taken in yet
         self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
         states = self.pool.states
+        self.metrics.gauge("chatproxy_loop_seconds", lambda: {"": self.loop.longest()})
         self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
 
@@ -9002,11 +10113,11 @@ class App(Application):
             return
 
         self.pool.lease_guest(account, "")
-        patiently(self.upstream.token(account, watch))
+        self.upstream.token(account, watch)
         if account.row.kind == REFRESH:  # which was exchanged just now, or earlier
             return
         try:
-            patiently(self.upstream.me(account, watch))
+            self.upstream.me(account, watch)
         except Refusal as refused:
             if refused.reason != "missing":  # a gateway need not have this call
                 raise
@@ -9054,7 +10165,7 @@ class App(Application):
 
     def _sweep(self) -> None:
         """Lets go of what is old."""
-        self.handles.sweep(time.monotonic())
+        self.upstream.handles.sweep(time.monotonic())
         self.upstream.guest_handles.sweep(time.monotonic())
         self.upstream.sweep_spares()
 
@@ -9078,7 +10189,7 @@ def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
         lines.append(b"Content-Type:")
     with contextlib.ExitStack() as guard:
         call = guard.enter_context(_to_openai(app, request, method, _relayed_url(app, request), lines, body))
-        patiently(call.start())
+        call.start()
         named = ("x-ratelimit-", "openai-")
         headers = {k: v for k, v in call.headers.items() if k.startswith(named) or k in _RELAYED_HEADERS}
         content_type = call.headers.get("content-type", "application/octet-stream")
@@ -9086,8 +10197,9 @@ def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
             return Reply(call.status, b"", content_type, headers)
         if content_type.startswith("text/event-stream"):
             guard.pop_all()
-            return Stream(_relayed(call), call.status, content_type, headers)
-        answer = patiently(call.whole())
+            signs = call.headers.get("content-encoding", "identity") == "identity"
+            return Stream(functools.partial(_relayed, call), call.status, content_type, headers, signs)
+        answer = call.whole()
         if _refuses_key(answer):
             app.keys.doubt(request)
         return Reply(answer.status, answer.body, content_type, headers)
@@ -9135,38 +10247,74 @@ def prove_key(app: App, request: Request) -> None:
     lines = [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
     url = f"{app.settings.openai_api_url}/v1/models"
     with _to_openai(app, request, "GET", url, lines, None, kept=False) as call:
-        answer = patiently(call.whole())
+        answer = call.whole()
     if _refuses_key(answer):
         raise ApiError("invalid_api_key", "OpenAI's API does not take this key; send a valid one.")
     if answer.status == 429 or answer.status >= 500:
         raise refusal(answer.status, answer.headers, b"")
 
 
-def _relayed(call: Call) -> Sent:
-    plain = call.headers.get("content-encoding", "identity") == "identity"
+def _relayed(call: Call, writer: Writer) -> None:
+    """Passes an answer on as it comes."""
     with call:
-        for data in call.rest():
-            if data is not None:
-                yield data, data.count(b"\n\n")
-            elif plain:
-                yield HEARTBEAT_COMMENT, 0
+        call.carry(lambda data: writer.write(data, data.count(b"\n\n")), writer)
 
 
-def _asked(app: App, request: Request, turn: Turn) -> tuple[Batches, list[Attempt]]:
-    """The answer to a turn, and the attempts that are made for it as it comes."""
-    attempts: list[Attempt] = []
+class Streamed(Sink):
+    """An answer for a client that gets it as it comes."""
 
-    def ask(question: Question) -> Batches:
+    def __init__(self, answered: CompletionStream | ModelResponse, writer: Writer) -> None:
+        self.outlet: Writer = writer
+        self._answered, self.careful = answered, answered.trims
+
+    def light(self, events: list[Event]) -> bool:
+        return self._answered.light(events)
+
+    def take(self, events: list[Event]) -> None:
+        self.outlet.write(*self._answered.feed(events))
+        self.over = self._answered.cut
+
+
+class Whole(Sink):
+    """An answer for a client that waits for its end."""
+
+    def __init__(self, answered: Answered, take: Callable[[list[Event]], object]) -> None:
+        self._answered, self._take, self.careful = answered, take, answered.trims
+
+    def light(self, events: list[Event]) -> bool:
+        return self._answered.light(events)
+
+    def take(self, events: list[Event]) -> None:
+        self._take(events)
+        self.over = self._answered.cut
+
+
+def _ask(
+    app: App,
+    request: Request,
+    turn: Turn,
+    sink: Sink,
+    answered: Answered,
+    attempts: list[Attempt] | None = None,
+) -> None:
+    """Has a turn answered, and counts its tokens for the API user who asked; `attempts` gets those that are made for it."""
+    attempts = [] if attempts is None else attempts
+
+    def ask(question: Question, sink: Sink) -> None:
         attempts.append(Attempt(question, request.watch, request.guest, request.scope))
         attempts[-1].materials = attempts[0].materials  # what has been fetched is not fetched again
         if first := attempts[0].account:
             attempts[-1].preferred = first.id  # nor uploaded
-        return _ordered(app, attempts[-1])
+        _by_order(app, attempts[-1], sink)
 
-    return exchange(turn, ask, request.watch), attempts
+    try:
+        exchange(turn, ask, sink, request.watch)
+    finally:
+        if request.user and answered.message:
+            app.ledger.count(request.user, tokens=sum(answered.counted()[:2]))
 
 
-def _ordered(app: App, attempt: Attempt) -> Batches:
+def _by_order(app: App, attempt: Attempt, sink: Sink) -> None:
     """The answer of whom UPSTREAM_ORDER names first, or of the next when that has nobody to answer."""
     question, order = attempt.question, app.settings.upstream_order.split(",")
     talk = question.conversation or ""
@@ -9183,80 +10331,28 @@ def _ordered(app: App, attempt: Attempt) -> Batches:
             raise invalid(
                 question.attachments[0].where, "Agents take no files; name `pool` in UPSTREAM_ORDER too."
             )
-    for last, place in zip([*order[1:], None], order, strict=True):
+    upstreams: dict[str, Callable[[Attempt, Sink], None]] = {
+        "pool": app.turns.answer,
+        "agents": app.agents.answer,
+    }
+    for name in order:
         try:
-            yield from (_by_agent(app, attempt) if place == "agents" else app.answers.ask(attempt))
+            upstreams[name](attempt, sink)
             return
         except ApiError as error:
-            if last is None or error.code not in ("no_agent", "no_account", "rate_limit_exceeded"):
+            if name == order[-1] or error.code not in ("no_agent", "no_account", "rate_limit_exceeded"):
                 raise
-
-
-def _by_agent(app: App, attempt: Attempt) -> Batches:
-    """An agent's answer, in one piece. It is told the whole conversation, unless it holds that."""
-    question, messages = attempt.question, attempt.question.messages
-    lines = [f"{one.role.capitalize()}: {one.text}" for one in messages]
-    content = messages[0].text if len(messages) == 1 else "\n\n".join(lines)
-    given = question.conversation or "", question.parent or ""
-    said = yield from _silent(app.agents.ask(content, *given, attempt.scope, attempt.watch))
-    yield [
-        Begin(question.model, said.conversation, said.response),
-        Text(said.content),
-        Finish("stop", said.conversation, said.response),
-    ]
-
-
-def _silent(operation: Patient[T]) -> Generator[list[Event] | None, None, T]:
-    """A slow operation among batches of events."""
-    return (yield from operation)
-
-
-def _count(app: App, request: Request, answered: Answered) -> None:
-    """Counts the tokens of an answer for the API user who asked."""
-    if request.user and answered.message:
-        app.ledger.count(request.user, tokens=sum(answered.counted()[:2]))
 
 
 def _all(app: App, request: Request, attempt: Attempt) -> list[Event]:
     """The events of a whole answer that is used here, and counted for the API user who asked."""
-    with contextlib.closing(app.answers.ask(attempt)) as answer:
-        said = [event for events in answer for event in events or ()]
+    collected = Collected()
+    app.turns.answer(attempt, collected)
     if request.user:
         texts = [message.text for message in attempt.question.messages]
-        texts += [event.text for event in said if isinstance(event, Text)]
+        texts += [event.text for event in collected.events if isinstance(event, Text)]
         app.ledger.count(request.user, tokens=sum(map(app.tokens.count, texts)))
-    return said
-
-
-def _take(
-    app: App, request: Request, answer: Batches, answered: Answered, take: Callable[[list[Event]], Any]
-) -> None:
-    """Takes in a whole answer, for a client that waits for its end."""
-    try:
-        with contextlib.closing(answer):
-            for events in answer:
-                take(events or [])
-                if answered.cut:
-                    return
-    finally:
-        _count(app, request, answered)
-
-
-def _pieces(app: App, request: Request, answer: Batches, answered: CompletionStream | ModelResponse) -> Sent:
-    """The pieces of a streamed answer: a batch of events is one piece, silence a comment line."""
-    try:
-        with contextlib.closing(answer):
-            for events in answer:
-                if events is None:
-                    yield HEARTBEAT_COMMENT, 0
-                    continue
-                piece = answered.feed(events)
-                if piece[0]:
-                    yield piece
-                if answered.cut:
-                    return
-    finally:
-        _count(app, request, answered)
+    return collected.events
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------
@@ -9267,12 +10363,16 @@ def chat_completions(app: App, request: Request) -> Reply | Stream | Upgrade:
     """OpenAI's chat completions, streamed or whole"""
     settings = app.settings
     turn = parse_chat(request.json(), settings.history_disabled, settings.upload_by_url)
-    answer, extras, counts = _asked(app, request, turn)[0], not settings.history_disabled, bool(request.user)
+    extras = not settings.history_disabled
     if turn.stream:
-        stream = CompletionStream(turn, app.tokens, extras, counts)
-        return Stream(_pieces(app, request, answer, stream))
+        stream = CompletionStream(turn, app.tokens, extras, bool(request.user))
+
+        def write(writer: Writer) -> None:
+            _ask(app, request, turn, Streamed(stream, writer), stream)
+
+        return Stream(write, opens=True)
     completion = Completion(turn, app.tokens, extras)
-    _take(app, request, answer, completion, completion.take)
+    _ask(app, request, turn, Whole(completion, completion.take), completion)
     return json_reply(completion.whole())
 
 
@@ -9284,7 +10384,7 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     earlier, names = _earlier(app, request, body.get("previous_response_id"))
     find = KeptItems(app, request).find
     wanted = parse_response(body, earlier, names, find, app.settings.upload_by_url)
-    answer, attempts = _asked(app, request, wanted.turn)
+    attempts: list[Attempt] = []
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
         if wanted.store:
@@ -9300,8 +10400,12 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
 
     response = ModelResponse(wanted, app.tokens, keep)
     if wanted.turn.stream:
-        return Stream(_pieces(app, request, answer, response))
-    _take(app, request, answer, response, response.feed)
+
+        def write(writer: Writer) -> None:
+            _ask(app, request, wanted.turn, Streamed(response, writer), response, attempts)
+
+        return Stream(write, opens=True)
+    _ask(app, request, wanted.turn, Whole(response, response.feed), response, attempts)
     return json_reply(response.whole())
 
 
@@ -9411,7 +10515,7 @@ def _listed_models(app: App, request: Request) -> dict[str, int]:
     def read(account: Account, watch: Watch) -> Account:
         ask = functools.partial(app.upstream.models, watch=watch)
         try:
-            patiently(app.answers.do("models", request.guest, ask, watch, account.id))
+            app.turns.do("models", request.guest, ask, watch, account.id)
         except ApiError:
             if not account.models[1]:  # else what it is known to offer stays listed
                 raise
@@ -9480,14 +10584,14 @@ def files_create(app: App, request: Request) -> Reply:
         raise unfit("purpose", f"must be one of {', '.join(PURPOSES)}.")
     file = app.files.described(part.blob, part.file_name or "", part.content_type, owner)
 
-    def place(account: Account) -> Patient[File]:
+    def place(account: Account) -> File:
         return app.files.placed(account, file, part.blob, request.watch)
 
     # Beside the owner's other files, so that one account can answer what uses several.
     before = app.store.files("owner=? AND purpose!=''", owner)
     beside = app.pool.find(before[0].account) if before else None
     preferred = beside.id if beside else None
-    held = patiently(app.answers.do(UPLOADS, request.guest, place, request.watch, preferred=preferred))
+    held = app.turns.do(UPLOADS, request.guest, place, request.watch, preferred=preferred)
     kept = held._replace(owner=owner, purpose=purpose, used=time.time())
     if held.purpose or held.owner != owner:
         kept = app.files.kept(kept)
@@ -9540,21 +10644,19 @@ def files_content(app: App, request: Request) -> Reply | Stream | Upgrade:
     if request.method == "HEAD":
         return Reply(content_type=file.mime)
 
-    def begin(account: Account) -> Patient[Call]:
-        url = yield from app.upstream.file_url(account, file.upstream, request.watch)
-        return (yield from app.upstream.content(account, url, request.watch))
+    def begin(account: Account) -> Call:
+        url = app.upstream.file_url(account, file.upstream, request.watch)
+        return app.upstream.content(account, url, request.watch)
 
-    call = patiently(app.answers.do("downloads", request.guest, begin, request.watch, file.account))
+    call = app.turns.do("downloads", request.guest, begin, request.watch, file.account)
+
+    def write(writer: Writer) -> None:
+        with call:
+            call.carry(lambda data: writer.write(data, 0), writer)
+
     place = f"attachment; filename*=UTF-8''{urllib.parse.quote(file.name)}"
     headers = {"Content-Disposition": place, "X-Content-Type-Options": "nosniff"}
-    return Stream(_bytes_of(call), content_type=file.mime, headers=headers)
-
-
-def _bytes_of(call: Call) -> Sent:
-    with call:
-        for data in call.rest():
-            if data:
-                yield data, 0
+    return Stream(write, content_type=file.mime, headers=headers, signs=False)
 
 
 @ROUTER.on("DELETE", "/v1/files/{id}", access=OR_ADMIN)
@@ -9637,7 +10739,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
 
     def inline(url: str, holder: str, watch: Watch) -> str:
         get = functools.partial(app.upstream.downloaded, url=url, watch=watch)
-        blob = patiently(app.answers.do("downloads", request.guest, get, watch, holder))
+        blob = app.turns.do("downloads", request.guest, get, watch, holder)
         return base64.b64encode(blob.read()).decode()
 
     data: list[dict[str, str]] = []
@@ -9685,10 +10787,10 @@ def audio_speech(app: App, request: Request) -> Reply:
     account, finish = _repeated(app, request, text)
     ids, named = (finish.conversation, finish.message), VOICES.get(voice, voice)
 
-    def read(account: Account) -> Patient[Answer]:
+    def read(account: Account) -> Answer:
         return app.upstream.speech(account, *ids, named, form, request.watch)
 
-    answer = patiently(app.answers.do("synthesize", request.guest, read, request.watch, account.id))
+    answer = app.turns.do("synthesize", request.guest, read, request.watch, account.id)
     return Reply(body=answer.body, content_type=answer.headers["content-type"])
 
 
@@ -9747,10 +10849,10 @@ def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
     kind = part.content_type if _MIME.fullmatch(part.content_type) else ""
     kind = kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
-    def listen(account: Account) -> Patient[str]:
+    def listen(account: Account) -> str:
         return app.upstream.transcription(account, part.blob, name, kind, language, request.watch)
 
-    return patiently(app.answers.do("transcribe", request.guest, listen, request.watch)), language, wanted
+    return app.turns.do("transcribe", request.guest, listen, request.watch), language, wanted
 
 
 def _written(form: str, task: str, text: str, language: str) -> Reply:
@@ -9780,7 +10882,7 @@ def _native_answer(
     """A call's answer by the caller's account, or by this one of the pool."""
     body = request.body if method != "GET" else None
     work = functools.partial(app.upstream.native, method=method, path=path, body=body, watch=watch)
-    return patiently(app.answers.do("native", request.guest, work, watch, holder))
+    return app.turns.do("native", request.guest, work, watch, holder)
 
 
 def _able(app: App) -> list[Account]:
@@ -9941,14 +11043,17 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     attempt.keeps = True
     if question.conversation:
         attempt.holder = attempt.kept_by = _holder(app, request, question.conversation)
-    pieces = app.answers.native(attempt, body, again)
-    try:
-        first = next(filter(None, pieces), b"")  # its status is that of the upstream's answer
-    except Refusal as refused:
-        if not refused.said:
-            raise
-        return _passed_on(refused.said)
-    return Stream(_as_they_come(first, pieces))
+
+    def write(writer: Writer) -> Reply | None:
+        try:
+            app.turns.native(attempt, body, again, writer)
+        except Refusal as refused:
+            if writer.begun or not refused.said:
+                raise
+            return _passed_on(refused.said)
+        return None
+
+    return Stream(write)
 
 
 # A string that is nothing but a file of the upstream's: a pointer, or an id as it gives them.
@@ -9982,24 +11087,6 @@ def _check_files(app: App, request: Request, body: Mapping[str, Any]) -> None:
     for id in used:
         if not any(request.scope.covers(file.owner) for file in app.store.files("upstream=?", id)):
             raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.", "messages")
-
-
-def _as_they_come(first: bytes, pieces: Pieces) -> Sent:
-    """Bytes of events; a sign of life only between two of them."""
-    last = first[-2:]
-    with contextlib.closing(pieces):
-        yield first, first.count(b"\n\n")
-        try:
-            for data in pieces:
-                if data is not None:
-                    last = (last + data)[-2:]
-                    yield data, data.count(b"\n\n")
-                elif last == b"\n\n":
-                    yield HEARTBEAT_COMMENT, 0
-        except ApiError:
-            if last != b"\n\n":
-                yield b"\n\n", 0  # so that what is said of the failure is an event of its own
-            raise
 
 
 # -- agents ------------------------------------------------------------------------------------------------------------
@@ -10038,7 +11125,7 @@ def api_ask(app: App, request: Request) -> Reply:
     ):
         said = _by_pool(app, request, content, conversation, parent)
     else:
-        said = patiently(app.agents.ask(content, conversation, parent, request.scope, request.watch))
+        said = app.agents.ask(content, conversation, parent, request.scope, request.watch)
     if request.user:
         count = app.tokens.count
         app.ledger.count(request.user, tokens=count(content) + count(said.content))
@@ -10051,14 +11138,13 @@ def _by_pool(app: App, request: Request, content: str, conversation: str, parent
     question = Question((Message("user", (content,)),), "auto", conversation or None, parent or None)
     attempt = Attempt(question, request.watch, request.guest, request.scope)
     attempt.keeps = True
-    turn, said = None, list[str]()
-    with contextlib.closing(app.answers.ask(attempt)) as answer:
-        for event in itertools.chain(*filter(None, answer)):
-            event = _as_text(event)
-            if isinstance(event, Text):
-                said.append(event.text)
-            elif isinstance(event, Finish):
-                turn = event
+    turn, said, answer = None, list[str](), Collected()
+    app.turns.answer(attempt, answer)
+    for event in map(_as_text, answer.events):
+        if isinstance(event, Text):
+            said.append(event.text)
+        elif isinstance(event, Finish):
+            turn = event
     return AgentAnswer("".join(said), turn.message if turn else "", turn.conversation if turn else "")
 
 
@@ -10113,7 +11199,7 @@ def _exchanged(app: App, request: Request, kind: str, *names: str) -> Reply:
     app.keys.guesses.slow_down(request)
     try:
         app.pool.lease_guest(account, "")
-        patiently(app.upstream.token(account, request.watch, account.row.access_token))
+        app.upstream.token(account, request.watch, account.row.access_token)
     except ApiError as error:
         if error.code == "invalid_api_key":
             app.keys.guesses.note(request.peer)
@@ -10142,7 +11228,7 @@ def auth_login(app: App, request: Request) -> Reply:
         app.keys.admit_admin(request, sessions=False)
     check_types(body, {"code": _TEXT, "store": _FLAG})
     username, password = required(body, "username"), required(body, "password")
-    sign_in = PasswordSignIn(app.settings, request.watch)
+    sign_in = PasswordSignIn(app.settings, app.loop, request.watch)
     access, refresh = sign_in.tokens_for(username, password, body.get("code") or "")
     try:
         row = with_access_token(AccountRow("", REFRESH if refresh else ACCESS, refresh or access), access)
@@ -10197,7 +11283,7 @@ def checked(app: App, account: Account, watch: Watch) -> tuple[str, str | None]:
         return account.id, None
     try:
         me = functools.partial(app.upstream.me, watch=watch)
-        patiently(app.answers.do("check", None, me, watch, account.id))
+        app.turns.do("check", None, me, watch, account.id)
     except ApiError as error:
         state = account.told(time.time())
         return account.id, error.message if state == "ready" else state
@@ -11638,7 +12724,7 @@ class Demo(Application):
             for one in message.get("metadata", {}).get("attachments", ()):
                 if self._held(request, one.get("id")) is None:
                     return _detail(404, {"code": "file_not_found", "message": "File not found"})
-        return Stream(self.frames(self.answer(request, body)))
+        return streamed(self.frames(self.answer(request, body)), signs=False)
 
     def frames(self, pieces: Iterable[bytes]) -> Sent:
         for piece in pieces:
@@ -11859,7 +12945,8 @@ class Demo(Application):
         file = self.files.get(request.params["id"])
         if file is None or file.blob is None:
             return Reply(404)
-        return Stream(self.frames(file.blob.pieces()), content_type=file.mime or "application/octet-stream")
+        kind = file.mime or "application/octet-stream"
+        return streamed(self.frames(file.blob.pieces()), content_type=kind, signs=False)
 
     @router.on("GET", "/{api}/synthesize")
     def synthesize(self, request: Request) -> Reply:
@@ -12112,7 +13199,7 @@ class Demo(Application):
         events += [[Text(word)] for word in words]
         events.append([Finish("stop")])
         if turn.stream:
-            return Stream(completion.feed(batch) for batch in events)
+            return streamed(completion.feed(batch) for batch in events)
         for batch in events:
             completion.take(batch)
         return json_reply(completion.whole())
@@ -12291,6 +13378,7 @@ class Daemon:
         gc.collect()
         gc.freeze()
         log(logging.INFO, self._ready(server, app))
+        app.tokens.start()
         self.stop.wait()
         log(logging.INFO, "stopping", open=server.connections())
         server.drain(settings.shutdown_grace)
@@ -12536,7 +13624,7 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
         fail(f"no such account: {', '.join(sorted(missing))}")
     app = App(settings, store, solver := Solver())
     chosen = [account for account in app.pool.accounts() if not ids or account.id in ids]
-    ask = functools.partial(checked, app, watch=Watch(math.inf))
+    ask = functools.partial(checked, app, watch=Watch())
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as executor:
         asked = executor.map(ask, chosen)
         with click.progressbar(asked, len(chosen), "checking", file=sys.stderr) as done:
@@ -12577,7 +13665,7 @@ def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str, as_jso
 def login(flags: Mapping[str, str | None], device: bool, as_json: bool) -> None:
     """Sign in with your browser and store the account; a running server takes it in by itself."""
     settings = settled(flags)
-    pool, sign_in = Pool(settings, opened(settings)), SignIn(settings)
+    pool, sign_in = Pool(settings, opened(settings)), SignIn(settings, Loop())
     tell = functools.partial(click.echo, err=as_json)  # so that a script gets nothing but JSON
     try:
         access, refresh = _by_device(sign_in, tell) if device else _by_browser(sign_in, settings, tell)
@@ -12602,7 +13690,7 @@ def _by_password(settings: Settings) -> tuple[str, str]:
     password, code = click.prompt("Password", hide_input=True, err=True), ""
     while True:
         try:
-            return PasswordSignIn(settings, Watch(math.inf)).tokens_for(username, password, code)
+            return PasswordSignIn(settings, Loop(), Watch()).tokens_for(username, password, code)
         except ApiError as error:
             if error.code != "mfa_required" or code:
                 fail(error.message)
@@ -12649,7 +13737,7 @@ def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]
     tell(f"Sign in here; your browser may have opened it:\n{sign_in.address()}")
     webbrowser.open(sign_in.address())
     try:
-        code = patiently(awaited(callback.code, Watch(1.0), SIGN_IN_TIME))
+        code = Watch().result(callback.code, SIGN_IN_TIME)
     except TimeoutError:
         fail(f"nobody signed in within {SIGN_IN_TIME / 60:.0f} minutes")
     finally:

@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import http.client
 import importlib
+import importlib.metadata
 import inspect
 import io
 import itertools
@@ -76,6 +77,7 @@ ALL = cp.Scope("key-of-a-test", everyone=True)
 ADMIN = "key-of-the-admin"
 SOLVER = cp.Solver()  # forks, so before the first thread
 SOLVER.start()
+LOOP = cp.Loop()
 hypothesis_settings.register_profile(
     "here", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -156,7 +158,7 @@ class Weather(cp.Demo):
                 raise
             yield b"", 0
 
-        return lambda request: cp.Stream(wait(request))
+        return lambda request: cp.streamed(wait(request))
 
 
 def status(code: int, body: Any = None, kind: str = "application/json", **headers: str) -> Fault:
@@ -167,7 +169,7 @@ def status(code: int, body: Any = None, kind: str = "application/json", **header
 
 def raw_stream(*pieces: bytes) -> Fault:
     """Exactly these bytes as a whole stream."""
-    return lambda request: cp.Stream((piece, 1) for piece in pieces)
+    return lambda request: cp.streamed((piece, 1) for piece in pieces)
 
 
 def cut_stream(*pieces: bytes) -> Fault:
@@ -178,7 +180,25 @@ def cut_stream(*pieces: bytes) -> Fault:
             yield piece, 1
         raise cp.ClientGone
 
-    return lambda request: cp.Stream(give())
+    return lambda request: cp.streamed(give())
+
+
+def written(stream: cp.Stream) -> list[bytes]:
+    """What a stream writes, without a connection."""
+    said: list[bytes] = []
+
+    class Collecting:
+        begun = gone = full = False
+
+        def write(self, data: bytes, events: int = 0) -> None:
+            said.append(data)
+
+        def drain(self) -> None:
+            pass
+
+    writer: Any = Collecting()
+    stream.write(writer)
+    return said
 
 
 class Proxy:
@@ -210,6 +230,7 @@ class Proxy:
         self._stop.set()
         self.server.drain(0)
         self.app.upstream.close()
+        self.app.loop.close()
         self.store.close()
 
     def ask(self, text: str = "hi", key: str | None = KEY, **body: Any) -> httpx.Response:
@@ -264,6 +285,7 @@ def weather() -> Iterator[Weather]:
     server, upstream.url = upstream.listen()
     yield upstream
     server.drain(0)
+    upstream.loop.close()
 
 
 @pytest.fixture
@@ -1590,7 +1612,7 @@ def test_another_account_answers_when_one_is_refused(
 
 def plain(weather: Weather) -> Fault:
     """An answer without a look at requirements, for CONVERSATION_ONLY."""
-    return lambda request: cp.Stream(weather.frames(weather.answer(request, request.json())))
+    return lambda request: cp.streamed(weather.frames(weather.answer(request, request.json())))
 
 
 @pytest.mark.parametrize(("code", "answer"), [(422, 400), (400, 400), (413, 413)])
@@ -1944,7 +1966,7 @@ def test_an_account_removed_during_its_first_exchange_takes_no_other_with_it(
 
     weather.add("/oauth/token", wait)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        exchange = pool.submit(cp.patiently, proxy.app.upstream.token(account, cp.Watch(60)))
+        exchange = pool.submit(proxy.app.upstream.token, account, cp.Watch())
         wait_until(lambda: not weather.faults["/oauth/token"])
         assert proxy.app.pool.remove([added.id]) == [added.id]
         go.set()
@@ -1963,7 +1985,7 @@ def test_a_disabled_account_stays_disabled_however_it_comes_again(
     (added,) = proxy.app.pool.add([refresh]).rows
     account = proxy.app.pool.find(added.id)
     assert account
-    cp.patiently(proxy.app.upstream.token(account, cp.Watch(60)))
+    proxy.app.upstream.token(account, cp.Watch())
     assert alice.row.state == "disabled" and alice.row.kind == "refresh" and len(proxy.store.accounts()) == 2
 
 
@@ -2557,7 +2579,7 @@ def test_a_lost_solver_stops_nobody() -> None:
     solver = cp.Solver()
     solver.close()
     configuration = cp.fingerprint("d", "a", "en-US", cp.Page(), 2e9)
-    token = cp.patiently(solver.solved(("0.5", "000fff", configuration, "sha3"), cp.Watch(15)))
+    token = solver.solved(("0.5", "000fff", configuration, "sha3"), cp.Watch())
     assert right("sha3", "0.5", "000fff", token[7:])
 
 
@@ -2641,7 +2663,7 @@ def test_what_is_hidden_from_the_client_is_silence_to_it(
             for piece in weather.say(request.json(), weather.words):
                 yield piece, 1
 
-        return cp.Stream(pieces())
+        return cp.streamed(pieces())
 
     weather.add("/conversation", busy)
     chunks, text = proxy.stream()
@@ -2740,14 +2762,13 @@ def over_http2(
                 break
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         request = cp.Request(
-            scope["method"], scope["path"], {}, headers, cp.Blob(body), "127.0.0.1", cp.Watch(15)
+            scope["method"], scope["path"], {}, headers, cp.Blob(body), "127.0.0.1", cp.Watch()
         )
         answer = weather.respond(request)
         assert not isinstance(answer, cp.Upgrade)
         kind = [(b"content-type", answer.content_type.encode())]
         await send({"type": "http.response.start", "status": answer.status, "headers": kind})
-        pieces = [(answer.body, 1)] if isinstance(answer, cp.Reply) else answer.pieces
-        for piece, _ in pieces:
+        for piece in [answer.body] if isinstance(answer, cp.Reply) else written(answer):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
@@ -3070,7 +3091,7 @@ def test_an_answer_cut_by_length_is_continued(start: Callable[..., Proxy], weath
     proxy = start("alice")
 
     def cut(request: cp.Request) -> cp.Stream:
-        return cp.Stream(weather.frames(weather.say(request.json(), [" part"], "max_tokens")))
+        return cp.streamed(weather.frames(weather.say(request.json(), [" part"], "max_tokens")))
 
     weather.add("/conversation", cut, cut)
     chunks, _ = proxy.stream()
@@ -4347,7 +4368,7 @@ def test_text_streams_until_a_tag_may_begin(start: Callable[..., Proxy], weather
             held.wait(10)
             yield "morrow>"
 
-        return cp.Stream(weather.frames(weather.say(request.json(), words())))
+        return cp.streamed(weather.frames(weather.say(request.json(), words())))
 
     weather.add("/conversation", slowly)
     seen = ""
@@ -5026,7 +5047,7 @@ def test_a_second_asking_without_an_account_loses_no_response(
     bad = "<tool_call>oh no"
 
     def limited(request: cp.Request) -> cp.Stream:
-        answer = cp.Stream(weather.frames(weather.say(request.json(), in_pieces(bad))))
+        answer = cp.streamed(weather.frames(weather.say(request.json(), in_pieces(bad))))
         proxy.app.pool.told_to_wait(proxy.app.pool.accounts()[0], "gpt-4o", 1000)
         return answer
 
@@ -5175,7 +5196,7 @@ def test_no_body_of_any_shape_is_our_fault(fuzzed: Proxy, path: str, changes: di
 
 
 def plain_answer(weather: Weather) -> Fault:
-    return lambda request: cp.Stream(weather.frames(weather.say(request.json(), ["No."])))
+    return lambda request: cp.streamed(weather.frames(weather.say(request.json(), ["No."])))
 
 
 def test_images_are_drawn_side_by_side(proxy: Proxy, weather: Weather) -> None:
@@ -5521,6 +5542,7 @@ def site(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Sit
     served = Site(tmp_path if getattr(request, "param", "") else None)
     yield served
     served.server.drain(0)
+    served.loop.close()
 
 
 plain_and_secure = pytest.mark.parametrize("site", ["", "TLS"], indirect=True)
@@ -5532,7 +5554,12 @@ def pair(ahead: bytes = b"", buffer: int = 200_000, **limits: Any) -> Iterator[t
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     with ours, theirs:
-        yield cp.WebSocket(ours, ahead, **limits), Peer(theirs)
+        it = cp.WebSocket(ours, LOOP, ahead, **limits)
+        try:
+            yield it, Peer(theirs)
+        finally:
+            it.leave("the test is over")
+            LOOP.run(int)
 
 
 @contextlib.contextmanager
@@ -5746,9 +5773,10 @@ def test_a_silent_client_is_pinged_then_dropped_in_time() -> None:
 
 
 def test_any_byte_is_a_sign_of_life_and_a_reader_that_was_away_blames_nobody() -> None:
-    with pair(masked(0x81, b"one"), idle=0.1, patience=0.25) as (it, peer):
+    with pair(masked(0x81, b"one") + masked(0x81, b"two"), idle=0.1, patience=0.25) as (it, peer):
         assert it.receive() == "one"
-        time.sleep(0.5)  # work
+        time.sleep(0.5)  # while the second one waits
+        assert it.receive() == "two"
         with aside(echo, it):
             for byte in masked(0x8A, b"") + masked(0x81, b"hi"):  # a pong, and a message, byte by byte
                 assert peer.frame() == (0x89, b"")
@@ -5786,10 +5814,10 @@ def test_a_client_that_hardly_reads_holds_neither_senders_nor_the_reader(sips: b
             time.sleep(0.01)
 
     with pair(buffer=4096, send_timeout=0.5) as (it, peer), aside(sip):
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            calls = [functools.partial(it.send, "x" * 300_000)] * 3 + [functools.partial(it.receive)]
-            ends = list(pool.map(took, calls))
-        assert all(code == 1006 and seconds < 1.2 for code, seconds in ends)
+        for _ in range(3):
+            it.send("x" * 300_000)  # nobody waits for that
+        code, seconds = took(it.receive)
+        assert code == 1006 and seconds < 1.2 and took(it.send, "x")[0] == 1006
 
 
 def test_no_two_threads_are_inside_the_socket_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5822,6 +5850,7 @@ def test_neither_pings_nor_fragments_nor_what_was_read_take_memory() -> None:
         for it, peer in pairs:
             with aside(peer.send, big):
                 assert len(it.receive() or "") == 500_000
+        LOOP.run(int)  # which lets go of what it has read
         assert (at_rest := tracemalloc.get_traced_memory()[0]) < 5 * 16_000  # of which most is the test's
         tracemalloc.reset_peak()
         with aside(peer.send, parts):
@@ -5865,6 +5894,245 @@ def test_a_message_arrives_the_same_in_any_fragments_and_any_pieces(data: st.Dat
     ahead, *later = cut(wire)
     with pair(ahead) as (it, peer), aside(list, map(peer.send, later)):
         assert [it.receive() for _ in texts] == texts
+
+
+# --- one loop carries, threads decide -----------------------------------------------------------------------------------
+
+
+def asking(
+    proxy: Proxy | Served, text: str = "hi", trust: ssl.SSLContext | None = None, **body: Any
+) -> socket.socket:
+    """A connection that has asked for a stream, and reads next to nothing by itself."""
+    port = urllib.parse.urlsplit(proxy.url).port
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(60)
+    sock.connect(("127.0.0.1", port))
+    if trust:
+        sock = trust.wrap_socket(sock, server_hostname="127.0.0.1")
+    said = json.dumps(
+        {"model": "gpt-4o", "messages": [{"role": "user", "content": text}], "stream": True} | body
+    )
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {KEY}\r\nContent-Length: {len(said)}\r\n\r\n"
+    sock.sendall((head + said).encode())
+    return sock
+
+
+def read_on(sock: socket.socket, size: int = 1 << 20, pause: float = 0.0) -> bytes:
+    """What comes until the end of a chunked answer."""
+    data = b""
+    while not data.endswith(b"\r\n0\r\n\r\n") and (more := sock.recv(size)):
+        data += more
+        time.sleep(pause)
+    return data
+
+
+def counted(weather: Weather, words: int, passed: list[int]) -> None:
+    """The next answer has so many words of 1,000 characters; `passed` gets the number of those that were sent."""
+
+    def say(request: cp.Request) -> cp.Stream:
+        answer = weather.say(request.json(), ["x" * 1000] * words)
+
+        def pieces() -> cp.Sent:
+            for data in answer:
+                passed.append(len(data))
+                yield data, 1
+
+        return cp.streamed(pieces())
+
+    weather.add("/conversation", say)
+
+
+def whole(data: bytes, words: int) -> bool:
+    return data.count(b"x" * 1000) == words and b"data: [DONE]" in data
+
+
+def test_slow_readers_hold_up_nobody_and_get_everything(proxy: Proxy, weather: Weather) -> None:
+    words = 2000
+    for _ in range(4):
+        counted(weather, words, [])
+    slow = [asking(proxy) for _ in range(4)]
+    wait_until(lambda: not weather.faults["/conversation"])
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        late = [pool.submit(read_on, sock, 16384, 0.005) for sock in slow]
+        start = time.monotonic()
+        assert list(pool.map(proxy.say, ["hi"] * 16)) == ["Hello wide world."] * 16
+        fast = time.monotonic() - start
+        assert not all(one.done() for one in late)
+        assert all(whole(one.result(), words) for one in late)
+    assert fast < 10
+    for sock in slow:
+        sock.close()
+
+
+def test_what_a_client_does_not_read_is_not_fetched(proxy: Proxy, weather: Weather) -> None:
+    words, passed = 15_000, list[int]()
+    counted(weather, words, passed)
+    with asking(proxy) as sock:
+        wait_until(lambda: passed)
+        before = -1
+        while before != len(passed):  # until nothing moves any more
+            before = len(passed)
+            time.sleep(0.5)
+        assert before < words * 0.9  # 15 MB; what the kernel buffers on the way is its own
+        writers = [one.client.writer for one in proxy.server._open.values() if one]
+        held = [len(data) for writer in writers if writer for data in writer._unsent]
+        assert 0 < sum(held) < 4 * cp.MAX_UNSENT
+        assert whole(read_on(sock), words)
+
+
+def test_a_client_that_stops_reading_for_20_seconds_gets_the_rest(proxy: Proxy, weather: Weather) -> None:
+    words = 12_000
+    counted(weather, words, [])
+    with asking(proxy) as sock:
+        first = sock.recv(4096)
+        time.sleep(20)
+        assert whole(first + read_on(sock), words)
+    assert "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text
+
+
+def test_a_client_that_reads_nothing_at_all_is_left(
+    proxy: Proxy, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp, "SEND_TIMEOUT", 1)
+    passed = list[int]()
+    counted(weather, 40_000, passed)
+    with asking(proxy) as sock:
+        assert sock.recv(100)
+        wait_until(lambda: "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text, 20)
+        number = len(passed)
+        time.sleep(0.5)
+        assert len(passed) == number < 40_000  # and its answer is no longer fetched
+    assert proxy.say() == "Hello wide world."
+
+
+def test_a_client_that_hangs_up_ends_its_answer_at_once(start: Start, weather: Weather) -> None:
+    proxy = start("alice", "bob")
+    said = list(weather.say({"model": "gpt-4o"}, ["Hello", " there"]))
+    for _ in range(2):
+        weather.add("/conversation", weather.silence(b"".join(said[:-2])))
+        sock = asking(proxy)
+        assert sock.recv(100)
+        wait_until(lambda: "chatproxy_streams_open 1" in httpx.get(f"{proxy.url}/metrics").text)
+        sock.close()
+        wait_until(lambda: "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text, 1.5)
+
+
+def test_tls_clients_are_carried_like_others(start: Start, weather: Weather, tmp_path: pathlib.Path) -> None:
+    authority, certificate = certified(tmp_path)
+    proxy = start("alice", **certificate)
+    proxy.url = proxy.url.replace("http://", "https://")
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    words = 3000
+    for _ in range(3):
+        counted(weather, words, [])
+    slow = [asking(proxy, trust=trust) for _ in range(3)]
+    wait_until(lambda: not weather.faults["/conversation"])
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        late = [pool.submit(read_on, sock, 16384, 0.004) for sock in slow]
+        fast = [pool.submit(read_on, asking(proxy, trust=trust)) for _ in range(12)]
+        assert all(b"[DONE]" in one.result() for one in fast)
+        assert all(whole(one.result(), words) for one in late)
+    with httpx.Client(verify=trust, headers={"Authorization": KEY}) as client:  # the connection is used on
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "x"}], "stream": True}
+        for _ in range(3):
+            assert "[DONE]" in client.post(f"{proxy.url}{CHAT}", json=body).text
+            assert client.get(f"{proxy.url}/health").status_code == 200
+
+
+def test_a_decision_in_mid_stream_is_made_while_the_loop_is_full(proxy: Proxy, weather: Weather) -> None:
+    for _ in range(8):
+        counted(weather, 5000, [])
+    busy = [asking(proxy) for _ in range(8)]
+    wait_until(lambda: not weather.faults["/conversation"])
+    weather.words = ["See ", "[this](sandbox:/mnt/data/a.txt)", " and", " more."]
+    weather.add("/interpreter/download", status(200, {"download_url": "https://files.example/a.txt"}))
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        carried = [pool.submit(read_on, sock) for sock in busy]
+        chunks, _ = proxy.stream()
+        assert text_of(chunks) == "See [this](https://files.example/a.txt) and more."
+        assert all(whole(one.result(), 5000) for one in carried)
+
+
+def test_connections_without_a_request_have_no_thread(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cp.Workers, "LIFE", 0.5)
+    before = threading.active_count()
+    socks = [socket.create_connection(proxy.address) for _ in range(100)]
+    for sock in socks:
+        sock.sendall(HEALTH)
+    assert all(sock.recv(65536).startswith(b"HTTP/1.1 200 ") for sock in socks)
+    wait_until(
+        lambda: (
+            proxy.server.connections() >= 100
+            and sum(one.busy for one in proxy.server._open.values() if one) == 0
+        )
+    )
+    wait_until(lambda: threading.active_count() <= before + 8, 20)
+    socks[0].sendall(HEALTH)
+    assert socks[0].recv(65536).startswith(b"HTTP/1.1 200 ")
+    for sock in socks:
+        sock.close()
+    wait_until(lambda: proxy.server.connections() == 0)
+
+
+def test_an_idle_connection_is_closed_in_time(start: Start) -> None:
+    proxy = start("alice", read_timeout="1")
+    for first in (b"", HEALTH):
+        with socket.create_connection(proxy.address, timeout=10) as sock:
+            sock.sendall(first)
+            begun, got = time.monotonic(), b""
+            while more := sock.recv(65536):
+                got += more
+            assert 0.9 < time.monotonic() - begun < 4 and got.startswith(b"HTTP/1.1 200 ") == bool(first)
+
+
+TRIED = "0.16.0 to 0.16.3"  # of curl_cffi
+
+
+def test_the_versions_of_curl_cffi_that_may_be_installed_are_those_that_were_tried() -> None:
+    bound, texts = (
+        "curl_cffi>=0.16,<0.17",
+        [(HERE / name).read_text() for name in ("Makefile", "README.md", "chatproxy.py")],
+    )
+    assert TRIED in texts[1] and [text.count(bound) for text in texts] == [1, 2, 2]
+    assert not re.search(r"curl_cffi(?!>=0\.16,<0\.17)[<>=~]", "".join(texts))
+    assert importlib.metadata.version("curl_cffi").split(".")[:2] == ["0", "16"]
+    for name in (
+        "curl_multi_socket_action",
+        "curl_multi_setopt",
+        "curl_easy_pause",
+        "buffer_callback",
+        "timer_function",
+    ):
+        assert hasattr(cp.lib, name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the load client is for Linux")
+def test_a_thousand_streams_go_on_while_connections_come_and_go(tmp_path: pathlib.Path) -> None:
+    def gauge(server: Process) -> float:
+        found = re.search(r"(?m)^chatproxy_loop_seconds ([\d.e-]+)$", server.get("/metrics")[1].decode())
+        return float(found[1]) if found else float("inf")
+
+    found, longest = dict[str, Any](), float("inf")
+    for attempt in range(3):  # of a machine that others use too
+        with standin() as upstream:
+            proxy = Measured(SCRIPT, str(tmp_path / str(attempt)), upstream, 8)
+            with ended(proxy.start()) as pid:
+                server = Process(pid, proxy.port)
+                server.wait("/health", proxy.log)
+                rig = Rig(upstream, server, None)
+                rig.run(server, rig.load(server, 1, connections=8, requests=4))
+                streams = start_client(rig.load(server, 24, "pace=0.4", connections=1000, ramp=3.0))
+                time.sleep(4)
+                passing = rig.load(server, 1, stream=False, connections=200, requests=1, ramp=4.0)
+                found = {"passing": start_client(passing)()}
+                found["streams"] = streams()
+                longest = gauge(server)
+        assert not found["passing"]["failures"] and not found["streams"]["failures"], found
+        if longest < 0.02 and found["streams"]["gap"] < 1.5:
+            return
+    raise AssertionError((longest, found))
 
 
 # --- agents ----------------------------------------------------------------------------------------------------------
@@ -6473,7 +6741,7 @@ def test_signs_of_life_come_only_between_two_events(start: Start, weather: Weath
             yield piece, 1
             time.sleep(0 if piece is pieces[-1] else 1.2)
 
-    weather.add("/conversation", lambda request: cp.Stream(slow()))
+    weather.add("/conversation", lambda request: cp.streamed(slow()))
     assert turn(start("alice", heartbeat="1")).content == pieces[0] + b": \n\n" + pieces[1] + pieces[2]
 
 
@@ -6741,7 +7009,8 @@ def test_a_done_is_taken_out_however_it_is_cut(end: bytes, cuts: list[int]) -> N
     text = b"data: {}" + line * 2 + b"data: [DONEY]" + line * 2
     wire, places = text + b"data: [DONE]" + end, sorted({0, *cuts})
     pieces = [wire[a:b] for a, b in zip(places, [*places[1:], len(wire)], strict=True)]
-    got = b"".join(filter(None, cp.without_done(piece for piece in pieces)))
+    without = cp.WithoutDone()
+    got = b"".join([*map(without.feed, pieces), without.end()])
     assert got.rstrip() == text.rstrip() and got.startswith(text)
 
 
@@ -7071,7 +7340,7 @@ def test_what_an_upstream_sends_has_an_end(start: Start, weather: Weather) -> No
     said = list(weather.say({"model": "gpt-4o"}, ["fine"]))
     for fault in (
         lambda _: cp.Reply(200, bomb, headers=packed),
-        lambda _: cp.Stream((piece, 1) for piece in (*[b"data: " + b"x" * (1 << 20)] * 20, b"\n\n", *said)),
+        lambda _: cp.streamed((piece, 1) for piece in (*[b"data: " + b"x" * (1 << 20)] * 20, b"\n\n", *said)),
         lambda _: cp.Reply(200, b"", headers={f"X-{n}": "y" for n in range(400)}),
         lambda _: cp.Reply(200, b"", headers={"X": "y" * 200_000}),
         lambda _: cp.Reply(2000, b"{}"),
@@ -7168,13 +7437,13 @@ def test_an_upstream_that_is_public_names_no_private_place(start: Start, weather
     # Behind a proxy names are the proxy's to resolve, addresses are not.
     upstream, (account,) = proxy.app.upstream, proxy.app.pool.accounts()
     account.route = account.route._replace(proxy="http://127.0.0.1:9")
-    ask = functools.partial(upstream.named_place, account, watch=cp.Watch(1.0))
-    assert cp.patiently(ask(url="https://files.example/x")) == ""
+    ask = functools.partial(upstream.named_place, account, watch=cp.Watch())
+    assert ask(url="https://files.example/x") == ""
     for url in ("https://10.0.0.1/x", "https://[fd00::1]/x", "https://localhost/x"):
         with pytest.raises(cp.Refusal):
-            cp.patiently(ask(url=url))
+            ask(url=url)
     account.route = account.route._replace(proxy="")
-    assert cp.patiently(ask(url=f"{weather.url}/x")) == ""
+    assert ask(url=f"{weather.url}/x") == ""
 
 
 def test_a_gateway_whose_name_is_not_known_yet_is_asked_for_again(start: Start, weather: Weather) -> None:
@@ -7182,18 +7451,18 @@ def test_a_gateway_whose_name_is_not_known_yet_is_asked_for_again(start: Start, 
     upstream, (account,), known = proxy.app.upstream, proxy.app.pool.accounts(), socket.getaddrinfo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *_, **__: known("name.invalid", 1))
-        assert not cp.patiently(upstream._gateway_private(account.gateway, cp.Watch(1.0)))
-    assert cp.patiently(upstream._gateway_private(account.gateway, cp.Watch(1.0)))
+        assert not upstream._gateway_private(account.gateway, cp.Watch())
+    assert upstream._gateway_private(account.gateway, cp.Watch())
 
 
 def test_a_public_host_is_asked_at_the_addresses_that_were_looked_at(weather: Weather) -> None:
-    handles, port = cp.Handles(), urllib.parse.urlsplit(weather.url).port
+    handles, port = cp.Handles(LOOP), urllib.parse.urlsplit(weather.url).port
     place = f"files.example:{port}:127.0.0.1,[::1]"
     url = f"http://files.example:{port}/backend-api/me"
-    with handles.call("a", cp.Route("", ""), "GET", url, [], None, cp.Watch(1.0), 5.0, place=place) as call:
-        assert cp.patiently(call.whole()).status == 403
+    with handles.call("a", cp.Route("", ""), "GET", url, [], None, cp.Watch(), 5.0, place=place) as call:
+        assert call.whole().status == 403
     assert weather.seen[-1].headers["host"] == f"files.example:{port}"
-    handles.sweep(float("inf"))
+    handles.close()
 
 
 def test_junk_tokens_leave_nothing_and_reach_nothing(start: Start, weather: Weather) -> None:
@@ -7205,7 +7474,8 @@ def test_junk_tokens_leave_nothing_and_reach_nothing(start: Start, weather: Weat
     for key in (*tokens, "sk-junk"):
         assert error_of(proxy.ask(key=key, messages=asked)) == (401, "invalid_api_key")
     upstream, pool = proxy.app.upstream, proxy.app.pool
-    assert not upstream.guest_handles._idle and not pool._guests and not proxy.store.accounts("guest=1")
+    wait_until(lambda: not upstream.guest_handles.owners())
+    assert not pool._guests and not proxy.store.accounts("guest=1")
     assert weather.count("/image.png") == weather.count("/files") == weather.count("/conversation") == 0
     real = cp.demo_token("guest")
     assert [proxy.ask(key=real).status_code for _ in range(2)] == [200, 200]
@@ -7213,23 +7483,22 @@ def test_junk_tokens_leave_nothing_and_reach_nothing(start: Start, weather: Weat
 
 
 def test_guests_share_a_small_pool_of_connections() -> None:
-    handles, route = cp.Handles(together=True, most=3), cp.Route("", "")
+    handles, route = cp.Handles(LOOP, together=True, most=3), cp.Route("", "")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         dead = f"http://127.0.0.1:{closed.getsockname()[1]}/"
     for name in "abcde":
-        call = handles.call(name, route, "GET", "http://127.0.0.1:1/", [], None, cp.Watch(1.0), 1.0)
+        call = handles.call(name, route, "GET", "http://127.0.0.1:1/", [], None, cp.Watch(), 1.0)
         call.__exit__()
-    assert [key[0] for key, idle in handles._idle.items() if idle] == ["c", "d", "e"]
-    with (
-        pytest.raises(cp.Refusal),
-        handles.call("c", route, "GET", dead, [], None, cp.Watch(1.0), 1.0) as failing,
-    ):
-        cp.patiently(failing.whole())
-    assert [key[0] for key, idle in handles._idle.items() if idle] == [
-        "d",
-        "e",
-    ]  # what failed is not used again
-    handles.sweep(float("inf"))
+    assert handles.owners() == ["c", "d", "e"]
+    used = handles.call("c", route, "GET", dead, [], None, cp.Watch(), 1.0)
+    with pytest.raises(cp.Refusal), used:
+        used.whole()
+    LOOP.run(int)
+    again = handles.call("c", route, "GET", dead, [], None, cp.Watch(), 1.0)
+    assert again.handle is not used.handle and used.handle.easy is None  # what failed is not used again
+    again.__exit__()
+    handles.close()
+    assert handles.owners() == []
 
 
 def test_made_up_refresh_tokens_keep_no_account_from_its_renewal(start: Start, weather: Weather) -> None:
@@ -7866,7 +8135,7 @@ def test_a_solvers_answer_that_is_cut_ends_no_listener() -> None:
         SOLVER._socket.send(json.dumps([1, long]).encode())
     job = ("0.5", "0007", cp.fingerprint("d", "agent", "en-US", cp.Page(), time.time()), "sha3")
     began = time.monotonic()
-    assert cp.patiently(SOLVER.solved(job, cp.Watch(1.0))).startswith("gAAAAAB")
+    assert SOLVER.solved(job, cp.Watch()).startswith("gAAAAAB")
     assert time.monotonic() - began < cp.SOLVER_PATIENCE
 
 
@@ -7943,7 +8212,7 @@ def test_one_address_does_not_take_all_places_of_new_tokens(start: Start, weathe
 
 
 def test_who_leaves_while_waiting_makes_nobody_wait_longer() -> None:
-    guesses, gone = cp.Guesses(), cp.Watch(1.0)
+    guesses, gone = cp.Guesses(), cp.Watch()
     request = cp.Request("GET", "/", {}, {}, cp.Blob(), "127.0.0.1", gone)
     for _ in range(cp.WRONG_KEYS):
         guesses.slow_down(request, wrong=True)
@@ -8528,11 +8797,12 @@ class Answering(cp.Application):
 @contextlib.contextmanager
 def listening(respond: Callable[[cp.Request], Any], **settings: Any) -> Iterator[str]:
     """A server that answers like this; its URL."""
-    settled = dataclasses.replace(cp.settle(cp.gather({}, {})), **settings)
-    server = cp.Server(("127.0.0.1", 0), Answering(respond), settled, cp.Metrics(), quiet=True)
+    settled, answering = dataclasses.replace(cp.settle(cp.gather({}, {})), **settings), Answering(respond)
+    server = cp.Server(("127.0.0.1", 0), answering, settled, cp.Metrics(), quiet=True)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http{'s' * bool(settings.get('tls_cert'))}://127.0.0.1:{server.server_port}"
     server.drain(0)
+    answering.loop.close()
 
 
 def test_no_upstream_or_proxy_is_trusted_without_a_certificate_that_proves_it(
@@ -8677,7 +8947,7 @@ def test_a_sign_in_is_proved_by_whom_it_was_begun(proxy: Proxy, weather: Weather
         assert query["code_challenge_method"] == "S256" and len(form["code_verifier"]) >= 43
         assert query["code_challenge"] == hashed(form["code_verifier"]) not in seen
         seen.add(query["code_challenge"])
-    browsers = [cp.SignIn(proxy.settings) for _ in range(2)]
+    browsers = [cp.SignIn(proxy.settings, LOOP) for _ in range(2)]
     asked = [dict(httpx.URL(browser.address()).params) for browser in browsers]
     for browser, query in zip(browsers, asked, strict=True):
         assert query["code_challenge_method"] == "S256"
@@ -8822,7 +9092,7 @@ def test_a_fault_of_ours_is_told_by_its_number_alone(caplog: pytest.LogCaptureFi
     def respond(request: cp.Request) -> cp.Reply | cp.Stream:
         if request.path == "/whole":
             raise LookupError(secret)
-        return cp.Stream(pieces(b"data: 1\n\n" if request.path == "/late" else b""))
+        return cp.streamed(pieces(b"data: 1\n\n" if request.path == "/late" else b""))
 
     with listening(respond) as url:
         for path in ("/whole", "/early", "/late"):
@@ -8842,7 +9112,7 @@ def test_a_piece_without_bytes_ends_no_stream() -> None:
     def pieces(*words: bytes) -> cp.Sent:
         yield from ((word, 0) for word in words)
 
-    with listening(lambda request: cp.Stream(pieces(b"", b"a", b"", b"b", b""), 207)) as url:
+    with listening(lambda request: cp.streamed(pieces(b"", b"a", b"", b"b", b""), status=207)) as url:
         with httpx.Client() as client:
             for method in ("GET", "HEAD", "GET"):
                 answer = client.request(method, url)
@@ -8936,10 +9206,9 @@ def test_no_two_accounts_share_a_connection(start: Callable[..., Proxy], weather
 
 
 def test_a_call_is_prepared_without_what_the_one_before_it_had(weather: Weather) -> None:
-    route, watch, port = cp.Route("", ""), cp.Watch(15), weather.url
+    handles, route = cp.Handles(LOOP), cp.Route("", "")
     weather.add("/a", *[status(200, {}, Set_Cookie="a=1; Path=/\r\nSet-Cookie: b=2\r\nX: 1\r\nX: 2")] * 9)
-    handle = cp.Handle(route)
-    answers = list[cp.Answer]()
+    answers, used = list[cp.Answer](), set[cp.Handle]()
     for method, body in (
         ("PATCH", b"x"),
         ("GET", None),
@@ -8947,15 +9216,19 @@ def test_a_call_is_prepared_without_what_the_one_before_it_had(weather: Weather)
         ("POST", b"yz"),
         ("DELETE", None),
     ) * 2:
-        handle.prepare(method, f"{port}/a", [b"Expect:"], body, 5.0)
-        if len(answers) < 2:
-            handle.sent_once()
-        with cp.Call(handle, watch, lambda: None) as call:
-            answers.append(cp.patiently(call.whole()))
+        with handles.call(
+            "me", route, method, f"{weather.url}/a", [b"Expect:"], body, cp.Watch(), 5.0
+        ) as call:
+            if len(answers) < 2:
+                call.handle.sent_once()
+            answers.append(call.whole())
+            used.add(call.handle)
+        LOOP.run(int)
         seen = weather.seen[-1]
         assert (seen.method, seen.body.read()) == (method, body or b"")
-    handle.close()
+    handles.close()
     assert answers[0].headers["set-cookie"] == "a=1; Path=/\nb=2" and answers[0].headers["x"] == "1, 2"
+    assert len(used) == 1
     assert weather_connections(weather) == 2  # only a call that is to be sent once has one of its own
 
 
@@ -8981,13 +9254,14 @@ def test_a_large_body_begins_anew_when_a_kept_connection_breaks() -> None:
 
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(10)
-    handle, watch = cp.Handle(cp.Route("", "")), cp.Watch(15)
+    handles, url = cp.Handles(LOOP), f"http://127.0.0.1:{listener.getsockname()[1]}/"
     with aside(serve):
         for method, body in (("GET", None), ("PUT", blob)):
-            handle.prepare(method, f"http://127.0.0.1:{listener.getsockname()[1]}/", [b"Expect:"], body, 10.0)
-            with cp.Call(handle, watch, lambda: None) as call:
-                answer = cp.patiently(call.whole())
-    handle.close()
+            lines = [b"Expect:"]
+            with handles.call("me", cp.Route("", ""), method, url, lines, body, cp.Watch(), 10.0) as call:
+                answer = call.whole()
+            LOOP.run(int)
+    handles.close()
     assert answer.status == 201 and got == [whole]
 
 
@@ -9184,7 +9458,7 @@ def test_the_upkeep_renews_saves_keeps_and_lets_go(
     proxy.app.pool.reload()
     account.cookies = account.cookies | {"kept": "yes"}
     connections = {id(request.watch) for request in weather.seen}
-    monkeypatch.setattr(cp, "IDLE_HANDLE_LIFE", -1.0)  # all of them are old
+    monkeypatch.setattr(cp, "IDLE_LIFE", -1.0)  # all of them are old
     proxy.app.upkeep(Seconds(60))
     monkeypatch.undo()
     wait_until(lambda: account.row.access_token != token)
@@ -9429,7 +9703,7 @@ def test_a_renewal_changes_all_that_a_token_says(start: Callable[..., Proxy], we
     weather.refresh_tokens[refresh] = "alice"
     proxy = start(refresh)
     (account,) = proxy.app.pool.accounts()
-    cp.patiently(proxy.app.upstream.token(account, cp.Watch(60)))
+    proxy.app.upstream.token(account, cp.Watch())
     (row,) = proxy.store.accounts()
     assert row == account.row and row.secret in weather.refresh_tokens
     assert (row.email, row.plan, row.workspace) == ("alice@demo.example", "plus", "workspace-alice")
@@ -9499,8 +9773,8 @@ def test_a_token_that_another_process_exchanged_is_not_exchanged_again(
     for one in (proxy, other):
         one._stop.set()
     (theirs,), (ours,) = proxy.app.pool.accounts(), other.app.pool.accounts()
-    cp.patiently(proxy.app.upstream.token(theirs, cp.Watch(60)))
-    cp.patiently(other.app.upstream.token(ours, cp.Watch(60)))
+    proxy.app.upstream.token(theirs, cp.Watch())
+    other.app.upstream.token(ours, cp.Watch())
     assert weather.count("/oauth/token") == 1 and ours.row.access_token == theirs.row.access_token
 
 
@@ -9592,7 +9866,7 @@ def test_a_device_is_the_same_in_every_process_and_its_clock_is_right() -> None:
 def test_a_hard_proof_is_not_solved_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     configuration = cp.fingerprint("d", "a", "en-US", cp.Page(), 2e9)
     monkeypatch.setattr(cp, "proof_token", None)  # here; the solvers have theirs since they were forked
-    token = cp.patiently(SOLVER.solved(("0.5", "000fff", configuration, "sha3"), cp.Watch(15)))
+    token = SOLVER.solved(("0.5", "000fff", configuration, "sha3"), cp.Watch())
     assert right("sha3", "0.5", "000fff", token[7:])
 
 
@@ -10347,7 +10621,8 @@ def test_who_waits_for_an_agent_gets_heartbeats_and_may_leave(start: Callable[..
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}
     headers, url = {"Authorization": KEY}, f"{proxy.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, headers=headers, timeout=8) as answer:
-        assert next(answer.iter_raw()) == b": \n\n"
+        pieces = answer.iter_raw()
+        assert next(pieces) == b": \n\n"
         assert proxy.app.agents.connected()[0].waiting
     wait_until(lambda: not proxy.app.agents.connected()[0].waiting)
     with pytest.raises(httpx.ReadTimeout):  # one that is sent nothing meanwhile
@@ -10518,7 +10793,10 @@ def test_a_client_that_sips_does_not_hold_a_single_sender() -> None:
             time.sleep(0.01)
 
     with pair(buffer=4096, send_timeout=0.3) as (it, peer), aside(sip):
-        code, seconds = took(it.send, "x" * 300_000)
+        start = time.monotonic()
+        it.send("x" * 300_000)
+        assert time.monotonic() - start < 0.2  # nobody waits for what the client reads
+        code, seconds = took(it.receive)
     assert code == 1006 and seconds < 1.2
 
 
@@ -10628,13 +10906,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "total += count\n", "total = count\n",
      "test_health_tells_the_version_and_metrics_their_form"),
     ("a client that left is waited for",
-     "watch.check()\n        if now - signed", "if now - signed",
+     "if rung or now >= look:\n                look = now + self.look_after()", "if now >= look:\n                look = now + 3600",
      "test_who_waits_for_an_agent_gets_heartbeats_and_may_leave"),
     ("who waits for an agent hears nothing",
-     "signed = now\n            yield", "signed = now\n            if False:\n                yield",
+     "return self.writer.sign() if self.writer else self.LOOK", "return self.LOOK",
      "test_who_waits_for_an_agent_gets_heartbeats_and_may_leave"),
     ("drawings go on when the client has left",
-     "crew.over = True", "crew.over = False",
+     "one.over = True\n                one.ring()", "one.ring()",
      "test_a_client_that_leaves_ends_all_its_drawings"),
     ("one account that fails hides all models",
      "if failure and not results:", "if failure:",
@@ -10824,7 +11102,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "        if too_many_values(self.body):\n            return None", "        if False:\n            return None",
      "test_an_upstreams_json_of_too_many_values_is_none"),
     ("what is unpacked has no limit",
-     "if len(self) >= MAX_PIECES:", "if False:",
+     "elif len(pieces) >= MAX_PIECES:", "elif False:",
      "test_what_an_upstream_sends_has_an_end"),
     ("any status is relayed",
      '_STATUS_LINE = re.compile(r"HTTP/[0-9.]+ ([2-5][0-9][0-9])(?: |$)")',
@@ -10866,15 +11144,14 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("handles have no owner",
      "key = (owner, route, place)", 'key = ("", route, place)',
      "test_no_two_accounts_share_a_connection"),
-    ("connections that failed are kept",
-     "if kept and not handle.failed:", "if kept:",
+    ("handles that failed are used again",
+     "if handle and kept and not handle.failed and", "if handle and kept and",
      "test_guests_share_a_small_pool_of_connections"),
     ("no connection is kept",
-     "                idle.append(handle)\n                self._idle.move_to_end(key)",
-     "                idle.clear()\n                self._idle.move_to_end(key)",
+     "if not kept or self._closed:", "if True:",
      "test_connections_upstream_are_kept"),
     ("guests' connections have no limit",
-     "if sum(map(len, self._idle.values())) <= self._most:", "if True:",
+     "elif self._together and len(self._multis) > self._most:", "elif False:",
      "test_guests_share_a_small_pool_of_connections"),
     ("a URL is fetched for an hour",
      "FETCH_TIME = 30.0", "FETCH_TIME = 3600.0",
@@ -10909,7 +11186,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if call.headers.get("content-encoding", "identity") != "identity":', "if False:",
      "test_what_a_clients_url_leads_to_has_its_limits"),
     ("a fetched URL may be of any size",
-     "elif blob.size > most:\n                raise ValueError", "elif False:\n                raise ValueError",
+     "if body.size > most:\n                raise ValueError", "if False:\n                raise ValueError",
      "test_private_urls_can_be_allowed"),
     ("a dripping URL is fetched for ever",
      'if time.monotonic() > end:\n                raise ValueError(f"it takes longer',
@@ -11379,7 +11656,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "test_a_sign_in_is_proved_by_whom_it_was_begun"),
     ("a sign-in is redirected without end", "STEPS = 12", "STEPS = 10**6", "test_a_sign_in_is_led_on_only_so_often"),
     ("a sign-in's connections stay open",
-     "            self.handles.sweep(math.inf)  #", "            pass  #",
+     "        finally:\n            self.handles.close()", "        finally:\n            pass",
      "test_signing_in_takes_a_key_of_the_server_and_leaves_nothing_open"),
     ("a password's sign-in has a plain challenge",
      '"code_challenge_method": "S256",\n            "prompt": "login",\n        }\n        place',
@@ -11404,7 +11681,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "known = isinstance(after, (int, float)) and 0 < after <= 86400",
      "known = isinstance(after, (int, float)) and after > 0",
      "test_odd_requirements_are_the_upstreams_fault"),
-    ("an event has no end", "if self._size > MAX_EVENT:", "if False:", "test_what_an_upstream_sends_has_an_end"),
+    ("an event has no end",
+     "if size > MAX_EVENT:", "if False:",
+     "test_what_an_upstream_sends_has_an_end"),
     ("a line end cut in two counts twice",
      'rest = data[1:] if self._cr and data[:1] == b"\\n" else data', "rest = data",
      "test_lines_of_one_event_stay_together_however_they_are_cut"),
@@ -11585,10 +11864,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "MOST_LINKS = 20 ", "MOST_LINKS = 2000 ",
      "test_only_so_many_files_of_an_answer_are_looked_up"),
     ("a turn that goes on has a [DONE] in its middle",
-     "yield from without_done(turn) if again else turn", "yield from turn",
+     "done = WithoutDone() if again else None", "done = None",
      "test_a_native_turn_that_was_cut_for_length_is_gone_on_with_on_request"),
     ("the only account is asked again at once",
-     "yield from paused(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0), attempt.watch)", "pass",
+     "attempt.watch.pause(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0))", "pass",
      "a_failure_is_tried_again_after_a_pause"),
     ("a limit for uploads is one for chats",
      "model = refused.about or attempt.question.model", "model = attempt.question.model",
@@ -11601,16 +11880,16 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'self.pool.set_aside(account, "expired", "the upstream refused its token (401)", attempt.token)', "pass",
      "a_revoked_token_sets_its_account_aside"),
     ("RETRY_TIMES is one more",
-     "len(attempt.tried) > self.settings.retry_times", "len(attempt.tried) > self.settings.retry_times + 1",
+     "len(attempt.tried) > most:", "len(attempt.tried) > most + 1:",
      "retries_end_after_retry_times"),
     ("a request that was rejected is its account's failure",
-     "failed = refused.reason in _FAILURES", "failed = True",
+     "if refused.reason in _FAILURES and attempt.continues is None:", "if attempt.continues is None:",
      "a_failure_is_tried_again_after_a_pause"),
     ("AUTO_CONTINUE is ignored",
-     "for continuation in range(self.settings.auto_continue + 1):", "for continuation in range(4):",
+     "finish = self._to_the_end(attempt, ask, self.settings.auto_continue, going_on)", "finish = self._to_the_end(attempt, ask, 3, going_on)",
      "no_answer_is_continued_more_often"),
     ("a continuation that is refused loses the answer",
-     "if not continuation:\n                    raise", "if True:\n                    raise",
+     "if attempt.continues is None:\n                raise", "if True:\n                raise",
      "a_continuation_that_is_refused"),
     ("temporary chats are kept on record",
      "keeps = attempt.keeps or not self.settings.history_disabled", "keeps = True",
@@ -11741,7 +12020,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if turn.shape or not isinstance(first, CallScanner):", "if True:",
      "test_a_second_asking_that_fails_leaves_the_first_answer"),
     ("a second asking shows tools again",
-     "if isinstance(event, (Text, Finish))] if events", "if isinstance(event, object)] if events",
+     "if isinstance(event, (Text, Finish))]\n        for scanner", "if isinstance(event, object)]\n        for scanner",
      "test_text_before_a_call_is_not_said_twice"),
     ("stop sequences without number",
      "isinstance(stops, list) and len(stops) <= 16", "isinstance(stops, list)",
@@ -11981,10 +12260,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if headers.get("sec-websocket-version") != "13":', "if False:",
      "test_a_malformed_handshake_is_refused_and_the_next_request_answered"),
     ("the size of a message is that of its last frame",
-     "self._frame(begun, self._most - len(message), deadline)", "self._frame(begun, self._most, deadline)",
+     "size > self._most - len(self._message):", "size > self._most:",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
     ("a pong does not say what the ping said",
-     "self._send(_PONG, data)", 'self._send(_PONG, b"")',
+     "self._put(_PONG, data)", 'self._put(_PONG, b"")',
      "test_frames_may_come_with_the_handshake_and_control_frames_and_characters_lie_across"),
     ("a Close may have any code",
      "if data and code not in _CODES:", "if False:",
@@ -11993,24 +12272,23 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "decoder.decode(data, final)  #", "pass  #",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
     ("messages after our Close are answered",
-     "if self._last is None:\n                            return text",
-     "if True:\n                            return text",
+     "elif self._last is None:\n                    self._texts", "else:\n                    self._texts",
      "test_a_close_is_answered_once_and_then_nothing_is_read_or_sent"),
     ("frames are sent after a Close",
      "            if self._over or self._last:\n                raise self._end()",
      "            if self._over:\n                raise self._end()",
      "test_what_does_not_fit_is_cut_and_no_second_close_is_sent"),
-    ("a client that sips holds a sender for ever",
-     "if sent is None and time.monotonic() >= deadline:", "if False:",
-     "test_a_client_that_sips_does_not_hold_a_single_sender"),
+    ("a client that sips keeps its connection for ever",
+     "elif self._unsent and now >= self._unsent[0][1]:", "elif False:",
+     "test_a_client_that_hardly_reads_holds_neither_senders_nor_the_reader"),
     ("bytes are no sign of life",
      "self._pinged, self._due = False, time.monotonic() + self._idle", "self._due = time.monotonic() + self._idle",
      "test_any_byte_is_a_sign_of_life_and_a_reader_that_was_away_blames_nobody"),
     ("a silent WebSocket is pinged for ever",
-     "                if self._pinged:", "                if False:",
+     "self._pinged, self._due = True, now + self._patience", "self._due = now + self._patience",
      "test_a_silent_client_is_pinged_then_dropped_in_time"),
     ("a silent client stays for ever",
-     "if self._pinged:\n                    raise", "if False:\n                    raise",
+     "elif silent and self._pinged:", "elif False:",
      "test_a_silent_client_is_pinged_then_dropped_in_time"),
     ("frames without a mask are read",
      "if first & 0x70 or not known or second < 0x80:", "if first & 0x70 or not known:",
@@ -12031,7 +12309,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if size < least or size >> 63:", "if size >> 63:",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
     ("a message of a WebSocket may be of any size",
-     "if opcode < _CLOSE and size > room:", "if False:",
+     "if opcode < _CLOSE and size > self._most", "if False and size > self._most",
      "test_a_message_of_exactly_the_limit_passes_and_the_count_begins_anew"),
     ("TLS 1.0 is accepted",
      "minimum_version = ssl.TLSVersion.TLSv1_2", "minimum_version = ssl.TLSVersion.TLSv1",
@@ -12055,7 +12333,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "idle = [one for one in self._open.values() if one and not one.busy]", "idle = []",
      "test_an_idle_connection_does_not_hold_up_the_end"),
     ("a shutdown leaves open websockets unsaid",
-     'web.close(1001, "the server is shutting down", within=0)', "pass",
+     'web.close(1001, "the server is shutting down")', "pass",
      "test_draining_tells_open_websockets_1001_at_once"),
     ("streams are not waited for",
      "if not left:\n                return", "if True:\n                return",
@@ -12086,13 +12364,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'request.path.startswith(prefix + "/")', "request.path.startswith(prefix)",
      "test_a_prefix_is_a_whole_step_of_the_path"),
     ("a HEAD is answered with a stream",
-     'if self.method == "HEAD":\n            stream', "if False:\n            stream",
-     "test_a_piece_without_bytes_ends_no_stream"),
-    ("a first piece without bytes ends a stream",
-     "if chunked and piece else piece", "if chunked else piece",
+     'if self.method == "HEAD":\n            return self._send(Reply(stream', "if False:\n            return self._send(Reply(stream",
      "test_a_piece_without_bytes_ends_no_stream"),
     ("a piece without bytes ends a stream",
-     "if piece:  # a chunk of none would be the last", "if True:",
+     "if not data:  # a chunk of none would be the last\n            return", "if False:\n            return",
      "test_a_piece_without_bytes_ends_no_stream"),
     ("a fault of ours in mid-stream is the client's",
      "except (*_GONE, ClientGone):", "except (OSError, ClientGone):",
@@ -12197,8 +12472,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "offered if self._taken(wanted) else wanted", "wanted",
      "test_an_agent_takes_neither_a_place"),
     ("an agent that comes anew has two connections",
-     'before.close(1000, "the agent connected anew", within=0)\n            before.drop("the agent connected anew")',
-     "pass",
+     'before.close(1000, "the agent connected anew")\n            before.drop("the agent connected anew")', "pass",
      "test_an_agent_that_comes_back_has_its_place_and_conversations"),
     ("a question is put to a second agent when the first is slow",
      'raise AgentLost("the agent did not answer in time", silent=True)',
@@ -12273,7 +12547,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "refresh = next_refresh(now)", "refresh = now",
      "a_scheduled_refresh_is_made_once"),
     ("upkeep never closes idle connections",
-     "self.handles.sweep(time.monotonic())", "pass",
+     "self.upstream.handles.sweep(time.monotonic())", "pass",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("upkeep never drops old spares",
      "self.upstream.sweep_spares()", "pass",
@@ -12473,10 +12747,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "        _check_files(app, request, given)", "        pass",
      "test_an_api_user_cannot_show_the_model_anothers_file"),
     ("a sign of life stands in the middle of an event",
-     'elif last == b"\\n\\n":', "else:",
+     "quiet = self._between and not self._unsent", "quiet = not self._unsent",
      "test_signs_of_life_come_only_between_two_events"),
     ("a failure is part of the event before it",
-     'if last != b"\\n\\n":', "if False:",
+     'self.write(last if self._between else b"\\n\\n" + last, 1)', "self.write(last, 1)",
      "test_a_failure_in_the_middle_of_an_event_is_an_event_of_its_own"),
     ("agents connect from any site",
      "if origin is not None and not _AGENT_ORIGIN.fullmatch(origin):", "if False:",
@@ -13003,15 +13277,15 @@ class Lane:
         self.parts: list[bytes] = []
         self.size, self.need = 0, -1  # bytes so far; bytes of the whole answer, 0: chunked, -1: head not read
         self.tail = b""
-        self.sent, self.byte, self.token, self.last, self.gap = now, 0.0, 0.0, 0.0, 0.0
+        self.sent, self.byte, self.token, self.last = now, 0.0, 0.0, 0.0
+        self.gaps: list[float] = []  # between two arrivals
 
     def take(self, data: bytes, now: float) -> bool:
         """Reads on; true when the answer is whole. Runs once per event."""
         self.parts.append(data)
         self.size += len(data)
         if self.token:
-            if now - self.last > self.gap:
-                self.gap = now - self.last
+            self.gaps.append(now - self.last)
         elif MARK in data:
             self.token = now
         self.last = now
@@ -13075,7 +13349,8 @@ class LoadClient:
         found |= {"failures": len(self.failures), "failure": (self.failures or [""])[0]}
         for name in ("byte", "token", "latency"):
             found[name] = median(times[name])
-        found["byte_p99"] = times["byte"][int(len(times["byte"]) * 0.99)]
+        for name in ("byte", "gap"):
+            found[f"{name}_p99"] = times[name][int(len(times[name]) * 0.99)]
         return found | {"gap": times["gap"][-1], "client_cpu": time.process_time()}
 
     def begin(self, lane: Lane) -> None:
@@ -13137,7 +13412,7 @@ class LoadClient:
             self.events += body.count(b"data: ") if load.stream else 0
             for name, value in (("byte", lane.byte), ("token", lane.token), ("latency", now)):
                 self.times[name].append((value or now) - lane.sent)
-            self.times["gap"].append(lane.gap)
+            self.times["gap"] += lane.gaps
         if failure or b"\r\nconnection: close" in body[:1000].lower():
             self.close(lane)
         lane.state = "idle"
@@ -13493,7 +13768,7 @@ def case_short(bench: Bench) -> list[Row]:
         found = bench.measure(rig, rig.proxy, 20, stream=False, **load)
         bench.shares(rig, "short request", found, **load)
     cost = found["cpu"] / (16 * load["requests"]) * 1e3
-    return [Row("short request, 16 connections", f"{cost:.2f} ms", "0.6 ms CPU", cost <= 0.6)]
+    return [Row("short request, 16 connections", f"{cost:.2f} ms", "0.55 ms CPU", cost <= 0.55)]
 
 
 def case_stream(bench: Bench) -> list[Row]:
@@ -13508,8 +13783,8 @@ def case_stream(bench: Bench) -> list[Row]:
             relay = bench.relayed(rig, 16 * requests / 1e3, 10, **load)
             bench.shares(rig, name, found, **load)
             ratio = cost / relay if relay else 0.0
-            fine = cost <= 1.6 and (ratio <= 3 or not how)
-            target = "1.6 ms CPU, 3x nginx" if how else "1.6 ms CPU"
+            fine = ratio <= 1.5 if how else cost <= 1.6
+            target = "1.5x nginx" if how else "1.6 ms CPU"
             rows.append(Row(name, f"{cost:.2f} ms", target, fine, f"{relay:.2f} ms", f"{ratio:.1f}x"))
     return rows
 
@@ -13548,11 +13823,13 @@ def case_paced(bench: Bench) -> list[Row]:
         found = bench.measure(rig, rig.proxy, 1, **load)
         cost, relay = found["cpu"] / (400 * words / 1e6), bench.relayed(rig, 400 * words / 1e6, 1, **load)
         bench.shares(rig, "400 streams", found)
-    ratio, memory = cost / relay if relay else 0.0, found["memory"]
-    name, target = "400 streams, an event every 50 ms", "80 µs an event, 3x nginx"
-    fine = cost <= 80 and ratio <= 3
-    row = Row(name, f"{cost:.0f} µs an event", target, fine, f"{relay:.0f} µs", f"{ratio:.1f}x")
-    return [row, Row("… memory", f"{memory:.0f} MB", "80 MB", memory <= 80)]
+    ratio, memory, late = cost / relay if relay else 0.0, found["memory"], found["gap_p99"] * 1e3
+    name, shown = "400 streams, an event every 50 ms", f"{cost:.0f} µs an event"
+    return [
+        Row(name, shown, "2.2x nginx", ratio <= 2.2, f"{relay:.0f} µs", f"{ratio:.1f}x"),
+        Row("… memory", f"{memory:.0f} MB", "75 MB", memory <= 75),
+        Row("… 99th percentile of the gap", f"{late:.0f} ms", "80 ms", late <= 80),
+    ]
 
 
 def case_thousand(bench: Bench) -> list[Row]:
@@ -13561,10 +13838,30 @@ def case_thousand(bench: Bench) -> list[Row]:
         load = {"words": bench.many(60), "how": "pace=0.1", "connections": 1000, "ramp": 1.0}
         found = bench.measure(rig, rig.proxy, 0, **load)
         bench.shares(rig, "1,000 streams", found)
-    failures, memory = found["failures"], found["memory"]
-    measured = f"{failures:.0f} of {1000 * bench.runs} failed; {memory:.0f} MB"
-    fine = not failures and memory <= 150
-    return [Row("1,000 streams, an event every 100 ms", measured, "none fails; 150 MB", fine)]
+    failures, memory, gap = found["failures"], found["memory"], found["gap"] * 1e3
+    measured = f"{failures:.0f} of {1000 * bench.runs} failed; {memory:.0f} MB; gap {gap:.0f} ms"
+    fine = not failures and memory <= 120 and gap <= 500
+    return [Row("1,000 streams, an event every 100 ms", measured, "none fails; 120 MB; gap 500 ms", fine)]
+
+
+def case_idle(bench: Bench) -> list[Row]:
+    """Memory of a connection that has had a request, and waits for its next one."""
+    with bench.rig() as rig, contextlib.ExitStack() as stack:
+        request = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+        def resident() -> int:
+            status = pathlib.Path(f"/proc/{rig.proxy.pid}/status").read_text()
+            return int(status.split("VmRSS:")[1].split()[0])
+
+        rig.run(rig.proxy, rig.load(rig.proxy, 1, stream=False, requests=20))
+        before = resident()
+        for _ in range(2000):
+            sock = stack.enter_context(socket.create_connection((LOCAL, rig.proxy.port), 10))
+            sock.sendall(request)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        time.sleep(1.0)
+        each = (resident() - before) / 2000
+    return [Row("2,000 idle keep-alive connections", f"{each:.1f} KB each", "12 KB each", each <= 12)]
 
 
 async def swarm(port: int, agents: int, asking: int, each: int) -> list[float]:
@@ -13621,7 +13918,7 @@ def case_agents(bench: Bench) -> list[Row]:
         fork(run_swarm, theirs, rig.proxy.port, 500, 50, bench.many(20))
         over, memory = median(ours.recv()), rig.proxy.memory()
     measured = f"{over:.1f} ms over the agent's; {memory:.0f} MB"
-    return [Row("500 agents, 50 questions in flight", measured, "5 ms; 60 MB", over <= 5 and memory <= 60)]
+    return [Row("500 agents, 50 questions in flight", measured, "5 ms; 70 MB", over <= 5 and memory <= 70)]
 
 
 def case_long(bench: Bench) -> list[Row]:
@@ -13714,6 +14011,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "agents": case_agents,
     "paced": case_paced,
     "thousand": case_thousand,
+    "idle": case_idle,
     "long": case_long,
     "first": case_first,
     "proof": case_proof,
