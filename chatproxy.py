@@ -4811,7 +4811,7 @@ class EventStream:
         block = b"".join([*self._parts, data[:cut]]) if self._parts else data[:cut]
         rest = data[cut:]
         self._parts, self._last, self.size = [rest] if rest else [], rest[-1:], len(rest)
-        events = map(self._data, block.decode("utf-8", "replace").split("\n\n"))
+        events = map(self._data, block[:-2].decode("utf-8", "replace").split("\n\n"))
         return [data for data in events if data is not None]
 
     @staticmethod

@@ -6108,31 +6108,70 @@ def test_the_versions_of_curl_cffi_that_may_be_installed_are_those_that_were_tri
         assert hasattr(cp.lib, name)
 
 
+def test_what_waits_or_takes_long_is_never_the_loops(
+    start: Start, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done_by: dict[str, set[str]] = defaultdict(set)
+
+    def watched(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def called(*given: Any, **named: Any) -> Any:
+            done_by[name].add(threading.current_thread().name)
+            return real(*given, **named)
+
+        monkeypatch.setattr(owner, name, called)
+
+    for owner, name in (
+        (cp.Store, "writing"), (cp.Store, "_rows"), (cp.Answered, "counted"), (cp, "find_json"), (cp.Schema, "fault"),
+        (cp, "proof_token"), (cp, "fingerprint"), (cp, "parse_object"), (cp.ModelResponse, "whole"), (socket, "getaddrinfo"),
+        (time, "sleep"), (cp.CallScanner, "_finish"), (cp.Handle, "prepare"), (cp.Turns, "_looked_up"), (cp.Trimmer, "_cut"),
+    ):  # fmt: skip
+        watched(owner, name)
+    proxy = start("alice", "bob", history_disabled="false", check_model="true")
+    weather.before = [
+        {"author": {"role": "tool"}, "content": {"content_type": "execution_output", "text": "1"}}
+    ]
+    weather.words = ["See ", "[it](sandbox:/mnt/data/a.txt)", *[f" word{n}" for n in range(300)]]
+    for _ in range(2):
+        weather.add("/interpreter/download", status(200, {"download_url": "https://files.example/a.txt"}))
+    assert "word299" in proxy.stream()[1] and "word299" in proxy.say()
+    assert proxy.ask(max_tokens=40).json()["choices"][0]["finish_reason"] == "length"
+    assert proxy.stream(max_tokens=40, stop=["word7"])[0]
+    weather.before, weather.words = [], [*'{"a"', ": 1}"]
+    shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    assert proxy.stream(response_format=shape)[0]
+    weather.words = ["I look. ", "<tool_call>", '{"name": "look", "arguments": {}}', "</tool_call>"]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    assert "tool_calls" in proxy.stream(tools=tools)[1]
+    weather.words = ["Fine", "."]
+    with proxy.client() as client:
+        streamed = client.responses.create(model="gpt-4o", input="hi", stream=True)
+        kept = [event for event in streamed if event.type == "response.completed"][0].response.id
+        assert client.responses.retrieve(kept).output_text == "Fine."
+    assert turn(proxy, auto_continue=True).status_code == 200
+    assert {"writing", "counted", "find_json", "whole", "_finish", "_looked_up", "prepare"} <= set(done_by)
+    assert not [name for name, threads in done_by.items() if "loop" in threads]
+    assert proxy.app.loop.longest() < 0.5  # by the clock: the interpreter is shared, and so is the machine
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the load client is for Linux")
 def test_a_thousand_streams_go_on_while_connections_come_and_go(tmp_path: pathlib.Path) -> None:
-    def gauge(server: Process) -> float:
-        found = re.search(r"(?m)^chatproxy_loop_seconds ([\d.e-]+)$", server.get("/metrics")[1].decode())
-        return float(found[1]) if found else float("inf")
-
-    found, longest = dict[str, Any](), float("inf")
-    for attempt in range(3):  # of a machine that others use too
-        with standin() as upstream:
-            proxy = Measured(SCRIPT, str(tmp_path / str(attempt)), upstream, 8)
-            with ended(proxy.start()) as pid:
-                server = Process(pid, proxy.port)
-                server.wait("/health", proxy.log)
-                rig = Rig(upstream, server, None)
-                rig.run(server, rig.load(server, 1, connections=8, requests=4))
-                streams = start_client(rig.load(server, 24, "pace=0.4", connections=1000, ramp=3.0))
-                time.sleep(4)
-                passing = rig.load(server, 1, stream=False, connections=200, requests=1, ramp=4.0)
-                found = {"passing": start_client(passing)()}
-                found["streams"] = streams()
-                longest = gauge(server)
-        assert not found["passing"]["failures"] and not found["streams"]["failures"], found
-        if longest < 0.02 and found["streams"]["gap"] < 1.5:
-            return
-    raise AssertionError((longest, found))
+    with standin() as upstream:
+        proxy = Measured(SCRIPT, str(tmp_path), upstream, 8)
+        with ended(proxy.start()) as pid:
+            server = Process(pid, proxy.port)
+            server.wait("/health", proxy.log)
+            rig = Rig(upstream, server, None)
+            rig.run(server, rig.load(server, 1, connections=8, requests=4))
+            streams = start_client(rig.load(server, 24, "pace=0.4", connections=1000, ramp=3.0))
+            time.sleep(4)
+            passing = start_client(rig.load(server, 1, stream=False, connections=200, requests=1, ramp=4.0))()
+            carried = streams()
+            longest = re.search(rb"(?m)^chatproxy_loop_seconds ([\d.e-]+)$", server.get("/metrics")[1])
+    assert not passing["failures"] and not carried["failures"], (passing, carried)
+    # What the clock says, on a machine that others use too; `make bench` shows what it is on one of its own.
+    assert longest and float(longest[1]) < 1 and carried["gap"] < 5, (longest, carried)
 
 
 # --- agents ----------------------------------------------------------------------------------------------------------
