@@ -10,8 +10,9 @@
     python chatproxy.py serve             then point any OpenAI client at http://127.0.0.1:5005/v1
 
 The file reads from top to bottom: a section uses only those above it. A request travels the other way: `routes` asks
-`openai` what the client wants, `answers` leases an account and asks `upstream`, whose bytes come from `transport`
-and become typed events in `events`; `openai` gives them the client's shape again and `http` writes them out.
+`openai` what the client wants, `turns` leases an account and asks `upstream`, whose bytes come from `transport` and
+become typed events in `events`; `openai` gives them the client's shape again and `http` writes them out. One thread,
+the loop of `transport`, carries the bytes; the request's thread decides.
 """
 
 from __future__ import annotations
@@ -1884,8 +1885,8 @@ _NOT_CONNECTED = (5, 6, 7, 35, 60, 97)
 LAST_SILENCE = 0.05  # seconds that an upstream may take to end an answer after its last event
 IDLE_LIFE = 60.0  # seconds that an unused connection is kept
 MAX_IDLE = 64  # connections kept for one account; owners whose connections are kept for all guests together
-# What an upstream may send: bytes of a whole answer, decoded; pieces that come together; lines of a head.
-MAX_ANSWER, MAX_PIECES, MAX_ANSWER_LINES = 32 << 20, 1000, 300
+# What an upstream may send: bytes of a whole answer, decoded; bytes that come together; lines of a head.
+MAX_ANSWER, MAX_AT_ONCE, MAX_ANSWER_LINES = 32 << 20, 16 << 20, 300
 MAX_AHEAD = (
     16  # times that something of an answer may come before anybody takes it; then its connection rests
 )
@@ -1941,10 +1942,18 @@ class _Sink:
 
 
 class _Received(list[bytes]):
-    """What libcurl has brought since it was last emptied: the lines of a head, or the pieces of a body, each of up to 16 KiB.
-    What is compressed may become a thousand times as much while it is decoded, before anybody else can count it."""
+    """What libcurl has brought since it was last emptied: the lines of a head, or the pieces of a body. What is compressed
+    may become a thousand times as much while it is decoded, before anybody else can count it."""
 
     tell: Callable[[], object] = int  # called when there is something in it
+    size = 0  # in bytes
+
+    def empty(self) -> bytes:
+        """All of it, taken out."""
+        data = self[0] if len(self) == 1 else b"".join(self)
+        self.clear()
+        self.size = 0
+        return data
 
 
 def _options(*names: str) -> tuple[int, ...]:
@@ -2087,8 +2096,8 @@ class Handle:
         if self._fresh:
             self._fresh = False
             self._set(_FRESH, 0)
-        self.body.clear()
-        self._head.clear()
+        self.body.empty()
+        self._head.empty()
 
     def sent_once(self) -> None:
         """Has the next call made on a connection of its own: on a kept one that breaks libcurl sends it again, though the
@@ -2116,7 +2125,7 @@ class Handle:
     def over(self) -> None:
         """Lets go of what the call alone needed."""
         self.body.tell = int
-        self.body.clear()
+        self.body.empty()
         if self.reader:  # whose blob is not to live as long as the handle
             self._set(_READDATA, ffi.NULL)
             self._set(_SEEKDATA, ffi.NULL)
@@ -2165,7 +2174,8 @@ def _on_bytes(data: Any, size: int, number: int, received: Any) -> int:
     pieces: _Received = ffi.from_handle(received)
     if not pieces:
         pieces.tell()
-    elif len(pieces) >= MAX_PIECES:
+    pieces.size += number
+    if pieces.size > MAX_AT_ONCE:
         return 0
     pieces.append(ffi.buffer(data, number)[:])
     return number
@@ -2429,9 +2439,7 @@ class Call(Ticking):
 
     def bring(self) -> None:
         """Something has come; once per event of a stream."""
-        received = self.handle.body
-        data = received[0] if len(received) == 1 else b"".join(received)
-        received.clear()
+        data = self.handle.body.empty()
         self._heard = time.monotonic()
         if self._take is not None:
             self._hand_out(data)

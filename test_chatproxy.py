@@ -5947,6 +5947,13 @@ def whole(data: bytes, words: int) -> bool:
     return data.count(b"x" * 1000) == words and b"data: [DONE]" in data
 
 
+def test_every_reason_of_a_refusal_has_its_remedies() -> None:
+    assert set(cp.REMEDIES) == set(cp.Refusal.REASONS)
+    remedies = {name for names in cp.REMEDIES.values() for name in names} - {cp.NEXT_ACCOUNT}
+    assert remedies and all(callable(getattr(cp.Turns, name)) for name in remedies)
+    assert all(cp.NEXT_ACCOUNT not in names[:-1] for names in cp.REMEDIES.values())
+
+
 def test_slow_readers_hold_up_nobody_and_get_everything(proxy: Proxy, weather: Weather) -> None:
     words = 2000
     for _ in range(4):
@@ -5963,6 +5970,14 @@ def test_slow_readers_hold_up_nobody_and_get_everything(proxy: Proxy, weather: W
     assert fast < 10
     for sock in slow:
         sock.close()
+
+
+def test_thousands_of_events_may_come_at_once(start: Start) -> None:
+    with standin() as upstream:
+        proxy = start("alice", upstream=f"http://127.0.0.1:{upstream.port}")
+        for how in ("", " flush=1"):
+            assert proxy.say(f"words=16000{how}").count("lorem") == 16_000
+            assert len(proxy.stream(messages=[{"role": "user", "content": f"words=16000{how}"}])[0]) > 16_000
 
 
 def test_what_a_client_does_not_read_is_not_fetched(proxy: Proxy, weather: Weather) -> None:
@@ -8059,7 +8074,7 @@ def test_1000_junk_keys_disturb_no_customer(tmp_path: pathlib.Path, weather: Wea
                 time.sleep(0.02)
         assert {one.result() for one in sent} <= {401, 429, 503}
         # This machine has to make the junk too, so a little time is granted beside the twofold.
-        assert median(during) < 2 * quiet + 0.02, (quiet, median(during), max(during))
+        assert median(during) < 2 * quiet + 0.05, (quiet, median(during), max(during))
         assert peak < before + 150  # nothing is kept of a stranger's
         wait_until(lambda: len(list((place / "fd").iterdir())) <= before + 4, 70)
 
@@ -11141,7 +11156,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "        if too_many_values(self.body):\n            return None", "        if False:\n            return None",
      "test_an_upstreams_json_of_too_many_values_is_none"),
     ("what is unpacked has no limit",
-     "elif len(pieces) >= MAX_PIECES:", "elif False:",
+     "if pieces.size > MAX_AT_ONCE:", "if False:",
      "test_what_an_upstream_sends_has_an_end"),
     ("any status is relayed",
      '_STATUS_LINE = re.compile(r"HTTP/[0-9.]+ ([2-5][0-9][0-9])(?: |$)")',
@@ -12951,6 +12966,27 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("a browser's sign-in may be another's",
      'if request.path != "/auth/callback" or not own:', 'if request.path != "/auth/callback":',
      "test_a_person_signs_in_with_the_browser"),
+    ("what a client does not read is fetched on",
+     "elif self._outlet is not None and self._outlet.full:", "elif False:",
+     "test_what_a_client_does_not_read_is_not_fetched"),
+    ("a client that reads nothing is waited for",
+     "if now - self._last > SEND_TIMEOUT:", "if False:",
+     "test_a_client_that_reads_nothing_at_all_is_left"),
+    ("a connection without a request keeps its thread",
+     "if not self.wire.lingers(LINGER):\n                    return True", "if False:\n                    return True",
+     "test_connections_without_a_request_have_no_thread"),
+    ("an idle connection stays open for ever",
+     "if now - self._waits > self.server.settings.read_timeout:", "if False:",
+     "test_an_idle_connection_is_closed_in_time"),
+    ("a hang-up is noticed at the next write alone",
+     "if events & _HUNG_UP and self._watch.hung_up():", "if False:",
+     "test_a_client_that_hangs_up_ends_its_answer_at_once"),
+    ("a limit ends an answer in the loop",
+     "(sink.careful and not sink.light(events))", "False",
+     "test_what_waits_or_takes_long_is_never_the_loops"),
+    ("a decision in mid-stream is the loop's",
+     "_LIGHT.issuperset(map(type, events))", "True",
+     "test_a_decision_in_mid_stream_is_made_while_the_loop_is_full"),
 ]  # fmt: skip
 MUTANT_TIME = 120  # seconds after which a fault is noticed: by a hang
 
