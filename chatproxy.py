@@ -1727,6 +1727,7 @@ class Solver:
 # ============================================================================================================
 
 MAX_READY = 64  # sockets that the loop sees to before it looks at anything else
+MAX_TURN = 0.005  # seconds after which the rest of what is ready waits for the loop's next turn
 TICK = 0.5  # seconds between two looks at what takes too long
 LONGEST_TIME = 60.0  # seconds for which the longest turn of the loop is told
 _HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
@@ -1856,7 +1857,9 @@ class Loop:
                         handler(events)
                 except Exception:
                     log(logging.ERROR, "the loop met a fault", exc_info=True)
-            while soon:
+                if time.monotonic() - begun > MAX_TURN:
+                    break  # the others are still ready then
+            for _ in range(len(soon)):  # what is added meanwhile comes after what is ready by then
                 self._do(soon.popleft())
             while self._timers and self._timers[0][0] <= begun:
                 self._do(heapq.heappop(self._timers)[2])
@@ -2228,7 +2231,9 @@ class Multi:
         """Begins a call."""
         self._calls[call.handle.easy] = call
         call.handle.body.tell = functools.partial(self._fresh.append, call)
-        lib.curl_multi_add_handle(self._multi, call.handle.easy)  # which asks for a turn
+        if lib.curl_multi_add_handle(self._multi, call.handle.easy):  # else it asks for a turn
+            self.remove(call)
+            call.end(no_handle())
 
     def remove(self, call: Call) -> None:
         """Ends a call where it is; its connection goes too if the answer was not over."""
@@ -2359,6 +2364,8 @@ class Call(Ticking):
 
     def read(self) -> bytes:
         """The next bytes, b"" at the end."""
+        if self._rests and not self._ahead:
+            self._loop.soon(self._on_room)
         self._watch.wait(lambda: self._ahead or self._over)
         if not self._ahead:
             self._raise_failure()
@@ -2392,6 +2399,8 @@ class Call(Ticking):
                 self._hand_back()
             elif not (outlet and outlet.full):
                 self._on_room()
+            elif outlet:
+                outlet.on_room = self._on_room
 
         self._loop.soon(begin)
         self._watch.wait(lambda: self._held)
@@ -2516,6 +2525,7 @@ class Call(Ticking):
     def _gone(self) -> None:
         self._loop.ticking.pop(self, None)
         self._multi.remove(self)
+        self._over = True  # whoever would have it go on comes too late
         release, self._release = self._release, int
         release()
 
@@ -2554,6 +2564,8 @@ class Handles:
                     handle.lead(place)
             handle.prepare(method, url, headers, body, silence)
         except BaseException:
+            if handle:
+                handle.failed = True
             self._give_back(key, multi, handle, kept)
             raise
         return Call(
@@ -2719,14 +2731,20 @@ class Fetcher:
         """One request: body, status and headers; from the first of the host's addresses that can be reached."""
         addresses = self._addresses(host, port, watch)
         for address in addresses:
-            handle = Handle(Route(self.settings.impersonate, next(iter(self.settings.export_proxy_url), "")))
-            handle.as_it_comes()
-            if address:
-                handle.pin(address)
-            headers, left = [b"Expect:", b"Accept-Encoding: identity"], max(0.1, end - time.monotonic())
-            handle.prepare("GET", url, headers, None, left)
             multi = Multi(self._loop)
-            multi.idle.append(handle)  # which goes with it
+            try:
+                handle = Handle(
+                    Route(self.settings.impersonate, next(iter(self.settings.export_proxy_url), ""))
+                )
+                multi.idle.append(handle)  # which goes with it
+                handle.as_it_comes()
+                if address:
+                    handle.pin(address)
+                headers, left = [b"Expect:", b"Accept-Encoding: identity"], max(0.1, end - time.monotonic())
+                handle.prepare("GET", url, headers, None, left)
+            except BaseException:
+                self._loop.soon(multi.close)
+                raise
             try:
                 with Call(
                     self._loop, multi, handle, watch, functools.partial(self._loop.soon, multi.close)
@@ -7112,8 +7130,9 @@ class Tokens:
         if not self._looked:
             self._looked = True
             if importlib.util.find_spec("tiktoken"):
-                self._loading = threading.Thread(target=self._load, name="tiktoken", daemon=True)
-                self._loading.start()
+                loading = threading.Thread(target=self._load, name="tiktoken", daemon=True)
+                loading.start()
+                self._loading = loading
 
     def _load(self) -> None:
         """tiktoken may have to download its vocabulary: in the background, so that nobody waits long for it."""
@@ -7122,12 +7141,15 @@ class Tokens:
         except (ImportError, OSError, ValueError, AttributeError) as error:
             log(logging.INFO, "tiktoken has no vocabulary; tokens are estimated", reason=type(error).__name__)
 
+    def ready(self) -> None:
+        """Waits a moment for a vocabulary that is being loaded."""
+        self.start()
+        if loading := self._loading:
+            loading.join(2.0)
+            self._loading = None
+
     def count(self, text: str) -> int:
         """The tokens of a text in o200k_base."""
-        self.start()
-        if self._loading is not None:
-            self._loading.join(2.0)
-            self._loading = None
         return len(self._encode(text, disallowed_special=())) if self._encode else estimate_tokens(text)
 
 
@@ -7137,6 +7159,8 @@ class Trimmer:
     As where the text is made, the stop sequence that is complete first ends it, whichever began first.
     A piece of text that may be the beginning of a stop sequence is held back until it is known not to be one.
     """
+
+    MAX_LIGHT = 2000  # characters whose tokens are counted in the loop
 
     def __init__(self, stops: Iterable[str], limit: int | None, count: Callable[[str], int]) -> None:
         self._stops, self._left, self._count = tuple(stops), limit, count
@@ -7148,7 +7172,8 @@ class Trimmer:
     def light(self, events: list[Event]) -> bool:
         """Whether the answer surely does not end with these: a token has at least one of a text's bytes, and a stop
         sequence that ends in it at least one of its characters."""
-        if self._left is not None and self._left <= 4 * sum(len(event[0]) for event in events):
+        size = sum(len(event[0]) for event in events)
+        if self._left is not None and (size > self.MAX_LIGHT or self._left <= 4 * size):
             return False
         return not any(stop[-1] in event[0] for stop in self._stops for event in events)
 
@@ -7239,6 +7264,8 @@ class Answered:
         self.created = int(time.time())
         self.model = turn.model
         self.trims = bool(turn.stops) or turn.limit is not None
+        if self.trims or keeps_text:
+            tokens.ready()
         self._trimmer = Trimmer(turn.stops, turn.limit, tokens.count) if self.trims else None
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -7740,7 +7767,7 @@ class WebSocket:
     `send_timeout`.
     """
 
-    MAX_UNSENT = 100  # frames
+    MAX_UNSENT, MAX_FRAMES = 100, 200  # frames that wait to be sent; that are taken in a turn of the loop
 
     def __init__(
         self, sock: socket.socket, loop: Loop, ahead: bytes = b"", *, most: int = 1_000_000,
@@ -7762,6 +7789,7 @@ class WebSocket:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._texts: deque[str] = deque()  # messages that nobody has received
         self._busy = False  # whether somebody has one, and has not come for the next
+        self._more = False  # whether there are more frames than were taken in a turn
         self._next_look = math.inf
         self._watch = Watch()
         self._heard: Callable[[str], None] | None = None
@@ -7784,9 +7812,10 @@ class WebSocket:
             late = Closed(1008, "no message came in time")
             self.close(late.code, late.reason)
             self._finish(late)
-        if self._texts:
-            self._busy = True
-            return self._texts.popleft()
+        with self._lock:
+            if self._texts:
+                self._busy = True
+                return self._texts.popleft()
         if self._clean:
             return None
         raise self._end()
@@ -7913,8 +7942,9 @@ class WebSocket:
                     self._loop.at(look, functools.partial(self._look, look))
 
     def _rests(self) -> bool:
-        """Whether no more is read just now: somebody has a message, or one waits, or too much for the client to read it."""
-        return self._busy or bool(self._texts) or len(self._unsent) >= self.MAX_UNSENT
+        """Whether no more is read just now: somebody has a message, or one waits, or frames do, or too much for the client
+        to read it."""
+        return self._busy or self._more or bool(self._texts) or len(self._unsent) >= self.MAX_UNSENT
 
     def _leave(self) -> None:
         self._loop.unwatch(self._fd, self._ready)
@@ -7926,6 +7956,7 @@ class WebSocket:
         """Somebody has received a message, or listens."""
         while self._heard and self._texts:
             self._heard(self._texts.popleft())
+        self._more = False
         self._take_frames()
         self._await()
 
@@ -7954,33 +7985,41 @@ class WebSocket:
 
     def _ready(self, events: int) -> None:
         """The socket has something to read, or room."""
+        self._ahead += self._read(events)
+        self._take_frames()
+        self._await()
+
+    def _read(self, events: int) -> bytes:
+        """What has come, no more than a TLS record has, so that none of it is hidden from the socket."""
         with self._lock:
             self._flush()
-        self._take_frames()
-        for _ in range(16):  # what TLS has decrypted no socket tells of
-            with self._lock:
-                if self._over or self._rests():
-                    break
-                try:
-                    data = self._sock.recv(65536)
-                except _NOT_READY:
-                    break
-                except OSError as error:
-                    self._dropped(f"the client is gone: {error}")
-                    break
-                if not data:
-                    self._dropped("the client hung up")
-                    break
-                self._pinged, self._due = False, time.monotonic() + self._idle
-            self._ahead += data
-            self._take_frames()
-        self._await()
+            if self._over:
+                return b""
+            if self._rests():
+                if events & (select.EPOLLHUP | select.EPOLLERR):
+                    self._dropped("the client is gone")
+                return b""
+            try:
+                data = self._sock.recv(65536)
+            except _NOT_READY:
+                return b""
+            except OSError as error:
+                self._dropped(f"the client is gone: {error}")
+                return b""
+            if not data:
+                self._dropped("the client hung up")
+            self._pinged, self._due = False, time.monotonic() + self._idle
+            return data
 
     def _take_frames(self) -> None:
         """Takes the frames that are whole, until a message waits for somebody."""
         try:
-            while not self._over and not self._rests() and (frame := self._frame()):
+            for _ in range(self.MAX_FRAMES):
+                if self._over or self._rests() or not (frame := self._frame()):
+                    return
                 self._take(*frame)
+            self._more = True  # others have their turn first
+            self._loop.at(time.monotonic(), self._go_on)
         except (Closed, UnicodeDecodeError) as error:
             fault = error if isinstance(error, Closed) else Closed(1007, "a text is not UTF-8")
             if fault.code != 1006:
@@ -8557,6 +8596,7 @@ class Client(Watch):
 
 
 HEARTBEAT_COMMENT = b": \n\n"
+TLS_RECORD = 1 << 14
 MAX_UNSENT = 1 << 17  # bytes that wait for a client to read, before no more is fetched for it
 
 
@@ -8582,17 +8622,19 @@ class Writer(Ticking):
         self._size = 0  # of it
         self._between = True  # whether what was written last is a whole event
         self._last = time.monotonic()  # when something was written, or taken by the client
-        self._watched = self._left = False
+        self._watched = self._left = self._ended = False
 
     def write(self, data: bytes, events: int = 0) -> None:
         """Sends bytes of the answer, which are so many events, now or once there is room; never waits. Once per event."""
         if not data:  # a chunk of none would be the last
             return
-        framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
         with self._write_lock:
             self.events += events
             self._between = data[-2:] == b"\n\n"
-            self._send(framed)
+            self._send(self._framed(data))
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def drain(self) -> None:
         """Waits until there is room for more: for the request's thread. ClientGone when there is nobody to send to."""
@@ -8603,21 +8645,23 @@ class Writer(Ticking):
 
     def sign(self) -> float:
         """Gives a sign of life if nothing was sent for HEARTBEAT seconds: the seconds until the next look."""
-        left = self._last + self._heartbeat - time.monotonic()
+        with self._write_lock:
+            left = self._last + self._heartbeat - time.monotonic()
+            quiet = self._between and not self._unsent
+            if left <= 0 and quiet and self._stream.signs and (self.begun or self._stream.opens):
+                self._send(self._framed(HEARTBEAT_COMMENT))
         if left <= 0:
             left = self._heartbeat
-            quiet = self._between and not self._unsent
-            if quiet and self._stream.signs and (self.begun or self._stream.opens):
-                self.write(HEARTBEAT_COMMENT)
         # Whoever hangs up is noticed by the loop, once it watches.
         return left if self._watched else min(left, Watch.LOOK)
 
     def end(self, last: bytes = b"") -> None:
         """Sends the end, behind a last event, and waits until the client has it."""
-        if last:
+        if last and not self._ended:
             self.write(last if self._between else b"\n\n" + last, 1)
         with self._write_lock:
-            self._send(b"0\r\n\r\n" if self._chunked else b"")
+            self._send(b"0\r\n\r\n" if self._chunked and not self._ended else b"")
+            self._ended = True
         self._watch.wait(lambda: self.gone or not self._unsent)
         if self.gone:
             raise ClientGone
@@ -8650,13 +8694,17 @@ class Writer(Ticking):
 
     def _put(self, data: bytes) -> int:
         """How many bytes the socket takes now."""
+        sent = 0
         try:
-            return self._sock.send(data) if self._secure else self._sock.send(data, socket.MSG_DONTWAIT)
+            if not self._secure:
+                return self._sock.send(data, socket.MSG_DONTWAIT)
+            while sent < len(data):  # TLS tells of nothing before the whole of what it was given is out
+                sent += self._sock.send(data[sent : sent + TLS_RECORD])
         except _NOT_READY:
-            return 0
+            pass
         except OSError:
             self._lose()
-            return 0
+        return sent
 
     def _lose(self) -> None:
         self.gone = True
@@ -8790,18 +8838,29 @@ class Workers:
 
     def run(self, job: Callable[[], object]) -> None:
         """Has a thread do a job."""
+        if not self._given(job):
+            self._waiting.put(job)
+
+    def _given(self, job: Callable[[], object]) -> bool:
+        """Whether there was a free thread for a job."""
         with self._free_lock:
             worker = self._free.pop() if self._free else None
-        if worker:
-            worker.job = job
-            worker.bell.release()
-        else:
-            self._waiting.put(job)
+        if worker is None:
+            return False
+        worker.job = job
+        worker.bell.release()
+        return True
 
     def _start(self) -> None:
         """Starts a thread for every job that waits for one."""
         while job := self._waiting.get():
-            Worker(self, job).start()
+            while not self._given(job):
+                try:
+                    Worker(self, job).start()
+                    break
+                except (RuntimeError, MemoryError):
+                    log(logging.ERROR, "no thread can be started; raise the limit or lower MAX_CONNECTIONS")
+                    time.sleep(0.1)
 
     def close(self) -> None:
         """Starts no more of them."""
