@@ -1861,6 +1861,8 @@ class Loop:
                     break  # the others are still ready then
             for _ in range(len(soon)):  # what is added meanwhile comes after what is ready by then
                 self._do(soon.popleft())
+                if time.monotonic() - begun > 2 * MAX_TURN:
+                    break
             while self._timers and self._timers[0][0] <= begun:
                 self._do(heapq.heappop(self._timers)[2])
             if begun >= tick:
