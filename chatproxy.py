@@ -70,7 +70,7 @@ from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 try:
     import click
-    from curl_cffi import CurlHttpVersion, CurlMOpt, CurlOpt, ffi, lib
+    from curl_cffi import CurlHttpVersion, CurlInfo, CurlMOpt, CurlOpt, ffi, lib
     from curl_cffi.curl import DEFAULT_CACERT
     from curl_cffi.requests import impersonate as browsers
 
@@ -1971,6 +1971,7 @@ _POSTFIELDS, _POSTSIZE, _READDATA = _options("POSTFIELDS", "POSTFIELDSIZE_LARGE"
 _SEEKDATA, _VERSION, _VERBOSE, _FRESH = _options("SEEKDATA", "HTTP_VERSION", "VERBOSE", "FRESH_CONNECT")
 _HEADERS_SENT = 2  # CURLINFO_HEADER_OUT
 _NOT_WRITTEN = 23  # CURLE_WRITE_ERROR: a callback of ours did not take what came
+_NOT_SENT = 55  # CURLE_SEND_ERROR
 _NO_SOCKET = -1  # CURL_SOCKET_TIMEOUT
 _REST, _GO_ON = 1, 0  # CURLPAUSE_RECV, CURLPAUSE_CONT
 # What libcurl wants to know of a socket (CURL_POLL_…), and what it is told (CURL_CSELECT_…).
@@ -1978,6 +1979,7 @@ _WANTED = {1: select.EPOLLIN, 2: select.EPOLLOUT, 3: select.EPOLLIN | select.EPO
 _READABLE, _WRITABLE, _FAILED = 1, 2, 4
 _MASKS = {int(select.EPOLLIN): _READABLE, int(select.EPOLLOUT): _WRITABLE}  # the usual ones
 _socket_action = lib.curl_multi_socket_action
+_NEW_CONNECTIONS = int(CurlInfo.NUM_CONNECTS)
 _STATUS_LINE = re.compile(r"HTTP/[0-9.]+ ([2-5][0-9][0-9])(?: |$)")
 _NO_TEXT = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f]+"
@@ -2109,6 +2111,17 @@ class Handle:
         upstream may have got it."""
         self._fresh = True
         self._set(_FRESH, 1)
+
+    def begins_anew(self) -> bool:
+        """Whether the call that just failed in sending may be made again, which is readied then: nothing had come, on a
+        kept connection. Where such a one breaks in reading libcurl does the same by itself."""
+        connections = ffi.new("long *")
+        lib.curl_easy_getinfo(self.easy, _NEW_CONNECTIONS, connections)
+        if connections[0] or self._head:
+            return False
+        if self.reader:
+            self.reader.seek(0)
+        return True
 
     def learn_agent(self, found: Callable[[str], None]) -> None:
         """Lets the next call tell the user agent it sends, which only libcurl knows."""
@@ -2298,6 +2311,10 @@ class Multi:
             if message == ffi.NULL:
                 return
             call, code = self._calls[message.easy_handle], message.data.result
+            if code == _NOT_SENT and call.handle.begins_anew():
+                lib.curl_multi_remove_handle(self._multi, call.handle.easy)
+                lib.curl_multi_add_handle(self._multi, call.handle.easy)
+                continue
             self.remove(call)
             call.end(call.handle.failure(code))
 
