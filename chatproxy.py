@@ -9,10 +9,10 @@
     python chatproxy.py accounts add -    paste tokens, one a line
     python chatproxy.py serve             then point any OpenAI client at http://127.0.0.1:5005/v1
 
-The file reads from top to bottom: a section uses only those above it. A request travels the other way: `routes` asks
-`openai` what the client wants, `turns` leases an account and asks `upstream`, whose bytes come from `transport` and
-become typed events in `events`; `openai` gives them the client's shape again and `http` writes them out. One thread,
-the loop of `transport`, carries the bytes; the request's thread decides.
+The file reads from top to bottom: a section uses only those above it. A request travels the other way: `dialects` makes
+a `question` of what `http` has read; `turns` leases an account, asks with the calls of `web`, and gets typed events from
+`decoder`; `dialects` gives these the client's shape again and `http` writes them out. Connected browsers (`agents`)
+answer the same questions. One thread, the loop of `transport`, carries the bytes; the request's thread decides.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 try:
     import click
@@ -176,6 +176,18 @@ def _one_of(*words: str) -> Kind:
     return Kind(parse, " or ".join(words) if len(words) > 1 else f"{words[0]} (this version has no other)")
 
 
+def _some_of(*words: str) -> Kind:
+    """An order: any of the words, none twice."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        named = _several(_one_of(*words).parse)(text)
+        if len(set(named)) < len(named):
+            raise ValueError
+        return named
+
+    return Kind(parse, f"{' and '.join(words)} in any order, or one of them")
+
+
 BOOLEAN = Kind(_boolean, "true or false")
 OFF = Kind(_off, "false (this version has no other)")
 HOST_NAME = Kind(_matching(r"[0-9A-Za-z.:_%-]+"), "a host name or an IP address")
@@ -242,15 +254,17 @@ class Settings:
     admin_key: str | None = setting(
         "",
         KEY,
-        "key for admin routes; unset: the first of AUTHORIZATION; with neither: this machine alone, asked directly, "
-        "until there is an API user",
+        "key for the admin routes; when unset, the first of AUTHORIZATION; with neither, they answer only this machine, "
+        "with no proxy in between, until there is an API user",
         secret=True,
     )
     allow_direct_tokens: bool = setting(
-        "true", BOOLEAN, "may clients bring their own access, refresh or `sk-` token as API key"
+        "true", BOOLEAN, "whether clients may bring their own access, refresh or `sk-` token as API key"
     )
     chatgpt_base_url: tuple[str, ...] = setting(
-        "https://chatgpt.com", WEBS, "the upstream; of several, separated by commas, an account keeps one"
+        "https://chatgpt.com",
+        WEBS,
+        "address of the upstream; with several, comma-separated, every account keeps one of them",
     )
     openai_auth_url: str = setting("https://auth.openai.com", WEB, "token endpoint and sign-in")
     openai_api_url: str = setting("https://api.openai.com", WEB, "where `sk-` keys go")
@@ -295,22 +309,24 @@ class Settings:
         "false", BOOLEAN, "refresh every refresh token at start and every 4 days at 03:00 local time"
     )
     auto_continue: int = setting(
-        "3", _number(0, 100), "how often an answer cut by the upstream's length limit is continued unasked"
+        "3",
+        _number(0, 100),
+        "how many times an answer that the upstream cut for length is continued automatically",
     )
     check_model: bool = setting("false", BOOLEAN, "refuse models that the account does not list")
     upload_by_url: bool = setting(
-        "false", BOOLEAN, "`URL… text` in a plain message fetches and uploads the URLs"
+        "false", BOOLEAN, "URLs at the start of a plain message are fetched and uploaded as its files"
     )
     allow_private_urls: bool = setting(
-        "false", BOOLEAN, "may URLs that clients name lead to private addresses"
+        "false", BOOLEAN, "whether URLs that clients name may lead to private addresses"
     )
-    upstream_order: str = setting(
+    upstream_order: tuple[str, ...] = setting(
         "pool",
-        _one_of("pool", "agents", "agents,pool", "pool,agents"),
-        "which answers chats, and which does when that has nobody to",
+        _some_of("pool", "agents"),
+        "who answers chats; the next one is asked when the one before has nobody to answer",
     )
     agent_key: str | None = setting(
-        "", KEY, "the key that agents register with; unset: the admin key", secret=True
+        "", KEY, "key that agents register with; when unset, the admin key", secret=True
     )
     enable_gateway: bool = setting("false", OFF, "the web mirror")
     auto_seed: bool = setting("true", BOOLEAN, "the web mirror's seeds are made unasked")
@@ -326,7 +342,7 @@ class Settings:
     max_connections_per_address: int = setting(
         "256",
         _number(0, 100_000),
-        "most of them from one address (IPv6: from one /64); 0 is no limit, and loopback has none",
+        "most client connections from one address (IPv6: one /64); 0 for no limit; loopback has none",
     )
     read_timeout: int = setting(
         "30", _number(1, 3600), "seconds a client may take to send a request, or idle between two"
@@ -339,7 +355,7 @@ class Settings:
         "15", _number(1, 3600), "seconds of silence after which a streaming client gets a sign of life"
     )
     log_level: str = setting(
-        "info", _one_of("debug", "info", "warning", "error"), "how much is logged, to stderr"
+        "info", _one_of("debug", "info", "warning", "error"), "lowest level that is logged, on stderr"
     )
     log_format: str = setting("text", _one_of("text", "json"), "`json`: one object a line")
 
@@ -370,12 +386,13 @@ def gather(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[
     return found
 
 
-def settle(origins: Mapping[str, Origin]) -> Settings:
+def resolve(origins: Mapping[str, Origin]) -> Settings:
     """Parsed settings; SettingError names the first that cannot be used."""
     values: dict[str, Any] = {}
     for row in fields(Settings):
         # White space alone is empty, and empty is unset.
-        text, kind = origins[row.name].text.strip() or row.metadata["default"], row.metadata["kind"]
+        text = origins[row.name].text.strip() or row.metadata["default"]
+        kind = row.metadata["kind"]
         if not text:
             values[row.name] = (
                 () if row.type.startswith("tuple") else _data_dir() if row.name == "data_dir" else None
@@ -392,9 +409,7 @@ def settle(origins: Mapping[str, Origin]) -> Settings:
             raise SettingError(f"{row.name.upper()}: {text!r} cannot be used; accepted: {kind.accepts}")
     if bool(values["tls_cert"]) != bool(values["tls_key"]):
         missing = "TLS_KEY" if values["tls_cert"] else "TLS_CERT"
-        raise SettingError(
-            f"{missing}: unset cannot be used; accepted: TLS_CERT and TLS_KEY, both or neither"
-        )
+        raise SettingError(f"{missing}: not set; set both TLS_CERT and TLS_KEY, or neither")
     return Settings(**values)
 
 
@@ -408,7 +423,8 @@ def settings_table() -> str:
     lines = ["| variable | default | accepted | meaning |", "| --- | --- | --- | --- |"]
     for row in fields(Settings):
         if not row.metadata["hidden"]:
-            meta, alias = row.metadata, row.metadata["alias"]
+            meta = row.metadata
+            alias = row.metadata["alias"]
             name = f"`{row.name.upper()}`" + (f" (`{alias}`)" if alias else "")
             default = f"`{meta['default']}`" if meta["default"] else ""
             lines.append(f"| {name} | {default} | {meta['kind'].accepts} | {meta['meaning']} |")
@@ -428,11 +444,11 @@ CAUSES = {
     ),
     "login_required": (
         400,
-        "files, images and speech need a signed-in account, and only login-free ones are there",
+        "files, images and speech need a signed-in account, and there are only login-free ones",
     ),
     "invalid_api_key": (401, "no or wrong key"),
     "invalid_credentials": (401, "wrong user name, password or one-time code"),
-    "mfa_required": (401, "the account wants a one-time code: send it as `code`"),
+    "mfa_required": (401, "the account needs a one-time code: send it as `code`"),
     "not_found": (404, "route, conversation or file that does not exist"),
     "model_not_found": (404, "model that nobody offers: with CHECK_MODEL, or when the upstream says so"),
     "method_not_allowed": (405, "known route, other method; `Allow` names those it has"),
@@ -441,28 +457,31 @@ CAUSES = {
     "uri_too_long": (414, "URL over its limit"),
     "origin_refused": (
         403,
-        "a page of another site: while no key is set, or one that is not chatgpt.com's as an agent",
+        "a page of another site while no key is set, or a page other than chatgpt.com's that connects as an agent",
     ),
-    "upgrade_required": (426, "a WebSocket of another version than 13"),
+    "upgrade_required": (426, "a WebSocket version other than 13"),
     "expectation_failed": (417, "an `Expect` other than `100-continue`"),
     "headers_too_large": (431, "headers over their limit"),
     "rate_limit_exceeded": (
         429,
-        "every usable account is waiting out a limit, an API user's requests of today are used up, or too many wrong "
-        "keys come from this address; `Retry-After`",
+        "every usable account is waiting for a limit to end, an API user has used up today's requests, or too many "
+        "wrong keys came from this address; `Retry-After`",
     ),
     "upstream_blocked": (403, "the upstream refuses this address (Cloudflare page, unusual activity)"),
-    "challenge_required": (403, "the sign-in wants to see a human: `chatproxy.py login` lets one sign in"),
+    "challenge_required": (403, "the sign-in page asks for a human; sign in with `chatproxy.py login`"),
     "arkose_required": (403, "the upstream wants an Arkose token and no service provides one"),
-    "proof_of_work_too_hard": (403, "the upstream asks a harder proof than POW_DIFFICULTY allows"),
+    "proof_of_work_too_hard": (
+        403,
+        "the upstream asks for a harder proof of work than POW_DIFFICULTY allows",
+    ),
     "internal_error": (500, "a fault of chatproxy itself; the log has it under the request id"),
     "upstream_error": (502, "upstream unreachable, 5xx, or an answer cut off"),
     "invalid_structured_output": (
         502,
         "the model twice gave no JSON that `response_format` or `text.format` allows",
     ),
-    "agent_lost": (500, "the agent that was asked hung up, failed, or is not there any more"),
-    "no_agent": (503, "no agent is connected and answers; `Retry-After`"),
+    "agent_lost": (500, "the agent that was asked disconnected or failed"),
+    "no_agent": (503, "no connected agent answers; `Retry-After`"),
     "no_account": (503, "no account in the pool can answer (none, or all expired); `Retry-After`"),
     "overloaded": (
         503,
@@ -484,7 +503,10 @@ class ApiError(Exception):
         self, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
     ):
         super().__init__(message)
-        self.code, self.message, self.param, self.headers = code, message, param, dict(headers or {})
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = dict(headers or {})
         self.plain = False  # ChatGPT-API-server's clients expect a text where OpenAI's expect an object
 
     @property
@@ -676,7 +698,8 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
     def _histogram_lines(self, name: str, labels: str, row: list[float]) -> Iterator[str]:
-        comma, total = "," if labels else "", 0.0
+        comma = "," if labels else ""
+        total = 0.0
         for bound, count in zip([*map(str, self.BUCKETS), "+Inf"], row[:-1], strict=True):
             total += count
             yield f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total:.15g}'
@@ -721,7 +744,8 @@ class Watch:
     def wait(self, done: Callable[[], object], limit: float = math.inf) -> None:
         """Sleeps until something is done, of which a `ring` tells; TimeoutError after `limit` seconds."""
         now = time.monotonic()
-        end, look = now + limit, now + self.LOOK
+        end = now + limit
+        look = now + self.LOOK
         while not done():
             if now >= end:
                 raise TimeoutError
@@ -736,7 +760,7 @@ class Watch:
             self.wait(lambda: False, seconds)
 
     def result(self, future: Future[T], limit: float = math.inf) -> T:
-        """What a future gives; TimeoutError after `limit` seconds."""
+        """The result of a future; TimeoutError after `limit` seconds."""
         if not future.done():
             future.add_done_callback(lambda _: self.ring())
             self.wait(future.done, limit)
@@ -754,11 +778,13 @@ class _Crew(Watch):
 
 
 def side_by_side(jobs: Sequence[Callable[[Watch], T]], watch: Watch, most: int = 1000) -> list[T]:
-    """What jobs give that run at the same time, up to `most`, each in a thread; when all of them fail, the first
-    failure. They are ended when nobody waits any more."""
+    """Runs jobs at the same time, up to `most`, each in a thread, and returns the results of those that succeed; when
+    all fail, raises the first failure. They are ended when nobody waits for them any more."""
     if len(jobs) == 1:
         return [jobs[0](watch)]
-    crew, results, failure = [_Crew() for _ in jobs], list[T](), None
+    crew = [_Crew() for _ in jobs]
+    results = list[T]()
+    failure = None
     with ThreadPoolExecutor(max(1, min(len(jobs), most))) as executor:
         try:
             futures = [executor.submit(job, one) for job, one in zip(jobs, crew, strict=True)]
@@ -781,12 +807,12 @@ def side_by_side(jobs: Sequence[Callable[[Watch], T]], watch: Watch, most: int =
 # blobs: bytes that may be too many for memory, and what they are
 # ============================================================================================================
 
-MOST_IN_MEMORY = 1 << 20
+MAX_IN_MEMORY = 1 << 20
 PIECE = 1 << 16  # bytes that are read or copied at a time
 
 
 class Room:
-    """How many bytes of all request bodies there may be at a time, in memory and in files."""
+    """The room for all request bodies together, in bytes: in memory and in files."""
 
     def __init__(self, memory: int, disk: int) -> None:
         self._left_lock = threading.Lock()
@@ -806,7 +832,7 @@ class Room:
 
 
 class Share:
-    """What one request has of the room for bodies, until it is answered."""
+    """The part of that room that one request takes, until it is answered."""
 
     def __init__(self, room: Room) -> None:
         self._room = room
@@ -834,20 +860,21 @@ class Share:
 
 
 class Blob:
-    """Bytes that are written once and then read by any thread: in memory, past MOST_IN_MEMORY in an unnamed file.
+    """Bytes that are written once and then read by any thread: in memory, past MAX_IN_MEMORY in an unnamed file.
     Those of a request's body take their `share` of the room for bodies."""
 
     def __init__(self, data: bytes = b"", share: Share | None = None) -> None:
         self._data: bytes | bytearray = data
         self._file: IO[bytes] | None = None
-        self._start, self.size = 0, len(data)
+        self._start = 0
+        self.size = len(data)
         self.share = share
         if share and data:
             share.grow("memory", len(data))
 
     def write(self, data: bytes) -> None:
         """Appends; not to a part of another blob. ApiError overloaded when there is no room."""
-        large = self.size + len(data) > MOST_IN_MEMORY
+        large = self.size + len(data) > MAX_IN_MEMORY
         if self.share:
             if large and self._file is None:
                 self.share.move(self.size)
@@ -871,7 +898,10 @@ class Blob:
     def part(self, start: int, size: int) -> Blob:
         """Some of the bytes, not copied."""
         part = Blob()
-        part._data, part._file, part._start, part.size = self._data, self._file, self._start + start, size
+        part._data = self._data
+        part._file = self._file
+        part._start = self._start + start
+        part.size = size
         return part
 
     def read(self, start: int = 0, size: int | None = None) -> bytes:
@@ -888,7 +918,7 @@ class Blob:
             yield self.read(start, PIECE)
 
     def find(self, wanted: bytes, start: int) -> int:
-        """Where `wanted` begins, -1 when it does not occur from `start` on."""
+        """The position of `wanted`, -1 when it does not occur from `start` on."""
         for at in range(start, self.size, PIECE):
             found = self.read(at, PIECE + len(wanted) - 1).find(wanted)
             if found >= 0:
@@ -968,12 +998,17 @@ def _jpeg_facts(blob: Blob) -> tuple[str, int, int] | None:
 # ============================================================================================================
 
 
-ACCESS, REFRESH, SESSION, LOGIN_FREE = "access", "refresh", "session", "login-free"  # kinds of accounts
+# The kinds of accounts.
+ACCESS = "access"
+REFRESH = "refresh"
+SESSION = "session"
+LOGIN_FREE = "login-free"
 
 
 class Scope(NamedTuple):
-    """What of others a caller may see and change. `owner` is whose their own conversations, files and responses are;
-    `everyone` is for the keys of AUTHORIZATION and the administrator's, who see those of all keys and API users."""
+    """The things of others that a caller may see and change. `owner` owns the caller's conversations, files and
+    responses; `everyone` is set for the keys of AUTHORIZATION and the administrator's, which see those of all keys
+    and API users."""
 
     owner: str
     everyone: bool = False
@@ -1045,7 +1080,8 @@ class User(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What an account (answers, failures) or an API user (requests, tokens) did in a time; last at `used` (Unix seconds)."""
+    """Counts of an account (answers, failures) or an API user (requests, tokens) over a time; last used at `used`
+    (Unix seconds)."""
 
     answers: int = 0
     failures: int = 0
@@ -1104,10 +1140,11 @@ MIGRATIONS = (
 )
 TABLES = set(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS)))
 # Seconds that a response is kept, a file that came inside a message, and a tally.
-RESPONSE_LIFE, LOOSE_FILE_LIFE = 86400.0, 7 * 86400.0
+RESPONSE_LIFE = 86400.0
+LOOSE_FILE_LIFE = 7 * 86400.0
 TALLY_LIFE = 3 * 86400.0
-MOST_RESPONSES = 256 << 20  # characters of kept responses; the oldest go first
-MOST_RESPONSES_OF_ONE = 64 << 20  # of one owner's
+MAX_RESPONSES = 256 << 20  # characters of kept responses; the oldest go first
+MAX_RESPONSES_OF_ONE = 64 << 20  # of one owner's
 ROOM_FOR_A_TOKEN = 1 << 16  # bytes that the disk must take before a token is exchanged
 
 
@@ -1116,7 +1153,7 @@ class StoreError(Exception):
 
 
 def store_advice(cause: str) -> str:
-    """What to do about a store that cannot be used for this cause, as SQLite tells it."""
+    """Advice for a store that cannot be used, by the cause that SQLite gives."""
     if re.search(r"full|locked|I/O|read-?only|unable to open", cause):
         return "make room on its disk, and see to it that this user may write there"
     return "restore a copy of it, or move it away and add the accounts anew"
@@ -1248,7 +1285,7 @@ class Store:
         os.close(self._turns)
 
     @contextlib.contextmanager
-    def alone(self, id: str, patience: float) -> Iterator[None]:
+    def exclusively(self, id: str, patience: float) -> Iterator[None]:
         """No other process is in such a block for the same account; within one process the caller sees to that.
         TimeoutError when another is for `patience` seconds; its end, however it ends, lets the next one in."""
         place = int.from_bytes(hashlib.sha256(id.encode()).digest()[:7], "big")
@@ -1271,7 +1308,8 @@ class Store:
 
     def changed(self) -> bool:
         """Whether another process has written since the last call."""
-        before, self._version = self._version, self._data_version()
+        before = self._version
+        self._version = self._data_version()
         return before != self._version
 
     def accounts(self, where: str = "1", *values: Any) -> list[AccountRow]:
@@ -1287,7 +1325,8 @@ class Store:
         self, merge: Callable[[Mapping[str, AccountRow]], list[AccountRow]]
     ) -> list[AccountRow]:
         """Stores the accounts that `merge` makes of those that are known by id, in one transaction; returns them."""
-        names, marks = ", ".join(_ACCOUNT_COLUMNS), ", ".join("?" * len(_ACCOUNT_COLUMNS))
+        names = ", ".join(_ACCOUNT_COLUMNS)
+        marks = ", ".join("?" * len(_ACCOUNT_COLUMNS))
         updates = ", ".join(f"{name}=excluded.{name}" for name in _ACCOUNT_COLUMNS[1:])
         query = f"INSERT INTO accounts ({names}) VALUES ({marks}) ON CONFLICT(id) DO UPDATE SET {updates}"
         with self.writing() as db:
@@ -1322,7 +1361,7 @@ class Store:
             db.executemany("DELETE FROM tallies WHERE subject=?", [(id,) for id in removed])
         return removed
 
-    def unite(self, id: str, other: str, **columns: Any) -> None:
+    def absorb_account(self, id: str, other: str, **columns: Any) -> None:
         """An account gets these columns and what another one held, which is removed."""
         with self.writing() as db:
             db.execute("UPDATE conversations SET account=? WHERE account=?", (id, other))
@@ -1344,7 +1383,7 @@ class Store:
         self._write("DELETE FROM waits WHERE account=? AND model=?", account, model)
 
     def conversation(self, id: str) -> Held | None:
-        """Who holds a conversation, None when that is not known."""
+        """The holder of a conversation, None when that is not known."""
         rows = self._rows("SELECT account, owner FROM conversations WHERE id=?", id)
         return Held(*rows[0]) if rows else None
 
@@ -1368,12 +1407,12 @@ class Store:
 
     def prune(self, now: float) -> None:
         """Forgets cool-downs that ended a day ago, conversations that nobody went on with for half a year, responses,
-        loose files and tallies whose time is over, and the oldest responses past MOST_RESPONSES."""
+        loose files and tallies whose time is over, and the oldest responses past MAX_RESPONSES."""
         with self.writing() as db:
             db.execute("DELETE FROM waits WHERE until < ?", (now - 86400,))
             db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
             db.execute("DELETE FROM responses WHERE made < ?", (now - RESPONSE_LIFE,))
-            self._shorten("1", (), MOST_RESPONSES)
+            self._shorten("1", (), MAX_RESPONSES)
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
             # The last of a subject stays: it tells when that was last used.
             later = "SELECT 1 FROM tallies AS later WHERE later.subject=tallies.subject AND later.since>tallies.since"
@@ -1408,7 +1447,7 @@ class Store:
             db.execute(
                 "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", (id, owner, response, items, now, size)
             )
-            self._shorten("owner=?", (owner,), MOST_RESPONSES_OF_ONE)
+            self._shorten("owner=?", (owner,), MAX_RESPONSES_OF_ONE)
 
     def _shorten(self, where: str, values: tuple[str, ...], most: int) -> None:
         """Forgets the oldest of some responses, as far as together they have more than so many characters."""
@@ -1461,9 +1500,9 @@ _ACCOUNT_COLUMNS = tuple(column.name for column in fields(AccountRow))
 # proof: the browser fingerprint and the proof of work made from it
 # ============================================================================================================
 
-# What browsers send when they give up after MOST_ATTEMPTS, before the base64 of the seed in quotes.
+# What browsers send when they give up after MAX_ATTEMPTS, before the base64 of the seed in quotes.
 GIVE_UP = "gAAAAABwQ8Lk5FbGpA2NcR9dShT6gYjU7VxZ4D"
-MOST_ATTEMPTS = 500_000
+MAX_ATTEMPTS = 500_000
 # A proof that takes fewer attempts than this on average (about 2 ms) is solved where it is needed.
 EASY_ATTEMPTS = 2_000
 REQUIREMENTS_DIFFICULTY = "0fffff"
@@ -1494,7 +1533,8 @@ TIMEZONE_OFFSET_MIN = 300
 
 
 class Page(NamedTuple):
-    """What the site's start page gives a fingerprint: the `src` of its scripts, its data-build, and when it was read."""
+    """Facts of the site's start page for a fingerprint: the `src` of its scripts, its data-build, and when it was
+    read."""
 
     scripts: tuple[str, ...] = ()
     build: str | None = None
@@ -1503,7 +1543,8 @@ class Page(NamedTuple):
 
 @functools.lru_cache(10_000)
 def _device_facts(device: str) -> tuple[int, int, str, str, str]:
-    """What a device keeps for life, drawn from its id: screen, cores, navigator property, document and window key."""
+    """Facts that a device keeps for life, derived from its id: screen, cores, navigator property, document and window
+    key."""
     choose = random.Random(device).choice
     return choose(_SCREENS), choose(_CORES), choose(_NAVIGATOR), choose(_DOCUMENT), choose(_WINDOW)
 
@@ -1521,7 +1562,8 @@ def fingerprint(device: str, agent: str, language: str, page: Page, now: float) 
     since = min(max(now - page.read, 1.0), 3600.0) * 1000  # performance.now(), in ms
     script = page.scripts[int(now) % len(page.scripts)] if page.scripts else None
     languages = language if "-" not in language else f"{language},{language.split('-')[0]}"
-    date, origin = _browser_date(int(now)), round(now * 1000 - since, 1)
+    date = _browser_date(int(now))
+    origin = round(now * 1000 - since, 1)
     head = [screen, date, 4294705152, 0, agent, script, page.build, language, languages, 0]
     return [*head, navigator, document, window, since, new_id(), "", cores, origin]
 
@@ -1536,7 +1578,8 @@ class _Sha3:
 
     def first(self, starts: Iterable[bytes], rest: bytes, bound: bytes) -> bytes | None:
         """The first start with which head + start + rest hashes to at most `bound`, compared over its length."""
-        copy, size = self._head.copy, len(bound)
+        copy = self._head.copy
+        size = len(bound)
         for start in starts:
             state = copy()
             state.update(start + rest)
@@ -1598,8 +1641,9 @@ def solve(seed: str, difficulty: str, configuration: list[Any], algorithm: str) 
     kind = ALGORITHMS[algorithm][0]
     # An odd number of digits compares as its last half byte filled up: "00003a1" as 00 00 3a 1f.
     bound = bytes.fromhex(difficulty + "f" * (len(difficulty) % 2))[: kind.digits // 2]
-    for tried in range(0, MOST_ATTEMPTS, len(_STARTS)):
-        configuration[3], configuration[9] = tried + len(_STARTS), (tried + len(_STARTS)) // 2
+    for tried in range(0, MAX_ATTEMPTS, len(_STARTS)):
+        configuration[3] = tried + len(_STARTS)
+        configuration[9] = (tried + len(_STARTS)) // 2
         head, rest = (base64.b64encode(part) for part in _split(configuration))
         if found := kind(seed.encode() + head).first(_STARTS, rest, bound):
             return (head + found + rest).decode()
@@ -1607,7 +1651,7 @@ def solve(seed: str, difficulty: str, configuration: list[Any], algorithm: str) 
 
 
 class ProofGivenUp(Exception):
-    """No proof within MOST_ATTEMPTS; the one argument is the seed."""
+    """No proof within MAX_ATTEMPTS; the one argument is the seed."""
 
 
 def _split(configuration: list[Any]) -> tuple[bytes, bytes]:
@@ -1734,7 +1778,7 @@ _HUNG_UP = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 
 
 class Ticking:
-    """What the loop looks at every TICK seconds."""
+    """Something that the loop looks at every TICK seconds."""
 
     def tick(self, now: float) -> None:
         """Ends what takes too long; `now` is a time.monotonic()."""
@@ -1840,7 +1884,10 @@ class Loop:
         os.eventfd_read(self._bell)
 
     def _run(self) -> None:
-        poll, handlers, soon, rings = self._epoll.poll, self._handlers, self._soon, self._rings
+        poll = self._epoll.poll
+        handlers = self._handlers
+        soon = self._soon
+        rings = self._rings
         tick = rotate = time.monotonic()
         while not self._closed:
             for watch in rings:
@@ -1856,7 +1903,7 @@ class Loop:
                     if handler := handlers.get(fd):
                         handler(events)
                 except Exception:
-                    log(logging.ERROR, "the loop met a fault", exc_info=True)
+                    log(logging.ERROR, "a fault in the loop", exc_info=True)
                 if time.monotonic() - begun > MAX_TURN:
                     break  # the others are still ready then
             for _ in range(len(soon)):  # what is added meanwhile comes after what is ready by then
@@ -1873,7 +1920,8 @@ class Loop:
             if took > self._longest[0]:
                 self._longest = (took, self._longest[1])
             if begun - rotate > LONGEST_TIME:
-                rotate, self._longest = begun, (0.0, self._longest[0])
+                rotate = begun
+                self._longest = (0.0, self._longest[0])
         self._awake = True  # so that nobody rings any more
 
     @staticmethod
@@ -1881,7 +1929,7 @@ class Loop:
         try:
             call(*given)
         except Exception:
-            log(logging.ERROR, "the loop met a fault", exc_info=True)
+            log(logging.ERROR, "a fault in the loop", exc_info=True)
 
 
 CONNECT_TIMEOUT = 10.0  # seconds
@@ -1891,13 +1939,15 @@ LAST_SILENCE = 0.05  # seconds that an upstream may take to end an answer after 
 IDLE_LIFE = 60.0  # seconds that an unused connection is kept
 MAX_IDLE = 64  # connections kept for one account; owners whose connections are kept for all guests together
 # What an upstream may send: bytes of a whole answer, decoded; bytes that come together; lines of a head.
-MAX_ANSWER, MAX_AT_ONCE, MAX_ANSWER_LINES = 32 << 20, 16 << 20, 300
+MAX_ANSWER = 32 << 20
+MAX_AT_ONCE = 16 << 20
+MAX_ANSWER_LINES = 300
 MAX_AHEAD = (
     16  # times that something of an answer may come before anybody takes it; then its connection rests
 )
 
 
-class Route(NamedTuple):
+class Egress(NamedTuple):
     """How an account reaches the net: its browser target ("" for none), and proxy URL ("" for none)."""
 
     browser: str
@@ -1923,7 +1973,7 @@ class Answer(NamedTuple):
 
 
 def no_handle() -> Refusal:
-    """What is told when this process has no room for another connection of its own."""
+    """The error for when this process has no room for another connection of its own."""
     refused = Refusal(
         "unreachable", "The server has no room for another connection to the upstream; try again."
     )
@@ -1932,23 +1982,25 @@ def no_handle() -> Refusal:
 
 
 def too_large() -> Refusal:
-    """What is told of an answer that is longer than what was asked for can be."""
-    return Refusal("broken", f"The upstream's answer is larger than {MAX_ANSWER >> 20} MiB; it was left.")
+    """The error for an answer that is longer than any that was asked for can be."""
+    return Refusal(
+        "broken", f"The upstream's answer is larger than {MAX_ANSWER >> 20} MiB; it was abandoned."
+    )
 
 
 # -- libcurl, by way of curl_cffi's `lib`: its Curl class sets everything anew for each call, a fifth of a short call's time --
 
 
 class _Sink:
-    """What a callback of libcurl calls, or reads from, as curl_cffi's C glue wants it."""
+    """Holds a Python callable or reader for libcurl, in the form that curl_cffi's C glue wants."""
 
     def __init__(self, callback: Any) -> None:
         self.callback, self.exception = callback, None
 
 
 class _Received(list[bytes]):
-    """What libcurl has brought since it was last emptied: the lines of a head, or the pieces of a body. What is compressed
-    may become a thousand times as much while it is decoded, before anybody else can count it."""
+    """The bytes that libcurl has brought since this was last emptied: the lines of a head, or the pieces of a body.
+    Compressed data may grow a thousandfold while libcurl decodes it, before anybody else can count it."""
 
     tell: Callable[[], object] = int  # called when there is something in it
     size = 0  # in bytes
@@ -1990,27 +2042,31 @@ class Handle:
     """One libcurl easy handle, kept from call to call. Not for two threads at once: while a call is under way it is the
     loop's, before and after that its request's."""
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, egress: Egress) -> None:
         self.easy = lib.curl_easy_init()
         if not self.easy:
             raise no_handle()
-        self.body, self._head = _Received(), _Received()
+        self.body = _Received()
+        self._head = _Received()
         self._error = ffi.new("char[]", 256)
         self._kept: list[Any] = []  # what libcurl points to
         self._lines = self._pinned = ffi.NULL
         self._sent: Any = None  # the body, or libcurl's way to the reader of one that is not held in memory
         self.reader: BlobReader | None = None
-        self._url, self._posts, self._method, self._plain = "", False, "", False
+        self._url = ""
+        self._posts = False
+        self._method = ""
+        self._plain = False
         self.silence = 0.0  # seconds without a byte that end the call
         self._hears = self._fresh = False
         self.failed = False  # whether its last call did: such a handle is not used again
-        if route.browser:
-            lib.curl_easy_impersonate(self.easy, route.browser.encode(), 1)
+        if egress.browser:
+            lib.curl_easy_impersonate(self.easy, egress.browser.encode(), 1)
         for name, value in {
             "ERRORBUFFER": self._error,
             "CAINFO": DEFAULT_CACERT.encode(),
             "PROXY_CAINFO": DEFAULT_CACERT.encode(),
-            "PROXY": route.proxy.encode(),
+            "PROXY": egress.proxy.encode(),
             "NOSIGNAL": 1,
             "PROTOCOLS_STR": b"http,https",
             "CONNECTTIMEOUT_MS": int(CONNECT_TIMEOUT * 1000),
@@ -2073,7 +2129,7 @@ class Handle:
                 # An impersonated handle would ask a plain server for HTTP/2 by `Upgrade: h2c`, which many mishandle.
                 self._set(_VERSION, int(CurlHttpVersion.V1_1 if plain else CurlHttpVersion.V2TLS))
                 self._plain = plain
-        if isinstance(body, Blob) and body.size <= MOST_IN_MEMORY:
+        if isinstance(body, Blob) and body.size <= MAX_IN_MEMORY:
             body = body.read()
         if isinstance(body, Blob):
             self.reader = BlobReader(body)
@@ -2153,13 +2209,13 @@ class Handle:
             self._set(_VERBOSE, 0)
 
     def failure(self, code: int) -> Refusal | None:
-        """What a call's end with this code of libcurl's means, None for 0."""
+        """The failure that libcurl's code for the end of a call means, None for 0."""
         if not code:
             return None
         text = ffi.string(self._error).decode("utf-8", "replace") or f"libcurl error {code}"
         tunnel = text.startswith("CONNECT tunnel failed")
         if code == _NOT_WRITTEN:
-            return Refusal("broken", "The upstream sent more at once than any answer has; it was left.")
+            return Refusal("broken", "The upstream sent too much at once; its answer was abandoned.")
         if self._head and not tunnel:
             return Refusal("broken", f"The upstream broke off its answer: {text}")
         advice = "check this server's network, or PROXY_URL"
@@ -2176,10 +2232,11 @@ class Handle:
         status = _STATUS_LINE.match(first)
         if status is None or len(lines) > MAX_ANSWER_LINES:
             self.failed = True
-            raise Refusal("broken", "The upstream's answer has no status, or a head that no server sends.")
+            raise Refusal("broken", "The upstream's answer has no valid status line, or too many headers.")
         for line in lines:
             name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip()
+            name = name.lower()
+            value = value.strip()
             between = "\n" if name == "set-cookie" else ", "
             headers[name] = f"{headers[name]}{between}{value}" if name in headers else value
         return int(status[1]), headers
@@ -2214,7 +2271,7 @@ def _on_timer(multi_handle: Any, milliseconds: int, multi: Any) -> int:
 
 
 class Multi:
-    """The connections of one owner over one route: a libcurl multi handle that the loop drives.
+    """The connections of one owner over one egress: a libcurl multi handle that the loop drives.
 
     libcurl gives a kept connection to any call of the same multi handle. So every owner has one of its own, and no two
     of them ever share a connection. But for `close`, everything is for the loop's thread.
@@ -2225,13 +2282,15 @@ class Multi:
         self._multi = lib.curl_multi_init()
         if not self._multi:
             raise no_handle()
-        self._running, self._left = ffi.new("int *"), ffi.new("int *")
+        self._running = ffi.new("int *")
+        self._left = ffi.new("int *")
         self._me = ffi.new_handle(self)
         self._calls: dict[Any, Call] = {}
         self._fresh: list[Call] = []  # those that something has come for
         self._due = 0.0  # when libcurl wants a turn (time.monotonic()), 0 for never
         self.idle: list[Handle] = []  # no call's just now
-        self.users, self.used = 0, time.monotonic()  # how many calls there are, and when there last was one
+        self.users = 0  # how many calls there are
+        self.used = time.monotonic()  # when there last was one
         for option, value in {
             CurlMOpt.SOCKETFUNCTION: lib.socket_function,
             CurlMOpt.SOCKETDATA: self._me,
@@ -2270,14 +2329,14 @@ class Multi:
         lib.curl_multi_cleanup(self._multi)
 
     def wants(self, fd: int, what: int) -> None:
-        """What libcurl waits for at a socket; nothing any more for what is no key of _WANTED."""
+        """libcurl waits for a socket, or no longer waits when `what` is no key of _WANTED."""
         if events := _WANTED.get(what):
             self._loop.watch(fd, events, functools.partial(self._ready, fd))
         else:
             self._loop.unwatch(fd)
 
     def wants_turn(self, milliseconds: int) -> None:
-        """When libcurl wants a turn whatever its sockets do."""
+        """libcurl wants a turn after some milliseconds whatever its sockets do; none when they are negative."""
         if milliseconds < 0:
             self._due = 0.0
             return
@@ -2310,7 +2369,8 @@ class Multi:
             message = lib.curl_multi_info_read(self._multi, self._left)
             if message == ffi.NULL:
                 return
-            call, code = self._calls[message.easy_handle], message.data.result
+            call = self._calls[message.easy_handle]
+            code = message.data.result
             if code == _NOT_SENT and call.handle.begins_anew():
                 lib.curl_multi_remove_handle(self._multi, call.handle.easy)
                 lib.curl_multi_add_handle(self._multi, call.handle.easy)
@@ -2320,8 +2380,8 @@ class Multi:
 
 
 class Outlet(Protocol):
-    """Where bytes go on to. It is `full` when so much waits to be sent that no more should come: then no more of a call is
-    read until it calls `on_room`."""
+    """Where bytes are written to. It is `full` when so much waits to be sent that no more should come: then no more of
+    a call is read until it calls `on_room`."""
 
     full: bool
     on_room: Callable[[], object]
@@ -2341,9 +2401,14 @@ class Call(Ticking):
     """
 
     def __init__(self, loop: Loop, multi: Multi, handle: Handle, watch: Watch, release: Callable[[], object]):
-        self.handle, self.status, self.headers = handle, 0, dict[str, str]()
+        self.handle = handle
+        self.status = 0
+        self.headers = dict[str, str]()
         self.reached: Callable[[bool], None] | None = None  # told whether there was a connection
-        self._loop, self._multi, self._watch, self._release = loop, multi, watch, release
+        self._loop = loop
+        self._multi = multi
+        self._watch = watch
+        self._release = release
         self._begun = False
         self._held = True  # whether the thread has it
         self._take: Callable[[bytes], Any] | None = None
@@ -2429,7 +2494,8 @@ class Call(Ticking):
 
     def whole(self) -> Answer:
         """The whole answer."""
-        parts, size = list[bytes](), 0
+        parts = list[bytes]()
+        size = 0
 
         def gather(data: bytes) -> None:
             nonlocal size
@@ -2512,7 +2578,8 @@ class Call(Ticking):
         """The answer is over, or cannot go on."""
         if self._over:
             return
-        self._over, self._failure = True, self._failure or failure
+        self._over = True
+        self._failure = self._failure or failure
         self._loop.ticking.pop(self, None)
         if self._take is not None:
             self._hand_back()
@@ -2530,7 +2597,8 @@ class Call(Ticking):
 
     def _leave(self) -> None:
         """Nobody wants more of it: it is ended, unless its end is just coming, so that its connection can be kept."""
-        self._held, self._take = False, lambda data: None
+        self._held = False
+        self._take = lambda data: None
         if self._over:
             self._gone()
         else:
@@ -2550,17 +2618,17 @@ class Call(Ticking):
 
 
 class Handles:
-    """Kept connections and handles by owner and route: two owners never share a connection. Those of up to `most` owners
+    """Kept connections and handles by owner and egress: two owners never share a connection. Those of up to `most` owners
     are kept where they are `together`: then those used longest ago go."""
 
     def __init__(self, loop: Loop, together: bool = False, most: int = MAX_IDLE) -> None:
         self._loop, self._together, self._most = loop, together, most
         self._closed = False
         self._multis_lock = threading.Lock()
-        self._multis: OrderedDict[tuple[str, Route, str], Multi] = OrderedDict()
+        self._multis: OrderedDict[tuple[str, Egress, str], Multi] = OrderedDict()
 
     def call(
-        self, owner: str, route: Route, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
+        self, owner: str, egress: Egress, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
         watch: Watch, silence: float, kept: bool = True, place: str = "",
     ) -> Call:  # fmt: skip
         """A call on a connection of the owner's.
@@ -2568,7 +2636,7 @@ class Handles:
         `headers` are whole lines; `silence` is how many seconds without a byte end the call; `kept` is whether the
         connection is; `place` is what `Handle.lead` takes, "" for nothing.
         """
-        key = (owner, route, place)
+        key = (owner, egress, place)
         with self._multis_lock:
             multi = self._multis.get(key)
             if multi is None:
@@ -2578,7 +2646,7 @@ class Handles:
             handle = multi.idle.pop() if multi.idle else None
         try:
             if handle is None:
-                handle = Handle(route)
+                handle = Handle(egress)
                 if place:
                     handle.lead(place)
             handle.prepare(method, url, headers, body, silence)
@@ -2592,7 +2660,7 @@ class Handles:
         )
 
     def _give_back(
-        self, key: tuple[str, Route, str], multi: Multi, handle: Handle | None, kept: bool
+        self, key: tuple[str, Egress, str], multi: Multi, handle: Handle | None, kept: bool
     ) -> None:
         """A call is over: its handle is kept for the next one, unless it failed."""
         surplus: list[Multi] = []
@@ -2612,7 +2680,7 @@ class Handles:
         for one in surplus:
             self._loop.soon(one.close)
 
-    def _take_out(self, key: tuple[str, Route, str], surplus: list[Multi]) -> None:
+    def _take_out(self, key: tuple[str, Egress, str], surplus: list[Multi]) -> None:
         """Takes out connections that nobody uses; the lock is held."""
         multi = self._multis.get(key)
         if multi and not multi.users:
@@ -2630,7 +2698,7 @@ class Handles:
             self._loop.soon(multi.close)
 
     def owners(self) -> list[str]:
-        """Those that have connections here, the one used longest ago first."""
+        """The owners that have connections here, the one used longest ago first."""
         with self._multis_lock:
             return [key[0] for key in self._multis]
 
@@ -2642,7 +2710,7 @@ class Handles:
 
 
 FETCH_TIME = 30.0  # seconds for what a client's URL leads to, redirects included
-MOST_REDIRECTS = 5
+MAX_REDIRECTS = 5
 # What is not anybody's although its neighbours are: Azure's metadata service (others' are link-local or private), IETF
 # assignments (Oracle's metadata service among them), 6to4 relays, documentation.
 _INTERNAL = [
@@ -2685,7 +2753,7 @@ class Fetcher:
         end = time.monotonic() + FETCH_TIME
         host = ""
         try:
-            for _ in range(MOST_REDIRECTS + 1):
+            for _ in range(MAX_REDIRECTS + 1):
                 host, port, name = self.parted(url)
                 blob, status, headers = self._get(url, host, port, end, watch)
                 if status in (301, 302, 303, 307, 308) and headers.get("location"):
@@ -2753,13 +2821,14 @@ class Fetcher:
             multi = Multi(self._loop)
             try:
                 handle = Handle(
-                    Route(self.settings.impersonate, next(iter(self.settings.export_proxy_url), ""))
+                    Egress(self.settings.impersonate, next(iter(self.settings.export_proxy_url), ""))
                 )
                 multi.idle.append(handle)  # which goes with it
                 handle.as_it_comes()
                 if address:
                     handle.pin(address)
-                headers, left = [b"Expect:", b"Accept-Encoding: identity"], max(0.1, end - time.monotonic())
+                headers = [b"Expect:", b"Accept-Encoding: identity"]
+                left = max(0.1, end - time.monotonic())
                 handle.prepare("GET", url, headers, None, left)
             except BaseException:
                 self._loop.soon(multi.close)
@@ -2776,7 +2845,8 @@ class Fetcher:
 
     def _taken(self, call: Call, end: float) -> tuple[Blob, int, dict[str, str]]:
         call.start()
-        body, most = Blob(), self.settings.max_body_mb << 20
+        body = Blob()
+        most = self.settings.max_body_mb << 20
         if call.headers.get("content-encoding", "identity") != "identity":
             raise ValueError("it answers compressed, although it was asked not to")
         for data in call.pieces():
@@ -2789,6 +2859,375 @@ class Fetcher:
 
 
 # ============================================================================================================
+# websocket: RFC 6455, the server's side, text messages without extensions
+# ============================================================================================================
+
+_CONTINUATION = 0
+_TEXT_FRAME = 1
+_BINARY = 2
+_CLOSE = 8
+_PING = 9
+_PONG = 10
+_CODES = {*range(1000, 1015), *range(3000, 5000)} - {1004, 1005, 1006}  # what a Close may carry
+_NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Closed(Exception):
+    """The connection is over: its Close frame's code (1005: it had none; 1006: there was no frame) and a reason."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
+
+
+def accept_key(key: str) -> str:
+    """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key."""
+    text = key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    return base64.b64encode(hashlib.sha1(text.encode(), usedforsecurity=False).digest()).decode()
+
+
+class WebSocket:
+    """A connection after its handshake; its owner closes the socket once it is over.
+
+    The loop reads it. A message goes to who listens, in the loop, or waits for `receive`, with no more read until then.
+    Whoever sends does not wait: what the client does not take at once is sent by the loop. `ahead` was read after the
+    request, `most` is a message's size in bytes. Seconds: after `idle` without a byte the client is sent a ping, after
+    `patience` more it is gone (it has as long to answer a Close), and so it is when a frame is not out within
+    `send_timeout`.
+    """
+
+    MAX_UNSENT, MAX_FRAMES = 100, 200  # frames that wait to be sent; that are taken in a turn of the loop
+
+    def __init__(
+        self, sock: socket.socket, loop: Loop, ahead: bytes = b"", *, most: int = 1_000_000,
+        idle: float = 15, patience: float = 10, send_timeout: float = 30,
+    ) -> None:  # fmt: skip
+        sock.setblocking(False)
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._loop = loop
+        self._most = most
+        self._idle, self._patience, self._send_timeout = idle, patience, send_timeout
+        self._due = time.monotonic() + idle  # when to ping or, after that, to give up
+        self._pinged = False
+        self._lock = threading.Lock()  # for the socket, which TLS needs, and for what is below
+        self._unsent: deque[tuple[memoryview, float]] = deque()  # frames, and until when each must be out
+        self._last: Closed | None = None  # the Close that we sent: no frame may follow it
+        self._answer_due = math.inf  # when the client's answer to it must be here
+        self._over: Closed | None = None  # how it ended
+        self._clean = False  # with the client's Close
+        # For the loop alone.
+        self._ahead = bytearray(ahead)
+        self._message = bytearray()
+        self._begun = False  # whether a message is under way; kept as bytes: empty fragments know no limit
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._texts: deque[str] = deque()  # messages that nobody has received
+        self._busy = False  # whether somebody has one, and has not come for the next
+        self._more = False  # whether there are more frames than were taken in a turn
+        self._next_look = math.inf
+        self._watch = Watch()
+        self._heard: Callable[[str], None] | None = None
+        self._ended: list[Callable[[], object]] = []
+        self.needed = 0  # how many wait for what it will say: a server that ends leaves it its time
+        loop.soon(self._enter)
+
+    def receive(self, deadline: float = math.inf) -> str | None:
+        """The next whole text message; None, then and ever after, once the client has said or answered Close.
+
+        Closed for a fault of the client, which is told its code; with 1008, told too, for no whole message by `deadline`
+        (a time.monotonic()); with 1006 for an end without Close. Messages that follow our `close` are passed over.
+        """
+        if self._busy:
+            self._busy = False
+            self._loop.soon(self._go_on)
+        try:
+            self._watch.wait(lambda: self._texts or self._over, deadline - time.monotonic())
+        except TimeoutError:
+            late = Closed(1008, "no message came in time")
+            self.close(late.code, late.reason)
+            self._finish(late)
+        with self._lock:
+            if self._texts:
+                self._busy = True
+                return self._texts.popleft()
+        if self._clean:
+            return None
+        raise self._end()
+
+    def listen(self, heard: Callable[[str], None]) -> None:
+        """Has every further message given to `heard`, in the loop."""
+
+        def begin() -> None:
+            self._heard, self._busy = heard, False
+            self._go_on()
+
+        self._loop.soon(begin)
+
+    def at_end(self, call: Callable[[], object]) -> bool:
+        """Has something called, in the loop, once the connection is over; False if it is over already."""
+        with self._lock:
+            if self._over is None:
+                self._ended.append(call)
+            return self._over is None
+
+    def send(self, text: str) -> None:
+        """Sends a text message, a lone surrogate as "?". Closed if the connection is over, or is lost by this."""
+        self._put(_TEXT_FRAME, text.encode("utf-8", "replace"))
+
+    def ping(self, payload: bytes = b"") -> None:
+        """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
+        self._put(_PING, payload[:125])
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Sends Close unless one was sent, with what fits of the reason; ValueError for a code that no Close may carry. The
+        client then has `patience` for its answer."""
+        if code not in _CODES:
+            raise ValueError(f"close code {code} is not allowed")
+        words = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")  # no half of a character
+        with contextlib.suppress(Closed):
+            self._put(_CLOSE, code.to_bytes(2, "big") + words.encode(), Closed(code, reason))
+
+    def drop(self, reason: str) -> Closed:
+        """Ends the connection at once, without Close: who waits for it wakes up and gets what is returned here."""
+        with self._lock:
+            self._dropped(reason)
+        return self._end()
+
+    def leave(self, reason: str) -> None:
+        """Sends and reads no more: the socket is its owner's again."""
+        self._finish(Closed(1006, reason))
+
+    def _end(self) -> Closed:
+        """A new exception each time: raised by several threads, one would mix their tracebacks."""
+        told = self._over or self._last or Closed(1006, "")
+        return Closed(told.code, told.reason)
+
+    def _finish(self, how: Closed) -> None:
+        """It is over."""
+        with self._lock:
+            self._finished(how)
+
+    def _finished(self, how: Closed) -> None:
+        """The same; the lock is held."""
+        if self._over is None:
+            self._over = how
+            self._loop.soon(self._leave)
+
+    def _dropped(self, reason: str) -> None:
+        """It is over, and the socket is of no use any more; the lock is held."""
+        self._finished(Closed(1006, reason))
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # an SSLSocket's own goes on in plain text
+
+    def _put(self, opcode: int, payload: bytes, last: Closed | None = None) -> None:
+        """Sends a frame, whole or as the last thing ever; `last`: it is our Close. Closed as in `send`."""
+        size = len(payload)
+        now = time.monotonic()
+        mark, width = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
+        extended = size.to_bytes(width, "big") if width else b""
+        frame = memoryview(bytes((0x80 | opcode, mark)) + extended + payload)
+        with self._lock:
+            if self._over or self._last:
+                raise self._end()
+            if last:
+                self._last = last
+                self._answer_due = now + self._patience
+                self._texts.clear()
+                self._busy = False
+                self._loop.soon(self._go_on)
+            self._unsent.append((frame, now + self._send_timeout))
+            if len(self._unsent) == 1:
+                self._flush()
+                if self._unsent and not self._over:
+                    self._loop.soon(self._await)
+            if self._over:
+                raise self._end()
+
+    def _flush(self) -> None:
+        """Sends what the client takes now; the lock is held."""
+        while self._unsent:
+            frame, deadline = self._unsent[0]
+            try:
+                sent = self._sock.send(frame)
+            except _NOT_READY:
+                return
+            except OSError as error:
+                self._dropped(f"the client is gone: {error}")
+                return
+            if sent < len(frame):
+                self._unsent[0] = (frame[sent:], deadline)
+            else:
+                self._unsent.popleft()
+
+    # -- in the loop ---------------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        self._take_frames()
+        self._await()
+
+    def _await(self) -> None:
+        """Watches the socket for what is wanted of it, and the time."""
+        with self._lock:
+            if self._over is None:
+                reads = 0 if self._rests() else select.EPOLLIN
+                sends = select.EPOLLOUT if self._unsent else 0
+                self._loop.watch(self._fd, reads | sends, self._ready)
+                late = self._unsent[0][1] if self._unsent else math.inf
+                if (look := min(self._due, self._answer_due, late)) < self._next_look:
+                    self._next_look = look
+                    self._loop.at(look, functools.partial(self._look, look))
+
+    def _rests(self) -> bool:
+        """Whether no more is read just now: somebody has a message, or one waits, or frames do, or too much for the client
+        to read it."""
+        return self._busy or self._more or bool(self._texts) or len(self._unsent) >= self.MAX_UNSENT
+
+    def _leave(self) -> None:
+        self._loop.unwatch(self._fd, self._ready)
+        self._watch.ring()
+        for call in self._ended:
+            call()
+
+    def _go_on(self) -> None:
+        """Somebody has received a message, or listens."""
+        while self._heard and self._texts:
+            self._heard(self._texts.popleft())
+        self._more = False
+        self._take_frames()
+        self._await()
+
+    def _look(self, planned: float) -> None:
+        """Sees whether the client has been silent or slow for too long."""
+        if planned != self._next_look:
+            return  # an earlier look has taken this one's place
+        self._next_look = math.inf
+        now = time.monotonic()
+        with self._lock:
+            silent = now >= self._due and not self._over
+            if now >= self._answer_due:
+                self._dropped("Close was not answered")
+            elif self._unsent and now >= self._unsent[0][1]:
+                self._dropped("the client reads too slowly")
+            elif silent and self._rests():
+                self._due = now + self._idle  # nobody has looked what it says
+                silent = False
+            elif silent and self._pinged:
+                self._dropped("the client fell silent")
+            elif silent:
+                self._pinged = True
+                self._due = now + self._patience
+        if silent:
+            with contextlib.suppress(Closed):
+                self.ping()
+        self._await()
+
+    def _ready(self, events: int) -> None:
+        """The socket has something to read, or room."""
+        self._ahead += self._read(events)
+        self._take_frames()
+        self._await()
+
+    def _read(self, events: int) -> bytes:
+        """Reads what has come, at most a TLS record, so that none of it is hidden from the socket."""
+        with self._lock:
+            self._flush()
+            if self._over:
+                return b""
+            if self._rests():
+                if events & (select.EPOLLHUP | select.EPOLLERR):
+                    self._dropped("the client is gone")
+                return b""
+            try:
+                data = self._sock.recv(65536)
+            except _NOT_READY:
+                return b""
+            except OSError as error:
+                self._dropped(f"the client is gone: {error}")
+                return b""
+            if not data:
+                self._dropped("the client hung up")
+            self._pinged = False
+            self._due = time.monotonic() + self._idle
+            return data
+
+    def _take_frames(self) -> None:
+        """Takes the frames that are whole, until a message waits for somebody."""
+        try:
+            for _ in range(self.MAX_FRAMES):
+                if self._over or self._rests() or not (frame := self._frame()):
+                    return
+                self._take(*frame)
+            self._more = True  # others have their turn first
+            self._loop.at(time.monotonic(), self._go_on)
+        except (Closed, UnicodeDecodeError) as error:
+            fault = error if isinstance(error, Closed) else Closed(1007, "a text is not UTF-8")
+            if fault.code != 1006:
+                self.close(fault.code, fault.reason)
+            self._finish(fault)
+
+    def _take(self, opcode: int, final: bool, data: bytes) -> None:
+        if opcode == _PING:
+            with contextlib.suppress(Closed):  # after our Close; any other end shows at the next read
+                self._put(_PONG, data)
+        elif opcode == _CLOSE:
+            code = int.from_bytes(data[:2], "big") if data else 1005
+            if data and code not in _CODES:  # as no single byte is
+                raise Closed(1002, "a Close frame has an invalid code")
+            told = Closed(code, data[2:].decode())
+            with contextlib.suppress(Closed):
+                self._put(_CLOSE, data[:2], told)
+            self._clean = True
+            self._finish(told)
+        elif opcode != _PONG:
+            self._decoder.decode(data, final)  # a fault is told before the message's end
+            self._message += data
+            self._begun = not final
+            if final:
+                text = self._message.decode()
+                self._message.clear()
+                if self._last is None and self._heard:
+                    self._heard(text)
+                elif self._last is None:
+                    self._texts.append(text)
+                    self._watch.ring()
+
+    def _frame(self) -> tuple[int, bool, bytes] | None:
+        """The next frame: opcode, whether it ends its message, payload; None while it is not whole. What is wrong with a
+        header is told before the payload is read."""
+        ahead = self._ahead
+        if len(ahead) < 2:
+            return None
+        first, second = ahead[:2]
+        opcode = first & 15
+        final = first >= 0x80
+        size = second & 0x7F
+        start = 6
+        known = opcode in (_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG)
+        if first & 0x70 or not known or second < 0x80:
+            raise Closed(1002, "a frame has a reserved bit or opcode, or no mask")
+        if (size > 125 or not final) if opcode >= _CLOSE else self._begun != (opcode == _CONTINUATION):
+            raise Closed(1002, "a control frame is fragmented or too long, or fragments are out of order")
+        if opcode == _BINARY:
+            raise Closed(1003, "only text messages are read here")
+        if size > 125:
+            start, least = (8, 126) if size == 126 else (14, 65536)
+            if len(ahead) < start - 4:
+                return None
+            size = int.from_bytes(ahead[2 : start - 4], "big")
+            if size < least or size >> 63:
+                raise Closed(1002, "a length is negative, or not in its shortest form")
+        if opcode < _CLOSE and size > self._most - len(self._message):
+            raise Closed(1009, f"a message is longer than {self._most} bytes")
+        if len(ahead) < start + size:
+            return None
+        mask = ahead[start - 4 : start]
+        data = ahead[start : start + size]
+        del ahead[: start + size]
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")  # 15 times as fast as a loop
+        return opcode, final, (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+
+
+# ============================================================================================================
 # accounts: identity, lease, cool-down, what an account is told and what becomes of it
 # ============================================================================================================
 
@@ -2798,12 +3237,11 @@ DISABLED = "disabled"  # the state of an account that the administrator has take
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
 _WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 RENEWAL_AHEAD, RENEWAL_SPREAD = 600.0, 300.0  # seconds
-EXCHANGE_PATIENCE = 10.0  # seconds that an exchange waits for another process that makes it
 # What a new access token changes.
 _TOKEN_COLUMNS = ("access_token", "expires", "email", "plan", "workspace", "state", "reason")
 PROXY_PATIENCE = 3  # calls in a row that a proxy may leave without a connection
 TOKEN_LEEWAY = 60.0  # seconds before its expiry at which an access token is no longer used
-MOST_UNSAVED = 10_000  # conversations that are remembered in memory while the store cannot take them
+MAX_UNSAVED = 10_000  # conversations that are remembered in memory while the store cannot take them
 LAST_MOMENT = 253402300799.0  # of the year 9999, the last that can be told
 # What may stand in a header: nothing to end its line.
 _TOKEN_TEXT = re.compile(r"[\x21-\x2b\x2d-\x7e]{20,16384}")
@@ -2812,7 +3250,7 @@ _REFRESH_TOKEN = re.compile(r"rt_[\x21-\x2b\x2d-\x7e]+|[0-9A-Za-z_-]{45}")
 
 
 def claims(token: str) -> dict[str, Any]:
-    """What an access token (a JWT) says of itself, unverified; ValueError when it is none. "Accounts: Access token"."""
+    """The claims of an access token (a JWT), unverified; ValueError when it is not one. "Accounts: Access token"."""
     parts = token.split(".")
     if len(parts) != 3 or not _JWT.fullmatch(token):
         raise ValueError("not a JWT")
@@ -2828,8 +3266,10 @@ def with_access_token(row: AccountRow, token: str) -> AccountRow:
         said = claims(token)
         profile = said.get("https://api.openai.com/profile") or {}
         auth = said.get("https://api.openai.com/auth") or {}
-        email, plan = str(profile.get("email") or row.email), str(auth.get("chatgpt_plan_type") or row.plan)
-        workspace, expires = str(auth.get("chatgpt_account_id") or ""), float(said.get("exp") or 0)
+        email = str(profile.get("email") or row.email)
+        plan = str(auth.get("chatgpt_plan_type") or row.plan)
+        workspace = str(auth.get("chatgpt_account_id") or "")
+        expires = float(said.get("exp") or 0)
         if not 0 <= expires <= LAST_MOMENT:  # as NaN is not either
             raise TypeError
     except (TypeError, AttributeError, OverflowError, RecursionError):
@@ -2890,7 +3330,7 @@ def callers_token(key: str) -> AccountRow:
 
 
 def _identity(said: Mapping[str, Any]) -> dict[str, Any]:
-    """What an exported account has of its identity, as far as it can be used."""
+    """The identity of an exported account, as far as it can be used."""
     device, browser, cookies = (said.get(name) for name in ("device", "browser", "cookies"))
     found: dict[str, Any] = {"device": device} if re.fullmatch(r"[0-9a-f-]{36}", str(device)) else {}
     if isinstance(browser, str) and re.fullmatch(r"[0-9a-z_]{1,32}", browser):
@@ -2922,7 +3362,7 @@ def _same(one: str, other: str) -> bool:
     return one != "" and hmac.compare_digest(*digests)
 
 
-def drawn_lot(id: str) -> int:
+def stable_number(id: str) -> int:
     """A large number that stays the same for an id: which of several proxies or gateways it gets."""
     return int(hashlib.sha256(id.encode()).hexdigest(), 16)
 
@@ -2935,7 +3375,7 @@ class Wait(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What became of lines with tokens: the accounts, why which line was left out, how many of the accounts were known
+    """The result of adding lines with tokens: the accounts, why which line was left out, how many accounts were known
     before, and how many lines were merged into another's account."""
 
     rows: list[AccountRow]
@@ -2955,8 +3395,8 @@ def _cookies_of(row: AccountRow) -> dict[str, str]:
 class Account:
     """An account at work: its row of the store and what only the running process knows of it."""
 
-    def __init__(self, row: AccountRow, route: Route, gateway: str) -> None:
-        self.row, self.route, self.gateway = row, route, gateway
+    def __init__(self, row: AccountRow, egress: Egress, gateway: str) -> None:
+        self.row, self.egress, self.gateway = row, egress, gateway
         self.waits: dict[str, Wait] = {}
         # Replaced, never changed: others may be reading it.
         self.cookies = _cookies_of(row)
@@ -2968,7 +3408,7 @@ class Account:
             None  # what an exchange gave that the store could not take
         )
         # Seconds before its token's expiry at which it is renewed: not all accounts at the same moment.
-        self.renewed_ahead = RENEWAL_AHEAD + drawn_lot(row.id) % int(RENEWAL_SPREAD)
+        self.renewed_ahead = RENEWAL_AHEAD + stable_number(row.id) % int(RENEWAL_SPREAD)
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
         self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
         self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
@@ -3031,10 +3471,8 @@ class Account:
 
 
 class Ledger:
-    """What accounts and API users did today (local time), and all accounts together by the hour.
-
-    Counted in memory; what is not saved yet is lost when the process is killed.
-    """
+    """Counts the work of accounts and API users today (local time), and of all accounts together by the hour. It
+    counts in memory; counts that are not saved yet are lost when the process is killed."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -3049,7 +3487,7 @@ class Ledger:
         }
 
     def _begun(self, now: float) -> float:
-        """When the day began; a new one is begun with nothing counted."""
+        """The beginning of today; a new day begins with nothing counted."""
         if not self._day[0] <= now < self._day[1]:
             day = time.localtime(now)
             date = (day.tm_year, day.tm_mon, day.tm_mday)
@@ -3066,7 +3504,8 @@ class Ledger:
             self._count(subject, Tally(**amounts, used=time.time()))
 
     def _count(self, subject: str, more: Tally) -> None:
-        begun, none = self._begun(more.used), Tally()
+        begun = self._begun(more.used)
+        none = Tally()
         hour = begun + (more.used - begun) // 3600 * 3600
         self._today[subject] = self._today.get(subject, none).plus(more)
         keys = [(subject, begun)]
@@ -3087,7 +3526,7 @@ class Ledger:
         return 0.0
 
     def today(self, subject: str) -> Tally:
-        """What was counted for a subject today, and when it was last used at all."""
+        """The counts of a subject for today, and when it was last used at all."""
         return self._today.get(subject, Tally())
 
     def hours(self) -> list[tuple[float, Tally]]:
@@ -3114,7 +3553,7 @@ class Ledger:
 
 
 def login_required() -> ApiError:
-    """What a login-free account cannot do."""
+    """The error for something that a login-free account cannot do."""
     return ApiError("login_required", "This needs a signed-in account; add one, or call with its token.")
 
 
@@ -3126,7 +3565,7 @@ class Pool:
     guards the memory alone, so that a lease never waits for the disk.
     """
 
-    MOST_GUESTS, MAX_ARRIVING = 1000, 64
+    MAX_GUESTS, MAX_ARRIVING = 1000, 64
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self.settings, self.store = settings, store
@@ -3163,27 +3602,30 @@ class Pool:
                 if account:
                     account.row = row
                 elif not row.guest:
-                    account = self._enliven(row, load)
+                    account = self._configured(row, load)
                 if account and not row.guest:
                     account.waits = waits.get(row.id, {})
                     accounts[row.id] = account
-            moved = {a.id: a.route.proxy for a in accounts.values() if a.route.proxy not in ("", a.row.proxy)}
+            moved = {
+                a.id: a.egress.proxy for a in accounts.values() if a.egress.proxy not in ("", a.row.proxy)
+            }
             if moved:
                 self.store.update_accounts("proxy", moved)
             with self._accounts_lock:
                 self._accounts = accounts
             self._order()
 
-    def _enliven(self, row: AccountRow, load: Counter[str]) -> Account:
+    def _configured(self, row: AccountRow, load: Counter[str]) -> Account:
         """Gives an account its part of the configuration: a proxy for life (the least used) and a gateway."""
         proxies, gateways = self.settings.proxy_url, self.settings.chatgpt_base_url
-        proxy, lot = row.proxy if row.proxy in proxies else "", drawn_lot(row.id)
+        proxy = row.proxy if row.proxy in proxies else ""
+        lot = stable_number(row.id)
         if proxies and not proxy:
             proxy = proxies[lot % len(proxies)] if row.guest else min(proxies, key=lambda one: load[one])
             load[proxy] += 1
         known = row.browser in browsers.BrowserType.__members__
-        route = Route(row.browser if known else self.settings.impersonate, proxy)
-        return Account(row, route, gateways[lot % len(gateways)])
+        egress = Egress(row.browser if known else self.settings.impersonate, proxy)
+        return Account(row, egress, gateways[lot % len(gateways)])
 
     def _order(self) -> None:
         with self._accounts_lock:
@@ -3198,7 +3640,9 @@ class Pool:
         is ready keeps its secret as well: the token that it was once added with may long be replaced.
         """
         found: dict[str, AccountRow] = {}
-        faults, given, before = list[str](), 0, set[str]()
+        faults = list[str]()
+        given = 0
+        before = set[str]()
         for number, line in enumerate(lines, 1):
             text = line.strip()
             if not (text := text if text[:1] == "{" else text.partition("#")[0].strip()):
@@ -3243,7 +3687,7 @@ class Pool:
         return list(merged.values())
 
     def _renamed(self, row: AccountRow, old: AccountRow | None) -> AccountRow:
-        """What is kept of an account that is added: of a known one its id and identity."""
+        """An account that is added, with the id and identity that it already has if it is known."""
         if old is None:
             fresh: dict[str, Any] = {
                 "device": row.device or new_id(),
@@ -3286,7 +3730,7 @@ class Pool:
             fresh = replace(
                 row, id=id, guest=1, device=device, browser=self.settings.impersonate, added=time.time()
             )
-            account = self._enliven(self.store.account(id) or fresh, Counter())
+            account = self._configured(self.store.account(id) or fresh, Counter())
             with self._accounts_lock:  # several requests that come at once are one guest's
                 account = self._arriving.setdefault(id, account)
                 if len(self._arriving) > self.MAX_ARRIVING:
@@ -3301,7 +3745,7 @@ class Pool:
             account = self._guests.setdefault(account.id, account)
             account.accepted = True
             self._guests.move_to_end(account.id)
-            if len(self._guests) > self.MOST_GUESTS:
+            if len(self._guests) > self.MAX_GUESTS:
                 self._guests.popitem(last=False)
         return account
 
@@ -3322,7 +3766,7 @@ class Pool:
             )
             with self._changes_lock, contextlib.suppress(StoreUnavailable):
                 (row,) = self.store.merge_accounts(lambda known: [known.get(id) or row])
-            account = self._enliven(row, Counter())
+            account = self._configured(row, Counter())
         return self.welcome(account)
 
     def find(self, id: str) -> Account | None:
@@ -3372,10 +3816,10 @@ class Pool:
             with self._unsaved_lock:
                 # Those that nobody is known to have begun would hide whom the store knows.
                 begun = {id: one for id, one in (self._unsaved_held | unsaved).items() if one.owner}
-                self._unsaved_held = dict(list(begun.items())[-MOST_UNSAVED:])
+                self._unsaved_held = dict(list(begun.items())[-MAX_UNSAVED:])
 
     def states(self) -> dict[str, int]:
-        """How many accounts are in which state."""
+        """The number of accounts in each state."""
         now = time.time()
         return Counter(account.state(now) for account in self.accounts())
 
@@ -3394,7 +3838,8 @@ class Pool:
         `holder` is the id of the one account that will do, `signed_in` leaves out login-free ones. Accounts already
         tried, or waiting for what is wanted `besides` the model, come only when there are no others.
         """
-        now, tried = time.time(), list(tried)
+        now = time.time()
+        tried = list(tried)
         with self._accounts_lock:
             order = self._signed_in if signed_in else self._turn_order
             if holder is not None:
@@ -3402,10 +3847,14 @@ class Pool:
                 order = [one] if one and one.row.state == "ready" else []
             elif not order and self._turn_order:
                 raise login_required()
-            usable, size, first, stride = None, len(order), self._cursor, 1
+            usable = None
+            size = len(order)
+            first = self._cursor
+            stride = 1
             if self.settings.random_token and size:
                 # Not one after the other: whoever stands behind a run of waiting ones would get their share too.
-                first, stride = random.randrange(size), random.randrange(1, size + 1)
+                first = random.randrange(size)
+                stride = random.randrange(1, size + 1)
                 while math.gcd(stride, size) > 1:
                     stride = random.randrange(1, size + 1)
             for step in range(size):
@@ -3421,7 +3870,7 @@ class Pool:
                 raise self._none(order, model, now, holder is not None)
             return usable
 
-    def signed_in(self) -> bool:
+    def has_signed_in(self) -> bool:
         """Whether any account other than login-free ones can answer, be it after a wait."""
         now = time.time()
         with self._accounts_lock:
@@ -3449,7 +3898,7 @@ class Pool:
             return self._limited(wait)
         if account.row.state == DISABLED:
             return ApiError("invalid_api_key", "This account is disabled on this server.")
-        return ApiError("invalid_api_key", "Your token has expired or was revoked; bring a new one.")
+        return ApiError("invalid_api_key", "Your token has expired or was revoked; send a new one.")
 
     def _none(self, order: list[Account], model: str, now: float, held: bool) -> ApiError:
         """Why none of these accounts can answer; the lock is held."""
@@ -3457,7 +3906,7 @@ class Pool:
         if waits and self.settings.enable_limit:
             return self._limited(min(waits))
         if held:
-            text = "The account that holds this conversation or file can no longer answer; begin anew, or upload it again."
+            text = "The account that holds this conversation or file can no longer answer; start a new conversation, or upload the file again."
             return ApiError("no_account", text, headers={"Retry-After": "30"})
         found = "has no accounts" if not self._accounts else "has only expired, dead or disabled accounts"
         text = f"The pool {found}; add one with `chatproxy.py accounts add`, and see `chatproxy.py accounts list`."
@@ -3478,7 +3927,8 @@ class Pool:
         Requests that were under way together are one strike, and a shorter wait does not replace a longer one.
         """
         with self._changes_lock:
-            now, old = time.time(), account.waits.get(model, Wait(0.0, 0))
+            now = time.time()
+            old = account.waits.get(model, Wait(0.0, 0))
             strikes = old.strikes if old.until > now else old.strikes + 1
             pause = min(FIRST_WAIT * 2 ** min(strikes - 1, 10), LONGEST_WAIT) if seconds is None else seconds
             wait = Wait(max(now + pause, old.until), strikes)
@@ -3550,40 +4000,42 @@ class Pool:
                 self.store.merge_accounts(lambda known: [known.get(account.id) or account.row])
             if secret and re.fullmatch(r"[\x21-\x2b\x2d-\x7e]{1,16384}", secret):
                 self._change(account, secret=secret)
-            row, first = with_access_token(account.row, token), not account.row.access_token
+            row = with_access_token(account.row, token)
+            first = not account.row.access_token
             if row.state != DISABLED:
                 row = replace(row, state="ready", reason="")
             self._change(account, **{name: getattr(row, name) for name in _TOKEN_COLUMNS})
             owner = account.owner() if first and not account.row.guest else None
             same = [one for one in self.accounts() if owner and one is not account and one.owner() == owner]
             if same and self.store.account(account.id):
-                self._unite(same[0], account)
+                self._absorb(same[0], account)
             self._order()
 
-    def _unite(self, old: Account, new: Account) -> None:
+    def _absorb(self, old: Account, new: Account) -> None:
         """A new account turned out to be one that was there: that gets its tokens, and stays what it is otherwise."""
         row = new.row
         columns: dict[str, Any] = {name: getattr(row, name) for name in ("kind", "secret", *_TOKEN_COLUMNS)}
         if DISABLED in (old.row.state, row.state):
             columns |= {"state": DISABLED, "reason": ""}
-        self.store.unite(old.id, row.id, **columns)
+        self.store.absorb_account(old.id, row.id, **columns)
         self.reload()
         log(logging.INFO, "accounts merged", account=old.name, id=old.id, other=row.id)
 
-    def reached(self, account: Account, route: Route, connected: bool) -> None:
+    def reached(self, account: Account, egress: Egress, connected: bool) -> None:
         """Whether a call got through the account's proxy: after PROXY_PATIENCE in a row that did not, it gets the next."""
-        if connected or route is not account.route:
+        if connected or egress is not account.egress:
             account.unreached = 0 if connected else account.unreached
             return
         proxies = self.settings.proxy_url
         with self._changes_lock:
             account.unreached += 1
-            if account.unreached < PROXY_PATIENCE or len(proxies) < 2 or route is not account.route:
+            if account.unreached < PROXY_PATIENCE or len(proxies) < 2 or egress is not account.egress:
                 return
-            proxy = proxies[(proxies.index(route.proxy) + 1) % len(proxies)]
-            account.unreached, account.route = 0, route._replace(proxy=proxy)
+            proxy = proxies[(proxies.index(egress.proxy) + 1) % len(proxies)]
+            account.unreached = 0
+            account.egress = egress._replace(proxy=proxy)
             self._change(account, proxy=proxy)
-        places = [one.rpartition("@")[2].rpartition("/")[2] for one in (route.proxy, proxy)]
+        places = [one.rpartition("@")[2].rpartition("/")[2] for one in (egress.proxy, proxy)]
         log(
             logging.WARNING,
             "account moved to the next proxy",
@@ -3617,239 +4069,17 @@ class Pool:
             for account, text in changed.items():
                 account.row = replace(account.row, cookies=text)
 
-    # -- work that is done once for all who need it ------------------------------------------------------------
-
-    def renewal(
-        self, account: Account, refused: str, begin: Callable[[], Future[None]]
-    ) -> Future[None] | None:
-        """The exchange under way for an account, begun if there is none; None when its token is good again."""
-        with self._accounts_lock:
-            if account.token_valid(time.time()) and account.row.access_token != refused:
-                return None
-            if account.renewal is None or account.renewal.done():
-                account.renewal = begin()
-            return account.renewal
-
-    def put_spare(self, account: Account, begin: Callable[[], Future[Any]]) -> None:
-        """Begins to prepare an account's next turn, unless that is done already."""
-        with self._accounts_lock:
-            if account.spare is None:
-                account.spare = begin()
-
-    def take_spare(self, account: Account) -> Future[Any] | None:
-        """What was prepared, for one taker."""
-        with self._accounts_lock:
-            spare, account.spare = account.spare, None
-            return spare
-
 
 # ============================================================================================================
-# upstream: the calls of the web API, one method each
+# connections: calls on behalf of an account, what a refusal means, and the renewal of its token
 # ============================================================================================================
 
-PAGE_LIFE = 900.0  # seconds between two readings of the start page
-MODELS_LIFE = 600.0  # seconds that an account's list of models is used
-MODELS_SILENCE = 10.0  # seconds that it is waited for
-PAGE_SILENCE = 5.0  # seconds that a turn waits for it
-SPARE_PATIENCE = 5.0  # seconds that a turn waits for what is being prepared for it
-SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
+
 REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
 REFRESH_REDIRECT = "com.openai.chat://auth0.openai.com/ios/com.openai.chat/callback"
 BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
-# A user agent for fingerprints made before libcurl has told its own, which takes a failed connection.
-UNKNOWN_AGENT = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/150.0.0.0 Safari/537.36"
-# What a page's script sends rather than a person opening the page; an empty value keeps libcurl from sending its own.
-_SCRIPT_HEADERS = (
-    b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
-    b"Sec-Fetch-Dest: empty", b"Sec-Fetch-User:", b"Upgrade-Insecure-Requests:", b"Expect:",
-)  # fmt: skip
-_JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
-_FILE_ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
-_SEED = re.compile(r"[\x20-\x7e]{1,64}")
-_URL_TEXT = re.compile(r"https?://[\x21-\x7e]{1,8000}")
+EXCHANGE_PATIENCE = 10.0  # seconds that an exchange waits for another process that makes it
 _BLOCK_MARKS = re.compile(r"just a moment|cf-spinner|cf-chl|challenge-platform|unusual activity", re.I)
-
-
-@dataclass(frozen=True)
-class Requirements:
-    """What a conversation call needs besides its body: good for one call, until `expires` (monotonic seconds)."""
-
-    token: str = ""
-    proof: str = ""
-    arkose: str = ""
-    expires: float = math.inf
-
-    def headers(self) -> list[bytes]:
-        """The `openai-sentinel-…` header lines."""
-        values = {"chat-requirements": self.token, "proof": self.proof, "arkose": self.arkose}
-        return [f"openai-sentinel-{name}-token: {one}".encode() for name, one in values.items() if one]
-
-
-def granted(said: Mapping[str, Any], name: str) -> str:
-    """A token that an answer has under a name, "" for none; Refusal for one that cannot stand in a header."""
-    value = said.get(name)
-    if value in (None, ""):
-        return ""
-    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,16384}", value):
-        raise Refusal("broken", f"The upstream's answer has a {name} that cannot be used; try again.")
-    return value
-
-
-def inner(said: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object within an answer, {} where there is none."""
-    value = said.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """A file in a message, given by its bytes, a URL to fetch it from, or the id of one that is kept (see `File`).
-
-    `where` is its place in the client's request, for errors; `image` whether it must be one."""
-
-    where: str
-    image: bool = False
-    name: str = ""
-    mime: str = ""
-    blob: Blob | None = None
-    url: str = ""
-    file: str = ""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a question: role system, user, assistant or tool; its text and files in their order."""
-
-    role: str
-    parts: tuple[str | Attachment, ...]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def attachments(self) -> list[Attachment]:
-        return [part for part in self.parts if isinstance(part, Attachment)]
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, in nobody's shape: the messages, the model by the client's name for it, a conversation to go on
-    with, how hard to think (`thinking_effort`) and which of the site's tools to use (`system_hints`)."""
-
-    messages: tuple[Message, ...]
-    model: str
-    conversation: str | None = None
-    parent: str | None = None
-    continues: bool = False
-    effort: str = ""
-    hints: tuple[str, ...] = ()
-
-    @property
-    def attachments(self) -> list[Attachment]:
-        return [one for message in self.messages for one in message.attachments]
-
-
-# Names that are no slug of the site's but mean one.
-ALIASES = {"auto": "auto", "gpt-3.5-turbo": "auto"}
-_GPT = re.compile(r"(?:gpt-4-gizmo-)?(g-[0-9A-Za-z_-]+)")
-
-
-def upstream_model(model: str, login_free: bool) -> str:
-    """The slug for a client's name of a model; GPTs run on the default one."""
-    plain = login_free or model.startswith("gpt-3.5") or _GPT.fullmatch(model)
-    return "auto" if plain else ALIASES.get(model, model)
-
-
-def conversation_body(
-    question: Question, history_disabled: bool, login_free: bool, files: Mapping[Attachment, File]
-) -> dict[str, Any]:
-    """ "The conversation body"; `files` are the question's attachments as the account holds them."""
-    gpt = _GPT.fullmatch(question.model)
-    mode = {"kind": "gizmo_interaction", "gizmo_id": gpt[1]} if gpt else {"kind": "primary_assistant"}
-    body = {
-        "action": "continue" if question.continues else "next",
-        "messages": [_message_body(message, files) for message in question.messages],
-        "model": upstream_model(question.model, login_free),
-        "parent_message_id": question.parent or new_id(),
-        "conversation_mode": mode,
-        "history_and_training_disabled": history_disabled,
-        "force_use_sse": True,
-        "supports_buffering": True,
-        "supported_encodings": ["v1"],
-        "system_hints": list(question.hints),
-        "suggestions": [],
-        "timezone_offset_min": TIMEZONE_OFFSET_MIN,
-        "websocket_request_id": new_id(),
-    }
-    if question.conversation:
-        body["conversation_id"] = question.conversation
-    if question.effort:
-        body["thinking_effort"] = question.effort
-    if question.continues:
-        del body["messages"]
-    return body
-
-
-def completed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A conversation body in the upstream's own shape, with what its senders like to leave out."""
-    body: dict[str, Any] = {
-        "action": "next",
-        "model": "auto",
-        "parent_message_id": new_id(),
-        "conversation_mode": {"kind": "primary_assistant"},
-        "force_use_sse": True,
-        "timezone_offset_min": TIMEZONE_OFFSET_MIN,
-        "websocket_request_id": new_id(),
-    }
-    fillable = {*body, "conversation_id"}
-    body |= {k: v for k, v in given.items() if v not in (None, "") or k not in fillable}
-    messages = []
-    for message in dicts(given.get("messages")):
-        author: Any = message.get("author")
-        author = author if isinstance(author, dict) else {}
-        filled = {
-            "id": message.get("id") or new_id(),
-            "author": {**author, "role": author.get("role") or "user"},
-        }
-        messages.append(message | filled | {"metadata": message.get("metadata") or {}})
-    return body | ({"messages": messages} if messages else {})
-
-
-def _message_body(message: Message, files: Mapping[Attachment, File]) -> dict[str, Any]:
-    content: dict[str, Any] = {"content_type": "text", "parts": [message.text]}
-    metadata: dict[str, Any] = {}
-    if message.attachments:
-        parts = [part if isinstance(part, str) else _pointer(files[part]) for part in message.parts]
-        content = {"content_type": "multimodal_text", "parts": [part for part in parts if part]}
-        metadata = {"attachments": [_attachment_body(files[one]) for one in message.attachments]}
-    facts = {"id": new_id(), "author": {"role": message.role}, "create_time": time.time()}
-    return facts | {"content": content, "metadata": metadata}
-
-
-def _pointer(file: File) -> dict[str, Any] | None:
-    """An image as a part of a message's content; other files are attachments only."""
-    if not file.width:
-        return None
-    pointer = {"content_type": "image_asset_pointer", "asset_pointer": f"file-service://{file.upstream}"}
-    return pointer | {"size_bytes": file.size, "width": file.width, "height": file.height}
-
-
-def _attachment_body(file: File) -> dict[str, Any]:
-    size = {"width": file.width, "height": file.height} if file.width else {}
-    return {"id": file.upstream, "name": file.name, "size": file.size, "mime_type": file.mime} | size
-
-
-# What the site reads as documents ("my_files"); other files are for its code interpreter ("ace_upload").
-_DOCUMENTS = re.compile(
-    r"text/(?!csv|tab-separated)|application/(pdf|json|msword|xml|x-tex|rtf|(x-)?javascript|x-sh|typescript"
-    r"|vnd\.openxmlformats-officedocument\.(wordprocessingml\.document|presentationml\.presentation))"
-)
-
-
-def use_case(file: File) -> str:
-    """ "Files": what a file is uploaded as."""
-    return "multimodal" if file.width else "my_files" if _DOCUMENTS.match(file.mime) else "ace_upload"
 
 
 def refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
@@ -3931,31 +4161,16 @@ def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
     return [("Cookie: " + "; ".join(f"{k}={v}" for k, v in cookies.items())).encode()] if cookies else []
 
 
-class ChatGPT:
-    """The web API of chatgpt.com for any account: turns, what they need beforehand, and token renewal."""
+class Connections:
+    """Calls on behalf of accounts: each account's on connections of its own, through its proxy, with its cookies."""
 
-    def __init__(self, settings: Settings, pool: Pool, loop: Loop, solver: Solver, metrics: Metrics):
-        self.settings, self.pool, self.solver, self.metrics = settings, pool, solver, metrics
+    def __init__(self, settings: Settings, pool: Pool, loop: Loop, metrics: Metrics) -> None:
+        self.settings, self.pool, self.metrics = settings, pool, metrics
         self.silence = float(settings.upstream_timeout)
-        self.fetcher = Fetcher(settings, loop)
-        self.handles, self.guest_handles = Handles(loop), Handles(loop, together=True)
-        self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
-        self._renewals = ThreadPoolExecutor(32, thread_name_prefix="renewal")
-        # Of their own, so that made-up tokens keep no account of the pool from its renewal.
-        self._guest_renewals = ThreadPoolExecutor(4, thread_name_prefix="guest-renewal")
-        self._private_gateways: dict[str, bool] = {}  # whether a gateway's address is private
-        self._pages: dict[tuple[str, str], Page] = {}
-        self._agents: dict[str, str] = {}
-        self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
+        self.handles = Handles(loop)
+        self.guest_handles = Handles(loop, together=True)
 
-    def close(self) -> None:
-        """Begins no more background work."""
-        for executor in (self._ahead, self._renewals, self._guest_renewals):
-            executor.shutdown(wait=False, cancel_futures=True)
-
-    # -- calls -----------------------------------------------------------------------------------------------
-
-    def _call(
+    def call(
         self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, watch: Watch,
         silence: float | None = None, place: str = "",
     ) -> Call:  # fmt: skip
@@ -3965,7 +4180,7 @@ class ChatGPT:
         kept = not guest or self.pool.find(account.id) is account
         call = handles.call(
             account.id,
-            account.route,
+            account.egress,
             method,
             url,
             headers,
@@ -3975,26 +4190,1409 @@ class ChatGPT:
             kept,
             place,
         )
-        call.reached = functools.partial(self.pool.reached, account, account.route)
+        call.reached = functools.partial(self.pool.reached, account, account.egress)
         return call
 
-    def _answer(
+    def answer(
         self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
         watch: Watch, silence: float | None = None, once: bool = False, place: str = "",
     ) -> Answer:  # fmt: skip
         """The whole answer of a call; counted under `name`, its cookies kept if it is the site's. `once`: it must not be
         made twice."""
         try:
-            with self._call(account, method, url, headers, body, watch, silence, place) as call:
+            with self.call(account, method, url, headers, body, watch, silence, place) as call:
                 if once:
                     call.handle.sent_once()
                 answer = call.whole()
         except Refusal:
-            self._heard(name, account, 0, {})
+            self.heard(name, account, 0, {})
             raise
         own = url.startswith(f"{account.gateway}/")
-        self._heard(name, account, answer.status, answer.headers if own else {})
+        self.heard(name, account, answer.status, answer.headers if own else {})
         return answer
+
+    def heard(self, name: str, account: Account, status: int, headers: Mapping[str, str]) -> None:
+        """Counts an answer and keeps the cookies it sets."""
+        self.metrics.add("chatproxy_upstream_responses_total", labels=f'call="{name}",status="{status}"')
+        if "set-cookie" in headers:
+            account.cookies = with_cookies(account.cookies, headers)
+
+    def sweep(self, now: float) -> None:
+        """Closes connections that have been unused for long; `now` is a time.monotonic()."""
+        self.handles.sweep(now)
+        self.guest_handles.sweep(now)
+
+
+class Renewals:
+    """Keeps accounts' access tokens usable: exchanges their refresh and session tokens, in the background, one exchange at
+    a time an account. A client that hangs up never interrupts one."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.connections, self.pool, self.settings = connections, connections.pool, connections.settings
+        self._renewals_lock = threading.Lock()  # guards the accounts' `renewal`
+        self._renewals = ThreadPoolExecutor(32, thread_name_prefix="renewal")
+        # Of their own, so that made-up tokens keep no account of the pool from its renewal.
+        self._guest_renewals = ThreadPoolExecutor(4, thread_name_prefix="guest-renewal")
+
+    def close(self) -> None:
+        """Begins no more exchanges."""
+        for executor in (self._renewals, self._guest_renewals):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def token(self, account: Account, watch: Watch, refused: str = "") -> None:
+        """Sees to it that the account has a usable access token, other than one that was just `refused`."""
+        if not account.renewable:
+            return
+        renewal = self._begun(account, refused)
+        if renewal is not None:
+            try:
+                watch.result(renewal, self.connections.silence)
+            except TimeoutError:
+                raise Refusal("silent", "The token endpoint did not answer in time; try again.") from None
+
+    def _begun(self, account: Account, refused: str) -> Future[None] | None:
+        """The exchange under way for an account, begun if there is none; None when its token is good again."""
+        executor = self._guest_renewals if account.row.guest else self._renewals
+        with self._renewals_lock:
+            if self._good(account, refused):
+                return None
+            if account.renewal is None or account.renewal.done():
+                account.renewal = executor.submit(self._renew, account, refused)
+            return account.renewal
+
+    @staticmethod
+    def _good(account: Account, refused: str) -> bool:
+        return account.token_valid(time.time()) and account.row.access_token != refused
+
+    def renew_due(self, now: float) -> None:
+        """Begins the renewals whose time has come, and sets aside access tokens that have expired; to be called often."""
+        for account in self.pool.accounts():
+            row = account.row
+            if row.state != "ready" or not row.expires:
+                continue
+            if account.renewable and row.expires - account.renewed_ahead <= now:
+                self._renew_ahead(account, now)
+            elif row.kind == ACCESS and row.expires <= now:
+                self.pool.set_aside(account, "expired", "its access token has expired", row.access_token)
+
+    def refresh_all(self, now: float) -> None:
+        """SCHEDULED_REFRESH: exchanges every refresh token, however long its access token would last."""
+        for account in self.pool.accounts():
+            if account.row.kind == REFRESH and account.row.state == "ready":
+                self._renew_ahead(account, now)
+
+    def _renew_ahead(self, account: Account, now: float) -> None:
+        """Begins an exchange that nobody waits for; until it is done the token that there is goes on serving."""
+        if account.retry_renewal[0] <= now:
+            self._begun(account, account.row.access_token)
+
+    def _renew(self, account: Account, refused: str) -> None:
+        """Exchanges the account's secret for an access token, unless another process just did it. "Accounts: Refresh
+        token, Session token"."""
+        not_before, failures = account.retry_renewal
+        if time.time() < not_before:
+            raise Refusal("unreachable", "Renewing this account's token failed; it is tried again soon.")
+        try:
+            with self.pool.store.exclusively(account.id, EXCHANGE_PATIENCE):
+                if not self.pool.renewed_elsewhere(account) and not self._good(account, refused):
+                    self._exchange(account, failures)
+                    log(logging.INFO, "token renewed", account=account.name)
+        except TimeoutError:
+            text = "Another process is still exchanging this account's token; try again."
+            raise Refusal("silent", text) from None
+        account.retry_renewal = (0.0, 0)
+
+    def _exchange(self, account: Account, failures: int) -> None:
+        """Asks for a new token, once it is sure that there is room to keep it, and keeps it."""
+        secret = account.row.secret
+        try:
+            if account.unstored is None:
+                self.pool.store.try_room()
+                ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
+                account.unstored = ask(account, secret)
+            tokens = account.unstored
+            self.pool.renewed(account, *tokens)
+            account.unstored = None
+        except StoreUnavailable as error:
+            account.retry_renewal = (time.time() + 5.0, failures)
+            raise Refusal("broken", error.message, error.code) from None
+        except (Refusal, ValueError) as error:
+            account.unstored = None
+            reason = error.reason if isinstance(error, Refusal) else "broken"
+            if reason == "dead" and self.pool.set_aside(account, "dead", str(error), secret):
+                raise Refusal("expired", "This account's sign-in is no longer valid.") from None
+            pause = min(2.0 ** min(failures, 10), 600)
+            account.retry_renewal = (time.time() + pause, failures + 1)
+            level = logging.DEBUG if account.row.guest else logging.WARNING
+            log(level, "token not renewed", account=account.name, reason=str(error), seconds=pause)
+            if reason in ("unreachable", "silent", "blocked"):
+                raise
+            raise Refusal("broken", "The token endpoint gave no usable answer; try again.") from None
+
+    def _ask_refresh(self, account: Account, secret: str) -> tuple[str, str | None]:
+        url = f"{self.settings.openai_auth_url}/oauth/token"
+        body = {"grant_type": "refresh_token", "refresh_token": secret}
+        # A token does not tell which client it was given to, but those of 45 characters are the iOS generation's.
+        ios = {"client_id": REFRESH_CLIENT, "redirect_uri": REFRESH_REDIRECT}
+        dead = ""
+        for client in [{"client_id": BROWSER_CLIENT}, ios] if secret.startswith("rt_") else [ios]:
+            data = compact(body | client).encode()
+            answer = self.connections.answer("refresh", account, "POST", url, _JSON_HEADERS, data, Watch())
+            said = answer.object() or {}
+            if answer.status == 200 and said.get("access_token"):
+                return str(said["access_token"]), str(said.get("refresh_token") or "") or None
+            error = said.get("error")
+            error = error.get("code") if isinstance(error, dict) else error
+            if error in ("invalid_grant", "access_denied"):
+                dead = dead or str(error)
+            elif not dead or answer.status >= 500:
+                raise Refusal("broken", f"The token endpoint answered with status {answer.status}.")
+        raise Refusal("dead", dead)
+
+    def _ask_session(self, account: Account, secret: str) -> tuple[str, str | None]:
+        size = 3900  # what a browser's cookie holds; longer ones are split
+        pieces = [secret[i : i + size] for i in range(0, len(secret), size)]
+        names = [f"{SESSION_COOKIE}.{i}" if len(pieces) > 1 else SESSION_COOKIE for i in range(len(pieces))]
+        cookies = account.cookies | dict(zip(names, pieces, strict=True))
+        url = f"{account.gateway}/api/auth/session"
+        headers = [b"Expect:", *_cookie_line(cookies)]
+        answer = self.connections.answer("session", account, "GET", url, headers, None, Watch())
+        said = answer.object()
+        if answer.status == 200 and said == {}:
+            raise Refusal("dead", "the session is over")
+        if answer.status != 200 or not said or not said.get("accessToken"):
+            raise refusal(answer.status, answer.headers, answer.body)
+        # A renewed cookie may come whole or in numbered pieces; it is kept as the secret, not in the jar.
+        renewed = {name: value for name, value in account.cookies.items() if name.startswith(SESSION_COOKIE)}
+        account.cookies = {name: value for name, value in account.cookies.items() if name not in renewed}
+        token = "".join(renewed[name] for name in sorted(renewed, key=lambda name: (len(name), name)))
+        return str(said["accessToken"]), token or None
+
+
+def next_refresh(now: float) -> float:
+    """03:00 local time, four days on."""
+    day = time.localtime(now)
+    return time.mktime((day.tm_year, day.tm_mon, day.tm_mday + 4, 3, 0, 0, 0, 0, -1))
+
+
+# ============================================================================================================
+# sign-in: with the browser, a device code, or a password
+# ============================================================================================================
+
+CALLBACK_PORT = 1455  # of the public client's only redirect URI
+SIGN_IN_TIME = 900.0  # seconds that a person has for it
+
+
+def challenge(verifier: str) -> str:
+    """PKCE's S256 challenge for a verifier."""
+    return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+
+
+def challenged() -> ApiError:
+    """A sign-in that no program can go on with."""
+    text = "The sign-in page asks for a human; sign in with `chatproxy.py login` instead."
+    return ApiError("challenge_required", text)
+
+
+def walled(answer: Answer) -> bool:
+    """Whether an answer is a human-verification page."""
+    return _BLOCK_MARKS.search(answer.body[:20_000].decode("utf-8", "replace")) is not None
+
+
+class SignIn:
+    """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
+
+    def __init__(self, settings: Settings, loop: Loop) -> None:
+        self.issuer = settings.openai_auth_url
+        self.handles = Handles(loop)
+        self.watch = Watch()
+        self.egress = Egress(settings.impersonate, next(iter(settings.proxy_url), ""))
+        self.state = secrets.token_urlsafe(24)
+        self.verifier = secrets.token_urlsafe(48)
+        self.redirect = f"http://localhost:{CALLBACK_PORT}/auth/callback"
+
+    def address(self) -> str:
+        """The URL at which the person signs in; the browser is sent back to `redirect` with `code` and `state`."""
+        query = {
+            "response_type": "code",
+            "client_id": BROWSER_CLIENT,
+            "redirect_uri": self.redirect,
+            "scope": "openid profile email offline_access",
+            "code_challenge": challenge(self.verifier),
+            "code_challenge_method": "S256",
+            "id_token_add_organizations": "true",
+            "codex_cli_simplified_flow": "true",
+            "state": self.state,
+            "originator": "codex_cli_rs",
+        }
+        return f"{self.issuer}/oauth/authorize?{urllib.parse.urlencode(query)}"
+
+    def _ask(self, method: str, url: str, headers: list[bytes], body: bytes | None) -> Answer:
+        with self.handles.call("sign-in", self.egress, method, url, headers, body, self.watch, 30.0) as call:
+            return call.whole()
+
+    def _post(self, path: str, kind: str, body: str) -> Answer:
+        headers = [f"Content-Type: {kind}".encode(), b"Expect:"]
+        return self._ask("POST", self.issuer + path, headers, body.encode())
+
+    def tokens(
+        self, code: str, verifier: str, redirect: str, client: str = BROWSER_CLIENT
+    ) -> tuple[str, str]:
+        """The access token and the refresh token ("" for none) for a code; Refusal when the issuer gives none."""
+        form = {"grant_type": "authorization_code", "client_id": client, "code": code}
+        form |= {"redirect_uri": redirect, "code_verifier": verifier}
+        answer = self._post("/oauth/token", "application/x-www-form-urlencoded", urllib.parse.urlencode(form))
+        said = answer.object() or {}
+        if answer.status == 403 or walled(answer):
+            raise challenged()
+        if answer.status == 429 or answer.status >= 500:
+            raise refusal(answer.status, answer.headers, b"")
+        if answer.status != 200 or not isinstance(said.get("access_token"), str):
+            text = f"The token endpoint answered with status {answer.status}; sign in again."
+            raise Refusal("rejected", text)
+        return said["access_token"], str(said.get("refresh_token") or "")
+
+    def device(self) -> tuple[str, str, float]:
+        """A device's sign-in begins: its id, the code for the person to type, and the seconds between two polls."""
+        body = compact({"client_id": BROWSER_CLIENT})
+        said = self._post("/api/accounts/deviceauth/usercode", "application/json", body).object() or {}
+        id = said.get("device_auth_id")
+        code = said.get("user_code")
+        if not isinstance(id, str) or not isinstance(code, str):
+            raise Refusal(
+                "rejected", "The issuer offers no sign-in by device code; use `login` without --device."
+            )
+        interval = str(said.get("interval"))
+        return id, code, min(60.0, max(1.0, float(interval))) if interval.isdecimal() else 5.0
+
+    def device_tokens(self, id: str, code: str) -> tuple[str, str] | None:
+        """The tokens, None while the person has not signed in yet."""
+        body = compact({"device_auth_id": id, "user_code": code})
+        answer = self._post("/api/accounts/deviceauth/token", "application/json", body)
+        if answer.status in (403, 404):
+            return None
+        said = answer.object() or {}
+        given = said.get("authorization_code")
+        verifier = said.get("code_verifier")
+        if answer.status != 200 or not isinstance(given, str) or not isinstance(verifier, str):
+            raise Refusal("rejected", f"The issuer answered with status {answer.status}; sign in again.")
+        return self.tokens(given, verifier, f"{self.issuer}/deviceauth/callback")
+
+
+class PasswordSignIn(SignIn):
+    """ "Accounts: Password": signs in with a password where the issuer lets a program do that."""
+
+    STEPS = 12  # redirects and forms
+
+    def __init__(self, settings: Settings, loop: Loop, watch: Watch) -> None:
+        super().__init__(settings, loop)
+        self.watch = watch
+        self._cookies: dict[str, str] = {}
+
+    def tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
+        """The access token and the refresh token ("" for none); ApiError invalid_credentials, mfa_required or
+        challenge_required. `code` is a one-time code, "" for none."""
+        try:
+            return self._tokens_for(username, password, code)
+        finally:
+            self.handles.close()
+
+    def _tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
+        query = {
+            "client_id": REFRESH_CLIENT,
+            "audience": "https://api.openai.com/v1",
+            "redirect_uri": REFRESH_REDIRECT,
+            "scope": "openid email profile offline_access model.request model.read organization.read offline",
+            "response_type": "code",
+            "code_challenge": challenge(self.verifier),
+            "code_challenge_method": "S256",
+            "prompt": "login",
+        }
+        place = self._follow(f"{self.issuer}/authorize?{urllib.parse.urlencode(query)}")
+        traits = dict.fromkeys(("js-available", "webauthn-platform-available"), "true")
+        traits |= dict.fromkeys(("webauthn-available", "is-brave"), "false")
+        self._fill("identifier", place, {"username": username, **traits})
+        place = self._fill("password", place, {"username": username, "password": password})
+        if "/u/mfa-otp-challenge" in place:
+            if not code:
+                text = "This account needs a one-time code; send it as `code` with the password."
+                raise ApiError("mfa_required", text)
+            place = self._fill("mfa-otp-challenge", place, {"code": code})
+        given = self._queried(place, "code")
+        if not place.startswith(REFRESH_REDIRECT) or not given:
+            raise challenged()
+        return self.tokens(given, self.verifier, REFRESH_REDIRECT, REFRESH_CLIENT)
+
+    @staticmethod
+    def _queried(place: str, name: str) -> str:
+        return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(place).query)).get(name, "")
+
+    def _fill(self, page: str, place: str, form: Mapping[str, str]) -> str:
+        """Sends one of the forms of the sign-in begun at `place`; where it leads."""
+        state = self._queried(place, "state")
+        if not state:
+            raise challenged()
+        path = f"/u/{page}" if page.startswith("mfa") else f"/u/login/{page}"
+        url = f"{self.issuer}{path}?{urllib.parse.urlencode({'state': state})}"
+        return self._follow(url, {"state": state, **form, "action": "default"})
+
+    def _follow(self, url: str, form: Mapping[str, str] | None = None) -> str:
+        """Follows a request redirect by redirect; returns where it ends: a page, or the app with a code."""
+        for _ in range(self.STEPS):
+            answer = self._step(url, form)
+            if form is not None and answer.status in (400, 401, 403) and not walled(answer):
+                text = "The user name, the password or the one-time code is wrong."
+                raise ApiError("invalid_credentials", text)
+            if answer.status == 429:
+                raise refusal(answer.status, answer.headers, b"")
+            if answer.status >= 500:
+                raise Refusal("broken", f"The sign-in failed with status {answer.status}; try again.")
+            target = answer.headers.get("location", "")
+            if not 300 <= answer.status < 400 or not target:
+                if answer.status != 200 or walled(answer):
+                    raise challenged()
+                return url
+            try:
+                url = urllib.parse.urljoin(url, target)
+                form = None
+            except ValueError:
+                raise challenged() from None
+            if not url.startswith(f"{self.issuer}/"):
+                return url
+        raise challenged()
+
+    def _step(self, url: str, form: Mapping[str, str] | None) -> Answer:
+        headers = [b"Expect:", *_cookie_line(self._cookies)]
+        body = None if form is None else urllib.parse.urlencode(form).encode()
+        if body is not None:
+            headers.append(b"Content-Type: application/x-www-form-urlencoded")
+        answer = self._ask("POST" if body is not None else "GET", url, headers, body)
+        self._cookies = with_cookies(self._cookies, answer.headers)
+        return answer
+
+
+# ============================================================================================================
+# question: what is asked and what is answered, in nobody's shape
+# ============================================================================================================
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A file in a message, given by its bytes, a URL to fetch it from, or the id of one that is kept (see `File`).
+
+    `where` is its place in the client's request, for errors; `image` whether it must be one."""
+
+    where: str
+    image: bool = False
+    name: str = ""
+    mime: str = ""
+    blob: Blob | None = None
+    url: str = ""
+    file: str = ""
+
+
+class Text(NamedTuple):
+    """A piece of a message: of the answer, or of what was said before."""
+
+    text: str
+
+
+class FunctionCall(NamedTuple):
+    """A call of one of the client's own functions, in an answer or said before; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """The result of a call: the call's id, the function's name ("" when it is not known), and the content."""
+
+    id: str
+    name: str
+    parts: tuple[Text | Attachment, ...]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Earlier reasoning of a model. The `encrypted` form only the upstream that gave it can read."""
+
+    text: str
+    encrypted: str = ""
+
+
+MessagePart = Text | Attachment | FunctionCall | ToolResult | Thought
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a question: role system, user, assistant or tool; its parts in their order."""
+
+    role: str
+    parts: tuple[MessagePart, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.parts if isinstance(part, Text))
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """Its files, those of results included."""
+        found = list[Attachment]()
+        for part in self.parts:
+            inner = part.parts if isinstance(part, ToolResult) else (part,)
+            found += [one for one in inner if isinstance(one, Attachment)]
+        return found
+
+
+class Function(NamedTuple):
+    """A function of the client's: its parameters are a JSON Schema."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The functions that the model may call: `choice` is auto, required or the name of the one it must call."""
+
+    functions: Mapping[str, Function]
+    choice: str
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The JSON that an answer is to be: any object, or what fits a schema."""
+
+    schema: Mapping[str, Any] | None
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # how hard a model may think
+# Tools of the upstream's own that a question may offer, by OpenAI's names for them.
+WEB_SEARCH, DRAWING = "web_search", "image_generation"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, in no client's and no upstream's shape: the messages, the model by the client's name for it, a
+    conversation to go on with, how hard to think (`effort`, in OpenAI's words), the upstream's own tools and the
+    client's functions that may be used, and the shape that the answer is to have."""
+
+    messages: tuple[Message, ...]
+    model: str
+    conversation: str | None = None
+    parent: str | None = None
+    effort: str = ""
+    hosted: tuple[str, ...] = ()
+    offer: Offer | None = None
+    shape: Shape | None = None
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        return [one for message in self.messages for one in message.attachments]
+
+
+# -- an answer's events, a closed set: whoever takes them has a place for each ----------------------------------------
+
+
+class Begin(NamedTuple):
+    """The answer begins: the model that really gives it ("" when the upstream does not say), and its ids there."""
+
+    model: str
+    conversation: str
+    message: str
+
+
+class Reasoning(NamedTuple):
+    """A piece of what the model thought before answering; never part of the answer."""
+
+    text: str
+
+
+class ToolUse(NamedTuple):
+    """The input or the output of one of the model's own tools, whole; `language` is "" for output."""
+
+    language: str
+    text: str
+
+
+class Image(NamedTuple):
+    """A drawing that can be looked at, as long as its URL lasts."""
+
+    url: str
+
+
+class Finish(NamedTuple):
+    """The end: `reason` is stop, length, content_filter or tool_calls; the ids are those to go on from."""
+
+    reason: str
+    conversation: str = ""
+    message: str = ""
+
+
+Event = Begin | Text | Reasoning | ToolUse | Image | FunctionCall | Finish
+
+
+class Sink:
+    """Takes an answer's events, batch by batch, from the request's thread or from the loop, never from both at a time."""
+
+    outlet: Outlet | None = None  # where they go on to
+    over = False  # whether no more is wanted
+    careful = False  # whether `light` is to be asked
+
+    def light(self, events: list[Event]) -> bool:
+        """Whether `take` is done with these at once, so that the loop may have it done."""
+        return True
+
+    def take(self, events: list[Event]) -> None:
+        """Takes what has come together."""
+        raise NotImplementedError
+
+
+class Collected(Sink):
+    """All events of an answer."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def take(self, events: list[Event]) -> None:
+        self.events += events
+
+    def end(self) -> Finish:
+        """The end of the answer, with its place."""
+        return next((event for event in reversed(self.events) if isinstance(event, Finish)), Finish("stop"))
+
+
+# ============================================================================================================
+# tools: whether a value fits a JSON Schema; functions and structured output for models that know neither
+# ============================================================================================================
+
+_SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {
+    "null": lambda value: value is None,
+    "boolean": lambda value: isinstance(value, bool),
+    "string": lambda value: isinstance(value, str),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "integer": lambda value: (
+        not isinstance(value, bool)
+        and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
+    ),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
+
+
+_SIZES: tuple[tuple[str, Callable[[Any], Any], str, str], ...] = (
+    ("string", len, "minLength", "maxLength"),
+    ("array", len, "minItems", "maxItems"),
+    ("object", len, "minProperties", "maxProperties"),
+    ("number", lambda value: value, "minimum", "maximum"),
+)
+
+
+def _bound(schema: Mapping[str, Any], name: str, default: float) -> float:
+    """A number of a schema; where it has none, what bounds nothing."""
+    value: Any = schema.get(name)
+    return value if _SCHEMA_TYPES["number"](value) and (name != "multipleOf" or value > 0) else default
+
+
+def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
+    value = schema.get(name)
+    return value if isinstance(value, list) else []
+
+
+MAX_DEPTH = 100  # levels of JSON
+
+
+def read_json(text: str | bytes | bytearray) -> Any:
+    """Parses JSON as it is defined, and no deeper than MAX_DEPTH, which recursion stands; ValueError for anything else."""
+    try:
+        if not isinstance(text, str):
+            text = text.decode("utf-8-sig")
+        return _not_too_deep(_DECODER.decode(text))
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+def _not_too_deep(value: Any) -> Any:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if type(one) is dict else one if type(one) is list else ())
+            if type(inner) in (dict, list)
+        ]
+        if not level:
+            return value
+    raise ValueError("too deep")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+class OverBudget(Exception):
+    """A validation has done all the work that it may."""
+
+
+class Budget:
+    """Limits the work of a validation, over everything that it is tried on: a unit is about a microsecond or two.
+    References can branch without end, and every comparison takes the time of what is compared. `check` is called
+    now and then, and raises when nobody waits for the result any more."""
+
+    MOST = 100_000
+    CHECKED_EVERY = 2_000
+
+    def __init__(self, check: Callable[[], None] | None = None) -> None:
+        self._left, self._check = self.MOST, check
+        self._check_at = self.MOST - self.CHECKED_EVERY
+
+    def spend(self, units: int) -> None:
+        """OverBudget when there is nothing left."""
+        self._left -= units
+        if self._left < 0:
+            raise OverBudget
+        if self._check and self._left < self._check_at:
+            self._check_at = self._left - self.CHECKED_EVERY
+            self._check()
+
+    def canonical(self, value: Any) -> Any:
+        """Hashable, and equal for what JSON holds equal: 1 and 1.0, but not 1 and true."""
+        self.spend(1 + len(value) // 64 if isinstance(value, str) else 1)
+        if isinstance(value, dict):
+            return frozenset((name, self.canonical(one)) for name, one in value.items())
+        if isinstance(value, list):
+            return tuple([self.canonical(one) for one in value])
+        if isinstance(value, (int, float)) and 2**53 < abs(value) < math.inf and value == int(value):
+            return hex(int(value))  # whose hash nobody can foresee, as that of a large number
+        return (type(value) is bool, value)
+
+
+class Schema:
+    """A JSON Schema (draft 2020-12) as far as functions and structured output need it: types, enum, const, objects,
+    arrays, lengths, ranges, local references, allOf, anyOf, oneOf and not.
+
+    `pattern` and `format` are annotations here: a client's regular expression could hold up the whole process. What is
+    too much for the `budget` counts as fitting.
+    """
+
+    def __init__(self, schema: Any, budget: Budget | None = None) -> None:
+        self._root = schema
+        self._budget = budget or Budget()
+        self._enums: dict[int, set[Any]] = {}  # what the enums allow, by the identity of their lists
+        self._referred: dict[str, Any] = {}  # what references lead to
+
+    def fault(self, value: Any) -> str:
+        """Why a value does not fit, with the path to the place; "" when it fits."""
+        try:
+            return self._fault(value, self._root, "it", 0)
+        except OverBudget:
+            return ""
+
+    def _fault(self, value: Any, schema: Any, where: str, depth: int) -> str:
+        self._budget.spend(4 + len(where) // 64)
+        if schema is False:
+            return f"{where} is not allowed"
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
+            return ""
+        for check in (self._of_type, self._in_range, self._in_object, self._in_array, self._in_branches):
+            if fault := check(value, schema, where, depth + 1):
+                return fault
+        return ""
+
+    def _of_type(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        kinds = schema.get("type")
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        known = [kind for kind in kinds if isinstance(kind, str) and kind in _SCHEMA_TYPES]
+        if known and not any(_SCHEMA_TYPES[kind](value) for kind in known):
+            return f"{where} is not of type {' or '.join(known)}"
+        if isinstance(choices := schema.get("enum"), list):
+            if id(choices) not in self._enums:
+                self._enums[id(choices)] = set(map(self._budget.canonical, choices))
+            if self._budget.canonical(value) not in self._enums[id(choices)]:
+                return f"{where} is none of {', '.join(map(_shown, choices[:10]))}"
+        if "const" in schema and self._budget.canonical(value) != self._budget.canonical(schema["const"]):
+            return f"{where} is not {_shown(schema['const'])}"
+        return ""
+
+    def _in_range(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        for kind, size, least, most in _SIZES:
+            if _SCHEMA_TYPES[kind](value):
+                low = _bound(schema, least, -math.inf)
+                high = _bound(schema, most, math.inf)
+                if not low <= size(value) <= high:
+                    return f"{where} is not within {least} and {most}"
+        if _SCHEMA_TYPES["number"](value):
+            if value <= _bound(schema, "exclusiveMinimum", -math.inf) and value != -math.inf:
+                return f"{where} is not above exclusiveMinimum"
+            if value >= _bound(schema, "exclusiveMaximum", math.inf) and value != math.inf:
+                return f"{where} is not below exclusiveMaximum"
+            step = _bound(schema, "multipleOf", 0)
+            self._budget.spend(100 if isinstance(value, int) and value.bit_length() > 64 else 0)
+            exact = isinstance(value, int) and isinstance(step, int)
+            with contextlib.suppress(OverflowError):  # past what a float can hold nobody can tell
+                if step and (value % step if exact else abs(value / step - round(value / step)) > 1e-9):
+                    return f"{where} is not a multiple of {step}"
+        return ""
+
+    def _in_object(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        if not isinstance(value, dict):
+            return ""
+        given = schema.get("properties")
+        properties = given if isinstance(given, dict) else {}
+        # The names of patternProperties are not looked at.
+        others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
+        must = _listed(schema, "required")
+        self._budget.spend(len(must) // 4)
+        for name in must:
+            if isinstance(name, str) and name not in value:
+                return f"{where} has no {name}"
+        for name, one in value.items():
+            if name not in properties and others is False:
+                return f"{where} must not have {name[:100]}"
+            place = name[:100] if where == "it" else f"{where}.{name[:100]}"
+            if fault := self._fault(one, properties.get(name, others), place, depth):
+                return fault
+        return ""
+
+    def _in_array(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        if not isinstance(value, list):
+            return ""
+        first = _listed(schema, "prefixItems")
+        others = schema.get("items", True)
+        for i, one in enumerate(value):
+            if fault := self._fault(one, first[i] if i < len(first) else others, f"{where}[{i}]", depth):
+                return fault
+        if schema.get("uniqueItems") is True and len(set(map(self._budget.canonical, value))) < len(value):
+            return f"{where} has the same item twice"
+        return ""
+
+    def _in_branches(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
+        pointer = schema.get("$ref")
+        referred = [self.referred(pointer)] if isinstance(pointer, str) else []
+        for one in [*referred, *_listed(schema, "allOf")]:
+            if fault := self._fault(value, one, where, depth):
+                return fault
+        if branches := _listed(schema, "anyOf"):
+            faults = [self._fault(value, one, where, depth) for one in branches]
+            if all(faults):
+                return f"{where} fits no branch of anyOf ({'; '.join(faults[:5])[:300]})"
+        if branches := _listed(schema, "oneOf"):
+            fits = sum(not self._fault(value, one, where, depth) for one in branches)
+            if fits != 1:
+                return f"{where} fits {fits} branches of oneOf"
+        if "not" in schema and not self._fault(value, schema["not"], where, depth):
+            return f"{where} fits what it must not"
+        return ""
+
+    def referred(self, pointer: str) -> Any:
+        """The schema that a reference within the schema leads to; True, which any value fits, for one that leads
+        elsewhere."""
+        if pointer not in self._referred:
+            found = self._root if pointer.startswith("#") else True
+            for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
+                step = step.replace("~1", "/").replace("~0", "~")
+                found = found.get(step, True) if isinstance(found, dict) else True
+            self._referred[pointer] = found
+        return self._referred[pointer]
+
+
+def unknown_type(schema: Any) -> str:
+    """A `type` within a schema that JSON has not, "" for none."""
+    if isinstance(schema, list):
+        return next(filter(None, map(unknown_type, schema)), "")
+    if not isinstance(schema, dict):
+        return ""
+    kinds = schema.get("type", ["object"])
+    for kind in kinds or ["[]"] if isinstance(kinds, list) else [kinds]:
+        if not isinstance(kind, str) or kind not in _SCHEMA_TYPES:
+            return str(kind)[:100]
+    named = [schema.get(name) for name in ("properties", "$defs", "definitions")]
+    inner = [one for some in named if isinstance(some, dict) for one in some.values()]
+    inner += [schema.get(name) for name in ("items", "prefixItems", "additionalProperties", "not")]
+    return unknown_type([*inner, *(schema.get(name) for name in ("anyOf", "oneOf", "allOf"))])
+
+
+def _shown(value: Any) -> str:
+    """A value of a schema as a fault tells it: in short."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return compact(value[:60] if isinstance(value, str) else value)[:64]
+
+
+# -- functions and shapes in words, for upstreams whose models know neither -------------------------------------------
+
+CALL_TAG, CALL_END = "<tool_call>", "</tool_call>"
+FUNCTIONS_LINE = "The functions, a JSON object a line:"
+SHAPE_LINE = "Answer with one JSON object"
+SCHEMA_LINE = "It must fit this JSON Schema:"
+
+
+def _offer_told(offer: Offer) -> str:
+    """The instructions by which a model that knows nothing of functions learns of them."""
+    must = {
+        "auto": "Call one whenever it helps to answer; otherwise answer as usual.",
+        "required": "You must call at least one of them now, and write nothing else.",
+    }.get(offer.choice, f"You must call {offer.choice} now, and write nothing else.")
+    several = "For several calls write several of these in a row."
+    several = several if offer.parallel else "Write one call at most."
+    lines = [
+        "You can call functions of the program through which you are asked. To call one, write exactly",
+        f'{CALL_TAG}{{"name": "FUNCTION", "arguments": {{…}}}}{CALL_END}',
+        f"where the arguments are a JSON object that fits the function's JSON Schema. {several} Write nothing after a",
+        f"call: the program stops reading there, and tells you the results in its next message. {must}",
+        FUNCTIONS_LINE,
+    ]
+    return "\n".join([*lines, *(compact(one._asdict()) for one in offer.functions.values())])
+
+
+def _shape_told(shape: Shape) -> str:
+    """The instructions for an answer in JSON."""
+    told = f"{SHAPE_LINE} and nothing else: no prose around it, no code fence."
+    return told if shape.schema is None else f"{told} {SCHEMA_LINE}\n{compact(shape.schema)}"
+
+
+def call_text(name: str, arguments: str) -> str:
+    """A call as the model writes it; `arguments` is JSON."""
+    return f'{CALL_TAG}{{"name": {json.dumps(name)}, "arguments": {arguments or "{}"}}}{CALL_END}'
+
+
+def result_heading(name: str, id: str) -> str:
+    """The line above a function's result."""
+    return f"Result of {name or 'the function'}{f' (call {id})' if id else ''}:"
+
+
+def in_prose(question: Question) -> Question:
+    """The question for a model that knows neither functions nor shapes: it is told of them first, and calls and results
+    are the text that it would write and read."""
+    told = [_offer_told(question.offer)] if question.offer else []
+    told += [_shape_told(question.shape)] if question.shape else []
+    messages = [Message("system", (Text("\n\n".join(told)),))] if told else []
+    for message in question.messages:
+        parts = tuple(itertools.chain(*(IN_PROSE[type(part)](part) for part in message.parts)))
+        if parts or not message.parts:  # else it was nothing but thoughts
+            messages.append(Message(message.role, parts))
+    return replace(question, messages=tuple(messages))
+
+
+# What stands for each kind of part.
+IN_PROSE: Mapping[type, Callable[[Any], tuple[Text | Attachment, ...]]] = {
+    Text: lambda part: (part,),
+    Attachment: lambda part: (part,),
+    FunctionCall: lambda part: (Text(call_text(part.name, part.arguments)),),
+    ToolResult: lambda part: (Text(result_heading(part.name, part.id)), *part.parts),
+    Thought: lambda part: (),
+}
+
+
+def call_fault(offer: Offer, call: Mapping[str, Any], budget: Budget) -> str:
+    """The fault of a call as the model wrote it, "" for none."""
+    name = call.get("name")
+    arguments = call.get("arguments")
+    if not isinstance(name, str) or name not in offer.functions:
+        names = ", ".join(offer.functions)
+        return f"there is no function of the name in the call; those there are: {names}"
+    if offer.choice not in ("auto", "required", name):
+        return f"the function to be called is {offer.choice}"
+    if not isinstance(arguments, dict):
+        return "the arguments are not a JSON object"
+    fault = Schema(offer.functions[name].parameters, budget).fault(arguments)
+    return f"the arguments for {name} do not fit its schema: {fault}" if fault else ""
+
+
+class CallScanner:
+    """Finds the calls in an answer: text before them passes as it comes, from what may begin a tag on it is held back.
+
+    Calls are passed on when the answer is over and all of them are right. When they are not, or one is missing,
+    `complaint` says why and nothing is; a `last` scanner then passes on as text what it held back.
+    """
+
+    MAX_CALLS = 128
+    MAX_TRIES = 16  # end tags at which a call may end: they may stand in a string of its arguments
+
+    def __init__(self, offer: Offer, budget: Budget, last: bool = False, told: str = "") -> None:
+        """`told` is what the client has of an answer that is being given again."""
+        self._offer = offer
+        self._budget = budget
+        self._last = last
+        self._told = told
+        self._patient = last or offer.choice != "auto"  # text too waits until it is clear what becomes of it
+        self._start = ""  # what may be the beginning of a tag
+        self._inside: list[str] | None = None  # what has come of a call
+        self._tail = ""  # its last characters, in which an end tag may have begun
+        self._tried, self._from = 0, 0  # end tags tried, and where the next may begin
+        self._calls: list[dict[str, Any]] = []
+        self._fault = ""  # what is wrong with one of them
+        self._text: list[str] = []  # before any call
+        self._raw: list[str] = []  # everything from the first call on
+        self.complaint = ""
+        self.over = False  # whether the answer has been passed on, whatever follows
+
+    @property
+    def told(self) -> str:
+        """The text that the client already has."""
+        return "" if self._patient else "".join(self._text)
+
+    def said(self) -> str:
+        """The whole answer as the model wrote it."""
+        return "".join([*self._text, *self._raw])
+
+    def light(self, events: list[Event]) -> bool:
+        """Whether `feed` does nothing with these but to hold or to pass them on: no call ends in them."""
+        return not self._calls and not any(">" in event[0] for event in events)
+
+    def feed(self, events: list[Event]) -> list[Event]:
+        """The events of a batch that can be passed on."""
+        out: list[Event] = []
+        for event in events:
+            if self.over:
+                break
+            if type(event) is not Text:
+                if isinstance(event, Finish):
+                    self._finish(event, out)
+                else:
+                    out.append(event)
+            elif self._patient or self._start or self._raw or "<" in event.text:  # else once per token
+                if self._raw:
+                    self._raw.append(event.text)
+                self._take(event.text, out)
+            else:
+                self._text.append(event.text)
+                out.append(event)
+        return out
+
+    def _take(self, text: str, out: list[Event]) -> None:
+        """Text of which some may be a call."""
+        while text and not self.over:
+            if self._inside is not None:
+                self._inside.append(text)
+                ended = self._tail + text
+                self._tail = (self._tail + text)[1 - len(CALL_END) :]
+                text = self._close(out) if CALL_END in ended else ""
+                continue
+            text = self._start + text
+            self._start = ""
+            start = text.find(CALL_TAG)
+            if start < 0:
+                sizes = range(min(len(CALL_TAG) - 1, len(text)), 0, -1)
+                held = next((size for size in sizes if CALL_TAG.startswith(text[-size:])), 0)
+                self._start = text[len(text) - held :]
+                self._before(text[: len(text) - held], out)
+                return
+            self._before(text[:start], out)
+            self._raw = self._raw or [text[start:]]
+            self._inside = []
+            self._tail = ""
+            self._tried = 0
+            self._from = 0
+            text = text[start + len(CALL_TAG) :]
+
+    def _before(self, text: str, out: list[Event]) -> None:
+        """Text outside of calls: after one that is right it ends the answer."""
+        if self._calls:
+            if text.strip() and not self._fault:
+                self._finish(Finish("stop"), out)
+        elif text:
+            self._text.append(text)
+            if not self._patient:
+                out.append(Text(text))
+
+    def _close(self, out: list[Event]) -> str:
+        """An end tag has come: what follows the call, "" while it goes on."""
+        body = "".join(self._inside or ()) if self._tried < self.MAX_TRIES else ""
+        while self._tried < self.MAX_TRIES and (end := body.find(CALL_END, self._from)) >= 0:
+            self._tried = self._tried + 1
+            self._from = end + 1
+            if (call := self._parsed(body[:end])) is not None:
+                self._inside = None
+                self._calls.append(call)
+                self._fault = self._fault or call_fault(self._offer, call, self._budget)
+                most = self.MAX_CALLS if self._offer.parallel else 1
+                if len(self._calls) >= most and not self._fault:
+                    self._finish(Finish("stop"), out)
+                return body[end + len(CALL_END) :]
+        return ""
+
+    @staticmethod
+    def _parsed(text: str) -> dict[str, Any] | None:
+        """A call's JSON object, also from within a code fence; None when it is none (yet)."""
+        text = text.strip()
+        if text.startswith("```"):
+            text = re.sub(r"\A```\w*", "", text).removesuffix("```")
+        try:
+            call = read_json(text)
+            if isinstance(call, dict) and not isinstance(call.get("arguments"), (dict, list)):
+                call["arguments"] = read_json(str(call.get("arguments") or "{}"))
+        except ValueError:
+            return None
+        return call if isinstance(call, dict) else None
+
+    def _finish(self, event: Finish, out: list[Event]) -> None:
+        """The answer is over, or what follows does not matter: passes on the calls, or complains."""
+        self.over, fault = True, self._fault
+        if self._inside is not None:
+            if (call := self._parsed("".join(self._inside))) is not None:
+                self._calls.append(call)  # only the end tag is missing
+                fault = fault or call_fault(self._offer, call, self._budget)
+            else:
+                fault = fault or "the call is not valid JSON between its tags"
+        if not self._calls and not fault and self._offer.choice != "auto":
+            fault = "a function had to be called"
+        if fault and event.reason == "stop" and not self._last:
+            self.complaint = f"Your answer cannot be used: {fault}. Write the whole call again, as described, and nothing else."
+        elif fault or not self._calls:
+            self.as_text(out, event)
+        else:
+            if self._patient and not self._told and self._text:
+                out.append(Text("".join(self._text)))
+            for call in self._calls:
+                id = f"call_{random.getrandbits(96):024x}"
+                out.append(FunctionCall(id, call["name"], compact(call["arguments"])))
+            out.append(event._replace(reason="tool_calls"))
+
+    def as_text(self, out: list[Event], event: Finish) -> None:
+        """Passes on unchanged what the client has not got."""
+        text = self.said() + ("" if self._raw else self._start)
+        told = self.told or self._told
+        if text.startswith(told):
+            text = text[len(told) :]
+        elif self._raw:
+            text = "".join(self._raw)
+        out += [Text(text), event] if text else [event]
+
+
+MAX_STARTS = 64  # places of a text at which JSON is looked for
+
+
+def find_json(text: str, schema: Mapping[str, Any] | None, budget: Budget) -> tuple[str, str]:
+    """The first JSON object (or array, where a schema allows one) in a text that fits, or "" and why there is none.
+
+    What stands inside of brackets is never taken for the whole, even when that is not valid."""
+    fault, at = "there is no JSON object in it", 0
+    wanted = Schema({"type": "object"} if schema is None else schema, budget)
+    for _ in range(MAX_STARTS):
+        if not (match := re.compile(r"[{\[]").search(text, at)):
+            break
+        try:
+            value, at = _DECODER.raw_decode(text, match.start())
+            wrong = wanted.fault(_not_too_deep(value))
+            if not wrong:
+                return text[match.start() : at], ""
+            fault = f"it does not fit the schema: {wrong}"
+        except (ValueError, RecursionError):
+            fault = "its JSON is not valid"
+            at = _closing(text, match.start())
+    return "", fault
+
+
+def _closing(text: str, start: int) -> int:
+    """The position after the bracket that closes the one at `start`; the text's end when it is not closed."""
+    depth = 0
+    for match in re.compile(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[{}\[\]]').finditer(text, start):
+        depth += (match[0] in "{[") - (match[0] in "}]")
+        if not depth:
+            return match.end()
+    return len(text)
+
+
+class ShapeScanner:
+    """Holds an answer back until it is whole, and passes on its JSON without what stands around it; else `complaint`
+    says what is wrong, or a `last` scanner fails with invalid_structured_output."""
+
+    told, over = "", False
+
+    def __init__(self, shape: Shape, budget: Budget, last: bool = False) -> None:
+        self._shape, self._budget, self._last = shape, budget, last
+        self._text: list[str] = []
+        self.complaint = ""
+
+    def said(self) -> str:
+        """The whole answer as the model wrote it."""
+        return "".join(self._text)
+
+    def light(self, events: list[Event]) -> bool:
+        """Whether `feed` does nothing with these but to hold or to pass them on."""
+        return True
+
+    def feed(self, events: list[Event]) -> list[Event]:
+        """The events of a batch that can be passed on."""
+        out: list[Event] = []
+        for event in events:
+            if isinstance(event, Text):
+                self._text.append(event.text)
+            elif isinstance(event, Finish):
+                self._finish(event, out)
+            elif not isinstance(event, (ToolUse, Image)):
+                out.append(event)
+        return out
+
+    def _finish(self, event: Finish, out: list[Event]) -> None:
+        """An answer that did not come to its own end is passed on as it is, as OpenAI does it."""
+        text = self.said()
+        if event.reason == "stop":
+            text, fault = find_json(text, self._shape.schema, self._budget)
+            if fault and self._last:
+                message = "The model's answer is not the JSON that was asked for, twice; simplify the schema or ask again."
+                raise ApiError("invalid_structured_output", message)
+            if fault:
+                self.complaint = f"Your answer cannot be used: {fault}. Write it again, as one JSON object and nothing else."
+                return
+        if text:
+            place = len(out) - sum(isinstance(one, FunctionCall) for one in out)
+            out.insert(place, Text(text))
+        out.append(event)
+
+
+class Scanned(Sink):
+    """An answer that goes through one scanner after the other before its sink has it; what they hold back is silence to the
+    client. `words_only`: it is given again, without what the client has from the first one."""
+
+    def __init__(
+        self, scanners: list[CallScanner | ShapeScanner], sink: Sink, words_only: bool = False
+    ) -> None:
+        self._scanners, self._sink, self._words_only = scanners, sink, words_only
+        self.outlet, self.careful = sink.outlet, True
+
+    def light(self, events: list[Event]) -> bool:
+        return all(one.light(events) for one in self._scanners) and self._sink.light(events)
+
+    def take(self, events: list[Event]) -> None:
+        if self._words_only:
+            events = [event for event in events if isinstance(event, (Text, Finish))]
+        for scanner in self._scanners:
+            events = scanner.feed(events)
+        if events:
+            self._sink.take(events)
+        self.over = self._sink.over or self._scanners[0].over
+
+
+def ask_in_prose(question: Question, ask: Callable[[Question, Sink], None], sink: Sink, watch: Watch) -> None:
+    """Has a question answered by `ask`, whose model knows of the client's functions and shape what it is told in words:
+    an answer that cannot be used is asked for again, once, without the client's noticing."""
+    offer = question.offer
+    shape = question.shape
+    question = in_prose(question)
+    if offer is None and shape is None:
+        ask(question, sink)
+        return
+    budget = Budget(watch.check)
+    scanners: list[CallScanner | ShapeScanner] = [CallScanner(offer, budget)] if offer else []
+    scanners += [ShapeScanner(shape, budget)] if shape else []
+    ask(question, Scanned(scanners, sink))
+    if not (complaint := next((one.complaint for one in scanners if one.complaint), "")):
+        return
+    first = scanners[0]
+    told = first.told if len(scanners) == 1 else ""
+    said = Message("assistant", (Text(first.said()),)), Message("system", (Text(complaint),))
+    scanners = [CallScanner(offer, budget, True, told)] if offer else []
+    scanners += [ShapeScanner(shape, budget, True)] if shape else []
+    try:
+        ask(replace(question, messages=(*question.messages, *said)), Scanned(scanners, sink, words_only=True))
+    except ApiError:
+        if shape or not isinstance(first, CallScanner):
+            raise
+        out: list[Event] = []
+        first.as_text(out, Finish("stop"))
+        sink.take(out)
+
+
+# ============================================================================================================
+# web: the calls of the site's own API, one method each
+# ============================================================================================================
+
+PAGE_LIFE = 900.0  # seconds between two readings of the start page
+MODELS_LIFE = 600.0  # seconds that an account's list of models is used
+MODELS_SILENCE = 10.0  # seconds that it is waited for
+PAGE_SILENCE = 5.0  # seconds that a turn waits for it
+SPARE_PATIENCE = 5.0  # seconds that a turn waits for what is being prepared for it
+SPARE_IDLE = 300.0  # seconds without a turn after which an account's next one is no longer prepared
+# A user agent for fingerprints made before libcurl has told its own, which takes a failed connection.
+UNKNOWN_AGENT = "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/150.0.0.0 Safari/537.36"
+# What a page's script sends rather than a person opening the page; an empty value keeps libcurl from sending its own.
+_SCRIPT_HEADERS = (
+    b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
+    b"Sec-Fetch-Dest: empty", b"Sec-Fetch-User:", b"Upgrade-Insecure-Requests:", b"Expect:",
+)  # fmt: skip
+_JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
+_FILE_ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
+_SEED = re.compile(r"[\x20-\x7e]{1,64}")
+_URL_TEXT = re.compile(r"https?://[\x21-\x7e]{1,8000}")
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """The tokens and proofs that a conversation call needs besides its body: good for one call, until `expires`
+    (monotonic seconds)."""
+
+    token: str = ""
+    proof: str = ""
+    arkose: str = ""
+    expires: float = math.inf
+
+    def headers(self) -> list[bytes]:
+        """The `openai-sentinel-…` header lines."""
+        values = {"chat-requirements": self.token, "proof": self.proof, "arkose": self.arkose}
+        return [f"openai-sentinel-{name}-token: {one}".encode() for name, one in values.items() if one]
+
+
+def granted(said: Mapping[str, Any], name: str) -> str:
+    """A token that an answer has under a name, "" for none; Refusal for one that cannot stand in a header."""
+    value = said.get(name)
+    if value in (None, ""):
+        return ""
+    if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,16384}", value):
+        raise Refusal("broken", f"The upstream's answer has a {name} that cannot be used; try again.")
+    return value
+
+
+def inner(said: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within an answer, {} where there is none."""
+    value = said.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+# Names that are no slug of the site's but mean one.
+ALIASES = {"auto": "auto", "gpt-3.5-turbo": "auto"}
+_GPT = re.compile(r"(?:gpt-4-gizmo-)?(g-[0-9A-Za-z_-]+)")
+
+
+def upstream_model(model: str, login_free: bool) -> str:
+    """The slug for a client's name of a model; GPTs run on the default one."""
+    plain = login_free or model.startswith("gpt-3.5") or _GPT.fullmatch(model)
+    return "auto" if plain else ALIASES.get(model, model)
+
+
+# How hard to think: the site has three steps. And what it calls its own tools.
+_THINKING_EFFORTS = dict.fromkeys(("none", "minimal", "low", "medium"), "standard")
+_THINKING_EFFORTS |= {"high": "extended", "xhigh": "max", "max": "max"}
+_SYSTEM_HINTS = {WEB_SEARCH: "search", DRAWING: "picture_v2"}
+
+
+def conversation_body(
+    question: Question, history_disabled: bool, login_free: bool, files: Mapping[Attachment, File]
+) -> dict[str, Any]:
+    """ "The conversation body" for a question in prose; `files` are its attachments as the account holds them."""
+    gpt = _GPT.fullmatch(question.model)
+    mode = {"kind": "gizmo_interaction", "gizmo_id": gpt[1]} if gpt else {"kind": "primary_assistant"}
+    body = {
+        "action": "next",
+        "messages": [_message_body(message, files) for message in question.messages],
+        "model": upstream_model(question.model, login_free),
+        "parent_message_id": question.parent or new_id(),
+        "conversation_mode": mode,
+        "history_and_training_disabled": history_disabled,
+        "force_use_sse": True,
+        "supports_buffering": True,
+        "supported_encodings": ["v1"],
+        "system_hints": [_SYSTEM_HINTS[tool] for tool in question.hosted],
+        "suggestions": [],
+        "timezone_offset_min": TIMEZONE_OFFSET_MIN,
+        "websocket_request_id": new_id(),
+    }
+    if question.conversation:
+        body["conversation_id"] = question.conversation
+    if question.effort:
+        body["thinking_effort"] = _THINKING_EFFORTS[question.effort]
+    return body
+
+
+def continued(body: Mapping[str, Any], cut: Finish) -> dict[str, Any]:
+    """The conversation body that has the upstream go on with an answer that was cut."""
+    rest = {name: value for name, value in body.items() if name != "messages"}
+    where = {"conversation_id": cut.conversation, "parent_message_id": cut.message}
+    return rest | {"action": "continue", "websocket_request_id": new_id()} | where
+
+
+def completed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A conversation body in the upstream's own shape, with what its senders like to leave out."""
+    body: dict[str, Any] = {
+        "action": "next",
+        "model": "auto",
+        "parent_message_id": new_id(),
+        "conversation_mode": {"kind": "primary_assistant"},
+        "force_use_sse": True,
+        "timezone_offset_min": TIMEZONE_OFFSET_MIN,
+        "websocket_request_id": new_id(),
+    }
+    fillable = {*body, "conversation_id"}
+    body |= {k: v for k, v in given.items() if v not in (None, "") or k not in fillable}
+    messages = []
+    for message in dicts(given.get("messages")):
+        author: Any = message.get("author")
+        author = author if isinstance(author, dict) else {}
+        filled = {
+            "id": message.get("id") or new_id(),
+            "author": {**author, "role": author.get("role") or "user"},
+        }
+        messages.append(message | filled | {"metadata": message.get("metadata") or {}})
+    return body | ({"messages": messages} if messages else {})
+
+
+def _message_body(message: Message, files: Mapping[Attachment, File]) -> dict[str, Any]:
+    content: dict[str, Any] = {"content_type": "text", "parts": [message.text]}
+    metadata: dict[str, Any] = {}
+    if message.attachments:
+        parts = [
+            _pointer(files[part]) if isinstance(part, Attachment) else part.text
+            for part in message.parts
+            if isinstance(part, (Attachment, Text))
+        ]
+        content = {"content_type": "multimodal_text", "parts": [part for part in parts if part]}
+        metadata = {"attachments": [_attachment_body(files[one]) for one in message.attachments]}
+    facts = {"id": new_id(), "author": {"role": message.role}, "create_time": time.time()}
+    return facts | {"content": content, "metadata": metadata}
+
+
+def _pointer(file: File) -> dict[str, Any] | None:
+    """An image as a part of a message's content; other files are attachments only."""
+    if not file.width:
+        return None
+    pointer = {"content_type": "image_asset_pointer", "asset_pointer": f"file-service://{file.upstream}"}
+    return pointer | {"size_bytes": file.size, "width": file.width, "height": file.height}
+
+
+def _attachment_body(file: File) -> dict[str, Any]:
+    size = {"width": file.width, "height": file.height} if file.width else {}
+    return {"id": file.upstream, "name": file.name, "size": file.size, "mime_type": file.mime} | size
+
+
+# What the site reads as documents ("my_files"); other files are for its code interpreter ("ace_upload").
+_DOCUMENTS = re.compile(
+    r"text/(?!csv|tab-separated)|application/(pdf|json|msword|xml|x-tex|rtf|(x-)?javascript|x-sh|typescript"
+    r"|vnd\.openxmlformats-officedocument\.(wordprocessingml\.document|presentationml\.presentation))"
+)
+
+
+def use_case(file: File) -> str:
+    """ "Files": what a file is uploaded as."""
+    return "multimodal" if file.width else "my_files" if _DOCUMENTS.match(file.mime) else "ace_upload"
+
+
+class ChatGPT:
+    """The web API of chatgpt.com for any account: turns, and what they need beforehand."""
+
+    def __init__(self, connections: Connections, fetcher: Fetcher, solver: Solver) -> None:
+        self.connections, self.fetcher, self.solver = connections, fetcher, solver
+        self.settings, self.pool, self.metrics = connections.settings, connections.pool, connections.metrics
+        self.silence = connections.silence
+        self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
+        self._spares_lock = threading.Lock()  # guards the accounts' `spare`
+        self._private_gateways: dict[str, bool] = {}  # whether a gateway's address is private
+        self._pages: dict[tuple[str, str], Page] = {}
+        self._agents: dict[str, str] = {}
+        self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
+
+    def close(self) -> None:
+        """Begins no more background work."""
+        self._ahead.shutdown(wait=False, cancel_futures=True)
+
+    # -- calls -----------------------------------------------------------------------------------------------
 
     def _headers(
         self, account: Account, *extra: bytes, accept: bytes = b"*/*", kind: str = "application/json"
@@ -4006,7 +5604,7 @@ class ChatGPT:
         return [b"Accept: " + accept, f"Content-Type: {kind}".encode(), *lines, *extra]
 
     def _lasting_headers(self, account: Account) -> list[bytes]:
-        """Those of an account's header lines that stay the same until its row or its cookies are replaced."""
+        """The header lines that stay the same until the account's row or cookies are replaced."""
         row, cookies, gateway = account.row, account.cookies, account.gateway
         lines = [
             *_SCRIPT_HEADERS,
@@ -4028,21 +5626,16 @@ class ChatGPT:
     def _base(self, account: Account) -> str:
         return account.gateway + ("/backend-anon" if account.row.kind == LOGIN_FREE else "/backend-api")
 
-    def _heard(self, name: str, account: Account, status: int, headers: Mapping[str, str]) -> None:
-        """Counts an answer and keeps the cookies it sets."""
-        self.metrics.add("chatproxy_upstream_responses_total", labels=f'call="{name}",status="{status}"')
-        if "set-cookie" in headers:
-            account.cookies = with_cookies(account.cookies, headers)
-
     def _object(
         self, name: str, account: Account, path: str, watch: Watch, body: Mapping[str, Any] | Blob | None = None,
         kind: str = "application/json", silence: float | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """A call that answers with a JSON object, GET without a body and POST with one; Refusal for anything but 2xx."""
-        url, headers = self._base(account) + path, self._headers(account, kind=kind)
+        url = self._base(account) + path
+        headers = self._headers(account, kind=kind)
         method = "GET" if body is None else "POST"
         data = compact(body).encode() if isinstance(body, Mapping) else body
-        answer = self._answer(name, account, method, url, headers, data, watch, silence)
+        answer = self.connections.answer(name, account, method, url, headers, data, watch, silence)
         value = answer.object()
         if value is None or not 200 <= answer.status < 300:
             raise refusal(answer.status, answer.headers, answer.body)
@@ -4052,18 +5645,22 @@ class ChatGPT:
 
     def page(self, account: Account, watch: Watch) -> Page:
         """The start page's facts for fingerprints, read at most every PAGE_LIFE seconds; a failure is harmless."""
-        key = (account.gateway, account.route.browser)
-        known, now = self._pages.get(key), time.time()
+        key = (account.gateway, account.egress.browser)
+        known = self._pages.get(key)
+        now = time.time()
         if known and now - known.read < PAGE_LIFE:
             return known
         # Others go on with what is known meanwhile; a failure, or a client that leaves, is made up for in a minute.
         self._pages[key] = (known or Page())._replace(read=now - PAGE_LIFE + 60)
-        headers, url = [b"Expect:", *_cookie_line(account.cookies)], account.gateway + "/"
-        call = self._call(account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence))
-        call.handle.learn_agent(lambda agent: self._agents.update({account.route.browser: agent}))
+        headers = [b"Expect:", *_cookie_line(account.cookies)]
+        url = account.gateway + "/"
+        call = self.connections.call(
+            account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence)
+        )
+        call.handle.learn_agent(lambda agent: self._agents.update({account.egress.browser: agent}))
         with call, contextlib.suppress(Refusal):
             answer = call.whole()
-            self._heard("page", account, answer.status, answer.headers)
+            self.connections.heard("page", account, answer.status, answer.headers)
             if answer.status == 200:
                 text = answer.body[:1_000_000].decode("utf-8", "replace")
                 build = re.search(r'<html[^<>]{0,1000}\sdata-build="([\x20-\x7e]{0,200}?)"', text)
@@ -4073,7 +5670,7 @@ class ChatGPT:
         return self._pages[key]
 
     def _fingerprint(self, account: Account, page: Page) -> list[Any]:
-        agent = self._agents.get(account.route.browser, UNKNOWN_AGENT)
+        agent = self._agents.get(account.egress.browser, UNKNOWN_AGENT)
         return fingerprint(account.row.device, agent, self.settings.oai_language, page, time.time())
 
     def requirements(self, account: Account, watch: Watch) -> Requirements:
@@ -4085,7 +5682,9 @@ class ChatGPT:
         if not token or made != page.read:
             token = requirements_token(self._fingerprint(account, page), self.settings.pow_algorithm)
             account.requirements_token = (token, page.read)
-        path, newer, asked = "/sentinel/chat-requirements", (account.gateway, "sentinel"), {"p": token}
+        path = "/sentinel/chat-requirements"
+        newer = (account.gateway, "sentinel")
+        asked = {"p": token}
         if newer not in self._newer:
             try:
                 answer = self._object("requirements", account, path, watch, asked)
@@ -4112,10 +5711,12 @@ class ChatGPT:
         expires = _expiry(asked)
         if asked.get("force_login") and account.row.kind == LOGIN_FREE:
             raise Refusal("blocked", "The upstream wants a signed-in account here; add one to the pool.")
-        proof, arkose = inner(asked, "proofofwork"), inner(asked, "arkose")
+        proof = inner(asked, "proofofwork")
+        arkose = inner(asked, "arkose")
         solution = token = ""
         if proof.get("required"):
-            seed, difficulty = str(proof.get("seed")), str(proof.get("difficulty"))
+            seed = str(proof.get("seed"))
+            difficulty = str(proof.get("difficulty"))
             solution = self._proof(account, page, seed, difficulty, watch)
         if arkose.get("required"):
             token = self._arkose(str(arkose.get("dx") or ""), watch)
@@ -4123,10 +5724,10 @@ class ChatGPT:
 
     def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> str:
         if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty) or not _SEED.fullmatch(seed):
-            text = "The upstream asks a proof of work of an unknown kind."
+            text = "The upstream asks for a proof of work of an unknown kind."
             raise Refusal("rejected", text, "upstream_error")
         if harder(difficulty, limit := self.settings.pow_difficulty):
-            text = f"The upstream asks a proof of difficulty {difficulty}; POW_DIFFICULTY={limit} allows none harder."
+            text = f"The upstream asks for a proof of work of difficulty {difficulty}, harder than POW_DIFFICULTY={limit} allows."
             raise Refusal("rejected", text, "proof_of_work_too_hard")
         start = time.monotonic()
         configuration = self._fingerprint(account, page)
@@ -4139,8 +5740,12 @@ class ChatGPT:
         if not (url := self.settings.arkose_token_url):
             text = "The upstream wants an Arkose token; set ARKOSE_TOKEN_URL to a service that provides them."
             raise Refusal("rejected", text, "arkose_required")
-        body, route, token = compact({"blob": dx}).encode("utf-8", "replace"), Route("", ""), ""
-        call = self.handles.call("arkose", route, "POST", url, _JSON_HEADERS, body, watch, self.silence)
+        body = compact({"blob": dx}).encode("utf-8", "replace")
+        egress = Egress("", "")
+        token = ""
+        call = self.connections.handles.call(
+            "arkose", egress, "POST", url, _JSON_HEADERS, body, watch, self.silence
+        )
         with call, contextlib.suppress(Refusal):
             answer = call.whole()
             token = granted(answer.object() or {}, "token") if answer.status == 200 else ""
@@ -4173,10 +5778,11 @@ class ChatGPT:
     def _converse(
         self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
     ) -> Call:
-        url, data = self._base(account) + path, compact(body).encode("utf-8", "replace")
+        url = self._base(account) + path
+        data = compact(body).encode("utf-8", "replace")
         headers = self._headers(account, *extra, accept=b"text/event-stream")
         with contextlib.ExitStack() as guard:
-            call = guard.enter_context(self._call(account, "POST", url, headers, data, watch))
+            call = guard.enter_context(self.connections.call(account, "POST", url, headers, data, watch))
             if "conversation_id" in body:  # what is said in it is not to be said twice
                 call.handle.sent_once()
             call.begin()
@@ -4185,9 +5791,9 @@ class ChatGPT:
             try:
                 call.start()
             except Refusal:
-                self._heard("conversation", account, 0, {})
+                self.connections.heard("conversation", account, 0, {})
                 raise
-            self._heard("conversation", account, call.status, call.headers)
+            self.connections.heard("conversation", account, call.status, call.headers)
             if call.status != 200 or "text/html" in call.headers.get("content-type", ""):
                 answer = call.whole()
                 raise refusal(answer.status, answer.headers, answer.body)
@@ -4202,13 +5808,14 @@ class ChatGPT:
         asked = {"file_name": file.name, "file_size": blob.size, "use_case": case}
         asked |= {"timezone_offset_min": TIMEZONE_OFFSET_MIN, "reset_rate_limits": False}
         made = self._object("files", account, "/files", watch, asked)
-        id, url = str(made.get("file_id") or ""), str(made.get("upload_url") or "")
+        id = str(made.get("file_id") or "")
+        url = str(made.get("upload_url") or "")
         if not _FILE_ID.fullmatch(id) or not _URL_TEXT.fullmatch(url):
             raise Refusal("broken", "The upstream did not say where to upload a file; try again.")
         place = self.named_place(account, url, watch)
         headers = [b"x-ms-blob-type: BlockBlob", b"x-ms-version: 2020-04-08", b"Expect:"]
         headers += [f"Content-Type: {file.mime}".encode(), f"Origin: {account.gateway}".encode()]
-        answer = self._answer("upload", account, "PUT", url, headers, blob, watch, place=place)
+        answer = self.connections.answer("upload", account, "PUT", url, headers, blob, watch, place=place)
         if not 200 <= answer.status < 300:
             raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
         # What is uploaded is not sent again for a hiccup of these two calls.
@@ -4233,7 +5840,8 @@ class ChatGPT:
 
     def _indexed(self, account: Account, id: str, watch: Watch) -> None:
         """Waits until the site has read a document."""
-        end, pause = time.monotonic() + self.silence, 0.1
+        end = time.monotonic() + self.silence
+        pause = 0.1
         while time.monotonic() < end:
             said = self._insistently(
                 functools.partial(self._object, "file", account, f"/files/{id}", watch), watch
@@ -4281,12 +5889,14 @@ class ChatGPT:
             host, port, _ = Fetcher.parted(url)
             literal = re.fullmatch(r"[0-9.]+|.*:.*|localhost|.*\.localhost", host)
             addresses = [""]
-            if literal or not account.route.proxy:
+            if literal or not account.egress.proxy:
                 addresses = self.fetcher.resolved(host, port, watch)
         except ValueError:
-            raise Refusal("broken", "The upstream named a place for a file that cannot be found.") from None
+            raise Refusal(
+                "broken", "The upstream gave an address for a file that cannot be resolved."
+            ) from None
         if not all(map(is_public, filter(None, addresses))):
-            raise Refusal("broken", "The upstream named a private address for a file, which is not asked.")
+            raise Refusal("broken", "The upstream gave a private address for a file; it was not contacted.")
         shown = [f"[{one}]" if ":" in one else one for one in addresses if one]
         return f"{host}:{port}:{','.join(shown)}" if shown else ""
 
@@ -4307,7 +5917,9 @@ class ChatGPT:
         own = url.startswith(account.gateway + "/")
         headers = self._headers(account) if own else [b"Expect:"]
         with contextlib.ExitStack() as guard:
-            call = guard.enter_context(self._call(account, "GET", url, headers, None, watch, place=place))
+            call = guard.enter_context(
+                self.connections.call(account, "GET", url, headers, None, watch, place=place)
+            )
             call.start()
             if call.status != 200:
                 raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
@@ -4316,7 +5928,8 @@ class ChatGPT:
 
     def downloaded(self, account: Account, url: str, watch: Watch) -> Blob:
         """A file's bytes."""
-        blob, most = Blob(), max(MAX_ANSWER, self.settings.max_body_mb << 20)
+        blob = Blob()
+        most = max(MAX_ANSWER, self.settings.max_body_mb << 20)
         with self.content(account, url, watch) as call:
             for data in call.pieces():
                 blob.write(data)
@@ -4331,9 +5944,13 @@ class ChatGPT:
     def native(self, account: Account, method: str, path: str, body: Blob | None, watch: Watch) -> Answer:
         """ "Conversations": a call of the site's own scripts, with its own answer. Refusal where another attempt can do no
         harm: the call was not taken up (401, 429), never arrived, or changes nothing."""
-        url, headers, reads = self._base(account) + path, self._headers(account), method == "GET"
+        url = self._base(account) + path
+        headers = self._headers(account)
+        reads = method == "GET"
         try:
-            answer = self._answer("native", account, method, url, headers, body, watch, once=not reads)
+            answer = self.connections.answer(
+                "native", account, method, url, headers, body, watch, once=not reads
+            )
         except Refusal as refused:
             if reads or refused.unsent:
                 raise
@@ -4368,7 +5985,7 @@ class ChatGPT:
         query = {"message_id": message, "conversation_id": conversation, "voice": voice, "format": form}
         url = f"{self._base(account)}/synthesize?{urllib.parse.urlencode(query)}"
         headers = self._headers(account)
-        answer = self._answer("synthesize", account, "GET", url, headers, None, watch)
+        answer = self.connections.answer("synthesize", account, "GET", url, headers, None, watch)
         kind = answer.headers.get("content-type", "")
         if answer.status != 200 or not kind.startswith(("audio/", "application/oct")):
             raise refusal(answer.status, answer.headers, answer.body)
@@ -4378,7 +5995,8 @@ class ChatGPT:
         self, account: Account, audio: Blob, name: str, mime: str, language: str, watch: Watch
     ) -> str:
         """ "Voice": what is said in a recording."""
-        mark, body = f"----chatproxy{secrets.token_hex(12)}", Blob()
+        mark = f"----chatproxy{secrets.token_hex(12)}"
+        body = Blob()
         quoted = re.sub(r'[\x00-\x1f"\\]', "_", name)
         head = f"--{mark}\r\nContent-Disposition: form-data; name="
         body.write(f'{head}"file"; filename="{quoted}"\r\nContent-Type: {mime}\r\n\r\n'.encode())
@@ -4395,8 +6013,17 @@ class ChatGPT:
 
     def prepare(self, account: Account) -> None:
         """Begins to get an account's next requirements in the background, one spare an account."""
-        if not self.settings.conversation_only:
-            self.pool.put_spare(account, lambda: self._ahead.submit(self._prepared, account))
+        if self.settings.conversation_only:
+            return
+        with self._spares_lock:
+            if account.spare is None:
+                account.spare = self._ahead.submit(self._prepared, account)
+
+    def _take_spare(self, account: Account) -> Future[Any] | None:
+        """The prepared requirements, for one taker."""
+        with self._spares_lock:
+            spare, account.spare = account.spare, None
+            return spare
 
     def _prepared(self, account: Account) -> Requirements | None:
         """The spare, or None when it could not be had: the next turn will find out why."""
@@ -4410,7 +6037,7 @@ class ChatGPT:
 
     def spare(self, account: Account, watch: Watch) -> Requirements | None:
         """The account's spare, for a moment waited for if it is on its way; None when there is none to be used."""
-        future = self.pool.take_spare(account)
+        future = self._take_spare(account)
         if future is not None and not future.cancel():
             with contextlib.suppress(TimeoutError):
                 needs: Requirements | None = watch.result(future, SPARE_PATIENCE)
@@ -4427,373 +6054,28 @@ class ChatGPT:
                 continue
             needs = spare.result()
             if needs is None or needs.expires <= now + 5:
-                self.pool.take_spare(account)
+                self._take_spare(account)
                 in_use = time.time() - account.used < SPARE_IDLE and account.row.state == "ready"
                 if needs is not None and in_use:
                     self.prepare(account)
 
-    # -- tokens ----------------------------------------------------------------------------------------------
-
-    def token(self, account: Account, watch: Watch, refused: str = "") -> None:
-        """Sees to it that the account has a usable access token, other than one that was just `refused`.
-
-        One exchange at a time an account, in the background: a client that hangs up never interrupts one.
-        """
-        if not account.renewable:
-            return
-        executor = self._guest_renewals if account.row.guest else self._renewals
-        renewal = self.pool.renewal(account, refused, lambda: executor.submit(self._renew, account))
-        if renewal is not None:
-            try:
-                watch.result(renewal, self.silence)
-            except TimeoutError:
-                raise Refusal("silent", "The token endpoint did not answer in time; try again.") from None
-
-    def renew_due(self, now: float) -> None:
-        """Begins the renewals whose time has come, and sets aside access tokens that have expired; to be called often."""
-        for account in self.pool.accounts():
-            row = account.row
-            if row.state != "ready" or not row.expires:
-                continue
-            if account.renewable and row.expires - account.renewed_ahead <= now:
-                self._renew_ahead(account, now)
-            elif row.kind == ACCESS and row.expires <= now:
-                self.pool.set_aside(account, "expired", "its access token has expired", row.access_token)
-
-    def refresh_all(self, now: float) -> None:
-        """SCHEDULED_REFRESH: exchanges every refresh token, however long its access token would last."""
-        for account in self.pool.accounts():
-            if account.row.kind == REFRESH and account.row.state == "ready":
-                self._renew_ahead(account, now)
-
-    def _renew_ahead(self, account: Account, now: float) -> None:
-        """Begins an exchange that nobody waits for; until it is done the token that there is goes on serving."""
-        if account.retry_renewal[0] <= now:
-            token = account.row.access_token
-            self.pool.renewal(account, token, lambda: self._renewals.submit(self._renew, account))
-
-    def _renew(self, account: Account) -> None:
-        """Exchanges the account's secret for an access token. "Accounts: Refresh token, Session token"."""
-        not_before, failures = account.retry_renewal
-        if time.time() < not_before:
-            raise Refusal("unreachable", "Renewing this account's token failed; it is tried again soon.")
-        try:
-            with self.pool.store.alone(account.id, EXCHANGE_PATIENCE):
-                if not self.pool.renewed_elsewhere(account):
-                    self._exchange(account, failures)
-                    log(logging.INFO, "token renewed", account=account.name)
-        except TimeoutError:
-            text = "Another process has been exchanging this account's token for long; try again."
-            raise Refusal("silent", text) from None
-        account.retry_renewal = (0.0, 0)
-
-    def _exchange(self, account: Account, failures: int) -> None:
-        """Asks for a new token, once it is sure that there is room to keep it, and keeps it."""
-        secret = account.row.secret
-        try:
-            if account.unstored is None:
-                self.pool.store.try_room()
-                ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
-                account.unstored = ask(account, secret)
-            tokens = account.unstored
-            self.pool.renewed(account, *tokens)
-            account.unstored = None
-        except StoreUnavailable as error:
-            account.retry_renewal = (time.time() + 5.0, failures)
-            raise Refusal("broken", error.message, error.code) from None
-        except (Refusal, ValueError) as error:
-            account.unstored = None
-            reason = error.reason if isinstance(error, Refusal) else "broken"
-            if reason == "dead" and self.pool.set_aside(account, "dead", str(error), secret):
-                raise Refusal("expired", "This account's sign-in is no longer valid.") from None
-            pause = min(2.0 ** min(failures, 10), 600)
-            account.retry_renewal = (time.time() + pause, failures + 1)
-            level = logging.DEBUG if account.row.guest else logging.WARNING
-            log(level, "token not renewed", account=account.name, reason=str(error), seconds=pause)
-            if reason in ("unreachable", "silent", "blocked"):
-                raise
-            raise Refusal("broken", "The token endpoint gave no usable answer; try again.") from None
-
-    def _ask_refresh(self, account: Account, secret: str) -> tuple[str, str | None]:
-        url = f"{self.settings.openai_auth_url}/oauth/token"
-        body = {"grant_type": "refresh_token", "refresh_token": secret}
-        # A token does not tell which client it was given to, but those of 45 characters are the iOS generation's.
-        ios = {"client_id": REFRESH_CLIENT, "redirect_uri": REFRESH_REDIRECT}
-        dead = ""
-        for client in [{"client_id": BROWSER_CLIENT}, ios] if secret.startswith("rt_") else [ios]:
-            data = compact(body | client).encode()
-            answer = self._answer("refresh", account, "POST", url, _JSON_HEADERS, data, Watch())
-            said = answer.object() or {}
-            if answer.status == 200 and said.get("access_token"):
-                return str(said["access_token"]), str(said.get("refresh_token") or "") or None
-            error = said.get("error")
-            error = error.get("code") if isinstance(error, dict) else error
-            if error in ("invalid_grant", "access_denied"):
-                dead = dead or str(error)
-            elif not dead or answer.status >= 500:
-                raise Refusal("broken", f"The token endpoint answered with status {answer.status}.")
-        raise Refusal("dead", dead)
-
-    def _ask_session(self, account: Account, secret: str) -> tuple[str, str | None]:
-        size = 3900  # what a browser's cookie holds; longer ones are split
-        pieces = [secret[i : i + size] for i in range(0, len(secret), size)]
-        names = [f"{SESSION_COOKIE}.{i}" if len(pieces) > 1 else SESSION_COOKIE for i in range(len(pieces))]
-        cookies = account.cookies | dict(zip(names, pieces, strict=True))
-        url, headers = f"{account.gateway}/api/auth/session", [b"Expect:", *_cookie_line(cookies)]
-        answer = self._answer("session", account, "GET", url, headers, None, Watch())
-        said = answer.object()
-        if answer.status == 200 and said == {}:
-            raise Refusal("dead", "the session is over")
-        if answer.status != 200 or not said or not said.get("accessToken"):
-            raise refusal(answer.status, answer.headers, answer.body)
-        # A renewed cookie may come whole or in numbered pieces; it is kept as the secret, not in the jar.
-        renewed = {name: value for name, value in account.cookies.items() if name.startswith(SESSION_COOKIE)}
-        account.cookies = {name: value for name, value in account.cookies.items() if name not in renewed}
-        token = "".join(renewed[name] for name in sorted(renewed, key=lambda name: (len(name), name)))
-        return str(said["accessToken"]), token or None
-
-
-CALLBACK_PORT = 1455  # of the public client's only redirect URI
-SIGN_IN_TIME = 900.0  # seconds that a person has for it
-
-
-def challenge(verifier: str) -> str:
-    """PKCE's S256 challenge for a verifier."""
-    return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
-
-
-def challenged() -> ApiError:
-    """A sign-in that no program can go on with."""
-    text = "The sign-in page wants to see a human; sign in with `chatproxy.py login` instead."
-    return ApiError("challenge_required", text)
-
-
-def walled(answer: Answer) -> bool:
-    """Whether an answer is a human-verification page."""
-    return _BLOCK_MARKS.search(answer.body[:20_000].decode("utf-8", "replace")) is not None
-
-
-class SignIn:
-    """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
-
-    def __init__(self, settings: Settings, loop: Loop) -> None:
-        self.issuer, self.handles, self.watch = settings.openai_auth_url, Handles(loop), Watch()
-        self.route = Route(settings.impersonate, next(iter(settings.proxy_url), ""))
-        self.state, self.verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
-        self.redirect = f"http://localhost:{CALLBACK_PORT}/auth/callback"
-
-    def address(self) -> str:
-        """Where the person signs in; the browser is sent back to `redirect` with `code` and `state`."""
-        query = {
-            "response_type": "code",
-            "client_id": BROWSER_CLIENT,
-            "redirect_uri": self.redirect,
-            "scope": "openid profile email offline_access",
-            "code_challenge": challenge(self.verifier),
-            "code_challenge_method": "S256",
-            "id_token_add_organizations": "true",
-            "codex_cli_simplified_flow": "true",
-            "state": self.state,
-            "originator": "codex_cli_rs",
-        }
-        return f"{self.issuer}/oauth/authorize?{urllib.parse.urlencode(query)}"
-
-    def _ask(self, method: str, url: str, headers: list[bytes], body: bytes | None) -> Answer:
-        with self.handles.call("sign-in", self.route, method, url, headers, body, self.watch, 30.0) as call:
-            return call.whole()
-
-    def _post(self, path: str, kind: str, body: str) -> Answer:
-        headers = [f"Content-Type: {kind}".encode(), b"Expect:"]
-        return self._ask("POST", self.issuer + path, headers, body.encode())
-
-    def tokens(
-        self, code: str, verifier: str, redirect: str, client: str = BROWSER_CLIENT
-    ) -> tuple[str, str]:
-        """The access token and the refresh token ("" for none) for a code; Refusal when the issuer gives none."""
-        form = {"grant_type": "authorization_code", "client_id": client, "code": code}
-        form |= {"redirect_uri": redirect, "code_verifier": verifier}
-        answer = self._post("/oauth/token", "application/x-www-form-urlencoded", urllib.parse.urlencode(form))
-        said = answer.object() or {}
-        if answer.status == 403 or walled(answer):
-            raise challenged()
-        if answer.status == 429 or answer.status >= 500:
-            raise refusal(answer.status, answer.headers, b"")
-        if answer.status != 200 or not isinstance(said.get("access_token"), str):
-            text = f"The token endpoint answered with status {answer.status}; sign in again."
-            raise Refusal("rejected", text)
-        return said["access_token"], str(said.get("refresh_token") or "")
-
-    def device(self) -> tuple[str, str, float]:
-        """A device's sign-in begins: its id, the code for the person to type, and the seconds between two polls."""
-        body = compact({"client_id": BROWSER_CLIENT})
-        said = self._post("/api/accounts/deviceauth/usercode", "application/json", body).object() or {}
-        id, code = said.get("device_auth_id"), said.get("user_code")
-        if not isinstance(id, str) or not isinstance(code, str):
-            raise Refusal(
-                "rejected", "The issuer offers no sign-in by device code; use `login` without --device."
-            )
-        interval = str(said.get("interval"))
-        return id, code, min(60.0, max(1.0, float(interval))) if interval.isdecimal() else 5.0
-
-    def device_tokens(self, id: str, code: str) -> tuple[str, str] | None:
-        """The tokens, None while the person has not signed in yet."""
-        body = compact({"device_auth_id": id, "user_code": code})
-        answer = self._post("/api/accounts/deviceauth/token", "application/json", body)
-        if answer.status in (403, 404):
-            return None
-        said = answer.object() or {}
-        given, verifier = said.get("authorization_code"), said.get("code_verifier")
-        if answer.status != 200 or not isinstance(given, str) or not isinstance(verifier, str):
-            raise Refusal("rejected", f"The issuer answered with status {answer.status}; sign in again.")
-        return self.tokens(given, verifier, f"{self.issuer}/deviceauth/callback")
-
-
-class PasswordSignIn(SignIn):
-    """ "Accounts: Password": signs in with a password where the issuer lets a program do that."""
-
-    STEPS = 12  # redirects and forms
-
-    def __init__(self, settings: Settings, loop: Loop, watch: Watch) -> None:
-        super().__init__(settings, loop)
-        self.watch = watch
-        self._cookies: dict[str, str] = {}
-
-    def tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
-        """The access token and the refresh token ("" for none); ApiError invalid_credentials, mfa_required or
-        challenge_required. `code` is a one-time code, "" for none."""
-        try:
-            return self._tokens_for(username, password, code)
-        finally:
-            self.handles.close()
-
-    def _tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
-        query = {
-            "client_id": REFRESH_CLIENT,
-            "audience": "https://api.openai.com/v1",
-            "redirect_uri": REFRESH_REDIRECT,
-            "scope": "openid email profile offline_access model.request model.read organization.read offline",
-            "response_type": "code",
-            "code_challenge": challenge(self.verifier),
-            "code_challenge_method": "S256",
-            "prompt": "login",
-        }
-        place = self._follow(f"{self.issuer}/authorize?{urllib.parse.urlencode(query)}")
-        traits = dict.fromkeys(("js-available", "webauthn-platform-available"), "true")
-        traits |= dict.fromkeys(("webauthn-available", "is-brave"), "false")
-        self._fill("identifier", place, {"username": username, **traits})
-        place = self._fill("password", place, {"username": username, "password": password})
-        if "/u/mfa-otp-challenge" in place:
-            if not code:
-                text = "This account wants a one-time code; send it as `code` beside the password."
-                raise ApiError("mfa_required", text)
-            place = self._fill("mfa-otp-challenge", place, {"code": code})
-        given = self._queried(place, "code")
-        if not place.startswith(REFRESH_REDIRECT) or not given:
-            raise challenged()
-        return self.tokens(given, self.verifier, REFRESH_REDIRECT, REFRESH_CLIENT)
-
-    @staticmethod
-    def _queried(place: str, name: str) -> str:
-        return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(place).query)).get(name, "")
-
-    def _fill(self, page: str, place: str, form: Mapping[str, str]) -> str:
-        """Sends one of the forms of the sign-in begun at `place`; where it leads."""
-        state = self._queried(place, "state")
-        if not state:
-            raise challenged()
-        path = f"/u/{page}" if page.startswith("mfa") else f"/u/login/{page}"
-        url = f"{self.issuer}{path}?{urllib.parse.urlencode({'state': state})}"
-        return self._follow(url, {"state": state, **form, "action": "default"})
-
-    def _follow(self, url: str, form: Mapping[str, str] | None = None) -> str:
-        """Where a request leads, redirect by redirect: to a page, or to the app with a code."""
-        for _ in range(self.STEPS):
-            answer = self._step(url, form)
-            if form is not None and answer.status in (400, 401, 403) and not walled(answer):
-                text = "The user name, the password or the one-time code is wrong."
-                raise ApiError("invalid_credentials", text)
-            if answer.status == 429:
-                raise refusal(answer.status, answer.headers, b"")
-            if answer.status >= 500:
-                raise Refusal("broken", f"The sign-in failed with status {answer.status}; try again.")
-            target = answer.headers.get("location", "")
-            if not 300 <= answer.status < 400 or not target:
-                if answer.status != 200 or walled(answer):
-                    raise challenged()
-                return url
-            try:
-                url, form = urllib.parse.urljoin(url, target), None
-            except ValueError:
-                raise challenged() from None
-            if not url.startswith(f"{self.issuer}/"):
-                return url
-        raise challenged()
-
-    def _step(self, url: str, form: Mapping[str, str] | None) -> Answer:
-        headers = [b"Expect:", *_cookie_line(self._cookies)]
-        body = None if form is None else urllib.parse.urlencode(form).encode()
-        if body is not None:
-            headers.append(b"Content-Type: application/x-www-form-urlencoded")
-        answer = self._ask("POST" if body is not None else "GET", url, headers, body)
-        self._cookies = with_cookies(self._cookies, answer.headers)
-        return answer
-
-
-def next_refresh(now: float) -> float:
-    """03:00 local time, four days on."""
-    day = time.localtime(now)
-    return time.mktime((day.tm_year, day.tm_mon, day.tm_mday + 4, 3, 0, 0, 0, 0, -1))
-
 
 def _expiry(answer: Mapping[str, Any]) -> float:
-    """When requirements end, in monotonic seconds; ten minutes less a bit where the upstream does not say."""
+    """The end of requirements, in monotonic seconds; ten minutes less a bit where the upstream does not say."""
     after = answer.get("expire_after")
     known = isinstance(after, (int, float)) and 0 < after <= 86400
     return time.monotonic() + (float(after) if known else 540.0)  # type: ignore[arg-type] # known: a number
 
 
 # ============================================================================================================
-# events: bytes, server-sent events, typed events
+# decoder: the web API's bytes to events
 # ============================================================================================================
-
-
-class Begin(NamedTuple):
-    """The answer begins: the model that really gives it ("" when the upstream does not say), and its ids there."""
-
-    model: str
-    conversation: str
-    message: str
-
-
-class Text(NamedTuple):
-    """A piece of the answer."""
-
-    text: str
-
-
-class Reasoning(NamedTuple):
-    """A piece of what the model thought before answering; never part of the answer."""
-
-    text: str
-
-
-class ToolUse(NamedTuple):
-    """What the model gave one of its own tools, or got from it, whole; `language` is "" for output."""
-
-    language: str
-    text: str
 
 
 class Drawing(NamedTuple):
     """An image that the model drew, where the upstream keeps it: `file-service://ID` or `sediment://ID`."""
 
     pointer: str
-
-
-class Image(NamedTuple):
-    """A drawing that can be looked at, as long as its URL lasts."""
-
-    url: str
 
 
 class SandboxLink(NamedTuple):
@@ -4803,27 +6085,13 @@ class SandboxLink(NamedTuple):
     message: str
 
 
-class FunctionCall(NamedTuple):
-    """A call of one of the client's own functions; `arguments` is a JSON object as text."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-class Finish(NamedTuple):
-    """The end: `reason` is stop, length, content_filter or tool_calls; the ids are those to go on from."""
-
-    reason: str
-    conversation: str = ""
-    message: str = ""
-
-
-Event = Begin | Text | Reasoning | ToolUse | Drawing | Image | SandboxLink | FunctionCall | Finish
-
+Found = Event | Drawing | SandboxLink
 
 # Bytes of one event, characters of a message, messages of an answer, characters of a name in it.
-MAX_EVENT, MAX_MESSAGE, MAX_MESSAGES, MAX_NAME = 16 << 20, 16 << 20, 10_000, 200
+MAX_EVENT = 16 << 20
+MAX_MESSAGE = 16 << 20
+MAX_MESSAGES = 10_000
+MAX_NAME = 200
 
 
 class EventStream:
@@ -4855,14 +6123,16 @@ class EventStream:
             self._check(self.size + data.find(b"\n\n"))
         block = b"".join([*self._parts, data[:cut]]) if self._parts else data[:cut]
         rest = data[cut:]
-        self._parts, self._last, self.size = [rest] if rest else [], rest[-1:], len(rest)
+        self._parts = [rest] if rest else []
+        self._last = rest[-1:]
+        self.size = len(rest)
         events = map(self._data, block[:-2].decode("utf-8", "replace").split("\n\n"))
         return [data for data in events if data is not None]
 
     @staticmethod
     def _check(size: int) -> None:
         if size > MAX_EVENT:
-            raise Refusal("broken", "The upstream's answer has an event without end; it was left.")
+            raise Refusal("broken", "The upstream sent an event that does not end; its answer was abandoned.")
 
     def _unix(self, data: bytes) -> bytes:
         """The same with line feeds for all three line ends, one that is cut in two included."""
@@ -4892,7 +6162,7 @@ _SANDBOX_LINK = re.compile(  # with parentheses in its path, or a title behind i
     rf'\(sandbox:((?:[^()\n{_PRIVATE}]|\([^()\n{_PRIVATE}]{{0,200}}\)){{0,1000}}?)(\s{{1,9}}"[^"\n]{{0,200}}")?\)'
 )
 # Characters that wait for a mark's source, and for a mark's end.
-MOST_HELD, MOST_OPEN = 100_000, 1000
+MAX_HELD_BACK, MAX_MARK = 100_000, 1000
 
 
 class Prose:
@@ -4906,17 +6176,18 @@ class Prose:
         self.held: list[str] = []
         self._size, self._waits = 0, False  # of what is held; whether for a source, which text cannot bring
 
-    def add(self, text: str, end: int, out: list[Event]) -> None:
+    def add(self, text: str, end: int, out: list[Found]) -> None:
         """More text, once per token where something is held; `end` is where in the message it ends."""
-        if self._waits and self._size < MOST_HELD:
+        if self._waits and self._size < MAX_HELD_BACK:
             self.held.append(text)
             self._size += len(text)
         else:
             self.feed(text, end, out)
 
-    def feed(self, text: str, end: int, out: list[Event], last: bool = False) -> None:
+    def feed(self, text: str, end: int, out: list[Found], last: bool = False) -> None:
         """Passes on what can be, now that there is more text or a source; with `last` everything."""
-        text, at = "".join([*self.held, text]), 0
+        text = "".join([*self.held, text])
+        at = 0
         self.held, self._waits = [], False
         while match := _MARK.search(text, at):
             start = match.start()
@@ -4924,41 +6195,42 @@ class Prose:
                 out.append(Text(text[at:start]))
             after = self._mark(text, start, end - len(text), out, last)
             if after is None:
-                self.held, self._size = [text[start:]], len(text) - start
+                self.held = [text[start:]]
+                self._size = len(text) - start
                 return
             at = after
         if at < len(text):
             out.append(Text(text[at:]))
 
-    def _mark(self, text: str, start: int, before: int, out: list[Event], last: bool) -> int | None:
+    def _mark(self, text: str, start: int, before: int, out: list[Found], last: bool) -> int | None:
         """Passes on what stands for the mark at `start`; where the text goes on, None when that is not known yet."""
         if text[start] == "(":
             return self._sandbox(text, start, out, last)
         end = text.find("\ue201", start)
-        if text[start] != "\ue200" or (end < 0 and len(text) - start > MOST_OPEN):
+        if text[start] != "\ue200" or (end < 0 and len(text) - start > MAX_MARK):
             return start + 1
         if end < 0:
             return re.compile(r"\S*").match(text, start).end() if last else None  # type: ignore[union-attr] # matches ""
         link = self._link(text[start : end + 1], before + start)
-        if link is None and not last and len(text) - start <= MOST_HELD:
+        if link is None and not last and len(text) - start <= MAX_HELD_BACK:
             self._waits = True
             return None
         if link:
             out.append(Text(link))
         return end + 1
 
-    def _sandbox(self, text: str, start: int, out: list[Event], last: bool) -> int | None:
-        more = text[start : start + MOST_OPEN]
+    def _sandbox(self, text: str, start: int, out: list[Found], last: bool) -> int | None:
+        more = text[start : start + MAX_MARK]
         if ")" in more and (link := _SANDBOX_LINK.match(text, start)):
             out += [Text("("), SandboxLink(link[1], str(self.message.get("id")))]
             return link.end(1)
-        if not last and len(text) - start <= MOST_OPEN and not re.search(f"[\n{_PRIVATE}]", more):
+        if not last and len(text) - start <= MAX_MARK and not re.search(f"[\n{_PRIVATE}]", more):
             return None
         out.append(Text("("))
         return start + 1
 
     def _link(self, mark: str, start: int) -> str | None:
-        """What a citation refers to, as Markdown links; "" when that is nothing, None when it is not known."""
+        """The sources of a citation as Markdown links; "" when it has none, None when they are not known yet."""
         metadata = self.message.get("metadata")
         for one in dicts(_at(metadata, ("content_references",))):
             if one.get("matched_text") == mark:
@@ -5001,7 +6273,7 @@ class _Growing:
         self._tail = io.StringIO()  # appended to part 0 since `raw` was last brought up to date
         self.kind = self._kind()
 
-    def append(self, more: str, out: list[Event]) -> None:
+    def append(self, more: str, out: list[Found]) -> None:
         """Appends to part 0, in constant time, and passes it on; once per token."""
         self._tail.write(more)
         self.sent += len(more)
@@ -5026,9 +6298,11 @@ class _Growing:
         self.kind = self._kind()
 
     def _kind(self) -> type[Text] | type[Reasoning] | type[ToolUse] | type[Drawing] | None:
-        """What becomes of it. "Which messages are the answer"."""
-        message, kind = self.raw, _at(self.raw, ("content", "content_type"))
-        role, recipient = _at(message, ("author", "role")), message.get("recipient", "all")
+        """The kind of event that it becomes, None for none. "Which messages are the answer"."""
+        message = self.raw
+        kind = _at(self.raw, ("content", "content_type"))
+        role = _at(message, ("author", "role"))
+        recipient = message.get("recipient", "all")
         if _at(message, ("metadata", "is_visually_hidden_from_conversation")):
             return None
         if role == "tool":
@@ -5043,7 +6317,7 @@ class _Growing:
             return None
         return Text if message.get("channel") in (None, "final") else None
 
-    def grow(self, out: list[Event], over: bool = False) -> None:
+    def grow(self, out: list[Found], over: bool = False) -> None:
         """Passes on what has come otherwise than by `append`; with `over` all that is still held back."""
         kind = self.kind
         if kind is Reasoning:
@@ -5057,18 +6331,20 @@ class _Growing:
         if kind is not None and (over or self.raw.get("status") == "finished_successfully"):
             self._show(out)
 
-    def _show(self, out: list[Event]) -> None:
+    def _show(self, out: list[Found]) -> None:
         """Passes on what comes whole: code, its output, images."""
         content = self.raw["content"]
         if self.kind is ToolUse and "" not in self.shown and isinstance(text := content.get("text"), str):
             self.shown.add("")
-            recipient, language = str(self.raw.get("recipient")), str(content.get("language") or "unknown")
+            recipient = str(self.raw.get("recipient"))
+            language = str(content.get("language") or "unknown")
             code = content["content_type"] == "code"
             named = "" if not code else recipient if language == "unknown" else language
             if text.strip():
                 out.append(ToolUse(named if named.isalnum() else "", unmarked(text)))
         for part in dicts(content.get("parts")):
-            pointer, kind = part.get("asset_pointer"), part.get("content_type")
+            pointer = part.get("asset_pointer")
+            kind = part.get("content_type")
             if kind == "image_asset_pointer" and isinstance(pointer, str) and pointer not in self.shown:
                 self.shown.add(pointer)
                 out.append(Drawing(pointer))
@@ -5088,13 +6364,14 @@ class _Growing:
         return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
 
     def _thought(self, over: bool) -> str:
-        """What thoughts, or a recap of them, have grown by; a mark that may still be cut waits for its end."""
+        """The growth of thoughts, or of a recap of them; a mark that may still be cut waits for its end."""
         content = self.raw["content"]
         thoughts = dicts(content.get("thoughts")) or [{"content": content.get("content")}]
         more = self.unended
         for i, one in enumerate(thoughts):
             for name in ("summary", "content"):
-                text, had = str(one.get(name) or ""), self.thoughts.get((i, name), 0)
+                text = str(one.get(name) or "")
+                had = self.thoughts.get((i, name), 0)
                 if len(text) > had:
                     paragraph = "\n" if (i, "summary") in self.thoughts else "\n\n"
                     more += ("" if had or not self.thoughts else paragraph) + text[had:]
@@ -5105,7 +6382,8 @@ class _Growing:
 
     def ending(self) -> str:
         """Why it ended, "" while it has not: length or stop."""
-        details, end_turn = _at(self.raw, ("metadata", "finish_details", "type")), self.raw.get("end_turn")
+        details = _at(self.raw, ("metadata", "finish_details", "type"))
+        end_turn = self.raw.get("end_turn")
         if details == "max_tokens":
             return "length"
         stopped = details in ("stop", "interrupted") and end_turn is not False
@@ -5138,9 +6416,9 @@ class Decoder:
         self._hot = False  # the last event appended to part 0 of an answering message
         self._reason, self.done = "", False
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[Found]:
         """The events that have become whole; Refusal when the upstream says that it failed."""
-        out: list[Event] = []
+        out: list[Found] = []
         for text in self.lines.feed(data):
             if text[:1] != "{":
                 self.done = self.done or text == "[DONE]"
@@ -5163,27 +6441,28 @@ class Decoder:
                 self.failure = refused
                 break
         if self._current is not None and self._current.sent > MAX_MESSAGE:
-            raise Refusal("broken", "The upstream's answer is longer than any that is read; it was left.")
+            raise Refusal("broken", "The upstream's answer is too long; it was abandoned.")
         return out
 
-    def rest(self) -> list[Event]:
-        """What was still held back, once nothing more comes."""
-        out: list[Event] = []
+    def rest(self) -> list[Found]:
+        """The events that were still held back, once nothing more comes."""
+        out: list[Found] = []
         if self._current is not None:
             self._current.grow(out, over=True)
         return out
 
     def finish(self) -> Finish | None:
-        """How the answer ended, None when it did not: it was cut off."""
+        """The end of the answer, None when it was cut off."""
         if not self._reason and not self.done:
             return None
         return Finish(self._reason or "stop", self.conversation, self.message)
 
-    def _take(self, value: dict[str, Any], out: list[Event]) -> None:
+    def _take(self, value: dict[str, Any], out: list[Found]) -> None:
         """One event of any kind."""
         self._hot = False
         if "v" in value or "p" in value or "o" in value:
-            self._path, self._op = str(value.get("p", self._path)), str(value.get("o", self._op))
+            self._path = str(value.get("p", self._path))
+            self._op = str(value.get("o", self._op))
             self._apply(self._path, self._op, value.get("v"), out)
             self._hot = self._path == _ANSWER_PATH and self._op == "append" and self._appendable() is not None
         elif "message" in value or "error" in value:
@@ -5200,7 +6479,7 @@ class Decoder:
     def _appendable(self) -> _Growing | None:
         return self._current if self._current is not None and self._current.appendable() else None
 
-    def _begin(self, value: dict[str, Any], out: list[Event]) -> None:
+    def _begin(self, value: dict[str, Any], out: list[Found]) -> None:
         """A message, new or (in the cumulative encoding) known and grown."""
         if value.get("error"):
             raise Refusal("broken", "The upstream broke off its answer with an error; try again.")
@@ -5220,10 +6499,10 @@ class Decoder:
         if message.id:
             self._messages[message.id] = message
             if len(self._messages) > MAX_MESSAGES:
-                raise Refusal("broken", "The upstream's answer has more messages than any; it was left.")
+                raise Refusal("broken", "The upstream's answer has too many messages; it was abandoned.")
         self._current = message
 
-    def _apply(self, path: str, op: str, value: Any, out: list[Event]) -> None:
+    def _apply(self, path: str, op: str, value: Any, out: list[Found]) -> None:
         """One operation of the v1 encoding; paths that lead nowhere are passed over."""
         current = self._current
         if op == "patch" and isinstance(value, list):
@@ -5246,7 +6525,7 @@ class Decoder:
         elif current is not None and path.startswith("/message/"):
             current.patch([_step(step) for step in path.split("/")[2:]], op, value)
 
-    def _pass_on(self, message: _Growing, out: list[Event]) -> None:
+    def _pass_on(self, message: _Growing, out: list[Found]) -> None:
         """Passes on what a message for the client has grown by, and notes whether it is the end."""
         kind = message.kind
         if kind is None:
@@ -5276,7 +6555,7 @@ def _step(text: str) -> str | int:
 
 
 def _at(value: Any, steps: Iterable[str | int]) -> Any:
-    """What some steps lead to, None when they lead nowhere."""
+    """The value that some steps lead to, None when they lead nowhere."""
     for step in steps:
         try:
             value = value[step]
@@ -5287,7 +6566,8 @@ def _at(value: Any, steps: Iterable[str | int]) -> Any:
 
 def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
     """Applies one operation where the pointer leads, if it leads anywhere."""
-    target, last = _at(target, steps[:-1]), steps[-1]
+    target = _at(target, steps[:-1])
+    last = steps[-1]
     if isinstance(target, dict):
         last = str(last)
         old = target.get(last)
@@ -5303,7 +6583,7 @@ def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
         return
     if op == "append" and isinstance(old, str) and isinstance(value, str):
         if len(old) + len(value) > MAX_MESSAGE:
-            raise Refusal("broken", "The upstream's answer is longer than any that is read; it was left.")
+            raise Refusal("broken", "The upstream's answer is too long; it was abandoned.")
         value = old + value
     elif op == "append" and isinstance(old, list):
         value = [*old, *value] if isinstance(value, list) else [*old, value]
@@ -5327,7 +6607,7 @@ def _patch(target: Any, steps: list[str | int], op: str, value: Any) -> None:
 
 UPLOADS = "files"  # what the rate limits of uploads are counted under
 NO_IMAGE = "is not a PNG, JPEG, GIF or WebP image; send other files as `file` or `input_file`."
-MOST_ATTACHMENTS = 100  # in a request
+MAX_ATTACHMENTS = 100  # in a request
 _MIME = re.compile(r"[0-9A-Za-z_.+-]{1,100}/[0-9A-Za-z_.+-]{1,100}")
 
 
@@ -5357,7 +6637,8 @@ class Files:
             return file, None
         if blob is None:
             blob, said, named = self.fetcher.fetched(attachment.url, attachment.where, watch)
-            mime, name = mime or said, name or named
+            mime = mime or said
+            name = name or named
         file = self.described(blob, name, mime, scope.owner)
         if attachment.image and not file.width:
             raise unfit(attachment.where, NO_IMAGE)
@@ -5365,7 +6646,7 @@ class Files:
 
     @staticmethod
     def described(blob: Blob, name: str, mime: str, owner: str) -> File:
-        """What bytes are, as a file that nobody holds yet: an image by its bytes, others by name or what is said."""
+        """Bytes as a file that nobody holds yet: images are known by their bytes, others by name or declared type."""
         facts = image_facts(blob)
         name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)[-200:]
         guessed = mimetypes.guess_type(name)[0] or ""
@@ -5394,7 +6675,8 @@ class Files:
 
     def placed(self, account: Account, file: File, blob: Blob, watch: Watch) -> File:
         """The file as an account holds it: known, or uploaded now, at a time by one of those who need it."""
-        key, mine = (account.id, file.digest), Future[None]()
+        key = (account.id, file.digest)
+        mine = Future[None]()
         while True:
             if found := self.known(account, file):
                 return found
@@ -5454,16 +6736,16 @@ class Files:
 # turns: a question becomes events, whichever account and however many attempts it takes
 # ============================================================================================================
 
-NEXT_ACCOUNT = "next_account"
+NEXT = "next"
 # What is done about a refusal, by its reason: of these methods of `Turns`, in their order, the first that can help. Each
 # helps an account once; what an account is not helped by is tried on the next one, if that is among them.
 REMEDIES: dict[str, tuple[str, ...]] = {
-    "expired": ("renew_token", NEXT_ACCOUNT),
-    "blocked": ("require_anew", NEXT_ACCOUNT),
-    "limited": (NEXT_ACCOUNT,),
-    "broken": (NEXT_ACCOUNT,),
-    "unreachable": (NEXT_ACCOUNT,),
-    "unlisted": (NEXT_ACCOUNT,),
+    "expired": ("renew_token", NEXT),
+    "blocked": ("require_anew", NEXT),
+    "limited": (NEXT,),
+    "broken": (NEXT,),
+    "unreachable": (NEXT,),
+    "unlisted": (NEXT,),
     "forgotten": ("upload_anew",),
     "silent": (),
     "missing": (),
@@ -5472,56 +6754,73 @@ REMEDIES: dict[str, tuple[str, ...]] = {
 }
 # Those that an account is told to have had, as its failures.
 _FAILURES = ("expired", "blocked", "limited", "broken", "unreachable", "unlisted", "silent", "dead")
-_LOOKED_UP = {Drawing, SandboxLink}
 _LIGHT = {Text, Reasoning}  # the events that the loop passes on; everything else is for the request's thread
 MAX_LIGHT = 1 << 16  # bytes that come together which the loop decodes
-MOST_LINKS = 20  # different files of one answer that are looked up
+MAX_ASKED_FOR_MODELS = 20  # accounts
+MAX_LINKS = 20  # different files of one answer that are looked up
 
 
-class Sink:
-    """Takes an answer's events, batch by batch, from the request's thread or from the loop, never from both at a time."""
-
-    outlet: Outlet | None = None  # where they go on to
-    over = False  # whether no more is wanted
-    careful = False  # whether `light` is to be asked
-
-    def light(self, events: list[Event]) -> bool:
-        """Whether `take` is done with these at once, so that the loop may have it done."""
-        return True
-
-    def take(self, events: list[Event]) -> None:
-        """Takes what has come together."""
-        raise NotImplementedError
-
-
-class Collected(Sink):
-    """All events of an answer."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def take(self, events: list[Event]) -> None:
-        self.events += events
-
-
-class Attempt:
-    """One question's way through the accounts: those tried, and what the client has of the answer."""
+class Asked:
+    """A question that somebody asks, whoever answers it in the end, and what of it is done once."""
 
     def __init__(
         self, question: Question, watch: Watch, guest: Account | None, scope: Scope, signed_in: bool = False
     ) -> None:
         """`guest` is the one account that is to answer, None the pool; `scope` is whose conversations and files the
         question may use, and `signed_in` whether a login-free account will not do."""
-        self.question, self.watch, self.guest, self.scope = question, watch, guest, scope
+        self.question = question
+        self.watch = watch
+        self.guest = guest
+        self.scope = scope
         self.signed_in = signed_in
+        self.keeps = False  # whether its conversation is remembered although HISTORY_DISABLED
+        self.materials: dict[
+            Attachment, tuple[File, Blob | None]
+        ] = {}  # its files, and the bytes of new ones
+        self.begun = False  # whether anything of an answer has come
+        self.account: Account | None = None  # the account that was asked last
+
+
+class Upstream(Protocol):
+    """Somebody who answers questions. UPSTREAM_ORDER has the names."""
+
+    name: str
+
+    @property
+    def files(self) -> Files | None:
+        """Where the files that come with a question go; None if it takes none."""
+
+    def holds(self, conversation: str, scope: Scope) -> bool:
+        """Whether it is known to have a conversation that the scope may go on with."""
+
+    def answer(self, asked: Asked, sink: Sink) -> None:
+        """Has a question answered; Finish is the last event. ApiError when nobody could answer; after the first event,
+        when the answer broke off."""
+
+    def models(self, guest: Account | None, watch: Watch) -> dict[str, int]:
+        """The models that it offers a caller, and when they were listed (Unix seconds)."""
+
+    def check(self, account: Account, watch: Watch) -> None:
+        """Asks whether an account works with it; ApiError when it does not."""
+
+
+class Attempt:
+    """One asking of a question, on its way through the accounts: those tried, and what the client has of the answer."""
+
+    def __init__(self, asked: Asked, question: Question) -> None:
+        """`question` is what is asked this time."""
+        self.asked, self.question = asked, question
+        self.watch, self.guest, self.scope = asked.watch, asked.guest, asked.scope
+        self.materials = asked.materials
         self.once = False  # whether it must not be asked twice, where it may have been heard
         self.counts = False  # whether answers and failures of its accounts are counted
         self.kept_by: str | None = None  # the account that holds the conversation
         self.holder: str | None = None  # the one account that will do: it has the conversation or a file
-        self.preferred: str | None = None  # the account to begin with, if it can be
-        self.materials: dict[Attachment, tuple[File, Blob | None]] = {}
-        self.tried: list[Account] = []
-        self.account: Account | None = None  # the one that is asked
+        # The account to begin with, if it can be: one that was asked before has the files.
+        self.preferred = asked.account.id if asked.account else None
+        self.tried: list[Any] = []  # the accounts that were, or agents
+        self.webs: list[WebSocket | None] = []  # the agents' connections
+        self.leased: Any = None  # the account that is asked, or the agent
         self.remedies: set[str] = set()  # that were tried with it
         self.token = self.refused_token = (
             ""  # the access token of the call under way, and of the one before it
@@ -5535,7 +6834,6 @@ class Attempt:
         self.tail: list[Event] = []  # what came together with the end of the answer
         self.continues: Finish | None = None  # where the answer was cut that the call under way goes on with
         self.kept = ""  # the conversation that is remembered for its account
-        self.keeps = False  # whether that is done although HISTORY_DISABLED
         self.links: dict[SandboxLink, str] = {}  # URLs of the files that the model made
 
 
@@ -5550,67 +6848,100 @@ class WithoutDone:
         self._rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        """What can be passed on now."""
-        data, self._rest = _DONE_LINES.sub(b"", self._rest + data), b""
+        """The bytes that can be passed on now."""
+        data = _DONE_LINES.sub(b"", self._rest + data)
+        self._rest = b""
         line = data[data.rfind(b"\n") + 1 :]
         if line and DONE.startswith(line[: len(DONE) - 2]):
-            data, self._rest = data[: -len(line)], line
+            data = data[: -len(line)]
+            self._rest = line
         return data
 
     def end(self) -> bytes:
-        """What was still held back."""
+        """The bytes that were still held back."""
         rest, self._rest = self._rest, b""
         return b"" if rest.strip() == DONE.strip() else rest
 
 
-class Turns:
-    """Asks the web upstream on behalf of the pool or of a guest: leases, tries again, goes on with what was cut."""
+class Attempts:
+    """The loop over attempts, which every upstream asks in: one of those that may answer after the other, with the remedies
+    that there are for a refusal, until the work is done or is not to be tried again."""
 
-    def __init__(self, upstream: ChatGPT, files: Files, ledger: Ledger) -> None:
-        self.upstream, self.files, self.ledger = upstream, files, ledger
-        self.settings, self.pool, self.metrics = upstream.settings, upstream.pool, upstream.metrics
+    retries: float = math.inf  # how many more are tried
 
-    # -- what is asked ------------------------------------------------------------------------------------------
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
 
-    def answer(self, attempt: Attempt, sink: Sink) -> None:
-        """Has a question answered; Finish is the last event. ApiError when no account could answer; after the first event,
-        when the answer broke off."""
-        question = attempt.question
-        attempt.counts = True
-        if attempt.guest is None and question.conversation:
-            attempt.holder = attempt.kept_by = self.pool.holder(question.conversation, attempt.scope)
-        self._gather(attempt)
+    def lease(self, attempt: Attempt) -> Any:
+        """Chooses the next one to ask; ApiError when there is none."""
+        raise NotImplementedError
 
-        def ask(account: Account) -> Finish | None:
-            return self._asked(account, attempt, sink)
+    def ready(self, one: Any, attempt: Attempt) -> None:
+        """Sees to it that it can be asked; Refusal when it cannot."""
 
-        def going_on() -> bool:
-            self._give(sink, self._rest(attempt))
-            return not sink.over
+    def learn(self, one: Any, attempt: Attempt, refused: Refusal) -> None:
+        """Draws the consequences of a refusal that no remedy has helped."""
 
-        finish = self._to_the_end(attempt, ask, self.settings.auto_continue, going_on)
-        if not sink.over:
-            finish = finish or Finish("stop")
-            self._give(sink, [*self._rest(attempt), finish])
+    def last(self, attempt: Attempt, refused: Refusal) -> ApiError:
+        """The error that the client gets after the last attempt."""
+        return refused
 
-    def native(self, attempt: Attempt, body: Mapping[str, Any], again: int, outlet: Outlet) -> None:
-        """Has a conversation body answered in the upstream's own bytes. What was cut for length is gone on with up to
-        `again` times, and then has one `[DONE]`."""
-        attempt.counts = attempt.once = True
-        done = WithoutDone() if again else None
+    def attempts(self, attempt: Attempt, work: Callable[[Any], T]) -> T:
+        """Does the work."""
+        one = attempt.leased = attempt.leased or self.lease(attempt)
+        while True:
+            try:
+                self.ready(one, attempt)
+                return work(one)
+            except Refusal as refused:
+                if not self._helped(one, attempt, refused):
+                    self.learn(one, attempt, refused)
+                    one = attempt.leased = self._next(one, attempt, refused)
 
-        def ask(account: Account) -> Finish | None:
-            return self._native(account, attempt, body, done, outlet)
+    def _helped(self, one: Any, attempt: Attempt, refused: Refusal) -> bool:
+        """Whether the same one may do better at once."""
+        again = not attempt.begun or attempt.continues is not None  # the client would have nothing twice
+        for name in REMEDIES[refused.reason]:
+            if again and name != NEXT and name not in attempt.remedies:
+                attempt.remedies.add(name)
+                if getattr(self, name)(one, attempt):
+                    return True
+        return False
 
-        def going_on() -> bool:
-            if done:
-                outlet.write(done.end(), 0)
-            return True
+    def _next(self, one: Any, attempt: Attempt, refused: Refusal) -> Any:
+        """Chooses the one to ask in the next attempt; when there is to be none, raises what the client is told."""
+        reason = refused.reason
+        if attempt.begun:
+            raise refused
+        attempt.tried.append(one)
+        heard = reason == "broken" or (reason == "unreachable" and not refused.unsent)
+        most = 0 if attempt.once and heard else self.retries
+        if NEXT not in REMEDIES[reason] or len(attempt.tried) > most:
+            raise self.last(attempt, refused)
+        try:
+            other = self.lease(attempt)
+        except ApiError as none:
+            raise (none if reason in ("expired", "limited") else refused) from None
+        if other in attempt.tried:
+            if reason in ("blocked", "unlisted") or (refused.about and reason == "limited"):
+                raise refused
+            # The same one again: a quarter of a second later, twice as long each time, at most 4 s.
+            attempt.watch.pause(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0))
+        self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
+        attempt.failed, attempt.refused_token = False, ""
+        attempt.remedies.clear()
+        attempt.held.clear()
+        return other
 
-        finish = self._to_the_end(attempt, ask, again, going_on)
-        if done:
-            outlet.write(done.end(), 0)
-            outlet.write(DONE if finish else b"", 1)
+
+class Turns(Attempts):
+    """Attempts with accounts: those of the pool, or the one of a guest."""
+
+    def __init__(self, connections: Connections, renewals: Renewals, ledger: Ledger) -> None:
+        super().__init__(connections.metrics)
+        self.settings, self.pool, self.renewals = connections.settings, connections.pool, renewals
+        self.ledger = ledger
+        self.retries = self.settings.retry_times
 
     def do(
         self,
@@ -5622,13 +6953,13 @@ class Turns:
         preferred: str | None = None,
     ) -> T:
         """The result of some calls that need a signed-in account; `kind` is what its rate limits are counted under."""
-        attempt = Attempt(Question((), kind), watch, guest, Scope("nobody"), signed_in=True)
-        attempt.holder, attempt.preferred = holder if guest is None else None, preferred
-        return self._attempts(attempt, work)
+        question = Question((), kind)
+        attempt = Attempt(Asked(question, watch, guest, Scope("nobody"), signed_in=True), question)
+        attempt.holder = holder if guest is None else None
+        attempt.preferred = preferred
+        return self.attempts(attempt, work)
 
-    # -- one attempt after the other ----------------------------------------------------------------------------
-
-    def _to_the_end(
+    def to_the_end(
         self,
         attempt: Attempt,
         ask: Callable[[Account], Finish | None],
@@ -5640,7 +6971,7 @@ class Turns:
         finish: Finish | None = None
         try:
             for left in range(again, -1, -1):
-                finish = self._attempts(attempt, ask)
+                finish = self.attempts(attempt, ask)
                 known = (
                     finish is not None
                     and finish.reason == "length"
@@ -5661,46 +6992,28 @@ class Turns:
                 self._count(attempt, answers=1)
         return finish
 
-    def _attempts(self, attempt: Attempt, work: Callable[[Account], T]) -> T:
-        """Does the work on one account after another, with the remedies that there are for its refusals, until it is done
-        or is not to be tried again."""
-        account = attempt.account = attempt.account or self._lease(attempt)
-        while True:
-            try:
-                self.upstream.token(account, attempt.watch, attempt.refused_token)
-                attempt.token = account.row.access_token
-                return work(account)
-            except Refusal as refused:
-                if not self._helped(account, attempt, refused):
-                    self._learn(account, attempt, refused)
-                    account = self._next(account, attempt, refused)
+    def lease(self, attempt: Attempt) -> Account:
+        """The account that is asked next."""
+        model = attempt.question.model
+        if attempt.guest:
+            return self.pool.lease_guest(attempt.guest, model, attempt.asked.signed_in)
+        if attempt.preferred and not attempt.holder and not attempt.tried:
+            with contextlib.suppress(ApiError):
+                return self.pool.lease(model, (), attempt.preferred, attempt.asked.signed_in)
+        uploads = UPLOADS if any(blob for _, blob in attempt.materials.values()) else ""
+        signed_in = attempt.asked.signed_in
+        if not signed_in and (upstream_model(model, False) != "auto" or _GPT.fullmatch(model)):
+            signed_in = self.pool.has_signed_in()  # login-free accounts have no model but one
+        return self.pool.lease(model, attempt.tried, attempt.holder, signed_in, uploads)
 
-    def _helped(self, account: Account, attempt: Attempt, refused: Refusal) -> bool:
-        """Whether the same account may do better at once."""
-        again = not attempt.begun or attempt.continues is not None  # the client would have nothing twice
-        for name in REMEDIES[refused.reason]:
-            if again and name != NEXT_ACCOUNT and name not in attempt.remedies:
-                attempt.remedies.add(name)
-                if getattr(self, name)(account, attempt):
-                    return True
-        return False
+    def ready(self, account: Account, attempt: Attempt) -> None:
+        """Sees to it that it has a token that the upstream may take."""
+        attempt.asked.account = account
+        self.renewals.token(account, attempt.watch, attempt.refused_token)
+        attempt.token = account.row.access_token
 
-    def renew_token(self, account: Account, attempt: Attempt) -> bool:
-        """A remedy: another access token than the one that was refused."""
-        attempt.refused_token = attempt.token
-        return account.renewable and account.row.state == "ready"
-
-    def require_anew(self, account: Account, attempt: Attempt) -> bool:
-        """A remedy: requirements of this moment, where those that were prepared ahead may have been forgotten."""
-        return attempt.spare
-
-    def upload_anew(self, account: Account, attempt: Attempt) -> bool:
-        """A remedy: files that the account turned out not to hold any more are uploaded once more."""
-        attempt.forgotten = bool(attempt.held)
-        return attempt.forgotten
-
-    def _learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
-        """What a refusal means for its account."""
+    def learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
+        """Draws the consequences of a refusal for its account."""
         if refused.reason in _FAILURES and attempt.continues is None:
             attempt.failed = True
             self._count(attempt, failures=1)
@@ -5714,71 +7027,151 @@ class Turns:
         elif expired:
             self.pool.set_aside(account, "expired", "the upstream refused its token (401)", attempt.token)
 
-    def _count(self, attempt: Attempt, **amounts: int) -> None:
-        if attempt.counts and attempt.account and not attempt.account.row.guest:
-            self.ledger.count(attempt.account.id, **amounts)
-
-    def _next(self, account: Account, attempt: Attempt, refused: Refusal) -> Account:
-        """The account for the next attempt; when none is to be made, raises what the client is told."""
-        reason = refused.reason
-        if attempt.begun:
-            raise refused
-        attempt.tried.append(account)
-        heard = reason == "broken" or (reason == "unreachable" and not refused.unsent)
-        most = 0 if attempt.once and heard else self.settings.retry_times
-        if NEXT_ACCOUNT not in REMEDIES[reason] or len(attempt.tried) > most:
-            raise self._last(refused, attempt)
-        try:
-            account = self._lease(attempt)
-        except ApiError as none:
-            raise (none if reason in ("expired", "limited") else refused) from None
-        if account in attempt.tried:
-            if reason in ("blocked", "unlisted") or (refused.about and reason == "limited"):
-                raise refused
-            # On the same account again: a quarter of a second later, twice as long each time, at most 4 s.
-            attempt.watch.pause(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0))
-        self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
-        attempt.account, attempt.failed, attempt.refused_token = account, False, ""
-        attempt.remedies.clear()
-        attempt.held.clear()
-        return account
-
-    def _last(self, refused: Refusal, attempt: Attempt) -> ApiError:
-        """What the client is told after the last attempt."""
+    def last(self, attempt: Attempt, refused: Refusal) -> ApiError:
         if refused.reason != "expired" or attempt.guest:
             return refused
         text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "1"})
 
-    def _lease(self, attempt: Attempt) -> Account:
-        model = attempt.question.model
-        if attempt.guest:
-            return self.pool.lease_guest(attempt.guest, model, attempt.signed_in)
-        if attempt.preferred and not attempt.holder and not attempt.tried:
-            with contextlib.suppress(ApiError):
-                return self.pool.lease(model, (), attempt.preferred, attempt.signed_in)
-        uploads = UPLOADS if any(blob for _, blob in attempt.materials.values()) else ""
-        signed_in = attempt.signed_in
-        if not signed_in and (upstream_model(model, False) != "auto" or _GPT.fullmatch(model)):
-            signed_in = self.pool.signed_in()  # login-free accounts have no model but one
-        return self.pool.lease(model, attempt.tried, attempt.holder, signed_in, uploads)
+    def renew_token(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: another access token than the one that was refused."""
+        attempt.refused_token = attempt.token
+        return account.renewable and account.row.state == "ready"
+
+    def _count(self, attempt: Attempt, **amounts: int) -> None:
+        account = attempt.leased
+        if attempt.counts and account and not account.row.guest:
+            self.ledger.count(account.id, **amounts)
+
+    def began(self, account: Account, attempt: Attempt) -> None:
+        """The first of an answer is there: the account works."""
+        attempt.begun = attempt.asked.begun = True
+        self.pool.answered(account, attempt.question.model)
+
+    def keep(self, account: Account, attempt: Attempt, conversation: str) -> None:
+        """Remembers who holds a conversation before its id is given out."""
+        attempt.kept = conversation
+        keeps = attempt.asked.keeps or not self.settings.history_disabled
+        if keeps and not attempt.guest and attempt.kept_by != account.id:
+            self.pool.hold({conversation: Held(account.id, attempt.scope.owner)})
+
+
+class Web(Turns):
+    """The upstream `pool`: asks the web API, and goes on with what was cut."""
+
+    name = "pool"
+
+    def __init__(self, upstream: ChatGPT, renewals: Renewals, files: Files, ledger: Ledger) -> None:
+        super().__init__(upstream.connections, renewals, ledger)
+        self.upstream, self.files = upstream, files
+
+    # -- what is asked ------------------------------------------------------------------------------------------
+
+    def holds(self, conversation: str, scope: Scope) -> bool:
+        """Whether an account is known to have a conversation."""
+        with contextlib.suppress(ApiError):  # it is not for the caller to go on with
+            return self.pool.holder(conversation, scope) is not None
+        return False
+
+    def answer(self, asked: Asked, sink: Sink) -> None:
+        """Has a question answered by an account."""
+
+        def ask(question: Question, sink: Sink) -> None:
+            self._answer(Attempt(asked, question), sink)
+
+        ask_in_prose(asked.question, ask, sink, asked.watch)
+
+    def _answer(self, attempt: Attempt, sink: Sink) -> None:
+        question = attempt.question
+        attempt.counts = True
+        if attempt.guest is None and question.conversation:
+            attempt.holder = attempt.kept_by = self.pool.holder(question.conversation, attempt.scope)
+        self._gather(attempt)
+
+        def ask(account: Account) -> Finish | None:
+            return self._asked(account, attempt, sink)
+
+        def going_on() -> bool:
+            self._give(sink, self._rest(attempt))
+            return not sink.over
+
+        finish = self.to_the_end(attempt, ask, self.settings.auto_continue, going_on)
+        if not sink.over:
+            finish = finish or Finish("stop")
+            self._give(sink, [*self._rest(attempt), finish])
+
+    def native(
+        self, asked: Asked, body: Mapping[str, Any], holder: str | None, again: int, outlet: Outlet
+    ) -> None:
+        """Has a conversation body answered in the upstream's own bytes, by the account that is the `holder` of its
+        conversation. What was cut for length is gone on with up to `again` times, and then has one `[DONE]`."""
+        attempt = Attempt(asked, asked.question)
+        attempt.counts = attempt.once = True
+        attempt.holder = attempt.kept_by = holder
+        done = WithoutDone() if again else None
+
+        def ask(account: Account) -> Finish | None:
+            return self._native(account, attempt, body, done, outlet)
+
+        def going_on() -> bool:
+            if done:
+                outlet.write(done.end(), 0)
+            return True
+
+        finish = self.to_the_end(attempt, ask, again, going_on)
+        if done:
+            outlet.write(done.end(), 0)
+            outlet.write(DONE if finish else b"", 1)
+
+    def models(self, guest: Account | None, watch: Watch) -> dict[str, int]:
+        """The models of the accounts, of a large pool at least one of every plan."""
+        accounts = [guest] if guest else self.pool.accounts()
+        able = [one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"]
+        plans = {one.row.plan: one for one in able}
+        asked = list(dict.fromkeys([*plans.values(), *able]))[:MAX_ASKED_FOR_MODELS]
+
+        def read(account: Account, watch: Watch) -> None:
+            try:
+                self.do(
+                    "models", guest, functools.partial(self.upstream.models, watch=watch), watch, account.id
+                )
+            except ApiError:
+                if not account.models[1]:  # else what it is known to offer stays listed
+                    raise
+
+        if asked:
+            side_by_side([functools.partial(read, one) for one in asked], watch)
+        return {name: int(account.models[0]) for account in able for name in account.models[1]}
+
+    def check(self, account: Account, watch: Watch) -> None:
+        """Makes the cheapest call that only a working account answers."""
+        self.do("check", None, functools.partial(self.upstream.me, watch=watch), watch, account.id)
+
+    def require_anew(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: requirements of this moment, where those that were prepared ahead may have been forgotten."""
+        return attempt.spare
+
+    def upload_anew(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: files that the account turned out not to hold any more are uploaded once more."""
+        attempt.forgotten = bool(attempt.held)
+        return attempt.forgotten
 
     # -- one conversation call ----------------------------------------------------------------------------------
 
     def _asked(self, account: Account, attempt: Attempt, sink: Sink) -> Finish | None:
         """One conversation call: how the answer ended, None when the client wants no more of it."""
-        question, over = attempt.question, attempt.continues
-        if over:
-            question = replace(question, messages=(), continues=True)
-            question = replace(question, conversation=over.conversation, parent=over.message)
+        question, cut = attempt.question, attempt.continues
+        if cut:
             attempt.decoder.renew()
         else:
             attempt.decoder = Decoder()
             if self.settings.check_model:
                 self._check_model(account, question.model, attempt.watch)
             self._place(account, attempt)
-        needs, login_free = self._requirements(account, attempt), account.row.kind == LOGIN_FREE
+        needs = self._requirements(account, attempt)
+        login_free = account.row.kind == LOGIN_FREE
         body = conversation_body(question, self.settings.history_disabled, login_free, attempt.held)
+        body = continued(body, cut) if cut else body
         try:
             with self.upstream.conversation(account, body, needs, attempt.watch) as call:
                 self._pass_on(call, account, attempt, sink)
@@ -5803,7 +7196,7 @@ class Turns:
         decoder = attempt.decoder
         lines = decoder.lines
 
-        def light(data: bytes) -> bytes | list[Event] | None:
+        def carried(data: bytes) -> bytes | list[Found] | None:
             """What is not for the loop, None when it is done; once per event."""
             if len(data) + lines.size > MAX_LIGHT:
                 return data
@@ -5812,29 +7205,47 @@ class Turns:
                 return None
             settled = attempt.begun and not decoder.done and not decoder.failure
             known = decoder.conversation == attempt.kept and _LIGHT.issuperset(map(type, events))
-            if not settled or not known or (sink.careful and not sink.light(events)):
+            if not settled or not known:
                 return events
-            sink.take(events)
+            light = cast("list[Event]", events)
+            if sink.careful and not sink.light(light):
+                return events
+            sink.take(light)
             return [] if sink.over else None
 
-        come: bytes | list[Event] | None = call.read() or None
-        while come is not None:
-            events = decoder.feed(come) if isinstance(come, bytes) else come
-            if events and not attempt.begun:
-                self._begin(account, attempt)
-            if decoder.conversation != attempt.kept:
-                self._keep(account, attempt, decoder.conversation)
-            if not _LOOKED_UP.isdisjoint(map(type, events)):
-                events = self._looked_up(account, attempt, events)
+        def handle(come: bytes | list[Found]) -> bool:
+            found = decoder.feed(come) if isinstance(come, bytes) else come
+            self._known(account, attempt, bool(found))
+            events = self._looked_up(account, attempt, found)
             if decoder.done:
                 attempt.tail = events
-                return
+                return True
             self._give(sink, events)
             if decoder.failure:
                 raise decoder.failure
-            if sink.over:
-                return
-            come = call.carry(light, sink.outlet)
+            return sink.over
+
+        self._share(call, carried, handle, sink.outlet)
+
+    @staticmethod
+    def _share(
+        call: Call, carried: Callable[[bytes], Any], handle: Callable[[Any], bool], outlet: Outlet | None
+    ) -> None:
+        """Has the loop do with an answer what `carried` does with each piece; what that returns is for this thread to
+        `handle`, which tells whether the rest is not wanted."""
+        come: Any = call.read() or None
+        while come is not None and not handle(come):
+            come = call.carry(carried, outlet)
+
+    def _known(self, account: Account, attempt: Attempt, begun: bool) -> None:
+        """Takes note that an answer has begun, and whose conversation it is."""
+        if begun and not attempt.begun:
+            first = not account.answered
+            self.began(account, attempt)
+            if first:
+                self.upstream.prepare(account)
+        if attempt.decoder.conversation != attempt.kept:
+            self.keep(account, attempt, attempt.decoder.conversation)
 
     @staticmethod
     def _give(sink: Sink, events: list[Event]) -> None:
@@ -5845,9 +7256,9 @@ class Turns:
                 sink.outlet.drain()
 
     def _rest(self, attempt: Attempt) -> list[Event]:
-        """What there is of an answer besides what the client has, once nothing more comes."""
+        """The remaining events of an answer once nothing more comes."""
         rest, attempt.tail = attempt.tail, []
-        account = attempt.account
+        account = attempt.leased
         return [*rest, *(self._looked_up(account, attempt, attempt.decoder.rest()) if account else ())]
 
     def _native(
@@ -5859,10 +7270,8 @@ class Turns:
         outlet: Outlet,
     ) -> Finish | None:
         """One conversation call, its answer passed on as it comes: how that ended, None when it does not say."""
-        if over := attempt.continues:
-            body = {name: value for name, value in body.items() if name != "messages"}
-            body |= {"action": "continue", "conversation_id": over.conversation}
-            body |= {"parent_message_id": over.message, "websocket_request_id": new_id()}
+        if attempt.continues:
+            body = continued(body, attempt.continues)
         if account.row.kind == LOGIN_FREE:
             body = {**body, "model": "auto"}
         decoder = attempt.decoder = Decoder()
@@ -5877,7 +7286,7 @@ class Turns:
         def write(data: bytes) -> None:
             outlet.write(done.feed(data) if done else data, data.count(b"\n\n"))
 
-        def light(data: bytes) -> bytes | None:
+        def carried(data: bytes) -> bytes | None:
             """What is not for the loop, None when it is done; once per event."""
             if len(data) + decoder.lines.size > MAX_LIGHT:
                 return data
@@ -5888,22 +7297,20 @@ class Turns:
             write(data)
             return None
 
+        def handle(come: bytes) -> bool:
+            if come:
+                note(come)
+                noted.append(come)
+            self._known(account, attempt, True)
+            for data in noted:
+                write(data)
+            noted.clear()
+            outlet.drain()
+            return False
+
         needs = self._requirements(account, attempt)
         with self.upstream.conversation(account, body, needs, attempt.watch) as call:
-            come = call.read() or None
-            while come is not None:
-                if come:
-                    note(come)
-                    noted.append(come)
-                if not attempt.begun:
-                    self._begin(account, attempt)
-                if decoder.conversation != attempt.kept:
-                    self._keep(account, attempt, decoder.conversation)
-                for data in noted:
-                    write(data)
-                noted.clear()
-                outlet.drain()
-                come = call.carry(light, outlet)
+            self._share(call, carried, handle, outlet)
         return decoder.finish()
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -5911,10 +7318,10 @@ class Turns:
     def _gather(self, attempt: Attempt) -> None:
         """Makes ready what comes with a question, whichever account it will be."""
         attachments, fetched, most = attempt.question.attachments, 0, self.settings.max_body_mb
-        if len(attachments) > MOST_ATTACHMENTS:
-            raise invalid(attachments[-1].where, f"A request may have at most {MOST_ATTACHMENTS} files.")
+        if len(attachments) > MAX_ATTACHMENTS:
+            raise invalid(attachments[-1].where, f"A request may have at most {MAX_ATTACHMENTS} files.")
         for one in attachments:
-            attempt.signed_in = True
+            attempt.asked.signed_in = True
             if one not in attempt.materials:
                 attempt.materials[one] = self.files.gathered(one, attempt.scope, attempt.watch)
             file = attempt.materials[one][0]
@@ -5953,7 +7360,7 @@ class Turns:
         if upstream_model(model, False) == "auto":
             return
         if account.row.kind == LOGIN_FREE:
-            raise Refusal("unlisted", "Login-free accounts have no model but auto.")
+            raise Refusal("unlisted", "Login-free accounts offer only the model auto.")
         try:
             listed = self.upstream.models(account, watch)
         except Refusal as refused:
@@ -5965,13 +7372,16 @@ class Turns:
 
     # -- what an answer leads to ----------------------------------------------------------------------------------
 
-    def _looked_up(self, account: Account, attempt: Attempt, events: list[Event]) -> list[Event]:
+    def _looked_up(self, account: Account, attempt: Attempt, events: list[Found]) -> list[Event]:
         """The events with URLs for what the model drew and made."""
-        upstream, watch, links, out = self.upstream, attempt.watch, attempt.links, list[Event]()
+        upstream = self.upstream
+        watch = attempt.watch
+        links = attempt.links
+        out = list[Event]()
         conversation = attempt.decoder.conversation
         for event in events:
             if isinstance(event, SandboxLink):
-                if event not in links and len(links) < MOST_LINKS:
+                if event not in links and len(links) < MAX_LINKS:
                     made = (event.message, urllib.parse.unquote(event.path))
                     ask = functools.partial(upstream.sandbox_url, account, conversation, *made, watch)
                     links[event] = self._url(account, ask, watch)
@@ -6001,290 +7411,266 @@ class Turns:
         log(logging.WARNING, "a file of an answer cannot be had", account=account.name, code=code)
         return ""
 
-    def _begin(self, account: Account, attempt: Attempt) -> None:
-        """The first of an answer is there: the account works."""
-        attempt.begun = True
-        first = not account.answered
-        self.pool.answered(account, attempt.question.model)
-        if first:
-            self.upstream.prepare(account)
-
-    def _keep(self, account: Account, attempt: Attempt, conversation: str) -> None:
-        """Remembers who holds a conversation before its id is given out."""
-        attempt.kept = conversation
-        keeps = attempt.keeps or not self.settings.history_disabled
-        if keeps and not attempt.guest and attempt.kept_by != account.id:
-            self.pool.hold({conversation: Held(account.id, attempt.scope.owner)})
-
 
 # ============================================================================================================
-# schema: whether a JSON value fits a JSON Schema
+# agents: browsers that connect and answer questions
 # ============================================================================================================
 
-_SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {
-    "null": lambda value: value is None,
-    "boolean": lambda value: isinstance(value, bool),
-    "string": lambda value: isinstance(value, str),
-    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
-    "integer": lambda value: (
-        not isinstance(value, bool)
-        and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
-    ),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-}
+PING_PATIENCE, ANSWER_PATIENCE = 5.0, 120.0  # seconds that an agent has for the one and the other
+HOLDER_PATIENCE = 2.0  # and that one has to show that it is there when another claims its id
+MAX_HELD_BY_AGENTS = 100_000  # conversations
+_AGENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-_SIZES: tuple[tuple[str, Callable[[Any], Any], str, str], ...] = (
-    ("string", len, "minLength", "maxLength"),
-    ("array", len, "minItems", "maxItems"),
-    ("object", len, "minProperties", "maxProperties"),
-    ("number", lambda value: value, "minimum", "maximum"),
-)
+class AgentLost(Exception):
+    """An agent that hung up, or is `silent`: it did not answer in time."""
+
+    def __init__(self, message: str, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent
 
 
-def _bound(schema: Mapping[str, Any], name: str, default: float) -> float:
-    """A number of a schema; where it has none, what bounds nothing."""
-    value: Any = schema.get(name)
-    return value if _SCHEMA_TYPES["number"](value) and (name != "multipleOf" or value > 0) else default
+class Agent:
+    """One place in the list of agents: whoever has its id has its conversations, over one connection at a time."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.web: WebSocket | None = None
+        self.heard = time.time()  # when it last answered (Unix seconds)
+        self.asked = 0.0  # when it was last asked (Unix seconds)
+        self.waiting: dict[str, Future[dict[str, Any]]] = {}  # by the id of what it was sent
 
 
-def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
-    value = schema.get(name)
-    return value if isinstance(value, list) else []
+class Agents(Attempts):
+    """The upstream `agents`: those that are connected. "Agents (ChatGPT-API-server's protocol)": many questions may be under way at one
+    of them, and answers come in any order."""
 
+    name = "agents"
+    files = None
 
-MOST_DEEP = 100  # levels of JSON
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__(metrics)
+        self._agents_lock = threading.Lock()
+        self._agents: dict[str, Agent] = {}  # those that are connected
+        self._holders: OrderedDict[str, Held] = OrderedDict()  # conversations → agents, connected or not
 
+    def connected(self) -> list[Agent]:
+        """The agents, the one asked longest ago first."""
+        with self._agents_lock:
+            return sorted(self._agents.values(), key=lambda agent: agent.asked)
 
-def read_json(text: str | bytes | bytearray) -> Any:
-    """Parses JSON as it is defined, and no deeper than MOST_DEEP, which recursion stands; ValueError for anything else."""
-    try:
-        if not isinstance(text, str):
-            text = text.decode("utf-8-sig")
-        return _not_too_deep(_DECODER.decode(text))
-    except RecursionError:
-        raise ValueError("too deep") from None
+    def serve(self, web: WebSocket) -> bool:
+        """Lets an agent in: whether it is there now, and listened to."""
+        offered = new_id()
+        web.send(compact({"id": offered, "message": "Connection id", "data": ""}))
+        said = self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))
+        if said is None:
+            return False
+        id = said.get("id")
+        wanted = id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered
+        agent = self._take_place(offered if self._taken(wanted) else wanted, web)
+        log(logging.INFO, "agent connected", agent=agent.id)
+        web.listen(functools.partial(self._hear, agent))
+        if not web.at_end(functools.partial(self._leave, agent, web)):
+            self._leave(agent, web)
+        return True
 
+    def _hear(self, agent: Agent, text: str) -> None:
+        """An agent says something, which may be an answer; in the loop."""
+        said = self._heard(text) or {}
+        with self._agents_lock:
+            agent.heard = time.time()
+            waiting = agent.waiting.pop(str(said.get("id")), None)
+        if waiting and not waiting.done():
+            waiting.set_result(said)
 
-def _not_too_deep(value: Any) -> Any:
-    level = [value]
-    for _ in range(MOST_DEEP):
-        level = [
-            inner
-            for one in level
-            for inner in (one.values() if type(one) is dict else one if type(one) is list else ())
-            if type(inner) in (dict, list)
-        ]
-        if not level:
-            return value
-    raise ValueError("too deep")
+    @staticmethod
+    def _heard(text: str | None) -> dict[str, Any] | None:
+        """A message of the protocol, {} for what is none; None at the end."""
+        return None if text is None else Answer(200, {}, text.encode()).object() or {}
 
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
-
-
-class TooMuchEffort(Exception):
-    """A validation has done all the work that it may."""
-
-
-class Effort:
-    """How much a validation may still do, over everything that it is tried on: about a microsecond or two a unit.
-
-    References can branch without end, and every comparison takes the time of what is compared. `check` is called now
-    and then, and raises when nobody waits for the result any more.
-    """
-
-    MOST = 100_000
-    CHECKED_EVERY = 2_000
-
-    def __init__(self, check: Callable[[], None] | None = None) -> None:
-        self._left, self._check = self.MOST, check
-        self._check_at = self.MOST - self.CHECKED_EVERY
-
-    def spend(self, units: int) -> None:
-        """TooMuchEffort when there is nothing left."""
-        self._left -= units
-        if self._left < 0:
-            raise TooMuchEffort
-        if self._check and self._left < self._check_at:
-            self._check_at = self._left - self.CHECKED_EVERY
-            self._check()
-
-    def canonical(self, value: Any) -> Any:
-        """Hashable, and equal for what JSON holds equal: 1 and 1.0, but not 1 and true."""
-        self.spend(1 + len(value) // 64 if isinstance(value, str) else 1)
-        if isinstance(value, dict):
-            return frozenset((name, self.canonical(one)) for name, one in value.items())
-        if isinstance(value, list):
-            return tuple([self.canonical(one) for one in value])
-        if isinstance(value, (int, float)) and 2**53 < abs(value) < math.inf and value == int(value):
-            return hex(int(value))  # whose hash nobody can foresee, as that of a large number
-        return (type(value) is bool, value)
-
-
-class Schema:
-    """A JSON Schema (draft 2020-12) as far as functions and structured output need it: types, enum, const, objects,
-    arrays, lengths, ranges, local references, allOf, anyOf, oneOf and not.
-
-    `pattern` and `format` are annotations here: a client's regular expression could hold up the whole process. What is
-    too much `effort` to be validated counts as fitting.
-    """
-
-    def __init__(self, schema: Any, effort: Effort | None = None) -> None:
-        self._root, self._effort = schema, effort or Effort()
-        self._enums: dict[int, set[Any]] = {}  # what the enums allow, by the identity of their lists
-        self._referred: dict[str, Any] = {}  # what references lead to
-
-    def fault(self, value: Any) -> str:
-        """Why a value does not fit, with the path to the place; "" when it fits."""
+    def _taken(self, id: str) -> bool:
+        """Whether the agent of this id is there, and answers: then nobody else gets its place and its conversations."""
+        with self._agents_lock:
+            agent = self._agents.get(id)
+        if agent is None:
+            return False
         try:
-            return self._fault(value, self._root, "it", 0)
-        except TooMuchEffort:
-            return ""
+            self._exchange(agent, "ping", "", HOLDER_PATIENCE, Watch())
+        except AgentLost:
+            return False
+        return True
 
-    def _fault(self, value: Any, schema: Any, where: str, depth: int) -> str:
-        self._effort.spend(4 + len(where) // 64)
-        if schema is False:
-            return f"{where} is not allowed"
-        if not isinstance(schema, dict) or depth > MOST_DEEP:
-            return ""
-        for check in (self._alone, self._in_range, self._in_object, self._in_array, self._in_branches):
-            if fault := check(value, schema, where, depth + 1):
-                return fault
-        return ""
+    def _take_place(self, id: str, web: WebSocket) -> Agent:
+        """The place of this id, taken over from an earlier connection."""
+        with self._agents_lock:
+            agent = self._agents.setdefault(id, Agent(id))
+            before = agent.web
+            agent.web = web
+            agent.heard = time.time()
+            lost, agent.waiting = agent.waiting, {}
+        self._lose(lost)
+        if before is not None:
+            before.close(1000, "the agent connected anew")
+            before.drop("the agent connected anew")
+        return agent
 
-    def _alone(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
-        kinds = schema.get("type")
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        known = [kind for kind in kinds if isinstance(kind, str) and kind in _SCHEMA_TYPES]
-        if known and not any(_SCHEMA_TYPES[kind](value) for kind in known):
-            return f"{where} is not of type {' or '.join(known)}"
-        if isinstance(choices := schema.get("enum"), list):
-            if id(choices) not in self._enums:
-                self._enums[id(choices)] = set(map(self._effort.canonical, choices))
-            if self._effort.canonical(value) not in self._enums[id(choices)]:
-                return f"{where} is none of {', '.join(map(_shown, choices[:10]))}"
-        if "const" in schema and self._effort.canonical(value) != self._effort.canonical(schema["const"]):
-            return f"{where} is not {_shown(schema['const'])}"
-        return ""
+    def _leave(self, agent: Agent, web: WebSocket) -> None:
+        log(logging.INFO, "agent gone", agent=agent.id)
+        with self._agents_lock:
+            if agent.web is not web:
+                return  # another connection has the place
+            self._agents.pop(agent.id, None)
+            lost, agent.waiting = agent.waiting, {}
+        self._lose(lost)
 
-    def _in_range(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
-        for kind, size, least, most in _SIZES:
-            if _SCHEMA_TYPES[kind](value):
-                low, high = _bound(schema, least, -math.inf), _bound(schema, most, math.inf)
-                if not low <= size(value) <= high:
-                    return f"{where} is not within {least} and {most}"
-        if _SCHEMA_TYPES["number"](value):
-            if value <= _bound(schema, "exclusiveMinimum", -math.inf) and value != -math.inf:
-                return f"{where} is not above exclusiveMinimum"
-            if value >= _bound(schema, "exclusiveMaximum", math.inf) and value != math.inf:
-                return f"{where} is not below exclusiveMaximum"
-            step = _bound(schema, "multipleOf", 0)
-            self._effort.spend(100 if isinstance(value, int) and value.bit_length() > 64 else 0)
-            exact = isinstance(value, int) and isinstance(step, int)
-            with contextlib.suppress(OverflowError):  # past what a float can hold nobody can tell
-                if step and (value % step if exact else abs(value / step - round(value / step)) > 1e-9):
-                    return f"{where} is not a multiple of {step}"
-        return ""
+    @staticmethod
+    def _lose(waiting: Mapping[str, Future[dict[str, Any]]]) -> None:
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(AgentLost("the agent hung up"))
 
-    def _in_object(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
-        if not isinstance(value, dict):
-            return ""
-        given = schema.get("properties")
-        properties = given if isinstance(given, dict) else {}
-        # The names of patternProperties are not looked at.
-        others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
-        must = _listed(schema, "required")
-        self._effort.spend(len(must) // 4)
-        for name in must:
-            if isinstance(name, str) and name not in value:
-                return f"{where} has no {name}"
-        for name, one in value.items():
-            if name not in properties and others is False:
-                return f"{where} must not have {name[:100]}"
-            place = name[:100] if where == "it" else f"{where}.{name[:100]}"
-            if fault := self._fault(one, properties.get(name, others), place, depth):
-                return fault
-        return ""
+    def _exchange(
+        self, agent: Agent, message: str, data: str, patience: float, watch: Watch
+    ) -> dict[str, Any]:
+        """Sends a message; the answer with its id. AgentLost when there is none in time."""
+        id = new_id()
+        future = Future[dict[str, Any]]()
+        with self._agents_lock:
+            web = agent.web
+            if web is None or self._agents.get(agent.id) is not agent:
+                raise AgentLost("the agent hung up")
+            agent.waiting[id] = future
+            web.needed = len(agent.waiting)
+        try:
+            web.send(compact({"id": id, "message": message, "data": data}))
+            return watch.result(future, patience)
+        except Closed:
+            raise AgentLost("the agent hung up") from None
+        except TimeoutError:
+            raise AgentLost("the agent did not answer in time", silent=True) from None
+        finally:
+            with self._agents_lock:
+                agent.waiting.pop(id, None)
+                web.needed = len(agent.waiting)
 
-    def _in_array(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
-        if not isinstance(value, list):
-            return ""
-        first, others = _listed(schema, "prefixItems"), schema.get("items", True)
-        for i, one in enumerate(value):
-            if fault := self._fault(one, first[i] if i < len(first) else others, f"{where}[{i}]", depth):
-                return fault
-        if schema.get("uniqueItems") is True and len(set(map(self._effort.canonical, value))) < len(value):
-            return f"{where} has the same item twice"
-        return ""
+    def answer(self, asked: Asked, sink: Sink) -> None:
+        """Has a question answered, in one piece: by the agent that holds the conversation, without one by whoever answers
+        a ping first, beginning with the one asked longest ago. ApiError no_agent when none is there, agent_lost when
+        the one that holds the conversation is not, or fails; not_found when that is not the caller's to go on with."""
+        ask_in_prose(asked.question, functools.partial(self._ask, asked), sink, asked.watch)
 
-    def _in_branches(self, value: Any, schema: Mapping[str, Any], where: str, depth: int) -> str:
-        pointer = schema.get("$ref")
-        referred = [self.referred(pointer)] if isinstance(pointer, str) else []
-        for one in [*referred, *_listed(schema, "allOf")]:
-            if fault := self._fault(value, one, where, depth):
-                return fault
-        if branches := _listed(schema, "anyOf"):
-            faults = [self._fault(value, one, where, depth) for one in branches]
-            if all(faults):
-                return f"{where} fits no branch of anyOf ({'; '.join(faults[:5])[:300]})"
-        if branches := _listed(schema, "oneOf"):
-            fits = sum(not self._fault(value, one, where, depth) for one in branches)
-            if fits != 1:
-                return f"{where} fits {fits} branches of oneOf"
-        if "not" in schema and not self._fault(value, schema["not"], where, depth):
-            return f"{where} fits what it must not"
-        return ""
+    def _ask(self, asked: Asked, question: Question, sink: Sink) -> None:
+        conversation = question.conversation or ""
+        end = time.monotonic() + ANSWER_PATIENCE
+        held = self._holders.get(conversation)
+        if not held and not self.connected():
+            raise self._nobody()
+        if conversation and not asked.scope.covers(held.owner if held else ""):
+            raise ApiError("not_found", "There is no such conversation.")
+        attempt = Attempt(asked, question)
+        attempt.holder = self._holder(conversation) if conversation else None
+        # An agent that holds the conversation knows what was said before; others are told.
+        lines = [f"{one.role.capitalize()}: {one.text}" for one in question.messages]
+        content = question.messages[0].text if len(lines) == 1 else "\n\n".join(lines)
+        data = {"conversation_id": conversation, "parent_id": question.parent or new_id(), "content": content}
 
-    def referred(self, pointer: str) -> Any:
-        """What a reference within the schema leads to; any value fits one that leads elsewhere."""
-        if pointer not in self._referred:
-            found = self._root if pointer.startswith("#") else True
-            for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
-                step = step.replace("~1", "/").replace("~0", "~")
-                found = found.get(step, True) if isinstance(found, dict) else True
-            self._referred[pointer] = found
-        return self._referred[pointer]
+        def ask(agent: Agent) -> list[Event]:
+            message = compact({"message_id": new_id()} | data)
+            left = max(0.0, end - time.monotonic())
+            try:
+                said = self._exchange(agent, "ChatGptRequest", message, left, asked.watch)
+            except AgentLost as lost:
+                reason = "silent" if conversation or lost.silent else "unreachable"
+                raise Refusal(reason, f"The question is lost: {lost}.", "agent_lost") from None
+            return self._said(agent, said, asked.scope)
 
+        events = self.attempts(attempt, ask)
+        asked.begun = True
+        sink.take(events)
 
-def unknown_type(schema: Any) -> str:
-    """A `type` within a schema that JSON has not, "" for none."""
-    if isinstance(schema, list):
-        return next(filter(None, map(unknown_type, schema)), "")
-    if not isinstance(schema, dict):
-        return ""
-    kinds = schema.get("type", ["object"])
-    for kind in kinds or ["[]"] if isinstance(kinds, list) else [kinds]:
-        if not isinstance(kind, str) or kind not in _SCHEMA_TYPES:
-            return str(kind)[:100]
-    named = [schema.get(name) for name in ("properties", "$defs", "definitions")]
-    inner = [one for some in named if isinstance(some, dict) for one in some.values()]
-    inner += [schema.get(name) for name in ("items", "prefixItems", "additionalProperties", "not")]
-    return unknown_type([*inner, *(schema.get(name) for name in ("anyOf", "oneOf", "allOf"))])
+    def lease(self, attempt: Attempt) -> Agent:
+        """The agent that is asked next."""
+        agents = [one for one in self.connected() if one.web not in attempt.webs]
+        if attempt.question.conversation:
+            agents = [one for one in agents if one.id == attempt.holder]
+        if not agents:
+            raise self._nobody(attempt.question.conversation)
+        agents[0].asked = time.time()
+        attempt.webs.append(agents[0].web)
+        return agents[0]
 
+    def ready(self, agent: Agent, attempt: Attempt) -> None:
+        """Sees to it that it is there: it answers a ping, or loses its connection."""
+        web = attempt.webs[-1]
+        try:
+            self._exchange(agent, "ping", "", PING_PATIENCE, attempt.watch)
+        except AgentLost:
+            if web and agent.web is web:  # and has not come back meanwhile
+                web.drop("it did not answer a ping")
+            lost = self._nobody(attempt.question.conversation)
+            refused = Refusal("unreachable", lost.message, lost.code)
+            refused.headers = lost.headers
+            raise refused from None
 
-def _shown(value: Any) -> str:
-    """A value of a schema as a fault tells it: in short."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    return compact(value[:60] if isinstance(value, str) else value)[:64]
+    @staticmethod
+    def _nobody(conversation: str | None = None) -> ApiError:
+        if conversation:
+            return ApiError("agent_lost", "The agent that holds this conversation is not connected.")
+        return ApiError("no_agent", "No agent is available.", headers={"Retry-After": "30"})
+
+    def models(self, guest: Account | None, watch: Watch) -> dict[str, int]:
+        """None that could be chosen: an agent answers with what its page is set to."""
+        return {}
+
+    def check(self, account: Account, watch: Watch) -> None:
+        """Agents have no accounts that could fail."""
+
+    def _holder(self, conversation: str) -> str | None:
+        """The agent of a conversation; of one that nobody is known to hold, the only agent that there is."""
+        with self._agents_lock:
+            only = next(iter(self._agents)) if len(self._agents) == 1 else None
+            held = self._holders.get(conversation)
+            return held.account if held else only
+
+    def holds(self, conversation: str, scope: Scope) -> bool:
+        """Whether a conversation is known to be an agent's."""
+        return conversation in self._holders
+
+    def _said(self, agent: Agent, said: Mapping[str, Any], scope: Scope) -> list[Event]:
+        """An agent's answer; ApiError agent_lost for a failure that it reports, or what cannot be understood."""
+        data = str(said.get("data") or "").encode("utf-8", "replace")
+        value = Answer(200, {}, data).object() or {}
+        content = value.get("content")
+        response = str(value.get("response_id") or "")
+        conversation = str(value.get("conversation_id") or "")
+        if said.get("message") == "error" or said.get("error") or not isinstance(content, str):
+            # Its own words may be anybody's, and this is logged.
+            raise ApiError("agent_lost", "The agent reported a failure; see the console of its browser.")
+        held = Held(agent.id, scope.owner)
+        if _AGENT_ID.fullmatch(conversation):
+            with self._agents_lock:
+                held = self._holders.setdefault(conversation, held)
+                self._holders.move_to_end(conversation)
+                if len(self._holders) > MAX_HELD_BY_AGENTS:
+                    self._holders.popitem(last=False)
+        # Nobody is led into a conversation of another agent's, or of somebody else's.
+        own = held.account == agent.id and scope.covers(held.owner)
+        ids = conversation if own else "", response
+        return [Begin("", *ids), Text(content), Finish("stop", *ids)]
 
 
 # ============================================================================================================
-# openai: requests and events to and from OpenAI's shapes; pure functions and small machines, no sockets
+# dialects: OpenAI's requests to questions, events to OpenAI's answers; pure functions and small machines, no sockets
 # ============================================================================================================
 
 
 def parse_object(body: Blob) -> dict[str, Any]:
     """A request's body as a JSON object, without lone surrogates, which nobody could send on."""
-    mark, blobs = f"@{random.getrandbits(64):016x}:", list[Blob]()
+    mark = f"@{random.getrandbits(64):016x}:"
+    blobs = list[Blob]()
     data: bytes | bytearray = b""
-    if body.size <= MOST_IN_MEMORY:
+    if body.size <= MAX_IN_MEMORY:
         data = body.read()
     else:
         data = _lifted(body, mark, blobs)
@@ -6331,17 +7717,20 @@ _INLINE = re.compile(
     rb'|(?<!\\)"file_data"\s{0,20}:\s{0,20}"(?=[0-9A-Za-z+/]{64})'
 )
 _NOT_BASE64 = re.compile(rb"[^0-9A-Za-z+/=]")
-MOST_LIFTED = 200
+MAX_LIFTED = 200
 
 
 def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
     """A large body with the files in it decoded on their way into `blobs`, and in their places the mark and their
     numbers: as text they would stand in memory three times."""
-    rest, at, reach, tried = bytearray(), 0, 512, 0
+    rest = bytearray()
+    at = 0
+    reach = 512
+    tried = 0
     while at < body.size:
         window = body.read(at, PIECE)
         escaped = rest[-1:] == b"\\"  # then the window's first character is no quote
-        hopeful = tried < MOST_LIFTED and (b"data:" in window or b"file_data" in window)
+        hopeful = tried < MAX_LIFTED and (b"data:" in window or b"file_data" in window)
         match = _INLINE.search(window, int(escaped)) if hopeful else None
         if match is None:
             # A name may be cut by the window's end.
@@ -6386,8 +7775,12 @@ def _with_blob(mark: str, blobs: list[Blob], keep: bool, text: str) -> str:
     return file
 
 
-_NUMBER, _INTEGER, _FLAG = ((int, float), "a number"), (int, "an integer"), (bool, "true or false")
-_TEXT, _LIST, _OBJECT = (str, "a string"), (list, "a list"), (dict, "an object")
+_NUMBER = ((int, float), "a number")
+_INTEGER = (int, "an integer")
+_FLAG = (bool, "true or false")
+_TEXT = (str, "a string")
+_LIST = (list, "a list")
+_OBJECT = (dict, "an object")
 Types = Mapping[str, tuple[type | tuple[type, ...], str]]
 # The types of the fields of a chat completion request. Other fields are passed over.
 CHAT_FIELDS: Types = {
@@ -6433,16 +7826,14 @@ def required(body: Mapping[str, Any], name: str, where: str = "") -> str:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a client wants, whichever API it came through. `limit` is in tokens, None for none; `stops` never occur in
-    the answer; `offer` are the client's functions, `shape` what JSON the answer is to be."""
+    """A request for an answer, whichever API it came through. `limit` is in tokens, None for none; `stops` never occur
+    in the answer."""
 
     question: Question
     model: str
     stream: bool = False
     limit: int | None = None
     stops: tuple[str, ...] = ()
-    offer: Offer | None = None
-    shape: Shape | None = None
     include_usage: bool = False
     legacy: bool = False  # called through `functions`, which came before `tools`
 
@@ -6466,35 +7857,36 @@ def _message(value: Any, where: str, names: dict[str, str], upload_by_url: bool)
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise unfit(f"{where}.role", f"must be one of {', '.join(ROLES)}.")
-    parts = _content(value.get("content"), f"{where}.content", role == "assistant")
+    content = _content(value.get("content"), f"{where}.content", role == "assistant")
     if role == "assistant":
-        parts += _calls_made(value, where, names)
-    elif ROLES[role] == "tool":
+        return Message("assistant", (*content, *_calls_made(value, where, names)))
+    if ROLES[role] == "tool":
         id = str(value.get("tool_call_id") or "")
-        parts = (result_heading(str(value.get("name") or names.get(id, "")), id), *parts)
-    elif role == "user" and upload_by_url and (match := _LEADING_URLS.fullmatch(str(value.get("content")))):
-        parts = (*(Attachment(f"{where}.content", url=url) for url in match[1].split()), match[2])
-    return Message(ROLES[role], parts)
+        return Message("tool", (ToolResult(id, str(value.get("name") or names.get(id, "")), content),))
+    if role == "user" and upload_by_url and (match := _LEADING_URLS.fullmatch(str(value.get("content")))):
+        urls = [Attachment(f"{where}.content", url=url) for url in match[1].split()]
+        return Message("user", (*urls, Text(match[2])))
+    return Message(ROLES[role], content)
 
 
-def _content(content: Any, where: str, may_miss: bool = False) -> tuple[str | Attachment, ...]:
+def _content(content: Any, where: str, may_miss: bool = False) -> tuple[Text | Attachment, ...]:
     if content is None and may_miss:
         return ()
     if isinstance(content, str):
-        return (content,)
+        return (Text(content),)
     if not isinstance(content, list):
         raise unfit(where, "must be a string or a list of content parts.")
     return tuple(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
 
 
-def _part(value: Any, where: str) -> str | Attachment:
+def _part(value: Any, where: str) -> Text | Attachment:
     """A content part of either API."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("text", "input_text", "output_text", "refusal"):
         text = value.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise unfit(f"{where}.text", "must be a string.")
-        return text
+        return Text(text)
     if kind in ("image_url", "input_image"):
         given = value.get("image_url")
         url = given.get("url") if isinstance(given, dict) else given
@@ -6546,7 +7938,8 @@ def _from_url(url: str, where: str, image: bool = False) -> Attachment:
 def _unbased(text: str, start: int, where: str) -> Blob:
     """The bytes of base64 from `start` on, decoded in pieces."""
     if re.compile(r"\s").search(text, start):
-        text, start = "".join(text[start:].split()), 0
+        text = "".join(text[start:].split())
+        start = 0
     blob = Blob()
     try:
         for at in range(start, len(text), PIECE):
@@ -6559,84 +7952,24 @@ def _unbased(text: str, start: int, where: str) -> Blob:
 # -- functions ---------------------------------------------------------------------------------------------------------
 
 
-class Function(NamedTuple):
-    """A function of the client's: its parameters are a JSON Schema."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-
-
-CALL_TAG, CALL_END = "<tool_call>", "</tool_call>"
-FUNCTIONS_LINE = "The functions, a JSON object a line:"
-SHAPE_LINE = "Answer with one JSON object"
-SCHEMA_LINE = "It must fit this JSON Schema:"
-
-
-@dataclass(frozen=True)
-class Offer:
-    """The functions that the model may call: `choice` is auto, required or the name of the one it must call."""
-
-    functions: Mapping[str, Function]
-    choice: str
-    parallel: bool
-
-    def instructions(self) -> str:
-        """What the model, which knows nothing of functions, is told of them."""
-        must = {
-            "auto": "Call one whenever it helps to answer; otherwise answer as usual.",
-            "required": "You must call at least one of them now, and write nothing else.",
-        }.get(self.choice, f"You must call {self.choice} now, and write nothing else.")
-        several = "For several calls write several of these in a row."
-        several = several if self.parallel else "Write one call at most."
-        lines = [
-            "You can call functions of the program through which you are asked. To call one, write exactly",
-            f'{CALL_TAG}{{"name": "FUNCTION", "arguments": {{…}}}}{CALL_END}',
-            f"where the arguments are a JSON object that fits the function's JSON Schema. {several} Write nothing after a",
-            f"call: the program stops reading there, and tells you the results in its next message. {must}",
-            FUNCTIONS_LINE,
-        ]
-        return "\n".join([*lines, *(compact(one._asdict()) for one in self.functions.values())])
-
-    def fault(self, call: Mapping[str, Any], effort: Effort) -> str:
-        """What is wrong with a call as the model wrote it, "" for nothing."""
-        name, arguments = call.get("name"), call.get("arguments")
-        if not isinstance(name, str) or name not in self.functions:
-            names = ", ".join(self.functions)
-            return f"there is no function of the name in the call; those there are: {names}"
-        if self.choice not in ("auto", "required", name):
-            return f"the function to be called is {self.choice}"
-        if not isinstance(arguments, dict):
-            return "the arguments are not a JSON object"
-        fault = Schema(self.functions[name].parameters, effort).fault(arguments)
-        return f"the arguments for {name} do not fit its schema: {fault}" if fault else ""
-
-
-def call_text(name: str, arguments: str) -> str:
-    """A call as the model writes it; `arguments` is JSON."""
-    return f'{CALL_TAG}{{"name": {json.dumps(name)}, "arguments": {arguments or "{}"}}}{CALL_END}'
-
-
-def result_heading(name: str, id: str) -> str:
-    """What stands above a function's result."""
-    return f"Result of {name or 'the function'}{f' (call {id})' if id else ''}:"
-
-
 _FUNCTION_NAME = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
 
 
-def _calls_made(message: Mapping[str, Any], where: str, names: dict[str, str]) -> tuple[str, ...]:
-    """The calls of an assistant's message, as the model wrote them."""
+def _calls_made(message: Mapping[str, Any], where: str, names: dict[str, str]) -> list[FunctionCall]:
+    """The calls of an assistant's message; `names` learns what was called under which id."""
     made = message.get("tool_calls") or []
-    made = made if isinstance(made, list) else [None]
-    calls = [one.get("function") if isinstance(one, dict) else None for one in made]
+    made = list(made) if isinstance(made, list) else [None]
     if message.get("function_call"):
-        calls.append(message["function_call"])
-    for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        made.append({"function": message["function_call"]})
+    calls = []
+    for one in made:
+        function = one.get("function") if isinstance(one, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise unfit(f"{where}.tool_calls", "must be a list of calls of functions.")
-    names.update({str(one.get("id")): one["function"]["name"] for one in made})
-    return tuple(call_text(call["name"], str(call.get("arguments") or "")) for call in calls if call)
+        id = str(one.get("id") or "")
+        calls.append(FunctionCall(id, function["name"], str(function.get("arguments") or "")))
+    names.update({call.id: call.name for call in calls})
+    return calls
 
 
 def parse_offer(
@@ -6652,7 +7985,7 @@ def parse_offer(
         check_types(one, {"description": _TEXT, "parameters": _OBJECT}, f"{here}.")
         parameters = one.get("parameters") or {"type": "object"}
         if kind := unknown_type(one.get("parameters")):
-            raise unfit(f"{here}.parameters", f"is no JSON Schema: there is no type {kind}.")
+            raise unfit(f"{here}.parameters", f"is not a JSON Schema: it names an unknown type, {kind}.")
         found[name] = Function(name, one.get("description") or "", parameters)
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
@@ -6673,173 +8006,6 @@ def parse_offer(
     return Offer(found, choice or "auto", parallel is not False) if found and choice != "none" else None
 
 
-class CallScanner:
-    """Finds the calls in an answer: text before them passes as it comes, from what may begin a tag on it is held back.
-
-    Calls are passed on when the answer is over and all of them are right. When they are not, or one is missing,
-    `complaint` says why and nothing is; a `last` scanner then passes on as text what it held back.
-    """
-
-    MOST_CALLS = 128
-    MOST_TRIES = 16  # end tags at which a call may end: they may stand in a string of its arguments
-
-    def __init__(self, offer: Offer, effort: Effort, last: bool = False, told: str = "") -> None:
-        """`told` is what the client has of an answer that is being given again."""
-        self._offer, self._effort, self._last, self._told = offer, effort, last, told
-        self._patient = last or offer.choice != "auto"  # text too waits until it is clear what becomes of it
-        self._start = ""  # what may be the beginning of a tag
-        self._inside: list[str] | None = None  # what has come of a call
-        self._tail = ""  # its last characters, in which an end tag may have begun
-        self._tried, self._from = 0, 0  # end tags tried, and where the next may begin
-        self._calls: list[dict[str, Any]] = []
-        self._fault = ""  # what is wrong with one of them
-        self._text: list[str] = []  # before any call
-        self._raw: list[str] = []  # everything from the first call on
-        self.complaint = ""
-        self.over = False  # whether the answer has been passed on, whatever follows
-
-    @property
-    def told(self) -> str:
-        """What the client has of the text."""
-        return "" if self._patient else "".join(self._text)
-
-    def said(self) -> str:
-        """The whole answer as the model wrote it."""
-        return "".join([*self._text, *self._raw])
-
-    def light(self, events: list[Event]) -> bool:
-        """Whether `feed` does nothing with these but to hold or to pass them on: no call ends in them."""
-        return not self._calls and not any(">" in event[0] for event in events)
-
-    def feed(self, events: list[Event]) -> list[Event]:
-        """What of a batch of events can be passed on."""
-        out: list[Event] = []
-        for event in events:
-            if self.over:
-                break
-            if type(event) is not Text:
-                if isinstance(event, Finish):
-                    self._finish(event, out)
-                else:
-                    out.append(event)
-            elif self._patient or self._start or self._raw or "<" in event.text:  # else once per token
-                if self._raw:
-                    self._raw.append(event.text)
-                self._take(event.text, out)
-            else:
-                self._text.append(event.text)
-                out.append(event)
-        return out
-
-    def _take(self, text: str, out: list[Event]) -> None:
-        """Text of which some may be a call."""
-        while text and not self.over:
-            if self._inside is not None:
-                self._inside.append(text)
-                ended, self._tail = self._tail + text, (self._tail + text)[1 - len(CALL_END) :]
-                text = self._close(out) if CALL_END in ended else ""
-                continue
-            text, self._start = self._start + text, ""
-            start = text.find(CALL_TAG)
-            if start < 0:
-                sizes = range(min(len(CALL_TAG) - 1, len(text)), 0, -1)
-                held = next((size for size in sizes if CALL_TAG.startswith(text[-size:])), 0)
-                self._start = text[len(text) - held :]
-                self._before(text[: len(text) - held], out)
-                return
-            self._before(text[:start], out)
-            self._raw = self._raw or [text[start:]]
-            self._inside, self._tail, self._tried, self._from = [], "", 0, 0
-            text = text[start + len(CALL_TAG) :]
-
-    def _before(self, text: str, out: list[Event]) -> None:
-        """Text outside of calls: after one that is right it ends the answer."""
-        if self._calls:
-            if text.strip() and not self._fault:
-                self._finish(Finish("stop"), out)
-        elif text:
-            self._text.append(text)
-            if not self._patient:
-                out.append(Text(text))
-
-    def _close(self, out: list[Event]) -> str:
-        """An end tag has come: what follows the call, "" while it goes on."""
-        body = "".join(self._inside or ()) if self._tried < self.MOST_TRIES else ""
-        while self._tried < self.MOST_TRIES and (end := body.find(CALL_END, self._from)) >= 0:
-            self._tried, self._from = self._tried + 1, end + 1
-            if (call := self._parsed(body[:end])) is not None:
-                self._inside = None
-                self._calls.append(call)
-                self._fault = self._fault or self._offer.fault(call, self._effort)
-                most = self.MOST_CALLS if self._offer.parallel else 1
-                if len(self._calls) >= most and not self._fault:
-                    self._finish(Finish("stop"), out)
-                return body[end + len(CALL_END) :]
-        return ""
-
-    @staticmethod
-    def _parsed(text: str) -> dict[str, Any] | None:
-        """A call's JSON object, also from within a code fence; None when it is none (yet)."""
-        text = text.strip()
-        if text.startswith("```"):
-            text = re.sub(r"\A```\w*", "", text).removesuffix("```")
-        try:
-            call = read_json(text)
-            if isinstance(call, dict) and not isinstance(call.get("arguments"), (dict, list)):
-                call["arguments"] = read_json(str(call.get("arguments") or "{}"))
-        except ValueError:
-            return None
-        return call if isinstance(call, dict) else None
-
-    def _finish(self, event: Finish, out: list[Event]) -> None:
-        """The answer is over, or what follows does not matter: passes on the calls, or complains."""
-        self.over, fault = True, self._fault
-        if self._inside is not None:
-            if (call := self._parsed("".join(self._inside))) is not None:
-                self._calls.append(call)  # only the end tag is missing
-                fault = fault or self._offer.fault(call, self._effort)
-            else:
-                fault = fault or "the call is not valid JSON between its tags"
-        if not self._calls and not fault and self._offer.choice != "auto":
-            fault = "a function had to be called"
-        if fault and event.reason == "stop" and not self._last:
-            self.complaint = f"Your answer cannot be used: {fault}. Write the whole call again, as described, and nothing else."
-        elif fault or not self._calls:
-            self.as_text(out, event)
-        else:
-            if self._patient and not self._told and self._text:
-                out.append(Text("".join(self._text)))
-            for call in self._calls:
-                id = f"call_{random.getrandbits(96):024x}"
-                out.append(FunctionCall(id, call["name"], compact(call["arguments"])))
-            out.append(event._replace(reason="tool_calls"))
-
-    def as_text(self, out: list[Event], event: Finish) -> None:
-        """Passes on unchanged what the client has not got."""
-        text = self.said() + ("" if self._raw else self._start)
-        told = self.told or self._told
-        if text.startswith(told):
-            text = text[len(told) :]
-        elif self._raw:
-            text = "".join(self._raw)
-        out += [Text(text), event] if text else [event]
-
-
-# -- structured output -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The JSON that an answer is to be: any object, or what fits a schema."""
-
-    schema: Mapping[str, Any] | None
-
-    def instructions(self) -> str:
-        """What the model is told of it."""
-        told = f"{SHAPE_LINE} and nothing else: no prose around it, no code fence."
-        return told if self.schema is None else f"{told} {SCHEMA_LINE}\n{compact(self.schema)}"
-
-
 def parse_shape(value: Any, where: str) -> Shape | None:
     """`response_format`, or `text.format` of the Responses API; None for text."""
     if value is None or value.get("type", "text") == "text":
@@ -6853,151 +8019,8 @@ def parse_shape(value: Any, where: str) -> Shape | None:
     if not isinstance(schema, dict):
         raise unfit(where, "must have a JSON Schema in `schema`.")
     if kind := unknown_type(schema):
-        raise unfit(where, f"has no JSON Schema: there is no type {kind}.")
+        raise unfit(where, f"is not a JSON Schema: it names an unknown type, {kind}.")
     return Shape(schema)
-
-
-MOST_STARTS = 64  # places of a text at which JSON is looked for
-
-
-def find_json(text: str, schema: Mapping[str, Any] | None, effort: Effort) -> tuple[str, str]:
-    """The first JSON object (or array, where a schema allows one) in a text that fits, or "" and why there is none.
-
-    What stands inside of brackets is never taken for the whole, even when that is not valid."""
-    fault, at = "there is no JSON object in it", 0
-    wanted = Schema({"type": "object"} if schema is None else schema, effort)
-    for _ in range(MOST_STARTS):
-        if not (match := re.compile(r"[{\[]").search(text, at)):
-            break
-        try:
-            value, at = _DECODER.raw_decode(text, match.start())
-            wrong = wanted.fault(_not_too_deep(value))
-            if not wrong:
-                return text[match.start() : at], ""
-            fault = f"it does not fit the schema: {wrong}"
-        except (ValueError, RecursionError):
-            fault, at = "its JSON is not valid", _closing(text, match.start())
-    return "", fault
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` is closed; the text's end when it is not."""
-    depth = 0
-    for match in re.compile(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[{}\[\]]').finditer(text, start):
-        depth += (match[0] in "{[") - (match[0] in "}]")
-        if not depth:
-            return match.end()
-    return len(text)
-
-
-class ShapeScanner:
-    """Holds an answer back until it is whole, and passes on its JSON without what stands around it; else `complaint`
-    says what is wrong, or a `last` scanner fails with invalid_structured_output."""
-
-    told, over = "", False
-
-    def __init__(self, shape: Shape, effort: Effort, last: bool = False) -> None:
-        self._shape, self._effort, self._last = shape, effort, last
-        self._text: list[str] = []
-        self.complaint = ""
-
-    def said(self) -> str:
-        """The whole answer as the model wrote it."""
-        return "".join(self._text)
-
-    def light(self, events: list[Event]) -> bool:
-        """Whether `feed` does nothing with these but to hold or to pass them on."""
-        return True
-
-    def feed(self, events: list[Event]) -> list[Event]:
-        """What of a batch of events can be passed on."""
-        out: list[Event] = []
-        for event in events:
-            if isinstance(event, Text):
-                self._text.append(event.text)
-            elif isinstance(event, Finish):
-                self._finish(event, out)
-            elif not isinstance(event, (ToolUse, Image)):
-                out.append(event)
-        return out
-
-    def _finish(self, event: Finish, out: list[Event]) -> None:
-        """An answer that did not come to its own end is passed on as it is, as OpenAI does it."""
-        text = self.said()
-        if event.reason == "stop":
-            text, fault = find_json(text, self._shape.schema, self._effort)
-            if fault and self._last:
-                message = "The model's answer is not the JSON that was asked for, twice; simplify the schema or ask again."
-                raise ApiError("invalid_structured_output", message)
-            if fault:
-                self.complaint = f"Your answer cannot be used: {fault}. Write it again, as one JSON object and nothing else."
-                return
-        if text:
-            place = len(out) - sum(isinstance(one, FunctionCall) for one in out)
-            out.insert(place, Text(text))
-        out.append(event)
-
-
-# -- the one path of every API -----------------------------------------------------------------------------------------
-
-
-def instructed(
-    messages: tuple[Message, ...], offer: Offer | None, shape: Shape | None
-) -> tuple[Message, ...]:
-    """The messages, and before them what the model must know of the client's functions and shape."""
-    told = [one.instructions() for one in (offer, shape) if one]
-    return (Message("system", ("\n\n".join(told),)), *messages) if told else messages
-
-
-class Scanned(Sink):
-    """An answer that goes through one scanner after the other before its sink has it; what they hold back is silence to the
-    client. `words_only`: it is given again, without what the client has from the first one."""
-
-    def __init__(
-        self, scanners: list[CallScanner | ShapeScanner], sink: Sink, words_only: bool = False
-    ) -> None:
-        self._scanners, self._sink, self._words_only = scanners, sink, words_only
-        self.outlet, self.careful = sink.outlet, True
-
-    def light(self, events: list[Event]) -> bool:
-        return all(one.light(events) for one in self._scanners) and self._sink.light(events)
-
-    def take(self, events: list[Event]) -> None:
-        if self._words_only:
-            events = [event for event in events if isinstance(event, (Text, Finish))]
-        for scanner in self._scanners:
-            events = scanner.feed(events)
-        if events:
-            self._sink.take(events)
-        self.over = self._sink.over or self._scanners[0].over
-
-
-def exchange(turn: Turn, ask: Callable[[Question, Sink], None], sink: Sink, watch: Watch) -> None:
-    """Has a turn answered by `ask`, with the client's functions and shape seen to: what cannot be used is asked for again,
-    once, without the client's noticing."""
-    effort = Effort(watch.check)
-    scanners: list[CallScanner | ShapeScanner] = [CallScanner(turn.offer, effort)] if turn.offer else []
-    scanners += [ShapeScanner(turn.shape, effort)] if turn.shape else []
-    if not scanners:
-        ask(turn.question, sink)
-        return
-    ask(turn.question, Scanned(scanners, sink))
-    if not (complaint := next((one.complaint for one in scanners if one.complaint), "")):
-        return
-    first = scanners[0]
-    told = first.told if len(scanners) == 1 else ""
-    said = (Message("assistant", (first.said(),)), Message("system", (complaint,)))
-    scanners = [CallScanner(turn.offer, effort, True, told)] if turn.offer else []
-    scanners += [ShapeScanner(turn.shape, effort, True)] if turn.shape else []
-    again = replace(turn.question, messages=(*turn.question.messages, *said))
-    try:
-        ask(again, Scanned(scanners, sink, words_only=True))
-    except ApiError:
-        if turn.shape or not isinstance(first, CallScanner):
-            raise
-        out: list[Event] = []
-        first.as_text(out, Finish("stop"))
-        sink.take(out)
 
 
 # -- a chat completion request -----------------------------------------------------------------------------------------
@@ -7020,15 +8043,12 @@ def _limit(body: Mapping[str, Any], *names: str) -> int | None:
     return body[name] if name else None
 
 
-# How hard to think: the site has three steps.
-_EFFORTS = dict.fromkeys(("none", "minimal", "low", "medium"), "standard")
-_EFFORTS |= {"high": "extended", "xhigh": "max", "max": "max"}
-
-
 def _effort(value: Any, where: str) -> str:
-    if value is not None and (not isinstance(value, str) or value not in _EFFORTS):
-        raise unfit(where, f"must be one of {', '.join(_EFFORTS)}.")
-    return _EFFORTS.get(value or "", "")
+    if value is None:
+        return ""
+    if not isinstance(value, str) or value not in EFFORTS:
+        raise unfit(where, f"must be one of {', '.join(EFFORTS)}.")
+    return value
 
 
 def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: bool = False) -> Turn:
@@ -7049,7 +8069,8 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
     if conversation and history_disabled:
         text = "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary."
         raise invalid("conversation_id", text)
-    tools, legacy = body.get("tools") or [], not body.get("tools") and bool(body.get("functions"))
+    tools = body.get("tools") or []
+    legacy = not body.get("tools") and bool(body.get("functions"))
     for i, tool in enumerate(tools):
         if _at(tool, ("type",)) != "function" or not isinstance(tool.get("function"), dict):
             raise unfit(f"tools[{i}]", "must be a function; the upstream has no other tools.")
@@ -7058,14 +8079,15 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
     else:
         functions = [tool["function"] for tool in tools]
         offer = parse_offer(functions, "tools", body.get("tool_choice"), body.get("parallel_tool_calls"))
-    shape = parse_shape(body.get("response_format"), "response_format")
     question = Question(
-        instructed(parse_messages(messages, upload_by_url), offer, shape),
+        parse_messages(messages, upload_by_url),
         model,
         conversation,
         body.get("parent_message_id") if conversation else None,
-        effort=_effort(body.get("reasoning_effort"), "reasoning_effort"),
-        hints=() if body.get("web_search_options") is None else ("search",),
+        _effort(body.get("reasoning_effort"), "reasoning_effort"),
+        () if body.get("web_search_options") is None else (WEB_SEARCH,),
+        offer,
+        parse_shape(body.get("response_format"), "response_format"),
     )
     return Turn(
         question,
@@ -7073,8 +8095,6 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         bool(body.get("stream")),
         _limit(body, "max_completion_tokens", "max_tokens"),
         _stops(body.get("stop")),
-        offer,
-        shape,
         bool(options.get("include_usage")),
         legacy,
     )
@@ -7182,7 +8202,9 @@ class Trimmer:
     MAX_LIGHT = 2000  # characters whose tokens are counted in the loop
 
     def __init__(self, stops: Iterable[str], limit: int | None, count: Callable[[str], int]) -> None:
-        self._stops, self._left, self._count = tuple(stops), limit, count
+        self._stops = tuple(stops)
+        self._left = limit
+        self._count = count
         self._starts = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
         self._longest = max(map(len, self._starts), default=0)
         self._held = ""
@@ -7249,7 +8271,8 @@ class Trimmer:
 
     def _cut(self, text: str, tokens: int) -> str:
         """The longest beginning of the text that is at most so many tokens."""
-        low, high = 0, len(text)
+        low = 0
+        high = len(text)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._count(text[:middle]) <= tokens else (low, middle - 1)
@@ -7259,20 +8282,27 @@ class Trimmer:
 # -- answers in the shape of chat completions ---------------------------------------------------------------------------
 
 
+def _fenced(event: ToolUse) -> Text:
+    """Code or its output in a fence that it cannot end."""
+    runs = re.findall("`{3,}", event.text)
+    fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
+    end = "" if event.text.endswith("\n") else "\n"
+    return Text(f"\n{fence}{event.language}\n{event.text}{end}{fence}\n\n")
+
+
+# What has no shape of its own here is told as Markdown.
+AS_TEXT: Mapping[type, Callable[[Any], Text]] = {
+    ToolUse: _fenced,
+    Image: lambda event: Text(f"\n![image]({event.url})\n\n"),
+}
+
+
 def _as_text(event: Event) -> Event:
-    """What is no text, as Markdown: code and its output in a fence that they cannot end, a drawing as an image."""
-    if isinstance(event, ToolUse):
-        runs = re.findall("`{3,}", event.text)
-        fence = "`" * max(3, *(len(run) + 1 for run in runs), 3)
-        end = "" if event.text.endswith("\n") else "\n"
-        return Text(f"\n{fence}{event.language}\n{event.text}{end}{fence}\n\n")
-    return Text(f"\n![image]({event.url})\n\n") if isinstance(event, Image) else event
+    tell = AS_TEXT.get(type(event))
+    return tell(event) if tell else event
 
 
-_NOT_TEXT = {ToolUse, Image}
-
-
-class Answered:
+class Rendering:
     """One answer on its way into a client's shape: takes events, knows what of them the client is given.
 
     `cut` is set when the client is given no more although the upstream goes on: the answer can be left.
@@ -7295,7 +8325,7 @@ class Answered:
 
     @property
     def text(self) -> str:
-        """What the client has been given of the answer, if it is kept."""
+        """The text that the client has been given, if it is kept."""
         return "".join(self._text)
 
     def light(self, events: list[Event]) -> bool:
@@ -7304,44 +8334,60 @@ class Answered:
 
     def take(self, events: list[Event]) -> list[Event]:
         """Notes a batch of events; those that the client may see."""
-        if not _NOT_TEXT.isdisjoint(map(type, events)):
+        if not AS_TEXT.keys().isdisjoint(map(type, events)):
             events = [_as_text(event) for event in events]
         if self._trimmer:
             ended = bool(events) and type(events[-1]) is Finish
             events = self._trimmer.feed(events)
             self.cut = self._trimmer.over and not ended
         for event in events:
-            kind = type(event)
-            if kind is Text:
-                if self._keeps_text:
-                    self._text.append(event[0])
-            elif kind is Reasoning:
-                if self._keeps_text:
-                    self._reasoning.append(event[0])
-            elif isinstance(event, FunctionCall):
-                self._calls.append(event)
-            elif isinstance(event, Begin):
-                self.model = event.model or self.model
-                self.conversation, self.message = event.conversation, event.message
-            elif isinstance(event, Finish):
-                self._reason = event.reason
-                if event.conversation:
-                    self.conversation, self.message = event.conversation, event.message
+            self.NOTES[type(event)](self, event)
         return events
+
+    def _note_begin(self, event: Begin) -> None:
+        self.model = event.model or self.model
+        self.conversation, self.message = event.conversation, event.message
+
+    def _note_text(self, event: Text) -> None:
+        if self._keeps_text:
+            self._text.append(event.text)
+
+    def _note_reasoning(self, event: Reasoning) -> None:
+        if self._keeps_text:
+            self._reasoning.append(event.text)
+
+    def _note_call(self, event: FunctionCall) -> None:
+        self._calls.append(event)
+
+    def _note_finish(self, event: Finish) -> None:
+        self._reason = event.reason
+        if event.conversation:
+            self.conversation, self.message = event.conversation, event.message
+
+    # What is done about each kind of event, but for those that are told as text.
+    NOTES: Mapping[type, Callable[[Any, Any], None]] = {
+        Begin: _note_begin,
+        Text: _note_text,
+        Reasoning: _note_reasoning,
+        FunctionCall: _note_call,
+        Finish: _note_finish,
+    }
 
     def counted(self) -> tuple[int, int, int]:
         """Tokens of the prompt, the answer (reasoning included) and the reasoning: four more a message (its frame and
         role) and three for the answer, as the chat format has them."""
-        count, messages = self._tokens.count, self.turn.question.messages
+        count = self._tokens.count
+        messages = in_prose(self.turn.question).messages
         prompt = sum(count(message.text) + 4 for message in messages) + 3
-        answer, reasoning = count(self.text), count("".join(self._reasoning))
+        answer = count(self.text)
+        reasoning = count("".join(self._reasoning))
         if self.turn.limit is not None:
             answer = min(answer, self.turn.limit)
         calls = sum(count(call.name) + count(call.arguments) for call in self._calls)
         return prompt, answer + calls + reasoning, reasoning
 
 
-class Completion(Answered):
+class Completion(Rendering):
     """An answer as a `chat.completion`."""
 
     def __init__(self, turn: Turn, tokens: Tokens, extras: bool, counts: bool = False) -> None:
@@ -7409,7 +8455,7 @@ class CompletionStream(Completion):
     @property
     def _at_once(self) -> bool:
         """Whether the client can be told that the answer begins before it is known whether it is text."""
-        return self.turn.offer is None or self.turn.shape is not None
+        return self.turn.question.offer is None or self.turn.question.shape is not None
 
     def feed(self, events: list[Event]) -> tuple[bytes, int]:
         """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
@@ -7424,12 +8470,8 @@ class CompletionStream(Completion):
                 self._begin(pieces, None if kind is FunctionCall else "")
             if kind is Text:  # once per token
                 append(f"{self._ahead}{quote(event[0])}{self._behind}")
-            elif isinstance(event, Reasoning):
-                append(self._chunk({"reasoning_content": event.text}, None))
-            elif isinstance(event, FunctionCall):
-                self._call(event, pieces)
-            elif isinstance(event, Finish):
-                self._end(pieces)
+            else:
+                self.TAKES[kind](self, event, pieces)
         return "".join(pieces).encode("utf-8", "replace"), len(pieces)
 
     def _begin(self, pieces: list[str], content: str | None) -> None:
@@ -7438,9 +8480,13 @@ class CompletionStream(Completion):
         here = f"<{self.id}>"  # in the place of the text, and nowhere else in a chunk
         self._ahead, self._behind = self._chunk({"content": here}, None).split(f'"{here}"')
 
-    def _call(self, call: FunctionCall, pieces: list[str]) -> None:
+    def _take_reasoning(self, event: Reasoning, pieces: list[str]) -> None:
+        pieces.append(self._chunk({"reasoning_content": event.text}, None))
+
+    def _take_call(self, call: FunctionCall, pieces: list[str]) -> None:
         """A call: first its name, then its arguments in pieces."""
-        index, self._called = self._called, self._called + 1
+        index = self._called
+        self._called = self._called + 1
         first: dict[str, Any] = {"name": call.name, "arguments": ""}
         for function in [first, *({"arguments": piece} for piece in _argument_pieces(call.arguments))]:
             delta: dict[str, Any] = {"function_call": function}
@@ -7449,11 +8495,19 @@ class CompletionStream(Completion):
                 delta = {"tool_calls": [{"index": index} | head | {"function": function}]}
             pieces.append(self._chunk(delta, None))
 
-    def _end(self, pieces: list[str]) -> None:
+    def _take_finish(self, event: Finish, pieces: list[str]) -> None:
         pieces.append(self._chunk({}, self.finish_reason()))
         if self.turn.include_usage:
             pieces.append(self._event(choices=[], usage=self.usage()))
         pieces.append("data: [DONE]\n\n")
+
+    # How each kind of event is told, but for text and what is told as text.
+    TAKES: Mapping[type, Callable[[Any, Any, list[str]], None]] = {
+        Begin: lambda self, event, pieces: None,  # which `feed` sees to
+        Reasoning: _take_reasoning,
+        FunctionCall: _take_call,
+        Finish: _take_finish,
+    }
 
     def _chunk(self, delta: dict[str, Any], reason: str | None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -7481,24 +8535,24 @@ class ResponseRequest:
 
     turn: Turn
     messages: tuple[Message, ...]
-    names: Mapping[str, str]  # of the functions called so far, by the ids of the calls
     echo: dict[str, Any]
     store: bool
 
 
 def parse_response(
     body: Mapping[str, Any],
-    earlier: tuple[Message, ...],
-    names: Mapping[str, str],
+    earlier: list[dict[str, Any]],
     find_item: Callable[[str], dict[str, Any] | None],
     upload_by_url: bool,
 ) -> ResponseRequest:
-    """A request of the Responses API that goes on from the messages of an earlier one; 400 names what is wrong.
+    """A request of the Responses API that goes on from the items of an earlier one; 400 names what is wrong.
     `find_item` gives an item of a response that is kept."""
     model = model_of(body)
     for name in ("conversation", "prompt"):
         if body.get(name) is not None:
-            raise unfit(name, "must be absent: nothing of the kind is kept here; see `previous_response_id`.")
+            raise unfit(
+                name, "is not supported; use `previous_response_id` to go on from an earlier response."
+            )
     if body.get("background"):
         raise unfit("background", "must be false: a response is made while you wait.")
     if body.get("truncation") not in (None, "auto", "disabled"):
@@ -7507,23 +8561,27 @@ def parse_response(
     fits = len(metadata) <= 16 and all(len(name) <= 64 for name in metadata)
     if not fits or not all(isinstance(one, str) and len(one) <= 512 for one in metadata.values()):
         raise unfit("metadata", "must have at most 16 strings of up to 512 characters, by names of up to 64.")
-    names = dict(names)
-    messages = (*earlier, *parse_items(body.get("input"), names, find_item, upload_by_url))
-    system = (Message("system", (body["instructions"],)),) if body.get("instructions") else ()
-    text, reasoning, tools = body.get("text") or {}, body.get("reasoning") or {}, body.get("tools") or []
+    names: dict[str, str] = {}  # of the functions called so far, by the ids of the calls
+    messages = (
+        *parse_items(earlier, names, "previous_response_id"),
+        *parse_items(body.get("input"), names, "input", find_item, upload_by_url),
+    )
+    system = (Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()
+    text = body.get("text") or {}
+    reasoning = body.get("reasoning") or {}
+    tools = body.get("tools") or []
     check_types(text, {"format": _OBJECT}, "text.")
-    functions, hints = _response_tools(tools)
+    functions, hosted = _response_tools(tools)
     parallel = body.get("parallel_tool_calls")
-    offer = parse_offer(functions, "tools", body.get("tool_choice"), parallel)
-    shape = parse_shape(text.get("format"), "text.format")
     question = Question(
-        instructed((*system, *messages), offer, shape),
+        (*system, *messages),
         model,
         effort=_effort(reasoning.get("effort"), "reasoning.effort"),
-        hints=hints,
+        hosted=hosted,
+        offer=parse_offer(functions, "tools", body.get("tool_choice"), parallel),
+        shape=parse_shape(text.get("format"), "text.format"),
     )
-    limit = _limit(body, "max_output_tokens")
-    turn = Turn(question, model, bool(body.get("stream")), limit, offer=offer, shape=shape)
+    turn = Turn(question, model, bool(body.get("stream")), _limit(body, "max_output_tokens"))
     repeated = ("instructions", "max_output_tokens", "previous_response_id", "user")
     echo = {name: body.get(name) for name in repeated}
     echo |= {"metadata": metadata, "parallel_tool_calls": parallel is not False, "tools": tools}
@@ -7532,7 +8590,7 @@ def parse_response(
     echo |= {"text": {"format": {"type": "text"}} | text, "truncation": body.get("truncation") or "disabled"}
     store = body.get("store") is not False
     echo |= {"tool_choice": body.get("tool_choice") or "auto", "store": store}
-    return ResponseRequest(turn, messages, names, _echoed(echo), store)
+    return ResponseRequest(turn, messages, _echoed(echo), store)
 
 
 MAX_ECHO = 64 << 10  # characters of JSON
@@ -7546,35 +8604,41 @@ def _echoed(echo: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         if sum(sizes.values()) <= MAX_ECHO:
             break
-        echo[name], sizes[name] = _LEFT_OUT.get(name), 0
+        echo[name] = _LEFT_OUT.get(name)
+        sizes[name] = 0
     return echo
 
 
 def _response_tools(tools: list[Any]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The functions among the tools, and which of the site's own stand for others."""
-    functions, hints = [], []
+    """The functions among the tools, and which of the upstream's own are offered beside them."""
+    functions, hosted = [], []
     for i, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, dict) else None
         if kind == "function":
             functions.append(tool)
         elif isinstance(kind, str) and kind.startswith("web_search"):
-            hints.append("search")
+            hosted.append(WEB_SEARCH)
         else:
             raise unfit(f"tools[{i}]", "must be of type function or web_search; there are no others.")
-    return functions, tuple(dict.fromkeys(hints))
+    return functions, tuple(dict.fromkeys(hosted))
 
 
 def parse_items(
-    value: Any, names: dict[str, str], find_item: Callable[[str], dict[str, Any] | None], upload_by_url: bool
-) -> tuple[Message, ...]:
-    """`input`: a string, or messages, calls and their results; `names` learns what was called under which id."""
+    value: Any,
+    names: dict[str, str],
+    field: str,
+    find_item: Callable[[str], dict[str, Any] | None] = lambda id: None,
+    upload_by_url: bool = False,
+) -> list[Message]:
+    """`input`, or what was kept of an earlier one: a string, or messages, calls, their results and reasoning; `names`
+    learns what was called under which id."""
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise unfit("input", "must be a string or a list of at least one item.")
+    if not isinstance(value, list) or (not value and field == "input"):
+        raise unfit(field, "must be a string or a list of at least one item.")
     found = []
     for i, item in enumerate(value):
-        where = f"input[{i}]"
+        where = f"{field}[{i}]" if field == "input" else field
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "item_reference" and not (id := required(item, "id", f"{where}.")).startswith("rs_"):
             if (item := find_item(id)) is None:
@@ -7584,16 +8648,73 @@ def parse_items(
         if kind == "message":
             found.append(_message(item, where, names, upload_by_url))
         elif kind == "function_call":
-            names[str(item.get("call_id"))] = name = required(item, "name", f"{where}.")
-            found.append(Message("assistant", (call_text(name, str(item.get("arguments") or "")),)))
+            call = FunctionCall(
+                str(item.get("call_id")),
+                required(item, "name", f"{where}."),
+                str(item.get("arguments") or ""),
+            )
+            names[call.id] = call.name
+            found.append(Message("assistant", (call,)))
         elif kind == "function_call_output":
             id = required(item, "call_id", f"{where}.")
             output = _content(item.get("output"), f"{where}.output")
-            found.append(Message("tool", (result_heading(names.get(id, ""), id), *output)))
-        elif kind not in ("reasoning", "item_reference"):
+            found.append(Message("tool", (ToolResult(id, names.get(id, ""), output),)))
+        elif kind == "reasoning":
+            found.append(Message("assistant", (_thought(item),)))
+        elif kind != "item_reference":
             text = f"`{where}` must be a message, function_call, function_call_output or reasoning item."
             raise invalid(where, f"{text} For what was said before use `previous_response_id`.")
-    return tuple(found)
+    return found
+
+
+def _thought(item: Mapping[str, Any]) -> Thought:
+    """A reasoning item; what of it cannot be read is left out."""
+    summary = "\n\n".join(str(part.get("text") or "") for part in dicts(item.get("summary")))
+    encrypted = item.get("encrypted_content")
+    return Thought(summary, encrypted if isinstance(encrypted, str) else "")
+
+
+def as_items(messages: Iterable[Message], place: Callable[[Attachment], str]) -> list[dict[str, Any]]:
+    """Messages as items that `parse_items` reads again; `place` gives the id under which a file is kept."""
+    items: list[dict[str, Any]] = []
+    for message in messages:
+        content = [
+            _content_part(part, message.role, place)
+            for part in message.parts
+            if isinstance(part, (Text, Attachment))
+        ]
+        if content or not message.parts:
+            items.append({"type": "message", "role": message.role, "content": content})
+        items += [AS_ITEM[type(part)](part, place) for part in message.parts if type(part) in AS_ITEM]
+    return items
+
+
+def _content_part(part: Text | Attachment, role: str, place: Callable[[Attachment], str]) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"type": "output_text" if role == "assistant" else "input_text", "text": part.text}
+    return {"type": "input_image" if part.image else "input_file", "file_id": place(part)}
+
+
+def _call_item(call: FunctionCall, place: Callable[[Attachment], str]) -> dict[str, Any]:
+    return {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments}
+
+
+def _result_item(result: ToolResult, place: Callable[[Attachment], str]) -> dict[str, Any]:
+    output = [_content_part(part, "tool", place) for part in result.parts]
+    return {"type": "function_call_output", "call_id": result.id, "output": output}
+
+
+def _reasoning_item(thought: Thought, place: Callable[[Attachment], str]) -> dict[str, Any]:
+    summary = [{"type": "summary_text", "text": thought.text}] if thought.text else []
+    return {"type": "reasoning", "summary": summary, "encrypted_content": thought.encrypted or None}
+
+
+# The parts that are an item each, not a part of a message's content.
+AS_ITEM: Mapping[type, Callable[[Any, Callable[[Attachment], str]], dict[str, Any]]] = {
+    FunctionCall: _call_item,
+    ToolResult: _result_item,
+    Thought: _reasoning_item,
+}
 
 
 @dataclass(frozen=True)
@@ -7627,7 +8748,7 @@ _REASONING = _Growth(
 )  # fmt: skip
 
 
-class ModelResponse(Answered):
+class ModelResponse(Rendering):
     """An answer as a `response`, and as the events of one that is streamed: items open, grow and close one after the
     other, and every event has the next sequence number."""
 
@@ -7678,14 +8799,10 @@ class ModelResponse(Answered):
             if self._number < 0:
                 self._tell("response.created", response=self.whole())
                 self._tell("response.in_progress", response=self.whole())
-            if kind is Text:
+            if kind is Text:  # once per token
                 self._grow(_MESSAGE, event[0])
-            elif kind is Reasoning:
-                self._grow(_REASONING, event[0])
-            elif isinstance(event, FunctionCall):
-                self._call(event)
-            elif isinstance(event, Finish):
-                self._end()
+            else:
+                self.TAKES[kind](self, event)
         return "".join(self._pieces).encode("utf-8", "replace"), len(self._pieces)
 
     def _tell(self, kind: str, **facts: Any) -> None:
@@ -7694,7 +8811,7 @@ class ModelResponse(Answered):
         self._pieces.append(f"event: {kind}\ndata: {compact(event)}\n\n")
 
     def _place(self) -> dict[str, Any]:
-        """Where the last item stands."""
+        """The place of the last item."""
         inner = {self._open.index: 0} if self._open else {}
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1} | inner
 
@@ -7725,7 +8842,8 @@ class ModelResponse(Answered):
         """Ends the item that grows."""
         if (kind := self._open) is None:
             return
-        text, place = "".join(self._grown), self._place()
+        text = "".join(self._grown)
+        place = self._place()
         self._tell(f"{kind.text}.done", **place, text=text, **kind.more)
         self._tell(f"{kind.part}.done", **place, part=kind.whole(text))
         self._open = None
@@ -7735,7 +8853,7 @@ class ModelResponse(Answered):
         self.items[-1] |= facts
         self._tell("response.output_item.done", output_index=len(self.items) - 1, item=self.items[-1])
 
-    def _call(self, call: FunctionCall) -> None:
+    def _take_call(self, call: FunctionCall) -> None:
         self._add("fc", "function_call", call_id=call.id, name=call.name, arguments="")
         for piece in _argument_pieces(call.arguments):
             self._tell("response.function_call_arguments.delta", **self._place(), delta=piece)
@@ -7743,7 +8861,7 @@ class ModelResponse(Answered):
         self._tell("response.function_call_arguments.done", **self._place(), **done)
         self._done({"arguments": call.arguments, "status": "completed"})
 
-    def _end(self) -> None:
+    def _take_finish(self, event: Finish) -> None:
         self._status = "incomplete" if self._reason in ("length", "content_filter") else "completed"
         if not any(item["type"] != "reasoning" for item in self.items):
             self._begin(_MESSAGE)  # an answer without a word is a message all the same
@@ -7752,367 +8870,27 @@ class ModelResponse(Answered):
         self._keep(self, response)
         self._tell(f"response.{self._status}", response=response)
 
-
-# ============================================================================================================
-# websocket: RFC 6455, the server's side, text messages without extensions
-# ============================================================================================================
-
-_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG = 0, 1, 2, 8, 9, 10
-_CODES = {*range(1000, 1015), *range(3000, 5000)} - {1004, 1005, 1006}  # what a Close may carry
-_NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-class Closed(Exception):
-    """The connection is over: its Close frame's code (1005: it had none; 1006: there was no frame) and a reason."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(code, reason)
-        self.code, self.reason = code, reason
-
-
-def accept_key(key: str) -> str:
-    """The Sec-WebSocket-Accept that answers a Sec-WebSocket-Key."""
-    text = key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-    return base64.b64encode(hashlib.sha1(text.encode(), usedforsecurity=False).digest()).decode()
-
-
-class WebSocket:
-    """A connection after its handshake; its owner closes the socket once it is over.
-
-    The loop reads it. A message goes to who listens, in the loop, or waits for `receive`, with no more read until then.
-    Whoever sends does not wait: what the client does not take at once is sent by the loop. `ahead` was read after the
-    request, `most` is a message's size in bytes. Seconds: after `idle` without a byte the client is sent a ping, after
-    `patience` more it is gone (it has as long to answer a Close), and so it is when a frame is not out within
-    `send_timeout`.
-    """
-
-    MAX_UNSENT, MAX_FRAMES = 100, 200  # frames that wait to be sent; that are taken in a turn of the loop
-
-    def __init__(
-        self, sock: socket.socket, loop: Loop, ahead: bytes = b"", *, most: int = 1_000_000,
-        idle: float = 15, patience: float = 10, send_timeout: float = 30,
-    ) -> None:  # fmt: skip
-        sock.setblocking(False)
-        self._sock, self._fd, self._loop, self._most = sock, sock.fileno(), loop, most
-        self._idle, self._patience, self._send_timeout = idle, patience, send_timeout
-        self._due, self._pinged = time.monotonic() + idle, False  # when to ping or, after that, to give up
-        self._lock = threading.Lock()  # for the socket, which TLS needs, and for what is below
-        self._unsent: deque[tuple[memoryview, float]] = deque()  # frames, and until when each must be out
-        self._last: Closed | None = None  # the Close that we sent: no frame may follow it
-        self._answer_due = math.inf  # when the client's answer to it must be here
-        self._over: Closed | None = None  # how it ended
-        self._clean = False  # with the client's Close
-        # For the loop alone.
-        self._ahead, self._message = bytearray(ahead), bytearray()
-        self._begun = False  # whether a message is under way; kept as bytes: empty fragments know no limit
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._texts: deque[str] = deque()  # messages that nobody has received
-        self._busy = False  # whether somebody has one, and has not come for the next
-        self._more = False  # whether there are more frames than were taken in a turn
-        self._next_look = math.inf
-        self._watch = Watch()
-        self._heard: Callable[[str], None] | None = None
-        self._ended: list[Callable[[], object]] = []
-        self.needed = 0  # how many wait for what it will say: a server that ends leaves it its time
-        loop.soon(self._enter)
-
-    def receive(self, deadline: float = math.inf) -> str | None:
-        """The next whole text message; None, then and ever after, once the client has said or answered Close.
-
-        Closed for a fault of the client, which is told its code; with 1008, told too, for no whole message by `deadline`
-        (a time.monotonic()); with 1006 for an end without Close. Messages that follow our `close` are passed over.
-        """
-        if self._busy:
-            self._busy = False
-            self._loop.soon(self._go_on)
-        try:
-            self._watch.wait(lambda: self._texts or self._over, deadline - time.monotonic())
-        except TimeoutError:
-            late = Closed(1008, "no message came in time")
-            self.close(late.code, late.reason)
-            self._finish(late)
-        with self._lock:
-            if self._texts:
-                self._busy = True
-                return self._texts.popleft()
-        if self._clean:
-            return None
-        raise self._end()
-
-    def listen(self, heard: Callable[[str], None]) -> None:
-        """Has every further message given to `heard`, in the loop."""
-
-        def begin() -> None:
-            self._heard, self._busy = heard, False
-            self._go_on()
-
-        self._loop.soon(begin)
-
-    def at_end(self, call: Callable[[], object]) -> bool:
-        """Has something called, in the loop, once the connection is over; False if it is over already."""
-        with self._lock:
-            if self._over is None:
-                self._ended.append(call)
-            return self._over is None
-
-    def send(self, text: str) -> None:
-        """Sends a text message, a lone surrogate as "?". Closed if the connection is over, or is lost by this."""
-        self._put(_TEXT_FRAME, text.encode("utf-8", "replace"))
-
-    def ping(self, payload: bytes = b"") -> None:
-        """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
-        self._put(_PING, payload[:125])
-
-    def close(self, code: int = 1000, reason: str = "") -> None:
-        """Sends Close unless one was sent, with what fits of the reason; ValueError for a code that no Close may carry. The
-        client then has `patience` for its answer."""
-        if code not in _CODES:
-            raise ValueError(f"no Close may carry {code}")
-        words = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")  # no half of a character
-        with contextlib.suppress(Closed):
-            self._put(_CLOSE, code.to_bytes(2, "big") + words.encode(), Closed(code, reason))
-
-    def drop(self, reason: str) -> Closed:
-        """Ends the connection at once, without Close: who waits for it wakes up and gets what is returned here."""
-        with self._lock:
-            self._dropped(reason)
-        return self._end()
-
-    def leave(self, reason: str) -> None:
-        """Sends and reads no more: the socket is its owner's again."""
-        self._finish(Closed(1006, reason))
-
-    def _end(self) -> Closed:
-        """A new exception each time: raised by several threads, one would mix their tracebacks."""
-        told = self._over or self._last or Closed(1006, "")
-        return Closed(told.code, told.reason)
-
-    def _finish(self, how: Closed) -> None:
-        """It is over."""
-        with self._lock:
-            self._finished(how)
-
-    def _finished(self, how: Closed) -> None:
-        """The same; the lock is held."""
-        if self._over is None:
-            self._over = how
-            self._loop.soon(self._leave)
-
-    def _dropped(self, reason: str) -> None:
-        """It is over, and the socket is of no use any more; the lock is held."""
-        self._finished(Closed(1006, reason))
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # an SSLSocket's own goes on in plain text
-
-    def _put(self, opcode: int, payload: bytes, last: Closed | None = None) -> None:
-        """Sends a frame, whole or as the last thing ever; `last`: it is our Close. Closed as in `send`."""
-        size, now = len(payload), time.monotonic()
-        mark, width = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
-        extended = size.to_bytes(width, "big") if width else b""
-        frame = memoryview(bytes((0x80 | opcode, mark)) + extended + payload)
-        with self._lock:
-            if self._over or self._last:
-                raise self._end()
-            if last:
-                self._last, self._answer_due = last, now + self._patience
-                self._texts.clear()
-                self._busy = False
-                self._loop.soon(self._go_on)
-            self._unsent.append((frame, now + self._send_timeout))
-            if len(self._unsent) == 1:
-                self._flush()
-                if self._unsent and not self._over:
-                    self._loop.soon(self._await)
-            if self._over:
-                raise self._end()
-
-    def _flush(self) -> None:
-        """Sends what the client takes now; the lock is held."""
-        while self._unsent:
-            frame, deadline = self._unsent[0]
-            try:
-                sent = self._sock.send(frame)
-            except _NOT_READY:
-                return
-            except OSError as error:
-                self._dropped(f"the client is gone: {error}")
-                return
-            if sent < len(frame):
-                self._unsent[0] = (frame[sent:], deadline)
-            else:
-                self._unsent.popleft()
-
-    # -- in the loop ---------------------------------------------------------------------------------------------
-
-    def _enter(self) -> None:
-        self._take_frames()
-        self._await()
-
-    def _await(self) -> None:
-        """Watches the socket for what is wanted of it, and the time."""
-        with self._lock:
-            if self._over is None:
-                reads = 0 if self._rests() else select.EPOLLIN
-                sends = select.EPOLLOUT if self._unsent else 0
-                self._loop.watch(self._fd, reads | sends, self._ready)
-                late = self._unsent[0][1] if self._unsent else math.inf
-                if (look := min(self._due, self._answer_due, late)) < self._next_look:
-                    self._next_look = look
-                    self._loop.at(look, functools.partial(self._look, look))
-
-    def _rests(self) -> bool:
-        """Whether no more is read just now: somebody has a message, or one waits, or frames do, or too much for the client
-        to read it."""
-        return self._busy or self._more or bool(self._texts) or len(self._unsent) >= self.MAX_UNSENT
-
-    def _leave(self) -> None:
-        self._loop.unwatch(self._fd, self._ready)
-        self._watch.ring()
-        for call in self._ended:
-            call()
-
-    def _go_on(self) -> None:
-        """Somebody has received a message, or listens."""
-        while self._heard and self._texts:
-            self._heard(self._texts.popleft())
-        self._more = False
-        self._take_frames()
-        self._await()
-
-    def _look(self, planned: float) -> None:
-        """Sees whether the client has been silent or slow for too long."""
-        if planned != self._next_look:
-            return  # an earlier look has taken this one's place
-        self._next_look, now = math.inf, time.monotonic()
-        with self._lock:
-            silent = now >= self._due and not self._over
-            if now >= self._answer_due:
-                self._dropped("Close was not answered")
-            elif self._unsent and now >= self._unsent[0][1]:
-                self._dropped("the client reads too slowly")
-            elif silent and self._rests():
-                self._due = now + self._idle  # nobody has looked what it says
-                silent = False
-            elif silent and self._pinged:
-                self._dropped("the client fell silent")
-            elif silent:
-                self._pinged, self._due = True, now + self._patience
-        if silent:
-            with contextlib.suppress(Closed):
-                self.ping()
-        self._await()
-
-    def _ready(self, events: int) -> None:
-        """The socket has something to read, or room."""
-        self._ahead += self._read(events)
-        self._take_frames()
-        self._await()
-
-    def _read(self, events: int) -> bytes:
-        """What has come, no more than a TLS record has, so that none of it is hidden from the socket."""
-        with self._lock:
-            self._flush()
-            if self._over:
-                return b""
-            if self._rests():
-                if events & (select.EPOLLHUP | select.EPOLLERR):
-                    self._dropped("the client is gone")
-                return b""
-            try:
-                data = self._sock.recv(65536)
-            except _NOT_READY:
-                return b""
-            except OSError as error:
-                self._dropped(f"the client is gone: {error}")
-                return b""
-            if not data:
-                self._dropped("the client hung up")
-            self._pinged, self._due = False, time.monotonic() + self._idle
-            return data
-
-    def _take_frames(self) -> None:
-        """Takes the frames that are whole, until a message waits for somebody."""
-        try:
-            for _ in range(self.MAX_FRAMES):
-                if self._over or self._rests() or not (frame := self._frame()):
-                    return
-                self._take(*frame)
-            self._more = True  # others have their turn first
-            self._loop.at(time.monotonic(), self._go_on)
-        except (Closed, UnicodeDecodeError) as error:
-            fault = error if isinstance(error, Closed) else Closed(1007, "a text is not UTF-8")
-            if fault.code != 1006:
-                self.close(fault.code, fault.reason)
-            self._finish(fault)
-
-    def _take(self, opcode: int, final: bool, data: bytes) -> None:
-        if opcode == _PING:
-            with contextlib.suppress(Closed):  # after our Close; any other end shows at the next read
-                self._put(_PONG, data)
-        elif opcode == _CLOSE:
-            code = int.from_bytes(data[:2], "big") if data else 1005
-            if data and code not in _CODES:  # as no single byte is
-                raise Closed(1002, "a Close has a code that is none")
-            told = Closed(code, data[2:].decode())
-            with contextlib.suppress(Closed):
-                self._put(_CLOSE, data[:2], told)
-            self._clean = True
-            self._finish(told)
-        elif opcode != _PONG:
-            self._decoder.decode(data, final)  # a fault is told before the message's end
-            self._message += data
-            self._begun = not final
-            if final:
-                text = self._message.decode()
-                self._message.clear()
-                if self._last is None and self._heard:
-                    self._heard(text)
-                elif self._last is None:
-                    self._texts.append(text)
-                    self._watch.ring()
-
-    def _frame(self) -> tuple[int, bool, bytes] | None:
-        """The next frame: opcode, whether it ends its message, payload; None while it is not whole. What is wrong with a
-        header is told before the payload is read."""
-        ahead = self._ahead
-        if len(ahead) < 2:
-            return None
-        first, second = ahead[:2]
-        opcode, final, size, start = first & 15, first >= 0x80, second & 0x7F, 6
-        known = opcode in (_CONTINUATION, _TEXT_FRAME, _BINARY, _CLOSE, _PING, _PONG)
-        if first & 0x70 or not known or second < 0x80:
-            raise Closed(1002, "a frame has a reserved bit or opcode, or no mask")
-        if (size > 125 or not final) if opcode >= _CLOSE else self._begun != (opcode == _CONTINUATION):
-            raise Closed(1002, "a control frame is fragmented or too long, or fragments are out of order")
-        if opcode == _BINARY:
-            raise Closed(1003, "only text messages are read here")
-        if size > 125:
-            start, least = (8, 126) if size == 126 else (14, 65536)
-            if len(ahead) < start - 4:
-                return None
-            size = int.from_bytes(ahead[2 : start - 4], "big")
-            if size < least or size >> 63:
-                raise Closed(1002, "a length is negative, or not in its shortest form")
-        if opcode < _CLOSE and size > self._most - len(self._message):
-            raise Closed(1009, f"a message is longer than {self._most} bytes")
-        if len(ahead) < start + size:
-            return None
-        mask, data = ahead[start - 4 : start], ahead[start : start + size]
-        del ahead[: start + size]
-        key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")  # 15 times as fast as a loop
-        return opcode, final, (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+    # How each kind of event is told, but for text and what is told as text.
+    TAKES: Mapping[type, Callable[[Any, Any], None]] = {
+        Begin: lambda self, event: None,  # which `feed` sees to
+        Reasoning: lambda self, event: self._grow(_REASONING, event.text),
+        FunctionCall: _take_call,
+        Finish: _take_finish,
+    }
 
 
 # ============================================================================================================
 # http: listening, parsing, limits, auth, router, streaming out
 # ============================================================================================================
 
-MOST_LINE = 8192  # bytes of the request line
-MOST_HEAD = 32768  # bytes of the request line and all headers
-MOST_HEADERS = 100
+MAX_LINE = 8192  # bytes of the request line
+MAX_HEAD = 32768  # bytes of the request line and all headers
+MAX_HEADERS = 100
 MAX_PUBLIC_BODY = 64 << 10  # bytes of the body of a request that anybody may make
 MAX_FIELDS = 1000  # of a form or a query
-ROOM_IN_MEMORY, ROOM_ON_DISK = 256 << 20, 4 << 30  # bytes of all request bodies at a time
+# Bytes of all request bodies at a time.
+ROOM_IN_MEMORY = 256 << 20
+ROOM_ON_DISK = 4 << 30
 CRUMB, MAX_CRUMBS = 256, 32  # reads of fewer bytes, so many of which are a client that sends in crumbs
 BODY_RATE = 10_000  # bytes a second that extend the time a client has for its body
 SEND_TIMEOUT = 30  # seconds without a byte read by a client that end its answer
@@ -8186,7 +8964,7 @@ def fields_of(text: str) -> list[tuple[str, str]]:
     return urllib.parse.parse_qsl(text, keep_blank_values=True)
 
 
-MOST_PARTS, MOST_PART_HEAD = 100, 4096
+MAX_PARTS, MAX_PART_HEAD = 100, 4096
 _BOUNDARY = re.compile(
     r"""(?i);\s*boundary=(?:"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])"|([!#$%&'*+.^_`|~0-9A-Za-z-]{1,70}))\s*(?:;|$)"""
 )
@@ -8206,15 +8984,15 @@ def _multipart(content_type: str, body: Blob) -> dict[str, list[Part]]:
         raise wrong("it does not begin with its boundary")
     form: dict[str, list[Part]] = {}
     at = len(mark)
-    for _ in range(MOST_PARTS + 1):
+    for _ in range(MAX_PARTS + 1):
         after = body.read(at, 4)
         if after[:2] == b"--":
             if after[2:] not in (b"", b"\r\n") or at + len(after) < body.size:
-                raise wrong("something follows its end")
+                raise wrong("data follows its end")
             return form
         if after[:2] != b"\r\n":
             raise wrong("a boundary is followed by other bytes")
-        head = body.read(at + 2, MOST_PART_HEAD)
+        head = body.read(at + 2, MAX_PART_HEAD)
         size = head.find(b"\r\n\r\n")
         if size < 0:
             raise wrong("a part's header lines do not end")
@@ -8225,7 +9003,7 @@ def _multipart(content_type: str, body: Blob) -> dict[str, list[Part]]:
         name, part = _part_of(head[:size], body.part(start, end - start), wrong)
         form.setdefault(name, []).append(part)
         at = end + 2 + len(mark)
-    raise wrong(f"it has more than {MOST_PARTS} parts")
+    raise wrong(f"it has more than {MAX_PARTS} parts")
 
 
 def _part_of(head: bytes, blob: Blob, wrong: Callable[[str], ApiError]) -> tuple[str, Part]:
@@ -8313,22 +9091,23 @@ def parse_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
     digits, a transfer coding other than chunked, a version other than 1.0 and 1.1.
     """
     first, *lines = head.decode("latin-1").split("\r\n")
-    if len(first) > MOST_LINE:
-        raise ApiError("uri_too_long", f"The request line is longer than {MOST_LINE} bytes.")
+    if len(first) > MAX_LINE:
+        raise ApiError("uri_too_long", f"The request line is longer than {MAX_LINE} bytes.")
     words = first.split(" ")
     if len(words) != 3 or not _TOKEN.fullmatch(words[0]) or not _TARGET.fullmatch(words[1]):
         raise malformed("the request line")
     method, target, version = words
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise malformed("an HTTP version other than 1.0 and 1.1")
-    if len(lines) > MOST_HEADERS:
-        raise ApiError("headers_too_large", f"There are more than {MOST_HEADERS} header lines.")
+    if len(lines) > MAX_HEADERS:
+        raise ApiError("headers_too_large", f"There are more than {MAX_HEADERS} header lines.")
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
         if not colon or not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
             raise malformed("a header line")
-        name, value = name.lower(), value.strip(" \t")
+        name = name.lower()
+        value = value.strip(" \t")
         if name in headers:
             if name in ("host", "content-length", "transfer-encoding", "authorization"):
                 raise malformed(f"two {name} headers")
@@ -8336,7 +9115,8 @@ def parse_head(head: bytes) -> tuple[str, str, str, dict[str, str]]:
         headers[name] = value
     if version == "HTTP/1.1" and "host" not in headers:
         raise malformed("no Host header")
-    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    length = headers.get("content-length")
+    coding = headers.get("transfer-encoding")
     if coding is not None and (length is not None or coding.lower() != "chunked" or version == "HTTP/1.0"):
         raise malformed("a transfer coding other than chunked alone")
     if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
@@ -8396,7 +9176,7 @@ class Wire:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
     def ahead(self) -> bytes:
-        """What has come after the request; it is the caller's from now on."""
+        """The bytes that have come after the request; they are the caller's from now on."""
         data, self._ahead = self._ahead, b""
         return data
 
@@ -8451,19 +9231,20 @@ class Wire:
         deadline = time.monotonic() + self._timeout
         while True:
             if not begun and data not in (b"", b"\r"):  # one empty line before a request is forgiven
-                data, begun = data.removeprefix(b"\r\n"), True
+                data = data.removeprefix(b"\r\n")
+                begun = True
             end = data.find(b"\r\n\r\n", max(seen - 3, 0))
-            if 0 <= end <= MOST_HEAD:
+            if 0 <= end <= MAX_HEAD:
                 self._ahead = data[end + 4 :]
                 return data[:end]
             if _BARE_LF.search(data, max(seen - 1, 0)):
                 raise malformed("a line feed without carriage return")
             seen = len(data)
-            if len(data) > MOST_HEAD:
+            if len(data) > MAX_HEAD:
                 line = data.find(b"\r\n")
-                if not 0 <= line <= MOST_LINE:
-                    raise ApiError("uri_too_long", f"The request line is longer than {MOST_LINE} bytes.")
-                raise ApiError("headers_too_large", f"The headers are longer than {MOST_HEAD} bytes.")
+                if not 0 <= line <= MAX_LINE:
+                    raise ApiError("uri_too_long", f"The request line is longer than {MAX_LINE} bytes.")
+                raise ApiError("headers_too_large", f"The headers are longer than {MAX_HEAD} bytes.")
             try:
                 more = self._more(deadline)
             except ApiError:
@@ -8479,7 +9260,8 @@ class Wire:
     def body(self, headers: Mapping[str, str], most: int, share: Share) -> Blob:
         """The request's body, by length or in chunks; request_too_large past `most` bytes, overloaded when there is no
         room for more bodies."""
-        start, read = time.monotonic(), 0
+        start = time.monotonic()
+        read = 0
         size = f"{most >> 20} MiB, see MAX_BODY_MB" if most >= 1 << 20 else f"{most >> 10} KiB here"
         too_large = ApiError("request_too_large", f"The body is larger than allowed ({size}).")
 
@@ -8496,7 +9278,8 @@ class Wire:
         length = int(headers.get("content-length", 0))
         if length > most:
             raise too_large
-        body, self._ahead = Blob(self._ahead[:length], share), self._ahead[length:]
+        body = Blob(self._ahead[:length], share)
+        self._ahead = self._ahead[length:]
         while (left := length - body.size) > 0:
             data = more()
             body.write(data[:left])
@@ -8504,7 +9287,9 @@ class Wire:
         return body
 
     def _chunks(self, more: Callable[[], bytes], most: int, too_large: ApiError, share: Share) -> Blob:
-        body, data, beside = Blob(share=share), bytearray(self._ahead), 0
+        body = Blob(share=share)
+        data = bytearray(self._ahead)
+        beside = 0
         small = bytearray()  # chunks that are written together
         while True:
             digits, _, extension = self._line(data, more).partition(b";")
@@ -8531,11 +9316,11 @@ class Wire:
             if data[:2] != b"\r\n":
                 raise malformed("a chunk's end")
             del data[:2]
-            if beside > MOST_LINE:
+            if beside > MAX_LINE:
                 raise malformed("so much beside the chunks")
         while line := self._line(data, more):
             beside += len(line)
-            if beside > MOST_LINE:
+            if beside > MAX_LINE:
                 raise ApiError("headers_too_large", "The trailers are too long.")
         body.write(bytes(small))
         self._ahead = bytes(data)
@@ -8544,11 +9329,11 @@ class Wire:
     @staticmethod
     def _line(data: bytearray, more: Callable[[], bytes]) -> bytes:
         while (end := data.find(b"\n")) < 0:
-            if len(data) > MOST_LINE:
+            if len(data) > MAX_LINE:
                 raise malformed("a line of the chunked body")
             data += more()
         line = bytes(data[:end])
-        if end > MOST_LINE or not _CHUNK_LINE.fullmatch(line):
+        if end > MAX_LINE or not _CHUNK_LINE.fullmatch(line):
             raise malformed("a line of the chunked body")
         del data[: end + 1]
         return line[:-1]
@@ -8631,7 +9416,10 @@ class Writer(Ticking):
         self.begun = self.gone = self.full = False
         self.events = 0
         self.on_room: Callable[[], object] = int
-        self._connection, self._request, self._stream, self.keep = connection, request, stream, keep
+        self._connection = connection
+        self._request = request
+        self._stream = stream
+        self.keep = keep
         self._sock, self._watch, self._loop = connection.sock, connection.client, connection.server.loop
         self._secure = isinstance(self._sock, ssl.SSLSocket)
         self._chunked = connection.version == "1.1"
@@ -8712,7 +9500,7 @@ class Writer(Ticking):
                 self._loop.soon(self._await_room)
 
     def _put(self, data: bytes) -> int:
-        """How many bytes the socket takes now."""
+        """Writes as much as the socket takes now; how many bytes that was."""
         sent = 0
         try:
             if not self._secure:
@@ -8791,7 +9579,7 @@ class Writer(Ticking):
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """What HTTPS needs, None for HTTP; SettingError when the files cannot be used."""
+    """The TLS context for HTTPS, None for HTTP; SettingError when the files cannot be used."""
     if not settings.tls_cert or not settings.tls_key:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -8814,7 +9602,8 @@ class Application:
         return Loop()
 
     def admit(self, request: Request) -> int:
-        """How many bytes the body of a request may have, of which the head alone is there; ApiError when it is refused."""
+        """The most bytes that the body of a request may have, of which only the head has come; ApiError when it is
+        refused."""
         return MAX_PUBLIC_BODY
 
     def respond(self, request: Request) -> Reply | Stream | Upgrade:
@@ -8835,7 +9624,7 @@ def is_loopback(text: str) -> bool:
 
 
 def place_of(peer: str) -> str:
-    """What one person may be expected to have of a peer's addresses: a house has 2**64 of IPv6."""
+    """The part of an address that one person can be expected to have: a house has 2**64 of IPv6."""
     with contextlib.suppress(ValueError):
         address = ipaddress.IPv6Address(peer.partition("%")[0])
         return str(address.ipv4_mapped or int(address) >> 64)
@@ -8903,7 +9692,8 @@ class Worker(threading.Thread):
 
     def __init__(self, workers: Workers, job: Callable[[], object]) -> None:
         super().__init__(name="request", daemon=True)
-        self.job, self.bell = job, threading.Lock()
+        self.job = job
+        self.bell = threading.Lock()
         self.bell.acquire()
         self._workers = workers
 
@@ -8926,8 +9716,12 @@ class Server(http.server.ThreadingHTTPServer):
         self, address: tuple[str, int], application: Application, settings: Settings, metrics: Metrics,
         quiet: bool = False,
     ) -> None:  # fmt: skip
-        self.application, self.settings, self.metrics, self.quiet = application, settings, metrics, quiet
-        self.loop, self.workers = application.loop, Workers()
+        self.application = application
+        self.settings = settings
+        self.metrics = metrics
+        self.quiet = quiet
+        self.loop = application.loop
+        self.workers = Workers()
         self.room = Room(ROOM_IN_MEMORY, max(ROOM_ON_DISK, 4 * (settings.max_body_mb << 20)))
         self.prefix = f"/{settings.api_prefix}" if settings.api_prefix else ""
         self.stopping = False  # no new requests
@@ -8944,7 +9738,8 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Binds without asking DNS for the host's name, as HTTPServer would."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name = str(self.server_address[0])
+        self.server_port = int(self.server_address[1])
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accepts a connection; without file descriptors left it waits a little rather than trying at full speed."""
@@ -8959,7 +9754,8 @@ class Server(http.server.ThreadingHTTPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Refuses what is over MAX_CONNECTIONS or MAX_CONNECTIONS_PER_ADDRESS, in the accepting thread and without
         waiting."""
-        peer, most = str(client_address[0]), self.settings.max_connections_per_address
+        peer = str(client_address[0])
+        most = self.settings.max_connections_per_address
         place = "" if not most or is_loopback(peer) else place_of(peer)
         with self._open_lock:
             crowded = bool(place) and self._from[place] >= most
@@ -9194,7 +9990,8 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
 
     def finish(self) -> None:
         """Closes without a reset that could overtake the answer: reads what the client still sends, for a moment."""
-        plain, end = self.plain, time.monotonic() + DRAIN_TIME
+        plain = self.plain
+        end = time.monotonic() + DRAIN_TIME
         with contextlib.suppress(OSError, ValueError):
             if isinstance(self.sock, ssl.SSLSocket):
                 self.sock.settimeout(1)
@@ -9283,17 +10080,20 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
         return False
 
     def _failed(self, failure: Exception, request: Request) -> ApiError:
-        """What the client is told of a failure; one that nobody foresaw is logged."""
+        """The reply for a failure; one that nobody foresaw is logged."""
         if not isinstance(failure, ApiError):
             log(logging.ERROR, "request failed", exc_info=True, id=self.request_id, route=request.route)
-            failure = ApiError("internal_error", f"chatproxy failed; its log has {self.request_id}.")
+            failure = ApiError(
+                "internal_error", f"chatproxy failed; its log has the details under {self.request_id}."
+            )
         self.failure = failure
         return failure
 
     def _parsed(self, head: bytes) -> tuple[Request, bool]:
         """The request by its head, and whether its connection may be kept."""
         method, target, version, headers = parse_head(head)
-        self.version, self.method = version[5:], method
+        self.version = version[5:]
+        self.method = method
         options = {word.strip().lower() for word in headers.get("connection", "").split(",")}
         keep = "close" not in options if version == "HTTP/1.1" else "keep-alive" in options
         if headers.get("expect", "100-continue").lower() != "100-continue":
@@ -9459,11 +10259,13 @@ class Router:
 
     def find(self, request: Request) -> Endpoint:
         """The endpoint of a request, whose `params` and `route` are set; not_found or method_not_allowed."""
-        methods, method = self._plain.get(request.path), "GET" if request.method == "HEAD" else request.method
+        methods = self._plain.get(request.path)
+        method = "GET" if request.method == "HEAD" else request.method
         if methods is None:
             for pattern, found in self._patterns:
                 if (methods is None or method in found) and (match := pattern.fullmatch(request.path)):
-                    request.params, methods = match.groupdict(), found
+                    request.params = match.groupdict()
+                    methods = found
                     if method in found:
                         break
         if methods is None:
@@ -9472,7 +10274,8 @@ class Router:
         request.route = next(iter(methods.values())).path
         if endpoint is None:
             allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
-            text, headers = f"Use {' or '.join(sorted(methods))} here.", {"Allow": ", ".join(allowed)}
+            text = f"Use {' or '.join(sorted(methods))} here."
+            headers = {"Allow": ", ".join(allowed)}
             raise ApiError("method_not_allowed", text, headers=headers)
         return endpoint
 
@@ -9495,7 +10298,7 @@ MAX_WAITING = 4  # wrong keys of one address that wait; further ones are refused
 # Callers' own tokens that the upstream is asked about at a time, a quarter of them from one address.
 MAX_STRANGERS = 16
 ADMIN_COOKIE = "chatproxy_admin_{}"  # and the port: browsers send a host's cookies to all of its ports
-MOST_REMEMBERED = 10_000  # addresses, sessions, tokens
+MAX_REMEMBERED = 10_000  # addresses, sessions, tokens
 # Headers by which a server in front of this one tells for whom it asks: what they are, or begin with.
 _FRONT_NAMES = {
     "via", "cdn-loop", "client-ip", "true-client-ip", "x-client-ip", "x-cluster-client-ip", "x-host", "x-url-scheme",
@@ -9533,7 +10336,7 @@ class Guesses:
     def _note(self, place: str, now: float) -> None:
         self._wrong[place] = [*self._recent(place, now)[-WRONG_KEYS:], now]
         self._wrong.move_to_end(place)
-        if len(self._wrong) > MOST_REMEMBERED:
+        if len(self._wrong) > MAX_REMEMBERED:
             self._wrong.popitem(last=False)
 
     def _recent(self, place: str, now: float) -> list[float]:
@@ -9542,7 +10345,8 @@ class Guesses:
     def slow_down(self, request: Request, wrong: bool = False) -> None:
         """Waits if there were many wrong keys from the peer's address; rate_limit_exceeded when enough wait already.
         `wrong`: it has come with one more."""
-        now, place = time.monotonic(), place_of(request.peer)
+        now = time.monotonic()
+        place = place_of(request.peer)
         with self._guesses_lock:
             recent = len(self._recent(place, now))
             if recent < WRONG_KEYS:
@@ -9552,7 +10356,7 @@ class Guesses:
             waiting, until = self._waiting.get(place, (0, now))
             if waiting >= MAX_WAITING:
                 headers = {"Retry-After": str(math.ceil(WRONG_KEY_TIME))}
-                text = "Too many wrong keys come from this address; send the right one, or come back in a minute."
+                text = "Too many wrong keys came from this address; send the right one, or try again in a minute."
                 raise ApiError("rate_limit_exceeded", text, headers=headers)
             until = min(max(now, until), now + waiting * WRONG_KEY_DELAY) + WRONG_KEY_DELAY  # some have left
             self._waiting[place] = (waiting + 1, until)
@@ -9576,7 +10380,10 @@ class Keys:
         extra: Iterable[str] = (),
     ) -> None:  # fmt: skip
         """`prove` asks the upstream about the token that a request brings: invalid_api_key when it does not accept it."""
-        self.settings, self.pool, self.ledger, self._prove = settings, pool, ledger, prove
+        self.settings = settings
+        self.pool = pool
+        self.ledger = ledger
+        self._prove = prove
         # Who has a key: how logs call them, and whose conversations, files and responses are theirs.
         self._keys = {
             self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
@@ -9631,23 +10438,28 @@ class Keys:
         digest = self._digest(key)
         request.admin = key != "" and self._is_administrators(digest)
         if key and (known := self._keys.get(digest)):
-            request.asker, request.scope = known[0], Scope(known[1], everyone=True)
+            request.asker = known[0]
+            request.scope = Scope(known[1], everyone=True)
         elif administers and request.admin:
-            request.asker, request.scope = "admin", Scope("key-admin", everyone=True)
+            request.asker = "admin"
+            request.scope = Scope("key-admin", everyone=True)
         elif key and (user := self._users.get(digest)):
             self._admit_user(request, user)
         elif not key:
             if not self.keyless:
                 text = "No API key was sent; send one as `Authorization: Bearer KEY`."
                 raise ApiError("invalid_api_key", text)
-            request.guest, request.asker = self.pool.login_free(), LOGIN_FREE
+            request.guest = self.pool.login_free()
+            request.asker = LOGIN_FREE
             request.scope = Scope(LOGIN_FREE)
         elif not own or not self.settings.allow_direct_tokens or not self._admit_own(request, key, digest):
             text = "send one of the server's AUTHORIZATION, an API user's token, or your own."
             raise self._refused(request, f"Incorrect API key provided: {text}")
 
     def _admit_user(self, request: Request, user: User) -> None:
-        request.asker, request.scope, request.user = f"user {user.name or user.id}", Scope(user.id), user.id
+        request.asker = f"user {user.name or user.id}"
+        request.scope = Scope(user.id)
+        request.user = user.id
         if request.method not in ("POST", "PATCH"):
             self.ledger.count(user.id)
         elif left := self.ledger.admit(user.id, user.limit):
@@ -9659,15 +10471,17 @@ class Keys:
         what is none of these. A stranger's body is not read before that, and nothing is kept for one."""
         if key.startswith("sk-"):
             if not request.path.startswith("/v1/"):
-                text = "An `sk-` key opens nothing but /v1, where OpenAI's API takes it."
+                text = "An `sk-` key works only under /v1, which is passed on to OpenAI's API."
                 raise ApiError("invalid_api_key", text)
-            request.key, request.asker = key, f"key {masked(key)}"
+            request.key = key
+            request.asker = f"key {masked(key)}"
         else:
             try:
                 request.guest = self.pool.guest(callers_token(key))
             except ValueError:
                 return False
-            request.asker, request.scope = request.guest.name, Scope(request.guest.id)
+            request.asker = request.guest.name
+            request.scope = Scope(request.guest.id)
         guest = request.guest
         pooled = guest is not None and not guest.row.guest
         refused = guest is not None and guest.row.state != "ready"  # since it was accepted
@@ -9689,7 +10503,7 @@ class Keys:
         place = place_of(request.peer)
         with self._remembered_lock:
             if sum(self._strangers.values()) >= MAX_STRANGERS or self._strangers[place] >= MAX_STRANGERS // 4:
-                raise overloaded("Too many new tokens are being looked at just now", 1)
+                raise overloaded("Too many new tokens are being checked just now", 1)
             self._strangers[place] += 1
         try:
             self._prove(request)
@@ -9699,7 +10513,7 @@ class Keys:
         self.guesses.forgive(request.peer)
         with self._remembered_lock:
             self._proved[digest] = None
-            if len(self._proved) > MOST_REMEMBERED:
+            if len(self._proved) > MAX_REMEMBERED:
                 self._proved.popitem(last=False)
 
     def doubt(self, request: Request) -> None:
@@ -9713,14 +10527,18 @@ class Keys:
     def admit_admin(self, request: Request, named: str = "", sessions: bool = True) -> None:
         """Admits the administrator's key (in the header, or `named` elsewhere in the request) and, from a page of this
         server, who signed in with it. Without any key set, clients of this machine, until there is an API user."""
-        request.asker, request.admin, request.scope = "admin", True, Scope("key-admin", everyone=True)
+        request.asker = "admin"
+        request.admin = True
+        request.scope = Scope("key-admin", everyone=True)
         if self.settings.administrator is None:
             browsed = not sessions and "sec-fetch-site" in request.headers  # a link that changes something
             if self._users:
                 text = "There are API users now: set ADMIN_KEY to administer this server."
                 raise ApiError("invalid_api_key", text)
             if browsed or not self._local(request) or self._foreign(request):
-                text = "Admin routes answer only this machine, asked directly, until ADMIN_KEY is set."
+                text = (
+                    "Until ADMIN_KEY is set, admin routes answer only this machine, with no proxy in between."
+                )
                 raise ApiError("invalid_api_key", text)
         elif key := self.given(request) or named:
             self._check(request, key)
@@ -9738,10 +10556,13 @@ class Keys:
     def admit_agent(self, request: Request, named: str) -> None:
         """Admits who has the agents' key, in the header or `named` in the query; without any key set, this machine."""
         request.asker = "agent"
-        key, wanted = self.given(request) or named, self.settings.agent_key or self.settings.administrator
+        key = self.given(request) or named
+        wanted = self.settings.agent_key or self.settings.administrator
         if wanted is None:
             if not self._local(request):
-                raise ApiError("invalid_api_key", "Agents connect from this machine until AGENT_KEY is set.")
+                raise ApiError(
+                    "invalid_api_key", "Until AGENT_KEY is set, agents can connect only from this machine."
+                )
         elif not key:
             raise ApiError("invalid_api_key", "An agent needs the key; connect to /client/register?key=KEY.")
         elif not hmac.compare_digest(self._digest(key), self._digest(wanted)):
@@ -9801,7 +10622,8 @@ class Keys:
 
     def _signed_in(self, request: Request) -> bool:
         """Whether a request has the cookie of a session and, if it changes anything, comes from a page of this server."""
-        headers, digest = request.headers, self._cookie(request)
+        headers = request.headers
+        digest = self._cookie(request)
         changes = request.method not in ("GET", "HEAD")
         if self._foreign(request) or (changes and not {"origin", "sec-fetch-site"} & set(headers)):
             return False
@@ -9823,7 +10645,7 @@ class Keys:
         token = secrets.token_urlsafe(32)
         with self._remembered_lock:
             self._sessions[self._digest(token)] = time.time() + SESSION_LIFE
-            if len(self._sessions) > MOST_REMEMBERED:
+            if len(self._sessions) > MAX_REMEMBERED:
                 self._sessions.popitem(last=False)
         return self._cookie_header(request, token, int(SESSION_LIFE))
 
@@ -9849,235 +10671,6 @@ def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
     user = User(f"user-{secrets.token_hex(4)}", name, digest, time.time(), limit)
     store.put_user(user)
     return user, token
-
-
-# ============================================================================================================
-# agents: browsers that connect and answer questions
-# ============================================================================================================
-
-PING_PATIENCE, ANSWER_PATIENCE = 5.0, 120.0  # seconds that an agent has for the one and the other
-HOLDER_PATIENCE = 2.0  # and that one has to show that it is there when another claims its id
-MOST_HELD_BY_AGENTS = 100_000  # conversations
-_AGENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-class AgentAnswer(NamedTuple):
-    """What an agent says: its text, the message's id, and the conversation to go on with."""
-
-    content: str
-    response: str
-    conversation: str
-
-
-class AgentLost(Exception):
-    """An agent that hung up, or is `silent`: it did not answer in time."""
-
-    def __init__(self, message: str, silent: bool = False) -> None:
-        super().__init__(message)
-        self.silent = silent
-
-
-class Agent:
-    """One place in the list of agents: whoever has its id has its conversations, over one connection at a time."""
-
-    def __init__(self, id: str) -> None:
-        self.id = id
-        self.web: WebSocket | None = None
-        self.heard, self.asked = time.time(), 0.0  # when it last answered, and was last asked (Unix seconds)
-        self.waiting: dict[str, Future[dict[str, Any]]] = {}  # by the id of what it was sent
-
-
-class Agents:
-    """The agents that are connected. "Agents (ChatGPT-API-server's protocol)": many questions may be under way at one
-    of them, and answers come in any order."""
-
-    def __init__(self) -> None:
-        self._agents_lock = threading.Lock()
-        self._agents: dict[str, Agent] = {}  # those that are connected
-        self._holders: OrderedDict[str, Held] = OrderedDict()  # conversations → agents, connected or not
-
-    def connected(self) -> list[Agent]:
-        """The agents, the one asked longest ago first."""
-        with self._agents_lock:
-            return sorted(self._agents.values(), key=lambda agent: agent.asked)
-
-    def serve(self, web: WebSocket) -> bool:
-        """Lets an agent in: whether it is there now, and listened to."""
-        offered = new_id()
-        web.send(compact({"id": offered, "message": "Connection id", "data": ""}))
-        said = self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))
-        if said is None:
-            return False
-        id = said.get("id")
-        wanted = id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered
-        agent = self._take_place(offered if self._taken(wanted) else wanted, web)
-        log(logging.INFO, "agent connected", agent=agent.id)
-        web.listen(functools.partial(self._hear, agent))
-        if not web.at_end(functools.partial(self._leave, agent, web)):
-            self._leave(agent, web)
-        return True
-
-    def _hear(self, agent: Agent, text: str) -> None:
-        """An agent says something, which may be an answer; in the loop."""
-        said = self._heard(text) or {}
-        with self._agents_lock:
-            agent.heard = time.time()
-            waiting = agent.waiting.pop(str(said.get("id")), None)
-        if waiting and not waiting.done():
-            waiting.set_result(said)
-
-    @staticmethod
-    def _heard(text: str | None) -> dict[str, Any] | None:
-        """A message of the protocol, {} for what is none; None at the end."""
-        return None if text is None else Answer(200, {}, text.encode()).object() or {}
-
-    def _taken(self, id: str) -> bool:
-        """Whether the agent of this id is there, and answers: then nobody else gets its place and its conversations."""
-        with self._agents_lock:
-            agent = self._agents.get(id)
-        if agent is None:
-            return False
-        try:
-            self._exchange(agent, "ping", "", HOLDER_PATIENCE, Watch())
-        except AgentLost:
-            return False
-        return True
-
-    def _take_place(self, id: str, web: WebSocket) -> Agent:
-        """The place of this id, taken over from an earlier connection."""
-        with self._agents_lock:
-            agent = self._agents.setdefault(id, Agent(id))
-            before, agent.web, agent.heard = agent.web, web, time.time()
-            lost, agent.waiting = agent.waiting, {}
-        self._lose(lost)
-        if before is not None:
-            before.close(1000, "the agent connected anew")
-            before.drop("the agent connected anew")
-        return agent
-
-    def _leave(self, agent: Agent, web: WebSocket) -> None:
-        log(logging.INFO, "agent gone", agent=agent.id)
-        with self._agents_lock:
-            if agent.web is not web:
-                return  # another connection has the place
-            self._agents.pop(agent.id, None)
-            lost, agent.waiting = agent.waiting, {}
-        self._lose(lost)
-
-    @staticmethod
-    def _lose(waiting: Mapping[str, Future[dict[str, Any]]]) -> None:
-        for future in waiting.values():
-            if not future.done():
-                future.set_exception(AgentLost("the agent hung up"))
-
-    def _exchange(
-        self, agent: Agent, message: str, data: str, patience: float, watch: Watch
-    ) -> dict[str, Any]:
-        """Sends a message; the answer with its id. AgentLost when there is none in time."""
-        id, future = new_id(), Future[dict[str, Any]]()
-        with self._agents_lock:
-            web = agent.web
-            if web is None or self._agents.get(agent.id) is not agent:
-                raise AgentLost("the agent hung up")
-            agent.waiting[id] = future
-            web.needed = len(agent.waiting)
-        try:
-            web.send(compact({"id": id, "message": message, "data": data}))
-            return watch.result(future, patience)
-        except Closed:
-            raise AgentLost("the agent hung up") from None
-        except TimeoutError:
-            raise AgentLost("the agent did not answer in time", silent=True) from None
-        finally:
-            with self._agents_lock:
-                agent.waiting.pop(id, None)
-                web.needed = len(agent.waiting)
-
-    def ask(self, content: str, conversation: str, parent: str, scope: Scope, watch: Watch) -> AgentAnswer:
-        """An answer: of the agent that holds the conversation, without one of whoever answers a ping first, beginning
-        with the one asked longest ago. ApiError no_agent when none is there, agent_lost when the one that holds the
-        conversation is not, or fails; not_found when that is not the caller's to go on with."""
-        if conversation and not scope.covers(self._holders.get(conversation, Held("")).owner):
-            raise ApiError("not_found", "There is no such conversation.")
-        holder, tried, end = (
-            self._holder(conversation),
-            list[WebSocket | None](),
-            time.monotonic() + ANSWER_PATIENCE,
-        )
-        while True:
-            agents = [one for one in self.connected() if one.web not in tried]
-            if conversation:
-                agents = [one for one in agents if one.id == holder]
-            if not agents and conversation:
-                raise ApiError("agent_lost", "The agent that holds this conversation is not connected.")
-            if not agents:
-                raise ApiError("no_agent", "No agent is available.", headers={"Retry-After": "30"})
-            agent = agents[0]
-            tried.append(web := agent.web)
-            agent.asked = time.time()
-            try:
-                self._exchange(agent, "ping", "", PING_PATIENCE, watch)
-            except AgentLost:
-                if web and agent.web is web:  # and has not come back meanwhile
-                    web.drop("it did not answer a ping")
-                continue
-            data = {"message_id": new_id(), "conversation_id": conversation, "parent_id": parent or new_id()}
-            asked, left = compact(data | {"content": content}), max(0.0, end - time.monotonic())
-            try:
-                said = self._exchange(agent, "ChatGptRequest", asked, left, watch)
-            except AgentLost as lost:
-                if conversation or lost.silent:
-                    raise ApiError("agent_lost", f"The question is lost: {lost}.") from None
-                continue
-            return self._answer(agent, said, scope)
-
-    def answer(self, attempt: Attempt, sink: Sink) -> None:
-        """Has a question answered, in one piece. An agent is told the whole conversation, unless it holds that."""
-        question, messages = attempt.question, attempt.question.messages
-        lines = [f"{one.role.capitalize()}: {one.text}" for one in messages]
-        content = messages[0].text if len(messages) == 1 else "\n\n".join(lines)
-        given = question.conversation or "", question.parent or ""
-        said = self.ask(content, *given, attempt.scope, attempt.watch)
-        sink.take(
-            [
-                Begin(question.model, said.conversation, said.response),
-                Text(said.content),
-                Finish("stop", said.conversation, said.response),
-            ]
-        )
-
-    def _holder(self, conversation: str) -> str | None:
-        """The agent of a conversation; of one that nobody is known to hold, the only agent that there is."""
-        with self._agents_lock:
-            only = next(iter(self._agents)) if len(self._agents) == 1 else None
-            held = self._holders.get(conversation)
-            return held.account if held else only
-
-    def holds(self, conversation: str) -> bool:
-        """Whether a conversation is known to be an agent's."""
-        return conversation in self._holders
-
-    def _answer(self, agent: Agent, said: Mapping[str, Any], scope: Scope) -> AgentAnswer:
-        """An agent's answer; ApiError agent_lost for a failure that it reports, or what cannot be understood."""
-        data = str(said.get("data") or "").encode("utf-8", "replace")
-        value = Answer(200, {}, data).object() or {}
-        content, response = value.get("content"), str(value.get("response_id") or "")
-        conversation = str(value.get("conversation_id") or "")
-        if said.get("message") == "error" or said.get("error") or not isinstance(content, str):
-            # Its own words may be anybody's, and this is logged.
-            raise ApiError(
-                "agent_lost", "The agent reported a failure; the console of its browser tells more."
-            )
-        held = Held(agent.id, scope.owner)
-        if _AGENT_ID.fullmatch(conversation):
-            with self._agents_lock:
-                held = self._holders.setdefault(conversation, held)
-                self._holders.move_to_end(conversation)
-                if len(self._holders) > MOST_HELD_BY_AGENTS:
-                    self._holders.popitem(last=False)
-        # Nobody is led into a conversation of another agent's, or of somebody else's.
-        own = held.account == agent.id and scope.covers(held.owner)
-        return AgentAnswer(content, response, conversation if own else "")
 
 
 # ============================================================================================================
@@ -10117,13 +10710,22 @@ class App(Application):
     def __init__(
         self, settings: Settings, store: Store, solver: Solver, extra_keys: Iterable[str] = ()
     ) -> None:
-        self.settings, self.store, self.solver, self.loop = settings, store, solver, Loop()
+        self.settings = settings
+        self.store = store
+        self.solver = solver
+        self.loop = Loop()
         self.metrics = Metrics()
-        self.pool, self.ledger = Pool(settings, store), Ledger(store)
+        self.pool = Pool(settings, store)
+        self.ledger = Ledger(store)
         self.keys = Keys(settings, self.pool, self.ledger, self._prove, extra_keys)
-        self.upstream = ChatGPT(settings, self.pool, self.loop, solver, self.metrics)
+        self.connections = Connections(settings, self.pool, self.loop, self.metrics)
+        self.renewals = Renewals(self.connections)
+        self.upstream = ChatGPT(self.connections, Fetcher(settings, self.loop), solver)
         self.files = Files(self.pool, self.upstream)
-        self.turns, self.agents = Turns(self.upstream, self.files, self.ledger), Agents()
+        self.turns = Web(self.upstream, self.renewals, self.files, self.ledger)
+        self.agents = Agents(self.metrics)
+        upstreams: tuple[Upstream, ...] = (self.turns, self.agents)
+        self.upstreams = {upstream.name: upstream for upstream in upstreams}
         self.tokens = Tokens()
         self._stale = False  # whether another process has stored what is not taken in yet
         self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
@@ -10131,6 +10733,12 @@ class App(Application):
         self.metrics.gauge("chatproxy_loop_seconds", lambda: {"": self.loop.longest()})
         self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
+
+    def close(self) -> None:
+        """Begins no more background work, and ends the loop."""
+        self.upstream.close()
+        self.renewals.close()
+        self.loop.close()
 
     def shared(self) -> bool:
         """Pages of other sites may read answers once there is a key that they must send."""
@@ -10159,8 +10767,10 @@ class App(Application):
             raise
 
     def _admit(self, request: Request) -> int:
-        under_v1, whole = request.path.startswith("/v1/"), self.settings.max_body_mb << 20
-        absent, given = request.path.startswith(ABSENT), Keys.given(request)
+        under_v1 = request.path.startswith("/v1/")
+        whole = self.settings.max_body_mb << 20
+        absent = request.path.startswith(ABSENT)
+        given = Keys.given(request)
         try:
             request.endpoint = endpoint = ROUTER.find(request)
         except ApiError:
@@ -10199,7 +10809,7 @@ class App(Application):
             return
 
         self.pool.lease_guest(account, "")
-        self.upstream.token(account, watch)
+        self.renewals.token(account, watch)
         if account.row.kind == REFRESH:  # which was exchanged just now, or earlier
             return
         try:
@@ -10215,7 +10825,7 @@ class App(Application):
             (1, self._refresh_on_schedule),
             (10, self._sweep),
             (10, self._retry_store),
-            (10, lambda: self.upstream.renew_due(time.time())),
+            (10, lambda: self.renewals.renew_due(time.time())),
             (10, self.ledger.save),
             (60, self.pool.keep_cookies),
             (3600, lambda: self.store.prune(time.time())),
@@ -10237,7 +10847,7 @@ class App(Application):
             log(logging.ERROR, "background job failed", exc_info=True)
 
     def _take_in(self) -> None:
-        """What another process has stored."""
+        """Takes in the changes that another process has stored."""
         self._stale = self.store.changed() or self._stale
         if self._stale:
             self.pool.reload()
@@ -10247,12 +10857,11 @@ class App(Application):
     def _refresh_on_schedule(self) -> None:
         if self._refresh <= (now := time.time()):
             self._refresh = next_refresh(now)
-            self.upstream.refresh_all(now)
+            self.renewals.refresh_all(now)
 
     def _sweep(self) -> None:
         """Lets go of what is old."""
-        self.upstream.handles.sweep(time.monotonic())
-        self.upstream.guest_handles.sweep(time.monotonic())
+        self.connections.sweep(time.monotonic())
         self.upstream.sweep_spares()
 
     def _retry_store(self) -> None:
@@ -10300,7 +10909,8 @@ _RELAYED_HEADERS = ("retry-after", "content-encoding")
 
 
 def _relayed_url(app: App, request: Request) -> str:
-    """Where a request goes at OPENAI_API_URL: its path, which begins with /v1/, encoded anew step by step."""
+    """The URL of a relayed request: OPENAI_API_URL and the request's path, which begins with /v1/, encoded anew step
+    by step."""
     steps = [urllib.parse.quote(step, safe="!$&'()*+,;=:@~") for step in request.path.split("/")]
     return (
         app.settings.openai_api_url + "/".join(steps) + (f"?{request.raw_query}" if request.raw_query else "")
@@ -10317,12 +10927,14 @@ def _to_openai(
     kept: bool = True,
 ) -> Call:
     """A call with an `sk-` key; what is answered is passed on as it comes, since nobody knows what it becomes decoded."""
-    proxies, owner = app.settings.proxy_url, hashlib.sha256(request.key.encode("latin-1")).hexdigest()
-    proxy = proxies[drawn_lot(owner) % len(proxies)] if proxies else ""
-    route, silence = Route("", proxy), float(app.settings.upstream_timeout)
+    proxies = app.settings.proxy_url
+    owner = hashlib.sha256(request.key.encode("latin-1")).hexdigest()
+    proxy = proxies[stable_number(owner) % len(proxies)] if proxies else ""
+    egress = Egress("", proxy)
+    silence = float(app.settings.upstream_timeout)
     lines = [*lines, b"Accept-Encoding: identity"]
-    handles, watch = app.upstream.guest_handles, request.watch
-    call = handles.call(owner, route, method, url, lines, body, watch, silence, kept)
+    handles, watch = app.connections.guest_handles, request.watch
+    call = handles.call(owner, egress, method, url, lines, body, watch, silence, kept)
     call.handle.as_it_comes()
     return call
 
@@ -10349,96 +10961,83 @@ def _relayed(call: Call, writer: Writer) -> None:
 class Streamed(Sink):
     """An answer for a client that gets it as it comes."""
 
-    def __init__(self, answered: CompletionStream | ModelResponse, writer: Writer) -> None:
+    def __init__(self, rendering: CompletionStream | ModelResponse, writer: Writer) -> None:
         self.outlet: Writer = writer
-        self._answered, self.careful = answered, answered.trims
+        self._rendering, self.careful = rendering, rendering.trims
 
     def light(self, events: list[Event]) -> bool:
-        return self._answered.light(events)
+        return self._rendering.light(events)
 
     def take(self, events: list[Event]) -> None:
-        self.outlet.write(*self._answered.feed(events))
-        self.over = self._answered.cut
+        self.outlet.write(*self._rendering.feed(events))
+        self.over = self._rendering.cut
 
 
 class Whole(Sink):
     """An answer for a client that waits for its end."""
 
-    def __init__(self, answered: Answered, take: Callable[[list[Event]], object]) -> None:
-        self._answered, self._take, self.careful = answered, take, answered.trims
+    def __init__(self, rendering: Rendering, take: Callable[[list[Event]], object]) -> None:
+        self._rendering, self._take, self.careful = rendering, take, rendering.trims
 
     def light(self, events: list[Event]) -> bool:
-        return self._answered.light(events)
+        return self._rendering.light(events)
 
     def take(self, events: list[Event]) -> None:
         self._take(events)
-        self.over = self._answered.cut
+        self.over = self._rendering.cut
 
 
-def _ask(
-    app: App,
-    request: Request,
-    turn: Turn,
-    sink: Sink,
-    answered: Answered,
-    attempts: list[Attempt] | None = None,
-) -> None:
-    """Has a turn answered, and counts its tokens for the API user who asked; `attempts` gets those that are made for it."""
-    attempts = [] if attempts is None else attempts
+def _asked(request: Request, question: Question, signed_in: bool = False) -> Asked:
+    """A question as the caller asks it."""
+    return Asked(question, request.watch, request.guest, request.scope, signed_in)
 
-    def ask(question: Question, sink: Sink) -> None:
-        attempts.append(Attempt(question, request.watch, request.guest, request.scope))
-        attempts[-1].materials = attempts[0].materials  # what has been fetched is not fetched again
-        if first := attempts[0].account:
-            attempts[-1].preferred = first.id  # nor uploaded
-        _by_order(app, attempts[-1], sink)
 
+def _ask(app: App, request: Request, asked: Asked, sink: Sink, rendering: Rendering) -> None:
+    """Has a question answered, and counts its tokens for the API user who asked."""
     try:
-        exchange(turn, ask, sink, request.watch)
+        _by_order(app, asked, sink, app.settings.upstream_order)
     finally:
-        if request.user and answered.message:
-            app.ledger.count(request.user, tokens=sum(answered.counted()[:2]))
+        if request.user and rendering.message:
+            app.ledger.count(request.user, tokens=sum(rendering.counted()[:2]))
 
 
-def _by_order(app: App, attempt: Attempt, sink: Sink) -> None:
-    """The answer of whom UPSTREAM_ORDER names first, or of the next when that has nobody to answer."""
-    question, order = attempt.question, app.settings.upstream_order.split(",")
-    talk = question.conversation or ""
-    if attempt.guest and attempt.guest.row.kind != LOGIN_FREE:
-        order = ["pool"]  # which asks the caller's account
-    elif talk and len(order) > 1:
-        if app.agents.holds(talk):
-            order = ["agents"]
-        elif app.pool.holder(talk, attempt.scope):
-            order = ["pool"]
+def _by_order(app: App, asked: Asked, sink: Sink, names: Iterable[str]) -> None:
+    """The answer of the first of these upstreams, or of the next one when that has nobody to answer."""
+    question = asked.question
+    order = [app.upstreams[name] for name in names]
+    if asked.guest and asked.guest.row.kind != LOGIN_FREE:
+        order = [app.turns]  # which asks the caller's account
+    elif question.conversation and len(order) > 1:
+        holders = [one for one in order if one.holds(question.conversation, asked.scope)]
+        order = holders[:1] or order
     elif question.attachments:
-        order = [place for place in order if place != "agents"]
+        order = [one for one in order if one.files]
         if not order:
-            raise invalid(
-                question.attachments[0].where, "Agents take no files; name `pool` in UPSTREAM_ORDER too."
-            )
-    upstreams: dict[str, Callable[[Attempt, Sink], None]] = {
-        "pool": app.turns.answer,
-        "agents": app.agents.answer,
-    }
-    for name in order:
+            text = "Agents take no files; name `pool` in UPSTREAM_ORDER too."
+            raise invalid(question.attachments[0].where, text)
+    for upstream in order:
         try:
-            upstreams[name](attempt, sink)
+            upstream.answer(asked, sink)
             return
         except ApiError as error:
-            if name == order[-1] or error.code not in ("no_agent", "no_account", "rate_limit_exceeded"):
+            passes = error.code in ("no_agent", "no_account", "rate_limit_exceeded") and not asked.begun
+            if upstream is order[-1] or not passes:
                 raise
 
 
-def _all(app: App, request: Request, attempt: Attempt) -> list[Event]:
-    """The events of a whole answer that is used here, and counted for the API user who asked."""
-    collected = Collected()
-    app.turns.answer(attempt, collected)
+def _all(app: App, request: Request, asked: Asked) -> Collected:
+    """A whole answer of the pool's that is used here, counted for the API user who asked."""
+    answer = Collected()
+    app.turns.answer(asked, answer)
     if request.user:
-        texts = [message.text for message in attempt.question.messages]
-        texts += [event.text for event in collected.events if isinstance(event, Text)]
+        texts = [message.text for message in asked.question.messages]
+        texts += [event.text for event in answer.events if isinstance(event, Text)]
         app.ledger.count(request.user, tokens=sum(map(app.tokens.count, texts)))
-    return collected.events
+    return answer
+
+
+def _text_of(events: Iterable[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Text))
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------
@@ -10450,15 +11049,16 @@ def chat_completions(app: App, request: Request) -> Reply | Stream | Upgrade:
     settings = app.settings
     turn = parse_chat(request.json(), settings.history_disabled, settings.upload_by_url)
     extras = not settings.history_disabled
+    asked = _asked(request, turn.question)
     if turn.stream:
         stream = CompletionStream(turn, app.tokens, extras, bool(request.user))
 
         def write(writer: Writer) -> None:
-            _ask(app, request, turn, Streamed(stream, writer), stream)
+            _ask(app, request, asked, Streamed(stream, writer), stream)
 
         return Stream(write, opens=True)
     completion = Completion(turn, app.tokens, extras)
-    _ask(app, request, turn, Whole(completion, completion.take), completion)
+    _ask(app, request, asked, Whole(completion, completion.take), completion)
     return json_reply(completion.whole())
 
 
@@ -10467,19 +11067,17 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
     body = request.json()
     check_types(body, RESPONSE_FIELDS)
-    earlier, names = _earlier(app, request, body.get("previous_response_id"))
+    earlier = _earlier(app, request, body.get("previous_response_id"))
     find = KeptItems(app, request).find
-    wanted = parse_response(body, earlier, names, find, app.settings.upload_by_url)
-    attempts: list[Attempt] = []
+    wanted = parse_response(body, earlier, find, app.settings.upload_by_url)
+    asked = _asked(request, wanted.turn.question)
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
         if wanted.store:
-            # The last one that got as far as an account; an agent has none.
-            asked = next((one for one in reversed(attempts) if one.account), attempts[-1])
             try:
-                turn = _kept_turn(app, request.scope.owner, response, asked)
-                text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, turn))
-                items = items if len(items) <= MOST_EARLIER else ""  # too long to be gone on from
+                kept = _kept_items(app, asked, wanted) + response.items
+                text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, kept))
+                items = items if len(items) <= MAX_EARLIER else ""  # too long to be gone on from
                 app.store.put_response(response.id, request.scope.owner, text, items, time.time())
             except StoreUnavailable:
                 whole["store"] = wanted.echo["store"] = False
@@ -10488,36 +11086,40 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     if wanted.turn.stream:
 
         def write(writer: Writer) -> None:
-            _ask(app, request, wanted.turn, Streamed(response, writer), response, attempts)
+            _ask(app, request, asked, Streamed(response, writer), response)
 
         return Stream(write, opens=True)
-    _ask(app, request, wanted.turn, Whole(response, response.feed), response, attempts)
+    _ask(app, request, asked, Whole(response, response.feed), response)
     return json_reply(response.whole())
 
 
-MOST_EARLIER = 4 << 20  # characters
+MAX_EARLIER = 4 << 20  # characters
 
 
-def _earlier(app: App, request: Request, id: Any) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """The messages that a response can be gone on from, and what was called in them."""
+def _earlier(app: App, request: Request, id: Any) -> list[dict[str, Any]]:
+    """The items that a response can be gone on from."""
     if id is None:
-        return (), {}
+        return []
     where = "previous_response_id"
     items = _kept_response(app, request, str(id), where)[1]
-    if not items or len(items) > MOST_EARLIER:
-        raise ApiError("request_too_large", "What was said before has become too long; begin anew.", where)
+    if not items or len(items) > MAX_EARLIER:
+        raise ApiError(
+            "request_too_large", "The earlier conversation has become too long; begin a new one.", where
+        )
     kept = json.loads(items)
-    messages = []
-    for one in kept["messages"]:
-        parts = [part if isinstance(part, str) else Attachment(where, **part) for part in one["parts"]]
-        messages.append(Message(one["role"], tuple(parts)))
-    return tuple(messages), kept["names"]
+    if not isinstance(kept, list):  # as an earlier version kept it
+        raise _no_response(where)
+    return dicts(kept)
+
+
+def _no_response(where: str | None = None) -> ApiError:
+    return ApiError("not_found", "There is no such response; they are kept for 24 hours.", where)
 
 
 def _kept_response(app: App, request: Request, id: str, where: str | None = None) -> tuple[str, str]:
     if kept := app.store.response(id, request.scope, time.time()):
         return kept
-    raise ApiError("not_found", "There is no such response; they are kept for 24 hours.", where)
+    raise _no_response(where)
 
 
 MAX_REFERENCES = 100  # items of kept responses that a request may name
@@ -10542,29 +11144,24 @@ class KeptItems:
         item = self._items[response].get(id)
         self._found += 1
         self._size += len(compact(item)) if item else 0
-        if self._found > MAX_REFERENCES or self._size > MOST_EARLIER:
+        if self._found > MAX_REFERENCES or self._size > MAX_EARLIER:
             raise ApiError(
-                "request_too_large", "The request names too much of what was said before.", "input"
+                "request_too_large",
+                "The request refers to more earlier items than are read at a time.",
+                "input",
             )
         return item
 
 
-def _kept_turn(app: App, owner: str, response: ModelResponse, attempt: Attempt) -> dict[str, Any]:
-    """What a later request needs to go on: the messages with their files as the account holds them, and the answer."""
+def _kept_items(app: App, asked: Asked, wanted: ResponseRequest) -> list[dict[str, Any]]:
+    """The messages before an answer, as items, with the files as the account that answered holds them."""
 
-    def part(one: str | Attachment) -> Any:
-        if isinstance(one, str) or attempt.account is None:
-            return one
-        file = app.files.owned(attempt.account, attempt.materials[one][0], owner)
-        return {"file": one.file or file.id, "image": one.image, "name": one.name, "mime": one.mime}
+    def place(attachment: Attachment) -> str:
+        if attachment.file or asked.account is None:
+            return attachment.file
+        return app.files.owned(asked.account, asked.materials[attachment][0], asked.scope.owner).id
 
-    calls = [item for item in response.items if item["type"] == "function_call"]
-    said = [response.text, *(call_text(call["name"], call["arguments"]) for call in calls)]
-    request = response.request
-    messages = [{"role": one.role, "parts": [part(p) for p in one.parts]} for one in request.messages]
-    messages.append({"role": "assistant", "parts": [text for text in said if text]})
-    names = {**request.names, **{call["call_id"]: call["name"] for call in calls}}
-    return {"messages": messages, "names": names}
+    return as_items(wanted.messages, place)
 
 
 @ROUTER.on("GET", "/v1/responses/{id}", access=OR_ADMIN)
@@ -10587,29 +11184,11 @@ def responses_delete(app: App, request: Request) -> Reply:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-MOST_ASKED = 20  # accounts for their models
-
-
 def _listed_models(app: App, request: Request) -> dict[str, int]:
-    """The models that the caller may name, and when they were listed: those of the pool's accounts (of a large pool at
-    least one of every plan), and the aliases."""
-    accounts = [request.guest] if request.guest else app.pool.accounts()
-    able = [one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"]
-    plans = {one.row.plan: one for one in able}
-    asked = list(dict.fromkeys([*plans.values(), *able]))[:MOST_ASKED]
-
-    def read(account: Account, watch: Watch) -> Account:
-        ask = functools.partial(app.upstream.models, watch=watch)
-        try:
-            app.turns.do("models", request.guest, ask, watch, account.id)
-        except ApiError:
-            if not account.models[1]:  # else what it is known to offer stays listed
-                raise
-        return account
-
-    if asked:
-        side_by_side([functools.partial(read, one) for one in asked], request.watch)
-    found = {name: int(account.models[0]) for account in able for name in account.models[1]}
+    """The models that the caller may name, and when they were listed: those of the upstreams, and the aliases."""
+    found: dict[str, int] = {}
+    for upstream in app.upstreams.values():
+        found |= upstream.models(request.guest, request.watch)
     return found | {name: int(time.time()) for name in ALIASES if name not in found}
 
 
@@ -10630,7 +11209,8 @@ def models_list(app: App, request: Request) -> Reply:
 @ROUTER.on("GET", "/v1/models/{id}", "/v1/engines/{id}")
 def models_retrieve(app: App, request: Request) -> Reply:
     """one of the models, or any GPT by its `g-…`"""
-    id, models = request.params["id"], _listed_models(app, request)
+    id = request.params["id"]
+    models = _listed_models(app, request)
     if id not in models and not _GPT.fullmatch(id):
         text = "There is no such model; GET /v1/models lists those there are."
         raise ApiError("model_not_found", text, "model")
@@ -10665,7 +11245,9 @@ def _form_text(form: Mapping[str, list[Part]], name: str, default: str = "") -> 
 def files_create(app: App, request: Request) -> Reply:
     """uploads a file (form fields `file` and `purpose`) to an account of the pool, which from then on answers what uses it"""
     form = parse_form(request.headers, request.body)
-    part, purpose, owner = _form_file(form, "file")[0], _form_text(form, "purpose"), request.scope.owner
+    part = _form_file(form, "file")[0]
+    purpose = _form_text(form, "purpose")
+    owner = request.scope.owner
     if purpose not in PURPOSES:
         raise unfit("purpose", f"must be one of {', '.join(PURPOSES)}.")
     file = app.files.described(part.blob, part.file_name or "", part.content_type, owner)
@@ -10760,7 +11342,7 @@ IMAGE_FIELDS: Types = {
     "prompt": _TEXT, "model": _TEXT, "n": _INTEGER, "size": _TEXT, "quality": _TEXT, "response_format": _TEXT,
     "stream": _FLAG, "user": _TEXT,
 }  # fmt: skip
-MOST_IMAGES = 4
+MAX_IMAGES = 4
 
 
 @ROUTER.on("POST", "/v1/images/generations")
@@ -10794,10 +11376,13 @@ def images_edits(app: App, request: Request) -> Reply:
 
 def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Attachment]) -> Reply:
     """The images that parallel turns draw."""
-    prompt, n, size, quality = required(body, "prompt"), body.get("n"), body.get("size"), body.get("quality")
+    prompt = required(body, "prompt")
+    n = body.get("n")
+    size = body.get("size")
+    quality = body.get("quality")
     n = 1 if n is None else n
-    if not 1 <= n <= MOST_IMAGES:
-        raise unfit("n", f"must be from 1 to {MOST_IMAGES}.")
+    if not 1 <= n <= MAX_IMAGES:
+        raise unfit("n", f"must be from 1 to {MAX_IMAGES}.")
     if body.get("stream"):
         raise unfit("stream", "must be false: the upstream gives images whole.")
     if size not in (None, "auto") and not re.fullmatch(r"[1-9][0-9]{1,3}x[1-9][0-9]{1,3}", size):
@@ -10814,14 +11399,14 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     told.append(f"Quality: {quality}." if quality not in (None, "auto") else None)
     text = "\n\n".join(line for line in told if line)
     model = "auto" if _IMAGE_MODEL.fullmatch(model) else fit_name(model)
-    question = Question((Message("user", (*images, text)),), model, hints=("picture_v2",))
+    question = Question((Message("user", (*images, Text(text))),), model, hosted=(DRAWING,))
 
     def draw(watch: Watch) -> list[dict[str, str]]:
-        attempt = Attempt(question, watch, request.guest, request.scope, signed_in=True)
-        urls = [event.url for event in _all(app, request, attempt) if isinstance(event, Image)]
-        if form == "url" or attempt.account is None:
+        asked = Asked(question, watch, request.guest, request.scope, signed_in=True)
+        urls = [event.url for event in _all(app, request, asked).events if isinstance(event, Image)]
+        if form == "url" or asked.account is None:
             return [{"url": url} for url in urls]
-        return [{"b64_json": inline(url, attempt.account.id, watch)} for url in urls]
+        return [{"b64_json": inline(url, asked.account.id, watch)} for url in urls]
 
     def inline(url: str, holder: str, watch: Watch) -> str:
         get = functools.partial(app.upstream.downloaded, url=url, watch=watch)
@@ -10848,7 +11433,7 @@ VOICES = {
     "cedar": "spruce",
 }  # fmt: skip
 SPEECH_FORMATS = ("mp3", "aac", "opus", "flac", "wav")
-MOST_SPOKEN = 4096  # characters
+MAX_SPOKEN = 4096  # characters
 SPEECH_FIELDS: Types = {
     "input": _TEXT, "model": _TEXT, "response_format": _TEXT, "speed": _NUMBER, "instructions": _TEXT, "stream_format": _TEXT,
 }  # fmt: skip
@@ -10859,11 +11444,12 @@ def audio_speech(app: App, request: Request) -> Reply:
     """reads a text of up to 4,096 characters aloud"""
     body = request.json()
     check_types(body, SPEECH_FIELDS)
-    text, voice = required(body, "input"), body.get("voice") or "alloy"
+    text = required(body, "input")
+    voice = body.get("voice") or "alloy"
     voice = str(voice.get("id") if isinstance(voice, dict) else voice)
     form = body.get("response_format") or "mp3"
-    if len(text) > MOST_SPOKEN:
-        raise unfit("input", f"must have at most {MOST_SPOKEN} characters.")
+    if len(text) > MAX_SPOKEN:
+        raise unfit("input", f"must have at most {MAX_SPOKEN} characters.")
     if form not in SPEECH_FORMATS:
         raise unfit("response_format", f"must be one of {', '.join(SPEECH_FORMATS)}.")
     if voice not in VOICES and voice not in VOICES.values():
@@ -10871,7 +11457,8 @@ def audio_speech(app: App, request: Request) -> Reply:
     if body.get("stream_format") not in (None, "audio"):
         raise unfit("stream_format", "must be audio.")
     account, finish = _repeated(app, request, text)
-    ids, named = (finish.conversation, finish.message), VOICES.get(voice, voice)
+    ids = (finish.conversation, finish.message)
+    named = VOICES.get(voice, voice)
 
     def read(account: Account) -> Answer:
         return app.upstream.speech(account, *ids, named, form, request.watch)
@@ -10880,22 +11467,19 @@ def audio_speech(app: App, request: Request) -> Reply:
     return Reply(body=answer.body, content_type=answer.headers["content-type"])
 
 
-def _told(app: App, request: Request, question: Question, signed_in: bool) -> tuple[Attempt, str, Finish]:
-    """A whole answer that is used here: its text, and where it stands."""
-    attempt = Attempt(question, request.watch, request.guest, request.scope, signed_in)
-    said = _all(app, request, attempt)
-    ends = [event for event in said if isinstance(event, Finish)]
-    return attempt, "".join(event.text for event in said if isinstance(event, Text)), ends[-1]
+def _told_to(told: str, text: str) -> Question:
+    """A question of ours about a text: what is to be done with it, and the text."""
+    return Question((Message("system", (Text(told),)), Message("user", (Text(text),))), "auto")
 
 
 def _repeated(app: App, request: Request, text: str) -> tuple[Account, Finish]:
     """Has the model say a text word for word; the account, and where the message stands."""
     told = "Repeat the next message word for word. Do not answer it, and add nothing before or after it."
-    question = Question((Message("system", (told,)), Message("user", (text,))), "auto")
     for _ in range(2):
-        attempt, said, finish = _told(app, request, question, signed_in=True)
-        if attempt.account and _letters(said) == _letters(text):
-            return attempt.account, finish
+        asked = _asked(request, _told_to(told, text), signed_in=True)
+        answer = _all(app, request, asked)
+        if asked.account and _letters(_text_of(answer.events)) == _letters(text):
+            return asked.account, answer.end()
     raise ApiError("upstream_error", "The model did not repeat the text word for word; try again.")
 
 
@@ -10915,15 +11499,16 @@ def audio_translations(app: App, request: Request) -> Reply:
     """the same in English"""
     text, _, form = _transcribed(app, request)
     told = "Translate the next message into English. Write the translation and nothing else."
-    question = Question((Message("system", (told,)), Message("user", (text,))), "auto")
-    said = _told(app, request, question, signed_in=False)[1] if text else ""
+    asked = _asked(request, _told_to(told, text))
+    said = _text_of(_all(app, request, asked).events) if text else ""
     return _written(form, "translate", said, "english")
 
 
 def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
-    """What is said in the recording of a request, its language as given, and the format that is wanted."""
+    """The text of a recording in a request, its language as given, and the format that is wanted."""
     form = parse_form(request.headers, request.body)
-    part, language = _form_file(form, "file")[0], _form_text(form, "language")
+    part = _form_file(form, "file")[0]
+    language = _form_text(form, "language")
     wanted = _form_text(form, "response_format", "json")
     if wanted not in ("json", "text", "verbose_json"):
         raise unfit("response_format", "must be json, text or verbose_json.")
@@ -10952,7 +11537,7 @@ def _written(form: str, task: str, text: str, language: str) -> Reply:
 
 # What go-chatgpt-api's clients, and others that know the site's own calls, put before the paths.
 native = functools.partial(ROUTER.on, also=("/backend-api", "/api", "/chatgpt", "/chatgpt/backend-api"))
-MOST_CONVERSATIONS = 100  # in a list
+MAX_CONVERSATIONS = 100  # in a list
 MAX_SEARCHED = 2000  # conversations of an account among which an API user's own are looked for
 LISTED_AT_ONCE = 8  # accounts
 
@@ -11011,7 +11596,8 @@ def conversations_list(app: App, request: Request) -> Reply:
     """the conversations of the caller's account, of all accounts of the pool, or, for an API user, those begun by it, by
     update time; `offset`, `limit`"""
     query = dict(request.query)
-    offset, limit = _whole(query, "offset", 0, 10**6), _whole(query, "limit", 20, MOST_CONVERSATIONS)
+    offset = _whole(query, "offset", 0, 10**6)
+    limit = _whole(query, "limit", 20, MAX_CONVERSATIONS)
     if request.guest:
         return _native(app, request, None, urllib.parse.urlencode(query | {"offset": offset, "limit": limit}))
 
@@ -11020,10 +11606,13 @@ def conversations_list(app: App, request: Request) -> Reply:
     def read(account: Account, watch: Watch) -> tuple[list[dict[str, Any]], int]:
         """The first conversations of an account, as many as may be asked for, and how many it has; of an API user's own
         all that are found."""
-        items, at, total, wanted = dict[str, dict[str, Any]](), 0, 1, max(1, offset + limit)
+        items = dict[str, dict[str, Any]]()
+        at = 0
+        total = 1
+        wanted = max(1, offset + limit)
         wanted = wanted if own is None else MAX_SEARCHED
         while at < min(wanted, total) and (own is None or not own[account.id] <= set(items)):
-            most = min(MOST_CONVERSATIONS, wanted - at)
+            most = min(MAX_CONVERSATIONS, wanted - at)
             part = urllib.parse.urlencode(query | {"offset": at, "limit": most})
             try:
                 answer = _native_answer(app, request, "GET", f"/conversations?{part}", account.id, watch)
@@ -11033,7 +11622,8 @@ def conversations_list(app: App, request: Request) -> Reply:
             said = answer.object() or {}
             more = [one for one in dicts(said.get("items")) if identifier(one.get("id"))]
             items |= {str(one["id"]): one for one in more}  # one that moves between two pages comes twice
-            at, told = at + len(more), said.get("total")
+            at = at + len(more)
+            told = said.get("total")
             total = int(told) if isinstance(told, (int, float)) and 0 <= told < 10**9 and more else at
         if own is not None:
             mine = [item for id, item in items.items() if id in own[account.id]]
@@ -11050,7 +11640,7 @@ def conversations_list(app: App, request: Request) -> Reply:
 
 
 def _updated(conversation: Mapping[str, Any]) -> float:
-    """When a conversation was last changed (Unix seconds), of a time in either of the upstream's forms."""
+    """The time of a conversation's last change (Unix seconds), given in either of the upstream's forms."""
     value = conversation.get("update_time")
     if isinstance(value, (int, float)):
         return float(value) if 0 <= value <= LAST_MOMENT else 0.0
@@ -11070,7 +11660,7 @@ def conversations_clear(app: App, request: Request) -> Reply:
     if request.guest:
         return _native(app, request, None)
     if not request.admin:
-        text = "This changes everybody's conversations, which takes the admin key; PATCH /conversation/{id} changes one."
+        text = "This changes everybody's conversations and needs the admin key; PATCH /conversation/{id} changes one."
         raise ApiError("invalid_api_key", text)
     if request.query.get("all_accounts") != "true":
         text = "This would change the conversations of all accounts; add ?all_accounts=true if that is meant."
@@ -11087,7 +11677,7 @@ def conversations_clear(app: App, request: Request) -> Reply:
 
     jobs = [functools.partial(change, account) for account in _able(app)]
     if failed := list(filter(None, side_by_side(jobs, request.watch, LISTED_AT_ONCE))):
-        raise ApiError("upstream_error", f"It was not done for: {', '.join(failed[:20])}.")
+        raise ApiError("upstream_error", f"It failed for these accounts: {', '.join(failed[:20])}.")
     return json_reply({"success": True})
 
 
@@ -11125,14 +11715,13 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     if not request.guest:
         _check_files(app, request, given)
     question = Question((), fit_name(body["model"]), body.get("conversation_id"))
-    attempt = Attempt(question, request.watch, request.guest, request.scope)
-    attempt.keeps = True
-    if question.conversation:
-        attempt.holder = attempt.kept_by = _holder(app, request, question.conversation)
+    asked = _asked(request, question)
+    asked.keeps = True
+    holder = _holder(app, request, question.conversation) if question.conversation else None
 
     def write(writer: Writer) -> Reply | None:
         try:
-            app.turns.native(attempt, body, again, writer)
+            app.turns.native(asked, body, holder, again, writer)
         except Refusal as refused:
             if writer.begun or not refused.said:
                 raise
@@ -11168,8 +11757,8 @@ def _check_files(app: App, request: Request, body: Mapping[str, Any]) -> None:
         used.update(str(one.get("id")) for one in dicts(_at(message, ("metadata", "attachments"))))
         found = map(_FILE_NAMED.fullmatch, _strings(message))
         used.update(match[1] for match in found if match)
-    if len(used) > MOST_ATTACHMENTS:
-        raise invalid("messages", f"A request may have at most {MOST_ATTACHMENTS} files.")
+    if len(used) > MAX_ATTACHMENTS:
+        raise invalid("messages", f"A request may have at most {MAX_ATTACHMENTS} files.")
     for id in used:
         if not any(request.scope.covers(file.owner) for file in app.store.files("upstream=?", id)):
             raise ApiError("not_found", "There is no such file; upload it with POST /v1/files.", "messages")
@@ -11187,7 +11776,7 @@ def client_register(app: App, request: Request) -> Reply | Stream | Upgrade:
     """a browser becomes an agent (WebSocket), with the key as `?key=` or in the header"""
     origin = request.headers.get("origin")
     if origin is not None and not _AGENT_ORIGIN.fullmatch(origin):
-        text = "Agents in browsers connect from chatgpt.com or an extension, no other site."
+        text = "A browser can connect as an agent only from chatgpt.com or from an extension."
         raise ApiError("origin_refused", text)
     app.keys.admit_agent(request, request.query.get("key", ""))
     return Upgrade(handshake(request), app.agents.serve)
@@ -11202,36 +11791,22 @@ def api_ask(app: App, request: Request) -> Reply:
     when none is connected"""
     check_types(body := request.json(), ASK_FIELDS)
     content = required(body, "content")
-    conversation, parent = (str(body.get(name) or "") for name in ("conversation_id", "parent_id"))
-    own = request.guest is not None and request.guest.row.kind != LOGIN_FREE
-    by_agent = app.agents.holds(conversation) if conversation else bool(app.agents.connected())
-    if own or not (
-        by_agent
-        or (conversation and app.agents.connected() and not app.pool.holder(conversation, request.scope))
-    ):
-        said = _by_pool(app, request, content, conversation, parent)
-    else:
-        said = app.agents.ask(content, conversation, parent, request.scope, request.watch)
+    question = Question(
+        (Message("user", (Text(content),)),),
+        "auto",
+        str(body.get("conversation_id") or "") or None,
+        str(body.get("parent_id") or "") or None,
+    )
+    asked = _asked(request, question)
+    answer = Collected()
+    asked.keeps = True
+    _by_order(app, asked, answer, ["agents", "pool"])
+    said = _text_of(map(_as_text, answer.events))
+    end = answer.end()
     if request.user:
-        count = app.tokens.count
-        app.ledger.count(request.user, tokens=count(content) + count(said.content))
-    told = {"id": "", "response_id": said.response, "conversation_id": said.conversation}
-    return json_reply(told | {"content": said.content, "error": ""})
-
-
-def _by_pool(app: App, request: Request, content: str, conversation: str, parent: str) -> AgentAnswer:
-    """The pool's (or the caller's account's) answer in an agent's shape."""
-    question = Question((Message("user", (content,)),), "auto", conversation or None, parent or None)
-    attempt = Attempt(question, request.watch, request.guest, request.scope)
-    attempt.keeps = True
-    turn, said, answer = None, list[str](), Collected()
-    app.turns.answer(attempt, answer)
-    for event in map(_as_text, answer.events):
-        if isinstance(event, Text):
-            said.append(event.text)
-        elif isinstance(event, Finish):
-            turn = event
-    return AgentAnswer("".join(said), turn.message if turn else "", turn.conversation if turn else "")
+        app.ledger.count(request.user, tokens=app.tokens.count(content) + app.tokens.count(said))
+    told = {"id": "", "response_id": end.message, "conversation_id": end.conversation}
+    return json_reply(told | {"content": said, "error": ""})
 
 
 @ROUTER.on("GET", "/api/connections", access="admin")
@@ -11256,7 +11831,7 @@ def iso(moment: float) -> str | None:
     return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def signed_in(row: AccountRow) -> dict[str, Any]:
+def token_facts(row: AccountRow) -> dict[str, Any]:
     """An account's tokens and facts, with the names that several programs have for them."""
     told: dict[str, Any] = {"accessToken": row.access_token, "access_token": row.access_token}
     told["expires"] = iso(row.expires)
@@ -11280,17 +11855,17 @@ def _exchanged(app: App, request: Request, kind: str, *names: str) -> Reply:
         raise unfit(where, f"must be a {kind} token.")
     account = app.pool.guest(row)
     if not hmac.compare_digest(account.row.secret.encode(), row.secret.encode()):
-        text = "This token was exchanged before; send the one that replaced it, or sign in anew."
+        text = "This token was exchanged before; send the one that replaced it, or sign in again."
         raise ApiError("invalid_api_key", text)
     app.keys.guesses.slow_down(request)
     try:
         app.pool.lease_guest(account, "")
-        app.upstream.token(account, request.watch, account.row.access_token)
+        app.renewals.token(account, request.watch, account.row.access_token)
     except ApiError as error:
         if error.code == "invalid_api_key":
             app.keys.guesses.note(request.peer)
         raise
-    return json_reply(signed_in(app.pool.welcome(account).row))
+    return json_reply(token_facts(app.pool.welcome(account).row))
 
 
 def store_tokens(pool: Pool, access: str, refresh: str) -> AccountRow:
@@ -11313,7 +11888,8 @@ def auth_login(app: App, request: Request) -> Reply:
     if body.get("store") is True and not request.admin:
         app.keys.admit_admin(request, sessions=False)
     check_types(body, {"code": _TEXT, "store": _FLAG})
-    username, password = required(body, "username"), required(body, "password")
+    username = required(body, "username")
+    password = required(body, "password")
     sign_in = PasswordSignIn(app.settings, app.loop, request.watch)
     access, refresh = sign_in.tokens_for(username, password, body.get("code") or "")
     try:
@@ -11322,7 +11898,7 @@ def auth_login(app: App, request: Request) -> Reply:
             row = store_tokens(app.pool, access, refresh)
     except ValueError:
         raise ApiError("upstream_error", "The sign-in gave no token that could be used; try again.") from None
-    return json_reply(signed_in(row))
+    return json_reply(token_facts(row))
 
 
 @ROUTER.on("POST", "/auth/refresh")
@@ -11339,12 +11915,13 @@ def auth_session(app: App, request: Request) -> Reply:
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
-MOST_LISTED, MOST_CHECKED = 500, 100  # accounts a request
+MAX_LISTED, MAX_CHECKED = 500, 100  # accounts a request
 
 
 def account_facts(account: Account, ledger: Ledger, now: float) -> dict[str, Any]:
     """An account for scripts and for the page: nothing of it is secret. `answers` and `failures` are today's."""
-    row, today = account.row, ledger.today(account.id)
+    row = account.row
+    today = ledger.today(account.id)
     facts = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan, "workspace": row.workspace}
     facts |= {"state": account.state(now), "told": account.told(now), "reason": row.reason}
     times = {"expires": iso(row.expires), "used": iso(today.used)}
@@ -11368,8 +11945,7 @@ def checked(app: App, account: Account, watch: Watch) -> tuple[str, str | None]:
     if account.row.kind == LOGIN_FREE or account.row.state == DISABLED:
         return account.id, None
     try:
-        me = functools.partial(app.upstream.me, watch=watch)
-        app.turns.do("check", None, me, watch, account.id)
+        app.turns.check(account, watch)
     except ApiError as error:
         state = account.told(time.time())
         return account.id, error.message if state == "ready" else state
@@ -11431,14 +12007,20 @@ def tokens_error(app: App, request: Request) -> Reply:
 @ROUTER.on("GET", "/tokens/list", access="admin")
 def tokens_list(app: App, request: Request) -> Reply:
     """the accounts with their states and use; `offset`, `limit`, `state`, and `q` for a word in e-mail, id or plan"""
-    query, now, states = request.query, time.time(), Counter[str]()
-    word, state, found = query.get("q", "").lower(), query.get("state"), []
+    query = request.query
+    now = time.time()
+    states = Counter[str]()
+    word = query.get("q", "").lower()
+    state = query.get("state")
+    found = []
     for account in app.pool.accounts():
-        row, has = account.row, account.state(now)
+        row = account.row
+        has = account.state(now)
         states[has] += 1
         if state in (None, "", has) and word in f"{row.email} {row.id} {row.plan} {row.kind}".lower():
             found.append(account)
-    offset, limit = _whole(query, "offset", 0, 10**9), _whole(query, "limit", 50, MOST_LISTED)
+    offset = _whole(query, "offset", 0, 10**9)
+    limit = _whole(query, "limit", 50, MAX_LISTED)
     page = [account_facts(one, app.ledger, now) for one in found[offset : offset + limit]]
     hours = [
         {"start": iso(start), "answers": tally.answers, "failures": tally.failures}
@@ -11476,7 +12058,7 @@ def tokens_disable(app: App, request: Request) -> Reply:
 @ROUTER.on("POST", "/tokens/check", access="admin")
 def tokens_check(app: App, request: Request) -> Reply:
     """asks the upstream about the accounts named by `{"ids"}`: `{"results": {id: "", why it does not work, or null if not asked}}`"""
-    jobs = [functools.partial(checked, app, account) for account in _named(app, request, MOST_CHECKED)]
+    jobs = [functools.partial(checked, app, account) for account in _named(app, request, MAX_CHECKED)]
     found = side_by_side(jobs, request.watch, CHECKED_AT_ONCE)
     return json_reply({"status": "success", "results": dict(found)})
 
@@ -11491,7 +12073,7 @@ def tokens_sign_in(app: App, request: Request) -> Reply:
 
 @ROUTER.on("DELETE", "/tokens/session", access="public")
 def tokens_sign_out(app: App, request: Request) -> Reply:
-    """ends it"""
+    """ends a session of the page's"""
     return Reply(204, headers={"Set-Cookie": app.keys.sign_out(request)})
 
 
@@ -11508,15 +12090,16 @@ def users_list(app: App, request: Request) -> Reply:
 def users_add(app: App, request: Request) -> Reply:
     """a new API user: `{"user_id", "token"}`; the body may have `admin_key`, `name` and `limit` (requests a day)"""
     check_types(body := _body(request), {"name": _TEXT, "limit": _INTEGER})
-    name, limit = body.get("name") or "", body.get("limit")
-    if limit is not None and not 0 <= limit <= MOST_REQUESTS:
-        raise unfit("limit", f"must be from 0 to {MOST_REQUESTS}.")
+    name = body.get("name") or ""
+    limit = body.get("limit")
+    if limit is not None and not 0 <= limit <= MAX_REQUESTS:
+        raise unfit("limit", f"must be from 0 to {MAX_REQUESTS}.")
     user, token = issue_user(app.store, name, limit)
     app.keys.reload()
     return json_reply(user_facts(user, app.ledger) | {"token": token})
 
 
-MOST_REQUESTS = 10**9
+MAX_REQUESTS = 10**9
 
 
 @ROUTER.on("POST", "/admin/users/delete", access="admin")
@@ -11558,7 +12141,7 @@ def metrics(app: App, request: Request) -> Reply:
 # ============================================================================================================
 
 
-def page(title: str, style: str, body: str, script: str) -> Reply:
+def built_page(title: str, style: str, body: str, script: str) -> Reply:
     """A page that loads nothing from anywhere, talks to this server alone, and runs no script but its own."""
     policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "https: http: data:"}
     for name, text in (("style-src", style), ("script-src", script)):
@@ -12505,8 +13088,8 @@ loadModels();
 $("question").focus();
 """
 
-TOKENS_PAGE = page("chatproxy accounts", BASE_CSS + TOKENS_CSS, TOKENS_HTML, BASE_JS + TOKENS_JS)
-CHAT_PAGE = page("chatproxy", BASE_CSS + CHAT_CSS, CHAT_HTML, BASE_JS + CHAT_JS)
+TOKENS_PAGE = built_page("chatproxy accounts", BASE_CSS + TOKENS_CSS, TOKENS_HTML, BASE_JS + TOKENS_JS)
+CHAT_PAGE = built_page("chatproxy", BASE_CSS + CHAT_CSS, CHAT_HTML, BASE_JS + CHAT_JS)
 
 
 @ROUTER.on("GET", "/tokens", access="public")
@@ -12611,44 +13194,23 @@ class DemoConversation:
         return {"id": id, "title": self.title, "create_time": made, "update_time": changed}
 
 
-@dataclass
-class DemoSignIn:
-    """A sign-in with a password that is under way."""
-
-    challenge: str
-    cookie: str
-    username: str = ""
-    done: bool = False
-
-
 class Demo(Application):
-    """A stand-in for chatgpt.com, auth.openai.com and api.openai.com that speaks the real wire protocol.
+    """A stand-in for chatgpt.com, and api.openai.com in a nutshell, that speaks the real wire protocol.
 
-    It is as strict as the original: proofs are checked, a requirements token is good for one call, a rotated refresh
-    token is dead. The attributes are its knobs; a subclass can replace `respond` or `answer` for worse weather.
+    It is as strict as the original: proofs are checked, and a requirements token is good for one call. The attributes
+    are its knobs; a subclass can replace its methods for other variants of the site, and for worse weather.
     """
 
-    MOST_FILES = 200  # kept at a time
+    MAX_FILES = 200  # kept at a time
 
     router = Router()
 
     def __init__(self) -> None:
         self.difficulty = "0fffff"
-        self.algorithm = "sha3"
-        self.encoding = "v1"  # or "cumulative"
-        self.newer = False  # only the newer generation of calls
         self.pace = 0.02  # seconds between two words
         self.expire_after = 540
-        self.arkose = False
-        self.rotate = True  # refresh tokens are replaced when used
         self.dead: set[str] = set()  # tokens that are answered with 401
-        self.refresh_tokens: dict[str, str] = {}  # token → name of its account
-        self.session_tokens: dict[str, str] = {}
-        self.codes: dict[str, tuple[str, str]] = {}  # of sign-ins under way: challenge and redirect URI
-        self.device_asked = False
         self.conversations: dict[str, DemoConversation] = {}
-        self.people = {"person@demo.example": ("password", "")}  # user name → password, one-time code
-        self.sign_ins: dict[str, DemoSignIn] = {}  # by their state
         self.models = ["gpt-4o", "gpt-4o-mini", "o3"]
         self.files: dict[str, DemoFile] = {}
         self.url = ""
@@ -12659,7 +13221,7 @@ class Demo(Application):
 
     def listen(self) -> tuple[Server, str]:
         """Starts it on a free port of the loopback interface: the server, and its URL."""
-        settings = replace(settle(gather({}, {})), max_connections=10_000, max_body_mb=2048)
+        settings = replace(resolve(gather({}, {})), max_connections=10_000, max_body_mb=2048)
         server = Server(("127.0.0.1", 0), self, settings, Metrics(), quiet=True)
         threading.Thread(target=server.serve_forever, args=(0.1,), name="demo", daemon=True).start()
         self.url = f"http://127.0.0.1:{server.server_port}"
@@ -12674,10 +13236,6 @@ class Demo(Application):
         self.calls.append(f"{request.method} {request.path}")
         try:
             endpoint = self.router.find(request)
-            newer = "/f/" in request.path or request.path.endswith(("prepare", "finalize"))
-            both = not request.path.endswith(("/conversation", "chat-requirements", "prepare", "finalize"))
-            if newer != self.newer and not both:
-                raise ApiError("not_found", "")
             if refused := self._refused(request):
                 return refused
             return endpoint.function(self, request)
@@ -12685,8 +13243,9 @@ class Demo(Application):
             return _detail(error.status, error.message or "Not Found")
 
     def _refused(self, request: Request) -> Reply | None:
-        """Who may call: an account's token on /backend-api, nobody's on /backend-anon."""
-        api, key = request.params.get("api"), Keys.given(request)
+        """Refuses callers without an account's token on /backend-api, or with one on /backend-anon."""
+        api = request.params.get("api")
+        key = Keys.given(request)
         if api is None:
             return None
         if api not in ("backend-api", "backend-anon"):
@@ -12718,7 +13277,8 @@ class Demo(Application):
         given = request.json().get("p")
         if not isinstance(given, str) or not given.startswith("gAAAAAC") or not self._decoded(given[7:]):
             raise ApiError("invalid_request_error", "p is not a requirements proof")
-        token, seed = secrets.token_urlsafe(24), str(random.random())
+        token = secrets.token_urlsafe(24)
+        seed = str(random.random())
         with self._issued_lock:
             self._issued[token] = (time.monotonic() + self.expire_after, seed, self.difficulty)
         return {
@@ -12726,15 +13286,14 @@ class Demo(Application):
             "token": token,
             "expire_after": self.expire_after,
             "proofofwork": {"required": bool(self.difficulty), "seed": seed, "difficulty": self.difficulty},
-            "arkose": {"required": self.arkose, "dx": "demo-blob"},
+            "arkose": {"required": False, "dx": ""},
             "turnstile": {"required": False, "dx": ""},
         }
 
     def _decoded(self, answer: str) -> list[Any] | None:
         """A proof's configuration; None when it is none."""
         try:
-            plain = answer.removesuffix(ALGORITHMS[self.algorithm][1])
-            value = json.loads(base64.b64decode(plain, validate=True))
+            value = json.loads(base64.b64decode(answer, validate=True))
         except (ValueError, RecursionError):
             return None
         return value if isinstance(value, list) and len(value) >= 15 and isinstance(value[3], int) else None
@@ -12744,62 +13303,27 @@ class Demo(Application):
         """Requirements, first generation."""
         return json_reply(self._requirements(request))
 
-    @router.on("POST", "/{api}/sentinel/chat-requirements/prepare")
-    def prepare_requirements(self, request: Request) -> Reply:
-        """Requirements, newer generation: the token comes after the proof."""
-        asked = self._requirements(request)
-        return json_reply(asked | {"prepare_token": asked.pop("token")})
-
-    @router.on("POST", "/{api}/sentinel/chat-requirements/finalize")
-    def finalize_requirements(self, request: Request) -> Reply:
-        """Exchanges a prepare token and its proof for the token."""
-        body = request.json()
-        with self._issued_lock:
-            issued = self._issued.pop(str(body.get("prepare_token")), None)
-        if issued is None or not self._proved(issued, str(body.get("proofofwork"))):
-            return _detail(403, "Proof of work failed")
-        token = secrets.token_urlsafe(24)
-        with self._issued_lock:
-            self._issued[token] = (issued[0], "", "")
-        return json_reply({"persona": "chatgpt-paid", "token": token, "expire_after": self.expire_after})
-
-    @router.on("POST", "/{api}/f/conversation/prepare")
-    def prepare_conversation(self, request: Request) -> Reply:
-        """A conduit for the conversation to come."""
-        if "messages" in request.json():
-            return _detail(422, "messages are not expected")
-        return json_reply({"status": "ok", "conduit_token": secrets.token_urlsafe(12)})
-
     def _proved(self, issued: tuple[float, str, str], proof: str) -> bool:
         """Whether a proof is right, or the giving up that browsers are allowed."""
         end, seed, difficulty = issued
         if time.monotonic() > end:
             return False
-        if not difficulty:
+        if not difficulty or proof == GIVE_UP + base64.b64encode(f'"{seed}"'.encode()).decode():
             return True
-        suffix = ALGORITHMS[self.algorithm][1]
-        if proof == GIVE_UP + base64.b64encode(f'"{seed}"'.encode()).decode() + suffix:
-            return True
-        answer = proof[7:].removesuffix(suffix)
-        if not proof.startswith("gAAAAAB") or not proof.endswith(suffix) or not self._decoded(answer):
+        answer = proof.removeprefix("gAAAAAB")
+        if answer == proof or not self._decoded(answer):
             return False
-        if self.algorithm == "sha3":
-            return hashlib.sha3_512((seed + answer).encode()).hexdigest()[: len(difficulty)] <= difficulty
-        fnv = ALGORITHMS["fnv"][0](seed.encode())
-        return fnv.first([answer.encode()], b"", bytes.fromhex(difficulty)) is not None
+        return hashlib.sha3_512((seed + answer).encode()).hexdigest()[: len(difficulty)] <= difficulty
 
-    @router.on("POST", "/{api}/conversation", "/{api}/f/conversation")
+    @router.on("POST", "/{api}/conversation")
     def conversation(self, request: Request) -> Reply | Stream | Upgrade:
         """A turn, for a client that has met the requirements."""
-        body, headers = request.json(), request.headers
+        body = request.json()
+        headers = request.headers
         with self._issued_lock:
             issued = self._issued.pop(headers.get("openai-sentinel-chat-requirements-token", ""), None)
         if issued is None or not self._proved(issued, headers.get("openai-sentinel-proof-token", "")):
             return _detail(403, "Unusual activity has been detected from your device.")
-        if self.arkose and headers.get("openai-sentinel-arkose-token") != "arkose-for-demo-blob":
-            return _detail(403, "Unusual activity has been detected from your device.")
-        if self.newer and "x-conduit-token" not in headers:
-            return _detail(422, "x-conduit-token is missing")
         whole = body.get("model") and body.get("parent_message_id")
         if not whole or body.get("action") not in ("next", "continue", "variant"):
             return _detail(422, [{"loc": ["body"], "msg": "field required", "input": body}])
@@ -12818,7 +13342,8 @@ class Demo(Application):
 
     def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
         """The answer's bytes, event by event: a drawing, a call, JSON, or a few words, as the messages want it."""
-        texts, owner = [], self._owner(request)
+        texts = []
+        owner = self._owner(request)
         for one in body.get("messages") or ():
             parts = [part for part in one["content"]["parts"] if isinstance(part, str)]
             texts.append((one["author"]["role"], "\n".join(parts)))
@@ -12879,7 +13404,7 @@ class Demo(Application):
         metadata: Mapping[str, Any] | None = None,
         owner: str = "",
     ) -> Iterator[bytes]:
-        """The events of an answer of these words, in the stand-in's encoding; `details` is finish_details.type, `before`
+        """The events of an answer of these words; `details` is finish_details.type, `before`
         messages that come first, `metadata` what the answer has more at its end, `owner` whose conversation it is."""
         conversation = str(body.get("conversation_id") or uuid.uuid4())
         now = time.time()
@@ -12902,14 +13427,15 @@ class Demo(Application):
         first = [user, *({"id": new_id()} | done | dict(one) for one in before)]
         end = {"status": "finished_successfully", "end_turn": details != "max_tokens"}
         end_metadata = {"finish_details": {"type": details}, "is_complete": True} | dict(metadata or {})
-        say = self._say_v1 if self.encoding == "v1" else self._say_cumulative
-        yield from say(conversation, first, message, words, end, end_metadata)
+        yield from self.encoded(conversation, first, message, words, end, end_metadata)
         complete = {"type": "message_stream_complete", "conversation_id": conversation}
         yield _data(complete) + b"data: [DONE]\n\n"
 
-    def _say_v1(
+    def encoded(
         self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
     ) -> Iterator[bytes]:
+        """The messages of an answer in the v1 encoding: the `first` ones whole, then the last word by word."""
+
         def delta(value: Any) -> bytes:
             return b"event: delta\n" + _data(value)
 
@@ -12928,20 +13454,6 @@ class Demo(Application):
         changes.append({"p": "/message/metadata", "o": "append", "v": metadata})
         yield delta({"p": "", "o": "patch", "v": changes})
 
-    def _say_cumulative(
-        self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
-    ) -> Iterator[bytes]:
-        frame, text = {"conversation_id": conversation, "error": None}, ""
-        for one in first:
-            yield _data({"message": one} | frame)
-        for word in words:
-            text += word
-            message = message | {"content": {"content_type": "text", "parts": [text]}}
-            yield _data({"message": message} | frame)
-            time.sleep(self.pace)
-        message = message | end | {"metadata": message["metadata"] | metadata}
-        yield _data({"message": message} | frame)
-
     # -- files and voice -----------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -12954,7 +13466,7 @@ class Demo(Application):
         """The id of a new file."""
         id = f"file-{secrets.token_hex(11)}"
         self.files[id] = file
-        if len(self.files) > self.MOST_FILES:
+        if len(self.files) > self.MAX_FILES:
             self.files.pop(next(iter(self.files)))
         return id
 
@@ -12989,12 +13501,14 @@ class Demo(Application):
     @router.on("PUT", "/upload/{id}")
     def upload_file(self, request: Request) -> Reply:
         """The file store: takes the bytes, from whom it neither knows nor wants to know."""
-        file, headers = self.files.get(request.params["id"]), request.headers
+        file = self.files.get(request.params["id"])
+        headers = request.headers
         if file is None or "authorization" in headers or headers.get("x-ms-blob-type") != "BlockBlob":
             return Reply(400, b"<?xml version='1.0'?><Error/>", "application/xml")
         if headers.get("x-ms-version") != "2020-04-08" or request.body.size != file.size:
             return Reply(400, b"<?xml version='1.0'?><Error/>", "application/xml")
-        file.blob, file.mime = request.body, headers.get("content-type", "")
+        file.blob = request.body
+        file.mime = headers.get("content-type", "")
         return Reply(201)
 
     @router.on("GET", "/{api}/files/{id}")
@@ -13002,7 +13516,8 @@ class Demo(Application):
         """Whether a document has been read; the first question comes too early."""
         if (file := self._held(request, request.params["id"])) is None:
             return _detail(404, "File not found")
-        status, file.asked = "success" if file.asked else "in_progress", True
+        status = "success" if file.asked else "in_progress"
+        file.asked = True
         return json_reply({"id": request.params["id"], "name": file.name, "retrieval_index_status": status})
 
     @router.on(
@@ -13037,7 +13552,8 @@ class Demo(Application):
     @router.on("GET", "/{api}/synthesize")
     def synthesize(self, request: Request) -> Reply:
         """A message read aloud: silence, in the two formats that need no encoder."""
-        form, query = request.query.get("format"), request.query
+        form = request.query.get("format")
+        query = request.query
         known = query.get("conversation_id") in self.conversations
         if not known or not query.get("message_id") or not query.get("voice"):
             return _detail(404, "Message not found")
@@ -13098,10 +13614,12 @@ class Demo(Application):
     @router.on("PATCH", "/{api}/conversation/{id}")
     def change_conversation(self, request: Request) -> Reply:
         """Gives it a title, or deletes it."""
-        talk, body = self._own(request, request.params["id"]), request.json()
+        talk = self._own(request, request.params["id"])
+        body = request.json()
         if body.get("is_visible") is False:
             del self.conversations[request.params["id"]]
-        talk.title, talk.updated = str(body.get("title") or talk.title), time.time()
+        talk.title = str(body.get("title") or talk.title)
+        talk.updated = time.time()
         return json_reply({"success": True})
 
     @router.on("POST", "/{api}/conversation/gen_title/{id}")
@@ -13123,157 +13641,6 @@ class Demo(Application):
                 422, [{"loc": ["body", "rating"], "msg": "value is not a valid enumeration member"}]
             )
         return json_reply({"message_id": body["message_id"], "rating": body["rating"]})
-
-    # -- tokens --------------------------------------------------------------------------------------------------------
-
-    @router.on("POST", "/oauth/token")
-    def oauth_token(self, request: Request) -> Reply:
-        """Exchanges a refresh token, or the code of a sign-in."""
-        if "urlencoded" in request.headers.get("content-type", ""):
-            return self._sign_in_tokens(
-                {name: parts[0].text() for name, parts in parse_form(request.headers, request.body).items()}
-            )
-        given = str(request.json().get("refresh_token"))
-        with self._issued_lock:
-            name = self.refresh_tokens.get(given)
-            if name is None or given in self.dead:
-                text = "Unknown or invalid refresh token."
-                return json_reply({"error": "invalid_grant", "error_description": text}, 403)
-            answer = {"access_token": demo_token(name), "expires_in": 86400, "token_type": "Bearer"}
-            if self.rotate:
-                answer["refresh_token"] = f"rt_{secrets.token_urlsafe(40)}"
-                self.refresh_tokens[str(answer["refresh_token"])] = self.refresh_tokens.pop(given)
-        return json_reply(answer)
-
-    @router.on("GET", "/oauth/authorize")
-    def authorize(self, request: Request) -> Reply:
-        """The sign-in page of somebody who is signed in already: back to the client with a code."""
-        query = request.query
-        wanted = {"response_type": "code", "client_id": BROWSER_CLIENT, "code_challenge_method": "S256"}
-        if (
-            any(query.get(name) != value for name, value in wanted.items())
-            or "offline_access" not in query["scope"]
-        ):
-            return _detail(400, "invalid_request")
-        code = secrets.token_urlsafe(16)
-        self.codes[code] = (query["code_challenge"], query["redirect_uri"])
-        back = urllib.parse.urlencode({"code": code, "state": query["state"]})
-        return Reply(302, headers={"Location": f"{query['redirect_uri']}?{back}"})
-
-    @router.on("GET", "/authorize")
-    def begin_sign_in(self, request: Request) -> Reply:
-        """The old universal login: from here to a form for the user name."""
-        query = request.query
-        wanted = {"client_id": REFRESH_CLIENT, "redirect_uri": REFRESH_REDIRECT, "response_type": "code"}
-        wanted |= {
-            "audience": "https://api.openai.com/v1",
-            "code_challenge_method": "S256",
-            "prompt": "login",
-        }
-        scopes = "openid email profile offline_access model.request model.read organization.read offline"
-        if any(query.get(name) != value for name, value in wanted.items()) or query.get("scope") != scopes:
-            return _detail(400, "invalid_request")
-        state, cookie = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
-        self.sign_ins[state] = DemoSignIn(query["code_challenge"], cookie)
-        headers = {
-            "Location": f"/u/login/identifier?state={state}",
-            "Set-Cookie": f"auth0={cookie}; HttpOnly",
-        }
-        return Reply(302, headers=headers)
-
-    def _sign_in(self, request: Request, *names: str) -> tuple[DemoSignIn, dict[str, str]]:
-        """The sign-in that a form belongs to, and the form, if it has these fields and came with the cookie."""
-        form = {name: parts[0].text() for name, parts in parse_form(request.headers, request.body).items()}
-        state = request.query.get("state", "")
-        under_way = self.sign_ins.get(state)
-        if under_way is None or f"auth0={under_way.cookie}" not in request.headers.get("cookie", ""):
-            raise ApiError("invalid_request_error", "Invalid state")
-        if request.method == "POST" and (set(form) != {*names, "state", "action"} or form["state"] != state):
-            raise ApiError("invalid_request_error", "Bad form")
-        return under_way, form
-
-    @router.on("GET", "/u/login/identifier", "/u/login/password", "/u/mfa-otp-challenge")
-    def sign_in_page(self, request: Request) -> Reply:
-        """A page with a form."""
-        return Reply(200, b"<!DOCTYPE html><form method=post></form>", "text/html; charset=utf-8")
-
-    @router.on("POST", "/u/login/identifier")
-    def take_username(self, request: Request) -> Reply:
-        """The user name; whether there is such a person is not told."""
-        traits = ("js-available", "webauthn-available", "is-brave", "webauthn-platform-available")
-        under_way, form = self._sign_in(request, "username", *traits)
-        under_way.username = form["username"]
-        return Reply(302, headers={"Location": f"/u/login/password?state={form['state']}"})
-
-    @router.on("POST", "/u/login/password")
-    def take_password(self, request: Request) -> Reply:
-        """The password: on to what the sign-in was for, or a 400."""
-        under_way, form = self._sign_in(request, "username", "password")
-        known = self.people.get(under_way.username)
-        if known is None or form["username"] != under_way.username or form["password"] != known[0]:
-            return Reply(400, b"Wrong email or password", "text/html; charset=utf-8")
-        under_way.done = not known[1]
-        return Reply(302, headers={"Location": f"/authorize/resume?state={form['state']}"})
-
-    @router.on("POST", "/u/mfa-otp-challenge")
-    def take_code(self, request: Request) -> Reply:
-        """The one-time code."""
-        under_way, form = self._sign_in(request, "code")
-        if form["code"] != self.people[under_way.username][1]:
-            return Reply(400, b"Wrong code", "text/html; charset=utf-8")
-        under_way.done = True
-        return Reply(302, headers={"Location": f"/authorize/resume?state={form['state']}"})
-
-    @router.on("GET", "/authorize/resume")
-    def end_sign_in(self, request: Request) -> Reply:
-        """Back to the app with a code, or to the form for a one-time code."""
-        under_way, _ = self._sign_in(request)
-        if not under_way.done:
-            return Reply(302, headers={"Location": f"/u/mfa-otp-challenge?state={request.query['state']}"})
-        code = secrets.token_urlsafe(16)
-        self.codes[code] = (under_way.challenge, REFRESH_REDIRECT)
-        return Reply(302, headers={"Location": f"{REFRESH_REDIRECT}?code={code}"})
-
-    def _sign_in_tokens(self, form: Mapping[str, str]) -> Reply:
-        """Tokens for a code, if its verifier is the one that the challenge was made from."""
-        wanted, redirect = self.codes.pop(form.get("code", ""), ("", ""))
-        proved, ios = challenge(form.get("code_verifier", "")) == wanted, redirect == REFRESH_REDIRECT
-        client = REFRESH_CLIENT if ios else BROWSER_CLIENT
-        if not proved or form.get("redirect_uri") != redirect or form.get("client_id") != client:
-            return json_reply({"error": "invalid_grant"}, 400)
-        refresh = secrets.token_urlsafe(40)[:45] if ios else f"rt_{secrets.token_urlsafe(40)}"
-        self.refresh_tokens[refresh] = "person"
-        return json_reply({"access_token": demo_token("person"), "refresh_token": refresh, "id_token": "x"})
-
-    @router.on("POST", "/api/accounts/deviceauth/usercode")
-    def device_code(self, request: Request) -> Reply:
-        """A device begins to sign in."""
-        if request.json().get("client_id") != BROWSER_CLIENT:
-            return _detail(400, "unknown client")
-        return json_reply({"device_auth_id": "device-1", "user_code": "DEMO-CODE", "interval": "1"})
-
-    @router.on("POST", "/api/accounts/deviceauth/token")
-    def device_token(self, request: Request) -> Reply:
-        """Whether the person has signed in; not at the first question."""
-        if request.json() != {"device_auth_id": "device-1", "user_code": "DEMO-CODE"}:
-            return _detail(400, "unknown device")
-        if not self.device_asked:
-            self.device_asked = True
-            return _detail(403, "authorization pending")
-        verifier, code = secrets.token_urlsafe(48), secrets.token_urlsafe(16)
-        self.codes[code] = (challenge(verifier), f"{self.url}/deviceauth/callback")
-        return json_reply({"authorization_code": code, "code_verifier": verifier})
-
-    @router.on("GET", "/api/auth/session")
-    def auth_session(self, request: Request) -> Reply:
-        """Tells a session's access token; {} when the session is over."""
-        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
-        pieces = sorted(name for name in cookies if name.startswith(SESSION_COOKIE))
-        name = self.session_tokens.get("".join(cookies[piece] for piece in pieces))
-        if name is None:
-            return json_reply({})
-        facts = {"expires": "2099-01-01T00:00:00.000Z", "user": {"name": name}}
-        return json_reply({"accessToken": demo_token(name)} | facts)
 
     @router.on("POST", "/v1/chat/completions")
     def openai_completion(self, request: Request) -> Reply | Stream | Upgrade:
@@ -13344,7 +13711,7 @@ def setting_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 def settled(flags: Mapping[str, str | None]) -> Settings:
     """The settings; a command with unusable ones ends here."""
     try:
-        return settle(gather(flags, os.environ))
+        return resolve(gather(flags, os.environ))
     except SettingError as error:
         fail(str(error))
 
@@ -13380,7 +13747,7 @@ def cli() -> None:
 
 
 DEMO_HELP = "Answer from an embedded stand-in, with a pool of its own; API key `demo` or none."
-OPEN_HELP = "Mean it: listen beyond this machine with neither key nor prefix."
+OPEN_HELP = "Listen beyond this machine although neither a key nor a prefix is set."
 
 
 @cli.command()
@@ -13489,7 +13856,8 @@ class Daemon:
 
     def _ready(self, server: Server, app: App) -> str:
         """The one line of a start: where it listens, how many accounts, and what to do when there are none."""
-        scheme, host = "https" if server.tls else "http", self.settings.host
+        scheme = "https" if server.tls else "http"
+        host = self.settings.host
         where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}{server.prefix and '/***'}/v1"
         count = len(app.pool.accounts())
         line = f"listening on {where}, {count} account{'' if count == 1 else 's'}"
@@ -13497,7 +13865,7 @@ class Daemon:
             key = "one of AUTHORIZATION" if self.settings.authorization else f"`{DEMO_KEY}` or none"
             line += f", answers from the embedded demo upstream, API key {key}"
         elif not count:
-            line += "; add one with `chatproxy.py accounts add -` (this server takes it in by itself)"
+            line += "; add one with `chatproxy.py accounts add -` (this server notices it by itself)"
         return line
 
     def _hear_signals(self) -> None:
@@ -13513,7 +13881,8 @@ class Daemon:
 @setting_flags()
 def config(flags: Mapping[str, str | None]) -> None:
     """Print the effective settings and where each came from, secrets masked."""
-    settings, origins = settled(flags), gather(flags, os.environ)
+    settings = settled(flags)
+    origins = gather(flags, os.environ)
     width = max(len(row.name) for row in fields(Settings))
     for row in fields(Settings):
         if row.metadata["hidden"] and origins[row.name].source == "default":
@@ -13566,7 +13935,7 @@ def accounts_add(
     """
     settings = settled(flags)
     if password == bool(tokens):
-        raise click.UsageError("Name tokens, `-`, or --password.")
+        raise click.UsageError("Give tokens, `-`, or --password.")
     if password:
         _store_signed_in(Pool(settings, opened(settings)), *_by_password(settings), as_json)
         return
@@ -13632,7 +14001,8 @@ def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...], as_
     """Add accounts from FILEs: tokens one a line, what `accounts export` wrote, chat2api's data folder, ChatGPT-to-API's
     access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one.
     """
-    settings, lines = settled(flags), list[str]()
+    settings = settled(flags)
+    lines = list[str]()
     for file in files:
         try:
             lines += token_lines(pathlib.Path("/dev/stdin" if file == "-" else file))
@@ -13656,7 +14026,7 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
     if not rows:
         fail(f"no accounts in {settings.data_dir}")
     if file == "-":
-        fail("tokens are never printed; name a file")
+        fail("tokens are never printed; give a file to write them to")
     path = file or time.strftime("chatproxy-accounts-%Y%m%d-%H%M%S.jsonl")
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -13672,7 +14042,7 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
             kept |= {"device": row.device, "browser": row.browser, "cookies": json.loads(row.cookies)}
             kept |= {"disabled": True} if row.state == DISABLED else {}
             lines.write(compact(kept) + "\n")
-    told = f"{len(rows)} accounts written to {path}; who has this file has the accounts"
+    told = f"{len(rows)} accounts written to {path}; whoever has this file has the accounts"
     click.echo(compact({"file": path, "accounts": len(rows)}) if as_json else told)
 
 
@@ -13683,10 +14053,13 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     """List the accounts: id, kind, e-mail, plan, when the access token expires and the account was last used (UTC),
     answers and failures of today, state."""
     settings = settled(flags)
-    store, now = opened(settings), time.time()
-    pool, ledger = Pool(settings, store), Ledger(store)
+    store = opened(settings)
+    now = time.time()
+    pool = Pool(settings, store)
+    ledger = Ledger(store)
     for account in pool.accounts():
-        row, facts = account.row, account_facts(account, ledger, now)
+        row = account.row
+        facts = account_facts(account, ledger, now)
         times = "  ".join(f"{(facts[name] or '-')[:16]:16}" for name in ("expires", "used"))
         who = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}"
         line = f"{who}  {times}  {facts['answers']:5} {facts['failures']:4}  {facts['told']}"
@@ -13717,7 +14090,8 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
             results = dict(done)
     solver.close()
     for account in chosen:
-        row, result = account.row, results[account.id]
+        row = account.row
+        result = results[account.id]
         told: dict[str, Any] = {"id": row.id, "kind": row.kind, "email": row.email}
         told |= {"works": None if result is None else not result, "reason": result or ""}
         said = "not asked" if result is None else result or "works"
@@ -13749,9 +14123,10 @@ def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str, as_jso
 @AS_JSON
 @setting_flags("data_dir", "impersonate", "proxy_url", "openai_auth_url")
 def login(flags: Mapping[str, str | None], device: bool, as_json: bool) -> None:
-    """Sign in with your browser and store the account; a running server takes it in by itself."""
+    """Sign in with your browser and store the account; a running server notices it by itself."""
     settings = settled(flags)
-    pool, sign_in = Pool(settings, opened(settings)), SignIn(settings, Loop())
+    pool = Pool(settings, opened(settings))
+    sign_in = SignIn(settings, Loop())
     tell = functools.partial(click.echo, err=as_json)  # so that a script gets nothing but JSON
     try:
         access, refresh = _by_device(sign_in, tell) if device else _by_browser(sign_in, settings, tell)
@@ -13773,7 +14148,8 @@ def _store_signed_in(pool: Pool, access: str, refresh: str, as_json: bool) -> No
 def _by_password(settings: Settings) -> tuple[str, str]:
     """The tokens of a person who types user name, password and, where it is wanted, a one-time code."""
     username = click.prompt("User name", err=True)
-    password, code = click.prompt("Password", hide_input=True, err=True), ""
+    password = click.prompt("Password", hide_input=True, err=True)
+    code = ""
     while True:
         try:
             return PasswordSignIn(settings, Loop(), Watch()).tokens_for(username, password, code)
@@ -13784,10 +14160,11 @@ def _by_password(settings: Settings) -> tuple[str, str]:
 
 
 class Callback(Application):
-    """Where the browser is sent back to with the code of a sign-in."""
+    """A server for the redirect at the end of a sign-in, which brings its code."""
 
     def __init__(self, state: str) -> None:
-        self.state, self.code = state.encode(), Future[str]()
+        self.state = state.encode()
+        self.code = Future[str]()
 
     def shared(self) -> bool:
         """Nobody's page may look."""
@@ -13817,7 +14194,7 @@ def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]
         )
     except OSError as error:
         fail(
-            f"cannot listen on 127.0.0.1:{CALLBACK_PORT}: {error.strerror}; end what uses it, or try `login --device`"
+            f"cannot listen on 127.0.0.1:{CALLBACK_PORT}: {error.strerror}; stop the program that uses it, or try `login --device`"
         )
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     tell(f"Sign in here; your browser may have opened it:\n{sign_in.address()}")
@@ -13829,7 +14206,7 @@ def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]
     finally:
         server.drain(1)
     if not code:
-        fail("the sign-in was refused or given up")
+        fail("the sign-in was refused or cancelled")
     return sign_in.tokens(code, sign_in.verifier, sign_in.redirect)
 
 
@@ -13852,7 +14229,9 @@ def users() -> None:
 
 @users.command("add")
 @click.argument("name", default="")
-@click.option("--limit", type=click.IntRange(0, MOST_REQUESTS), help="Requests a day; none: without limit.")
+@click.option(
+    "--limit", type=click.IntRange(0, MAX_REQUESTS), help="Most requests a day; without it there is no limit."
+)
 @AS_JSON
 @setting_flags("data_dir")
 def user_add(flags: Mapping[str, str | None], name: str, limit: int | None, as_json: bool) -> None:
@@ -13872,7 +14251,8 @@ def user_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     """List the API users: id, name, requests and tokens of today, requests that they may make a day, last use (UTC)."""
     settings = settled(flags)
     store = opened(settings)
-    ledger, found = Ledger(store), store.users()
+    ledger = Ledger(store)
+    found = store.users()
     for user in found:
         facts = user_facts(user, ledger)
         limit = "-" if user.limit is None else user.limit

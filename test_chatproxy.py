@@ -13,6 +13,8 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import email
+import email.policy
 import functools
 import gzip
 import hashlib
@@ -47,9 +49,9 @@ import time
 import tracemalloc
 import urllib.parse
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import median
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 import click.testing
 import httpx
@@ -89,8 +91,296 @@ hypothesis_settings.load_profile("here")
 Fault = Callable[[cp.Request], "cp.Reply | cp.Stream | cp.Upgrade | None"]
 
 
-class Weather(cp.Demo):
-    """The demo upstream with faults: each waits for one call of its kind and answers it instead."""
+@dataclasses.dataclass
+class SignInUnderWay:
+    """A sign-in with a password that is under way."""
+
+    challenge: str
+    cookie: str
+    username: str = ""
+    done: bool = False
+
+
+def s256(verifier: str) -> str:
+    """PKCE's challenge for a verifier."""
+    return base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).decode().rstrip("=")
+
+
+def fields(request: cp.Request) -> dict[str, str]:
+    """An urlencoded form."""
+    return dict(urllib.parse.parse_qsl(request.body.read().decode(), keep_blank_values=True))
+
+
+class StandIn(cp.Demo):
+    """The demo's stand-in with what the demo does not need: both generations of calls, both encodings, either proof, Arkose,
+    and all of auth.openai.com. What it reads is not read with the product's own parsers."""
+
+    router = cp.Router()
+    for one in cp.Demo.router.endpoints:
+        router.on(one.method, one.path)(one.function)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.algorithm = "sha3"
+        self.encoding = "v1"  # or "cumulative"
+        self.newer = False  # only the newer generation of calls
+        self.arkose = False
+        self.rotate = True  # refresh tokens are replaced when used
+        self.refresh_tokens: dict[str, str] = {}  # token → name of its account
+        self.session_tokens: dict[str, str] = {}
+        self.codes: dict[str, tuple[str, str]] = {}  # of sign-ins under way: challenge and redirect URI
+        self.device_asked = False
+        self.people = {"person@demo.example": ("password", "")}  # user name → password, one-time code
+        self.sign_ins: dict[str, SignInUnderWay] = {}  # by their state
+
+    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream | cp.Upgrade:
+        newer = "/f/" in request.path or request.path.endswith(("prepare", "finalize"))
+        both = not request.path.endswith(("/conversation", "chat-requirements", "prepare", "finalize"))
+        if newer != self.newer and not both:
+            self.calls.append(f"{request.method} {request.path}")
+            return cp._detail(404, "Not Found")
+        return super().respond(request)
+
+    # -- one turn ------------------------------------------------------------------------------------------------------
+
+    def _requirements(self, request: cp.Request) -> dict[str, Any]:
+        return super()._requirements(request) | {"arkose": {"required": self.arkose, "dx": "demo-blob"}}
+
+    def _decoded(self, answer: str) -> list[Any] | None:
+        return super()._decoded(answer.removesuffix("~S") if self.algorithm == "fnv" else answer)
+
+    def _proved(self, issued: tuple[float, str, str], proof: str) -> bool:
+        end, seed, difficulty = issued
+        if self.algorithm == "sha3" or not difficulty or time.monotonic() > end:
+            return super()._proved(issued, proof)
+        answer = proof.removeprefix("gAAAAAB").removesuffix("~S")
+        framed = proof == f"gAAAAAB{answer}~S" and self._decoded(answer) is not None
+        return framed and right("fnv", seed, difficulty, answer)
+
+    @router.on("POST", "/{api}/sentinel/chat-requirements/prepare")
+    def prepare_requirements(self, request: cp.Request) -> cp.Reply:
+        """Requirements, newer generation: the token comes after the proof."""
+        asked = self._requirements(request)
+        return cp.json_reply(asked | {"prepare_token": asked.pop("token")})
+
+    @router.on("POST", "/{api}/sentinel/chat-requirements/finalize")
+    def finalize_requirements(self, request: cp.Request) -> cp.Reply:
+        """Exchanges a prepare token and its proof for the token."""
+        body = json.loads(request.body.read())
+        with self._issued_lock:
+            issued = self._issued.pop(str(body.get("prepare_token")), None)
+        if issued is None or not self._proved(issued, str(body.get("proofofwork"))):
+            return cp._detail(403, "Proof of work failed")
+        token = secrets.token_urlsafe(24)
+        with self._issued_lock:
+            self._issued[token] = (issued[0], "", "")
+        return cp.json_reply({"persona": "chatgpt-paid", "token": token, "expire_after": self.expire_after})
+
+    @router.on("POST", "/{api}/f/conversation/prepare")
+    def prepare_conversation(self, request: cp.Request) -> cp.Reply:
+        """A conduit for the conversation to come."""
+        if "messages" in json.loads(request.body.read()):
+            return cp._detail(422, "messages are not expected")
+        return cp.json_reply({"status": "ok", "conduit_token": secrets.token_urlsafe(12)})
+
+    @router.on("POST", "/{api}/conversation", "/{api}/f/conversation")
+    def conversation(self, request: cp.Request) -> cp.Reply | cp.Stream | cp.Upgrade:
+        """A turn, for a client that has met these requirements too."""
+        headers = request.headers
+        if self.arkose and headers.get("openai-sentinel-arkose-token") != "arkose-for-demo-blob":
+            return cp._detail(403, "Unusual activity has been detected from your device.")
+        if self.newer and "x-conduit-token" not in headers:
+            return cp._detail(422, "x-conduit-token is missing")
+        return super().conversation(request)
+
+    def encoded(
+        self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
+    ) -> Iterator[bytes]:
+        if self.encoding == "v1":
+            yield from super().encoded(conversation, first, message, words, end, metadata)
+            return
+        frame, text = {"conversation_id": conversation, "error": None}, ""
+        for one in first:
+            yield cp._data({"message": one} | frame)
+        for word in words:
+            text += word
+            message = message | {"content": {"content_type": "text", "parts": [text]}}
+            yield cp._data({"message": message} | frame)
+            time.sleep(self.pace)
+        message = message | end | {"metadata": message["metadata"] | metadata}
+        yield cp._data({"message": message} | frame)
+
+    @router.on("POST", "/{api}/transcribe")
+    def transcribe(self, request: cp.Request) -> cp.Reply:
+        """What is said in a recording: its name and size are all that is heard."""
+        head = f"Content-Type: {request.headers['content-type']}\r\n\r\n".encode()
+        parts = email.message_from_bytes(head + request.body.read(), policy=email.policy.HTTP).walk()
+        for part in parts:
+            if part.get_param("name", header="content-disposition") == "file" and part.get_filename():
+                size = len(part.get_payload(decode=True))
+                return cp.json_reply(
+                    {"text": f"The demo upstream heard {size} bytes of {part.get_filename()}."}
+                )
+        return cp._detail(422, [{"loc": ["body", "file"], "msg": "field required"}])
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    @router.on("POST", "/oauth/token")
+    def oauth_token(self, request: cp.Request) -> cp.Reply:
+        """Exchanges a refresh token, or the code of a sign-in."""
+        if "urlencoded" in request.headers.get("content-type", ""):
+            return self._sign_in_tokens(fields(request))
+        given = str(json.loads(request.body.read()).get("refresh_token"))
+        with self._issued_lock:
+            name = self.refresh_tokens.get(given)
+            if name is None or given in self.dead:
+                text = "Unknown or invalid refresh token."
+                return cp.json_reply({"error": "invalid_grant", "error_description": text}, 403)
+            answer = {"access_token": cp.demo_token(name), "expires_in": 86400, "token_type": "Bearer"}
+            if self.rotate:
+                answer["refresh_token"] = f"rt_{secrets.token_urlsafe(40)}"
+                self.refresh_tokens[str(answer["refresh_token"])] = self.refresh_tokens.pop(given)
+        return cp.json_reply(answer)
+
+    @router.on("GET", "/oauth/authorize")
+    def authorize(self, request: cp.Request) -> cp.Reply:
+        """The sign-in page of somebody who is signed in already: back to the client with a code."""
+        query = request.query
+        wanted = {"response_type": "code", "client_id": cp.BROWSER_CLIENT, "code_challenge_method": "S256"}
+        if (
+            any(query.get(name) != value for name, value in wanted.items())
+            or "offline_access" not in query["scope"]
+        ):
+            return cp._detail(400, "invalid_request")
+        code = secrets.token_urlsafe(16)
+        self.codes[code] = (query["code_challenge"], query["redirect_uri"])
+        back = urllib.parse.urlencode({"code": code, "state": query["state"]})
+        return cp.Reply(302, headers={"Location": f"{query['redirect_uri']}?{back}"})
+
+    @router.on("GET", "/authorize")
+    def begin_sign_in(self, request: cp.Request) -> cp.Reply:
+        """The old universal login: from here to a form for the user name."""
+        query = request.query
+        wanted = {
+            "client_id": cp.REFRESH_CLIENT,
+            "redirect_uri": cp.REFRESH_REDIRECT,
+            "response_type": "code",
+        }
+        wanted |= {
+            "audience": "https://api.openai.com/v1",
+            "code_challenge_method": "S256",
+            "prompt": "login",
+        }
+        scopes = "openid email profile offline_access model.request model.read organization.read offline"
+        if any(query.get(name) != value for name, value in wanted.items()) or query.get("scope") != scopes:
+            return cp._detail(400, "invalid_request")
+        state, cookie = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+        self.sign_ins[state] = SignInUnderWay(query["code_challenge"], cookie)
+        headers = {
+            "Location": f"/u/login/identifier?state={state}",
+            "Set-Cookie": f"auth0={cookie}; HttpOnly",
+        }
+        return cp.Reply(302, headers=headers)
+
+    def _sign_in(self, request: cp.Request, *names: str) -> tuple[SignInUnderWay, dict[str, str]]:
+        """The sign-in that a form belongs to, and the form, if it has these fields and came with the cookie."""
+        form = fields(request)
+        state = request.query.get("state", "")
+        under_way = self.sign_ins.get(state)
+        if under_way is None or f"auth0={under_way.cookie}" not in request.headers.get("cookie", ""):
+            raise cp.ApiError("invalid_request_error", "Invalid state")
+        if request.method == "POST" and (set(form) != {*names, "state", "action"} or form["state"] != state):
+            raise cp.ApiError("invalid_request_error", "Bad form")
+        return under_way, form
+
+    @router.on("GET", "/u/login/identifier", "/u/login/password", "/u/mfa-otp-challenge")
+    def sign_in_page(self, request: cp.Request) -> cp.Reply:
+        """A page with a form."""
+        return cp.Reply(200, b"<!DOCTYPE html><form method=post></form>", "text/html; charset=utf-8")
+
+    @router.on("POST", "/u/login/identifier")
+    def take_username(self, request: cp.Request) -> cp.Reply:
+        """The user name; whether there is such a person is not told."""
+        traits = ("js-available", "webauthn-available", "is-brave", "webauthn-platform-available")
+        under_way, form = self._sign_in(request, "username", *traits)
+        under_way.username = form["username"]
+        return cp.Reply(302, headers={"Location": f"/u/login/password?state={form['state']}"})
+
+    @router.on("POST", "/u/login/password")
+    def take_password(self, request: cp.Request) -> cp.Reply:
+        """The password: on to what the sign-in was for, or a 400."""
+        under_way, form = self._sign_in(request, "username", "password")
+        known = self.people.get(under_way.username)
+        if known is None or form["username"] != under_way.username or form["password"] != known[0]:
+            return cp.Reply(400, b"Wrong email or password", "text/html; charset=utf-8")
+        under_way.done = not known[1]
+        return cp.Reply(302, headers={"Location": f"/authorize/resume?state={form['state']}"})
+
+    @router.on("POST", "/u/mfa-otp-challenge")
+    def take_code(self, request: cp.Request) -> cp.Reply:
+        """The one-time code."""
+        under_way, form = self._sign_in(request, "code")
+        if form["code"] != self.people[under_way.username][1]:
+            return cp.Reply(400, b"Wrong code", "text/html; charset=utf-8")
+        under_way.done = True
+        return cp.Reply(302, headers={"Location": f"/authorize/resume?state={form['state']}"})
+
+    @router.on("GET", "/authorize/resume")
+    def end_sign_in(self, request: cp.Request) -> cp.Reply:
+        """Back to the app with a code, or to the form for a one-time code."""
+        under_way, _ = self._sign_in(request)
+        if not under_way.done:
+            return cp.Reply(302, headers={"Location": f"/u/mfa-otp-challenge?state={request.query['state']}"})
+        code = secrets.token_urlsafe(16)
+        self.codes[code] = (under_way.challenge, cp.REFRESH_REDIRECT)
+        return cp.Reply(302, headers={"Location": f"{cp.REFRESH_REDIRECT}?code={code}"})
+
+    def _sign_in_tokens(self, form: Mapping[str, str]) -> cp.Reply:
+        """Tokens for a code, if its verifier is the one that the challenge was made from."""
+        wanted, redirect = self.codes.pop(form.get("code", ""), ("", ""))
+        proved, ios = s256(form.get("code_verifier", "")) == wanted, redirect == cp.REFRESH_REDIRECT
+        client = cp.REFRESH_CLIENT if ios else cp.BROWSER_CLIENT
+        if not proved or form.get("redirect_uri") != redirect or form.get("client_id") != client:
+            return cp.json_reply({"error": "invalid_grant"}, 400)
+        refresh = secrets.token_urlsafe(40)[:45] if ios else f"rt_{secrets.token_urlsafe(40)}"
+        self.refresh_tokens[refresh] = "person"
+        return cp.json_reply(
+            {"access_token": cp.demo_token("person"), "refresh_token": refresh, "id_token": "x"}
+        )
+
+    @router.on("POST", "/api/accounts/deviceauth/usercode")
+    def device_code(self, request: cp.Request) -> cp.Reply:
+        """A device begins to sign in."""
+        if json.loads(request.body.read()).get("client_id") != cp.BROWSER_CLIENT:
+            return cp._detail(400, "unknown client")
+        return cp.json_reply({"device_auth_id": "device-1", "user_code": "DEMO-CODE", "interval": "1"})
+
+    @router.on("POST", "/api/accounts/deviceauth/token")
+    def device_token(self, request: cp.Request) -> cp.Reply:
+        """Whether the person has signed in; not at the first question."""
+        if json.loads(request.body.read()) != {"device_auth_id": "device-1", "user_code": "DEMO-CODE"}:
+            return cp._detail(400, "unknown device")
+        if not self.device_asked:
+            self.device_asked = True
+            return cp._detail(403, "authorization pending")
+        verifier, code = secrets.token_urlsafe(48), secrets.token_urlsafe(16)
+        self.codes[code] = (s256(verifier), f"{self.url}/deviceauth/callback")
+        return cp.json_reply({"authorization_code": code, "code_verifier": verifier})
+
+    @router.on("GET", "/api/auth/session")
+    def auth_session(self, request: cp.Request) -> cp.Reply:
+        """Tells a session's access token; {} when the session is over."""
+        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
+        pieces = sorted(name for name in cookies if name.startswith(cp.SESSION_COOKIE))
+        name = self.session_tokens.get("".join(cookies[piece] for piece in pieces))
+        if name is None:
+            return cp.json_reply({})
+        facts = {"expires": "2099-01-01T00:00:00.000Z", "user": {"name": name}}
+        return cp.json_reply({"accessToken": cp.demo_token(name)} | facts)
+
+
+class Weather(StandIn):
+    """The stand-in with faults: each waits for one call of its kind and answers it instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +416,8 @@ class Weather(cp.Demo):
 
     def asked(self) -> dict[str, Any]:
         """The body of the last conversation call."""
-        return self.last("/conversation").json()
+        body: dict[str, Any] = json.loads(self.last("/conversation").body.read())
+        return body
 
     def told(self) -> str:
         """All text of the last conversation call."""
@@ -214,7 +505,7 @@ class Proxy:
             "admin_key": ADMIN,
             "port": "0",
         } | settings
-        self.settings = cp.settle(cp.gather({name: value for name, value in flags.items() if value}, {}))
+        self.settings = cp.resolve(cp.gather({name: value for name, value in flags.items() if value}, {}))
         self.store = cp.Store(self.settings.data_dir)
         self.app = cp.App(self.settings, self.store, SOLVER)
         if tokens:
@@ -229,8 +520,7 @@ class Proxy:
     def close(self) -> None:
         self._stop.set()
         self.server.drain(0)
-        self.app.upstream.close()
-        self.app.loop.close()
+        self.app.close()
         self.store.close()
 
     def ask(self, text: str = "hi", key: str | None = KEY, **body: Any) -> httpx.Response:
@@ -364,7 +654,7 @@ def test_a_flag_wins_over_a_variable_and_an_alias_counts() -> None:
         "API_PREFIX": "",
     }
     origins = cp.gather({"port": "8000"}, env)
-    settings = cp.settle(origins)
+    settings = cp.resolve(origins)
     assert (settings.port, settings.host, settings.proxy_url) == (8000, "::1", ("socks5h://127.0.0.1:9050",))
     sources = [origins[name].source for name in ("port", "host", "proxy_url", "api_prefix")]
     assert sources == ["flag", "env", "env GO_CHATGPT_API_PROXY", "default"]
@@ -412,7 +702,7 @@ def test_an_unusable_secret_is_not_repeated(tmp_path: pathlib.Path) -> None:
 @example({"port": "\x85", "chatgpt_base_url": " "})
 def test_any_text_is_a_setting_or_a_setting_error(flags: dict[str, str]) -> None:
     try:
-        settings = cp.settle(cp.gather(flags, {}))
+        settings = cp.resolve(cp.gather(flags, {}))
     except cp.SettingError as error:
         assert "accepted: " in str(error) and len(str(error).splitlines()) == 1
     else:
@@ -1345,7 +1635,7 @@ def test_a_renewal_does_not_enable_an_account(start: Callable[..., Proxy], weath
     proxy, account = renewing(start, weather)
     weather.add("/oauth/token", lambda request: time.sleep(0.5))
     account.row = dataclasses.replace(account.row, expires=time.time() + 100)
-    proxy.app.upstream.renew_due(time.time())
+    proxy.app.renewals.renew_due(time.time())
     assert admin(proxy, "POST", "/tokens/disable", json={"ids": [account.id]}).json()["changed"] == 1
     wait_until(lambda: account.row.expires > time.time() + 1000)
     assert account.row.state == "disabled" and error_of(proxy.ask()) == (503, "no_account")
@@ -1847,26 +2137,26 @@ import sys, threading, time; sys.path.insert(0, sys.argv[1]); import chatproxy a
 store, other = cp.Store(sys.argv[2]), None
 def want():
     try:
-        with store.alone("ours", 60): print("got ours", flush=True)
+        with store.exclusively("ours", 60): print("got ours", flush=True)
     except OSError as error: print(error, flush=True)
-with store.alone("theirs", 1):
+with store.exclusively("theirs", 1):
     print("has theirs", flush=True); sys.stdin.readline()
     threading.Thread(target=want).start(); time.sleep(60)
 """
     words = [sys.executable, "-c", code, str(HERE), str(tmp_path)]
     other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdin and other.stdout and other.stdout.readline() == "has theirs\n"
-    with store.alone("ours", 1):
+    with store.exclusively("ours", 1):
         other.stdin.write("go\n")
         other.stdin.flush()
         began = time.monotonic()
-        with pytest.raises(TimeoutError), store.alone("theirs", 0.5):  # which is no deadlock
+        with pytest.raises(TimeoutError), store.exclusively("theirs", 0.5):  # which is no deadlock
             pass
         assert 0.4 < time.monotonic() - began < 5
     assert other.stdout.readline() == "got ours\n"
     other.kill()
     other.wait()
-    with store.alone("theirs", 5):
+    with store.exclusively("theirs", 5):
         pass
 
 
@@ -1898,8 +2188,11 @@ def test_only_the_pool_is_counted(start: Callable[..., Proxy]) -> None:
     assert not proxy.app.ledger._today
 
 
+@pytest.mark.parametrize(
+    "notices", [False, True]
+)  # what another process has stored, before it is its turn to renew
 def test_two_processes_exchange_a_token_once(
-    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path
+    start: Callable[..., Proxy], weather: Weather, tmp_path: pathlib.Path, notices: bool
 ) -> None:
     refresh = "rt_" + "r" * 40
     weather.refresh_tokens[refresh] = "alice"
@@ -1921,6 +2214,8 @@ def test_two_processes_exchange_a_token_once(
         asked = pool.submit(proxy.ask)
         time.sleep(0.2)  # it waits for the other process, or would have asked by now
         slow.set()
+        while notices and not asked.done():
+            proxy.app.pool.reload()
         assert check.result().returncode == 0 and asked.result().status_code == 200
     assert weather.count("/oauth/token") == 1
 
@@ -1966,7 +2261,7 @@ def test_an_account_removed_during_its_first_exchange_takes_no_other_with_it(
 
     weather.add("/oauth/token", wait)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        exchange = pool.submit(proxy.app.upstream.token, account, cp.Watch())
+        exchange = pool.submit(proxy.app.renewals.token, account, cp.Watch())
         wait_until(lambda: not weather.faults["/oauth/token"])
         assert proxy.app.pool.remove([added.id]) == [added.id]
         go.set()
@@ -1985,7 +2280,7 @@ def test_a_disabled_account_stays_disabled_however_it_comes_again(
     (added,) = proxy.app.pool.add([refresh]).rows
     account = proxy.app.pool.find(added.id)
     assert account
-    proxy.app.upstream.token(account, cp.Watch())
+    proxy.app.renewals.token(account, cp.Watch())
     assert alice.row.state == "disabled" and alice.row.kind == "refresh" and len(proxy.store.accounts()) == 2
 
 
@@ -2011,15 +2306,15 @@ def renewing(start: Callable[..., Proxy], weather: Weather, **settings: str) -> 
 def test_a_token_is_renewed_before_it_expires(start: Callable[..., Proxy], weather: Weather) -> None:
     proxy, account = renewing(start, weather)
     old, expires = account.row.access_token, account.row.expires
-    proxy.app.upstream.renew_due(expires - 1000)
+    proxy.app.renewals.renew_due(expires - 1000)
     assert account.renewal is None or account.renewal.done()
     for _ in range(3):  # one exchange at a time
-        proxy.app.upstream.renew_due(expires - 500)
+        proxy.app.renewals.renew_due(expires - 500)
     wait_until(lambda: account.row.access_token != old)
     assert weather.count("/oauth/token") == 2 and proxy.states() == {"alice@demo.example": "ready"}
     proxy.say()
     assert weather.count("/oauth/token") == 2
-    others = [cp.Account(cp.AccountRow(str(i), cp.REFRESH, ""), cp.Route("", ""), "") for i in range(100)]
+    others = [cp.Account(cp.AccountRow(str(i), cp.REFRESH, ""), cp.Egress("", ""), "") for i in range(100)]
     assert 600 <= min(one.renewed_ahead for one in others) < max(one.renewed_ahead for one in others) < 900
 
 
@@ -2029,13 +2324,13 @@ def test_a_valid_token_goes_on_serving_while_renewal_fails(
     proxy, account = renewing(start, weather)
     weather.add("/oauth/token", status(500), status(403, "<html>Just a moment", "text/html"))
     for failures in (1, 2):
-        proxy.app.upstream.renew_due(account.row.expires - 500)
+        proxy.app.renewals.renew_due(account.row.expires - 500)
         wait_until(functools.partial(lambda number: account.retry_renewal[1] == number, failures))
-        proxy.app.upstream.renew_due(account.retry_renewal[0] - 0.01)  # not before its time
+        proxy.app.renewals.renew_due(account.retry_renewal[0] - 0.01)  # not before its time
         proxy.say()
         account.retry_renewal = (0.0, failures)
     assert weather.count("/oauth/token") == 3 and "token not renewed" in caplog.text
-    proxy.app.upstream.renew_due(account.row.expires - 500)
+    proxy.app.renewals.renew_due(account.row.expires - 500)
     wait_until(lambda: account.retry_renewal == (0.0, 0) and weather.count("/oauth/token") == 4)
 
 
@@ -2061,7 +2356,7 @@ def test_the_next_refresh_is_at_three_in_the_night_four_days_on(when: str) -> No
 
 def test_an_access_token_that_expires_is_set_aside_with_the_reason(start: Callable[..., Proxy]) -> None:
     proxy = start("alice", cp.demo_token("bob", 100))
-    proxy.app.upstream.renew_due(time.time() + 200)
+    proxy.app.renewals.renew_due(time.time() + 200)
     rows = {account.row.email[:3]: account.row for account in proxy.app.pool.accounts()}
     assert (rows["ali"].state, rows["bob"].state) == ("ready", "expired")
     assert "access token has expired" in rows["bob"].reason
@@ -2338,10 +2633,10 @@ def test_an_account_keeps_its_identity_for_life(start: Callable[..., Proxy], wea
 
 def test_an_account_keeps_its_proxy_and_accounts_share_them_out(start: Callable[..., Proxy]) -> None:
     proxies = "http://127.0.0.1:1,http://127.0.0.1:2"
-    first = {a.id: a.route.proxy for a in start("a", "b", "c", "d", proxy_url=proxies).app.pool.accounts()}
+    first = {a.id: a.egress.proxy for a in start("a", "b", "c", "d", proxy_url=proxies).app.pool.accounts()}
     assert sorted(first.values()) == sorted(proxies.split(",") * 2)
     second = start(proxy_url=",".join(reversed(proxies.split(",")))).app.pool.accounts()
-    assert {a.id: a.route.proxy for a in second} == first
+    assert {a.id: a.egress.proxy for a in second} == first
 
 
 def test_an_account_moves_on_from_a_proxy_that_does_not_connect(
@@ -2374,30 +2669,30 @@ def test_an_account_moves_on_from_a_proxy_that_does_not_connect(
     alive = f"http://127.0.0.1:{listener.getsockname()[1]}"
     proxy = start("alice", proxy_url=f"{dead},{alive}", retry_times="0")
     (account,) = proxy.app.pool.accounts()
-    assert account.route.proxy == dead
+    assert account.egress.proxy == dead
     assert (
-        proxy.ask().status_code == 502 and account.route.proxy == dead
+        proxy.ask().status_code == 502 and account.egress.proxy == dead
     )  # two calls: the page, the requirements
     for code in (502, 200):
         assert proxy.ask().status_code == code
-    assert account.route.proxy == alive and proxy.store.accounts()[0].proxy == alive and through
+    assert account.egress.proxy == alive and proxy.store.accounts()[0].proxy == alive and through
     (told,) = [vars(one) for one in caplog.records if one.msg == "account moved to the next proxy"]
     assert told["facts"]["account"] == "alice@demo.example" and "secret" not in str(told)
     # What the upstream says through it, be it a failure, is no reason to move.
     weather.add("/conversation", *[status(502)] * 4)
-    assert [proxy.ask().status_code for _ in range(4)] == [502] * 4 and account.route.proxy == alive
+    assert [proxy.ask().status_code for _ in range(4)] == [502] * 4 and account.egress.proxy == alive
 
 
 def test_only_failures_in_a_row_move_an_account(start: Callable[..., Proxy]) -> None:
     proxy = start("alice", proxy_url="http://127.0.0.1:1,http://127.0.0.1:2")
     (account,) = proxy.app.pool.accounts()
-    route = account.route
+    egress = account.egress
     for connected in (False, False, True, False, False):
-        proxy.app.pool.reached(account, route, connected)
-    assert account.route is route
+        proxy.app.pool.reached(account, egress, connected)
+    assert account.egress is egress
     for _ in range(3):  # the last two were under way when it moved: they say nothing of its new proxy
-        proxy.app.pool.reached(account, route, False)
-    assert account.route.proxy != route.proxy and account.unreached == 0
+        proxy.app.pool.reached(account, egress, False)
+    assert account.egress.proxy != egress.proxy and account.unreached == 0
 
 
 def test_a_tunnel_that_is_refused_is_a_proxy_that_does_not_connect(start: Callable[..., Proxy]) -> None:
@@ -2417,7 +2712,7 @@ def test_a_tunnel_that_is_refused_is_a_proxy_that_does_not_connect(start: Callab
     seen = []
     for _ in range(5):
         assert error_of(proxy.ask()) == (502, "upstream_error")
-        seen.append(account.route.proxy)
+        seen.append(account.egress.proxy)
     first, second = proxies
     assert seen == [first, second, second, second, first]  # the page is not asked for again within a minute
 
@@ -2460,7 +2755,7 @@ def test_a_proof_is_right_and_still_a_configuration(
 
 
 def test_a_proof_that_cannot_be_found_is_given_up_as_browsers_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cp, "MOST_ATTEMPTS", 2000)
+    monkeypatch.setattr(cp, "MAX_ATTEMPTS", 2000)
     given_up = cp.proof_token("0.5", "0" * 32, cp.fingerprint("d", "a", "en", cp.Page(), 2e9), "sha3")
     assert given_up == "gAAAAABwQ8Lk5FbGpA2NcR9dShT6gYjU7VxZ4D" + base64.b64encode(b'"0.5"').decode()
 
@@ -2509,7 +2804,7 @@ def test_an_arkose_token_comes_from_the_service_or_is_missed(
     service = cp.Server(
         ("127.0.0.1", 0),
         Service(),
-        cp.settle(cp.gather({}, {})),
+        cp.resolve(cp.gather({}, {})),
         cp.Metrics(),
     )
     threading.Thread(target=service.serve_forever, args=(0.02,), daemon=True).start()
@@ -2532,7 +2827,7 @@ def test_a_turn_costs_one_round_trip_once_an_account_has_answered(
         wait_until(functools.partial(spare_ready, account))
         weather.add("/chat-requirements", weather.silence())  # what is got ahead meanwhile is not waited for
         assert proxy.say() == "Hello wide world."
-        proxy.app.upstream.pool.take_spare(account)
+        account.spare = None
 
 
 def test_a_spare_that_has_expired_is_not_used(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -2828,14 +3123,14 @@ def test_a_plain_proxy_is_used(start: Callable[..., Proxy], weather: Weather) ->
 # --- the stream ------------------------------------------------------------------------------------------------------
 
 
-def decoded(data: bytes, cuts: list[int]) -> list[cp.Event]:
+def decoded(data: bytes, cuts: list[int]) -> list[cp.Found]:
     """The events of some bytes cut at these places, pieces of text joined."""
-    decoder, out, start = cp.Decoder(), list[cp.Event](), 0
+    decoder, out, start = cp.Decoder(), list[cp.Found](), 0
     for cut in [*sorted(cut % (len(data) + 1) for cut in cuts), len(data)]:
         out += decoder.feed(data[start:cut])
         start = cut
     finish = decoder.finish()
-    joined: list[cp.Event] = []
+    joined: list[cp.Found] = []
     for event in [*out, *([finish] if finish else [])]:
         if joined and isinstance(event, (cp.Text, cp.Reasoning)) and type(joined[-1]) is type(event):
             joined[-1] = type(event)(joined[-1].text + event.text)
@@ -3722,7 +4017,7 @@ def test_lifting_files_out_of_a_body_changes_nothing(files: list[tuple[bool, byt
         for known, data in files
     ]
     text = json.dumps(
-        {"padding": "p" * (cp.MOST_IN_MEMORY + padding), "parts": parts, "url": "data:;base64,====="}
+        {"padding": "p" * (cp.MAX_IN_MEMORY + padding), "parts": parts, "url": "data:;base64,====="}
     )
     whole, lifted = json.loads(text), cp.parse_object(cp.Blob(text.encode()))
     for part, one in zip(whole["parts"], lifted["parts"], strict=True):
@@ -4081,9 +4376,9 @@ def test_any_bytes_are_a_form_or_an_api_error(pieces: list[bytes]) -> None:
 @given(st.binary(max_size=3000), st.integers(0, 300), st.integers(1, 8))
 def test_a_blob_reads_the_same_from_memory_and_disk(data: bytes, start: int, size: int) -> None:
     big = cp.Blob()
-    for filler in (b"\0" * cp.MOST_IN_MEMORY, data):
+    for filler in (b"\0" * cp.MAX_IN_MEMORY, data):
         big.write(filler)
-    small, part = cp.Blob(data), big.part(cp.MOST_IN_MEMORY, len(data))
+    small, part = cp.Blob(data), big.part(cp.MAX_IN_MEMORY, len(data))
     assert (
         small.read() == part.read() == data
         and small.digest() == part.digest() == hashlib.sha256(data).hexdigest()
@@ -4460,7 +4755,7 @@ def test_a_hostile_call_costs_little(proxy: Proxy, weather: Weather) -> None:
     "take",
     [
         lambda: cp._as_text(cp.ToolUse("python", "\n" * 100_000)),
-        lambda: cp.find_json('{"a": "say ' + '\\"hi\\" ' * 50_000, None, cp.Effort()),
+        lambda: cp.find_json('{"a": "say ' + '\\"hi\\" ' * 50_000, None, cp.Budget()),
         lambda: cp.unmarked("\ue200" * 100_000),
         lambda: scanned("(sandbox:" + " " * 990, list(range(1000)), {}),
         lambda: scanned(("(sandbox:" + " (a" * 300) * 30, list(range(0, 30_000, 3)), {}),
@@ -4612,7 +4907,7 @@ def run_scanner(text: str, cuts: list[int], choice: str, last: bool) -> tuple[li
         choice,
         True,
     )
-    scanner, out, start = cp.CallScanner(offer, cp.Effort(), last), list[cp.Event](), 0
+    scanner, out, start = cp.CallScanner(offer, cp.Budget(), last), list[cp.Event](), 0
     for cut in [*sorted(cut % (len(text) + 1) for cut in cuts), len(text)]:
         out += scanner.feed([cp.Text(text[start:cut])])
         start = cut
@@ -4818,7 +5113,7 @@ def test_json_that_was_cut_for_length_is_passed_on_as_it_is(
     ],
 )
 def test_a_piece_of_broken_json_is_never_taken_for_the_whole(text: str, found: str) -> None:
-    assert cp.find_json(text, None, cp.Effort())[0] == found
+    assert cp.find_json(text, None, cp.Budget())[0] == found
 
 
 def test_functions_and_a_shape_go_together(proxy: Proxy, weather: Weather) -> None:
@@ -5032,6 +5327,14 @@ def test_a_response_is_gone_on_from_with_its_files_and_calls(proxy: Proxy, weath
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model="gpt-4o", input=[{"type": "item_reference", "id": "msg_1"}])
     assert not client.files.list().data  # what came inside a message is no file of the Files API
+    # What is kept are items: an upstream with tools of its own could go on from them.
+    _, items = proxy.store.response(second.id, cp.Scope("x", everyone=True), 0.0) or ("", "")
+    kinds = ["message", "function_call", "function_call_output", "message"]
+    assert [one["type"] for one in json.loads(items)] == kinds and "tool_call>" not in items
+    with proxy.store.writing() as db:  # by an earlier version
+        db.execute("UPDATE responses SET items=? WHERE id=?", ('{"messages": [], "names": {}}', second.id))
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="gpt-4o", previous_response_id=second.id, input="x")
     client.responses.delete(first.id)
     for id in (first.id, "resp_nonsense"):
         with pytest.raises(openai.NotFoundError):
@@ -5492,7 +5795,7 @@ class Site(cp.Application):
         """Given a folder for its certificate it speaks TLS."""
         self.has, self.ends, self.open = echo, queue.Queue[Any](), queue.Queue[cp.WebSocket]()
         self.end, self.trust = functools.partial(self.ends.get, timeout=20), None
-        settings = cp.settle(cp.gather({}, {}))
+        settings = cp.resolve(cp.gather({}, {}))
         if folder:
             authority, self.trust = trustme.CA(), ssl.create_default_context()
             authority.configure_trust(self.trust)
@@ -5796,7 +6099,7 @@ def test_an_idle_connection_does_not_wake_its_thread_and_chatter_stretches_nothi
 
     with pair() as (it, peer):
         before, (code, seconds) = switches(), took(it.receive, time.monotonic() + 0.5)
-        assert code == 1008 and 0.45 < seconds < 1 and switches() - before <= 3
+        assert code == 1008 and 0.45 < seconds < 1 and switches() - before <= 10
     with pair() as (it, peer), aside(chatter, masked(0x8A, b"")):
         code, seconds = took(it.receive, time.monotonic() + 0.3)
         assert code == 1008 and 0.25 < seconds < 1 and peer.frame()[1][:2] == b"\x03\xf0"
@@ -5947,11 +6250,19 @@ def whole(data: bytes, words: int) -> bool:
     return data.count(b"x" * 1000) == words and b"data: [DONE]" in data
 
 
+def test_every_kind_of_event_and_of_a_messages_part_has_its_place() -> None:
+    events, parts = set(get_args(cp.Event)), set(get_args(cp.MessagePart))
+    told = {cp.Text, *cp.AS_TEXT}
+    assert cp.Rendering.NOTES.keys() | cp.AS_TEXT.keys() == events
+    assert cp.CompletionStream.TAKES.keys() | told == cp.ModelResponse.TAKES.keys() | told == events
+    assert cp.IN_PROSE.keys() == cp.AS_ITEM.keys() | {cp.Text, cp.Attachment} == parts
+
+
 def test_every_reason_of_a_refusal_has_its_remedies() -> None:
     assert set(cp.REMEDIES) == set(cp.Refusal.REASONS)
-    remedies = {name for names in cp.REMEDIES.values() for name in names} - {cp.NEXT_ACCOUNT}
-    assert remedies and all(callable(getattr(cp.Turns, name)) for name in remedies)
-    assert all(cp.NEXT_ACCOUNT not in names[:-1] for names in cp.REMEDIES.values())
+    remedies = {name for names in cp.REMEDIES.values() for name in names} - {cp.NEXT}
+    assert remedies and all(callable(getattr(cp.Web, name)) for name in remedies)
+    assert all(cp.NEXT not in names[:-1] for names in cp.REMEDIES.values())
 
 
 def test_slow_readers_hold_up_nobody_and_get_everything(proxy: Proxy, weather: Weather) -> None:
@@ -6021,7 +6332,10 @@ def test_a_client_that_reads_nothing_at_all_is_left(
     assert proxy.say() == "Hello wide world."
 
 
-def test_a_client_that_hangs_up_ends_its_answer_at_once(start: Start, weather: Weather) -> None:
+def test_a_client_that_hangs_up_ends_its_answer_at_once(
+    start: Start, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp.Watch, "LOOK", 30.0)  # the request's thread would notice it much later
     proxy = start("alice", "bob")
     said = list(weather.say({"model": "gpt-4o"}, ["Hello", " there"]))
     for _ in range(2):
@@ -6030,7 +6344,7 @@ def test_a_client_that_hangs_up_ends_its_answer_at_once(start: Start, weather: W
         assert sock.recv(100)
         wait_until(lambda: "chatproxy_streams_open 1" in httpx.get(f"{proxy.url}/metrics").text)
         sock.close()
-        wait_until(lambda: "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text, 1.5)
+        wait_until(lambda: "chatproxy_streams_open 0" in httpx.get(f"{proxy.url}/metrics").text, 5.0)
 
 
 def test_tls_clients_are_carried_like_others(start: Start, weather: Weather, tmp_path: pathlib.Path) -> None:
@@ -6138,9 +6452,9 @@ def test_what_waits_or_takes_long_is_never_the_loops(
         monkeypatch.setattr(owner, name, called)
 
     for owner, name in (
-        (cp.Store, "writing"), (cp.Store, "_rows"), (cp.Answered, "counted"), (cp, "find_json"), (cp.Schema, "fault"),
+        (cp.Store, "writing"), (cp.Store, "_rows"), (cp.Rendering, "counted"), (cp, "find_json"), (cp.Schema, "fault"),
         (cp, "proof_token"), (cp, "fingerprint"), (cp, "parse_object"), (cp.ModelResponse, "whole"), (socket, "getaddrinfo"),
-        (time, "sleep"), (cp.CallScanner, "_finish"), (cp.Handle, "prepare"), (cp.Turns, "_looked_up"), (cp.Trimmer, "_cut"),
+        (time, "sleep"), (cp.CallScanner, "_finish"), (cp.Handle, "prepare"), (cp.Web, "_looked_up"), (cp.Trimmer, "_cut"),
     ):  # fmt: skip
         watched(owner, name)
     proxy = start("alice", "bob", history_disabled="false", check_model="true")
@@ -6148,6 +6462,7 @@ def test_what_waits_or_takes_long_is_never_the_loops(
         {"author": {"role": "tool"}, "content": {"content_type": "execution_output", "text": "1"}}
     ]
     weather.words = ["See ", "[it](sandbox:/mnt/data/a.txt)", *[f" word{n}" for n in range(300)]]
+    weather.pace = 0.001  # else all of them come at once, and none is the loop's
     for _ in range(2):
         weather.add("/interpreter/download", status(200, {"download_url": "https://files.example/a.txt"}))
     assert "word299" in proxy.stream()[1] and "word299" in proxy.say()
@@ -6661,7 +6976,7 @@ def test_a_change_is_sent_again_when_it_cannot_have_arrived(start: Start, weathe
         answer = executor.submit(web, proxy, "PATCH", "/conversation/c-1", json={"title": "x"})
         time.sleep(0.15)
         server = cp.Server(
-            ("127.0.0.1", port), weather, cp.settle(cp.gather({}, {})), cp.Metrics(), quiet=True
+            ("127.0.0.1", port), weather, cp.resolve(cp.gather({}, {})), cp.Metrics(), quiet=True
         )
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         assert answer.result().status_code == 200
@@ -7490,13 +7805,13 @@ def test_an_upstream_that_is_public_names_no_private_place(start: Start, weather
     assert not any(request.path == "/x" for request in weather.seen)
     # Behind a proxy names are the proxy's to resolve, addresses are not.
     upstream, (account,) = proxy.app.upstream, proxy.app.pool.accounts()
-    account.route = account.route._replace(proxy="http://127.0.0.1:9")
+    account.egress = account.egress._replace(proxy="http://127.0.0.1:9")
     ask = functools.partial(upstream.named_place, account, watch=cp.Watch())
     assert ask(url="https://files.example/x") == ""
     for url in ("https://10.0.0.1/x", "https://[fd00::1]/x", "https://localhost/x"):
         with pytest.raises(cp.Refusal):
             ask(url=url)
-    account.route = account.route._replace(proxy="")
+    account.egress = account.egress._replace(proxy="")
     assert ask(url=f"{weather.url}/x") == ""
 
 
@@ -7513,7 +7828,7 @@ def test_a_public_host_is_asked_at_the_addresses_that_were_looked_at(weather: We
     handles, port = cp.Handles(LOOP), urllib.parse.urlsplit(weather.url).port
     place = f"files.example:{port}:127.0.0.1,[::1]"
     url = f"http://files.example:{port}/backend-api/me"
-    with handles.call("a", cp.Route("", ""), "GET", url, [], None, cp.Watch(), 5.0, place=place) as call:
+    with handles.call("a", cp.Egress("", ""), "GET", url, [], None, cp.Watch(), 5.0, place=place) as call:
         assert call.whole().status == 403
     assert weather.seen[-1].headers["host"] == f"files.example:{port}"
     handles.close()
@@ -7527,8 +7842,8 @@ def test_junk_tokens_leave_nothing_and_reach_nothing(start: Start, weather: Weat
     weather.dead.update(tokens)
     for key in (*tokens, "sk-junk"):
         assert error_of(proxy.ask(key=key, messages=asked)) == (401, "invalid_api_key")
-    upstream, pool = proxy.app.upstream, proxy.app.pool
-    wait_until(lambda: not upstream.guest_handles.owners())
+    connections, pool = proxy.app.connections, proxy.app.pool
+    wait_until(lambda: not connections.guest_handles.owners())
     assert not pool._guests and not proxy.store.accounts("guest=1")
     assert weather.count("/image.png") == weather.count("/files") == weather.count("/conversation") == 0
     real = cp.demo_token("guest")
@@ -7537,7 +7852,7 @@ def test_junk_tokens_leave_nothing_and_reach_nothing(start: Start, weather: Weat
 
 
 def test_guests_share_a_small_pool_of_connections() -> None:
-    handles, route = cp.Handles(LOOP, together=True, most=3), cp.Route("", "")
+    handles, route = cp.Handles(LOOP, together=True, most=3), cp.Egress("", "")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         dead = f"http://127.0.0.1:{closed.getsockname()[1]}/"
     for name in "abcde":
@@ -7684,8 +7999,8 @@ def test_a_validation_ends_when_nobody_waits(start: Start, weather: Weather) -> 
             raise cp.ClientGone
 
     with pytest.raises(cp.ClientGone):
-        cp.find_json('{"a": {"b": {"c": {}}}} ' * 60, refers(), cp.Effort(check))
-    effort = cp.Effort()
+        cp.find_json('{"a": {"b": {"c": {}}}} ' * 60, refers(), cp.Budget(check))
+    effort = cp.Budget()
     began = time.process_time()
     for _ in range(64):
         cp.find_json('{"a": {"b": {"c": {}}}} ' * 60, refers(), effort)
@@ -8029,7 +8344,7 @@ def test_what_is_kept_of_a_response_is_bounded_at_once(start: Start, monkeypatch
     made = web(proxy, "POST", "/v1/responses", ann, json=long).json()
     assert made["user"] is None and made["instructions"] == "y" * 40_000 and made["status"] == "completed"
     assert proxy.store._rows("SELECT MAX(LENGTH(response)) FROM responses")[0][0] < 80_000
-    monkeypatch.setattr(cp, "MOST_RESPONSES_OF_ONE", 300_000)
+    monkeypatch.setattr(cp, "MAX_RESPONSES_OF_ONE", 300_000)
     kept = [web(proxy, "POST", "/v1/responses", ben, json=long).json()["id"]]
     for _ in range(9):
         kept.append(web(proxy, "POST", "/v1/responses", ann, json=long).json()["id"])
@@ -8851,7 +9166,7 @@ class Answering(cp.Application):
 @contextlib.contextmanager
 def listening(respond: Callable[[cp.Request], Any], **settings: Any) -> Iterator[str]:
     """A server that answers like this; its URL."""
-    settled, answering = dataclasses.replace(cp.settle(cp.gather({}, {})), **settings), Answering(respond)
+    settled, answering = dataclasses.replace(cp.resolve(cp.gather({}, {})), **settings), Answering(respond)
     server = cp.Server(("127.0.0.1", 0), answering, settled, cp.Metrics(), quiet=True)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http{'s' * bool(settings.get('tls_cert'))}://127.0.0.1:{server.server_port}"
@@ -8893,9 +9208,9 @@ def test_https_is_not_spoken_in_old_versions_and_its_cookies_are_secure(
 def test_a_certificate_and_its_key_are_set_together(tmp_path: pathlib.Path) -> None:
     _, files = certified(tmp_path)
     for name, missing in (("tls_cert", "TLS_KEY"), ("tls_key", "TLS_CERT")):
-        with pytest.raises(cp.SettingError, match=f"^{missing}: unset cannot be used"):
-            cp.settle(cp.gather({name: files[name]}, {}))
-    assert cp.settle(cp.gather(files, {})).tls_cert
+        with pytest.raises(cp.SettingError, match=f"^{missing}: not set"):
+            cp.resolve(cp.gather({name: files[name]}, {}))
+    assert cp.resolve(cp.gather(files, {})).tls_cert
 
 
 def test_nothing_but_what_openai_needs_is_passed_on_with_an_sk_key(
@@ -9260,7 +9575,7 @@ def test_no_two_accounts_share_a_connection(start: Callable[..., Proxy], weather
 
 
 def test_a_call_is_prepared_without_what_the_one_before_it_had(weather: Weather) -> None:
-    handles, route = cp.Handles(LOOP), cp.Route("", "")
+    handles, route = cp.Handles(LOOP), cp.Egress("", "")
     weather.add("/a", *[status(200, {}, Set_Cookie="a=1; Path=/\r\nSet-Cookie: b=2\r\nX: 1\r\nX: 2")] * 9)
     answers, used = list[cp.Answer](), set[cp.Handle]()
     for method, body in (
@@ -9288,7 +9603,7 @@ def test_a_call_is_prepared_without_what_the_one_before_it_had(weather: Weather)
 
 @pytest.mark.parametrize("taken", [1] * 8 + [100_000])  # it breaks in sending, often, or in reading
 def test_a_large_body_begins_anew_when_a_kept_connection_breaks(taken: int) -> None:
-    blob, whole = cp.Blob(), random.randbytes(cp.MOST_IN_MEMORY + 5)
+    blob, whole = cp.Blob(), random.randbytes(cp.MAX_IN_MEMORY + 5)
     blob.write(whole)
     got: list[bytes] = []
 
@@ -9313,7 +9628,7 @@ def test_a_large_body_begins_anew_when_a_kept_connection_breaks(taken: int) -> N
     with aside(serve):
         for method, body in (("GET", None), ("PUT", blob)):
             lines = [b"Expect:"]
-            with handles.call("me", cp.Route("", ""), method, url, lines, body, cp.Watch(), 10.0) as call:
+            with handles.call("me", cp.Egress("", ""), method, url, lines, body, cp.Watch(), 10.0) as call:
                 answer = call.whole()
             LOOP.run(int)
     handles.close()
@@ -9423,7 +9738,7 @@ def test_a_fact_is_one_word_or_quoted(end: str) -> None:
 def test_a_setting_is_what_it_says_and_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**flags: str) -> bool:
         with pytest.raises(cp.SettingError) as error:
-            cp.settle(cp.gather(dict(flags), {}))
+            cp.resolve(cp.gather(dict(flags), {}))
         return next(iter(flags)).upper() in str(error.value)
 
     bad = [{"chatgpt_base_url": f"https://x{bad}y"} for bad in (" ", "\r\nX: 1", "\0", "\u2028")]
@@ -9436,15 +9751,15 @@ def test_a_setting_is_what_it_says_and_nothing_more(monkeypatch: pytest.MonkeyPa
     bad += [{"max_body_mb": "0"}, {"port": "٣"}, {"port": "1e3"}, {"oai_language": "en\r\nX: 1"}]
     bad += [{"host": "x y"}, {"pow_difficulty": "0" * 33}, {"max_connections": "0"}, {"heartbeat": "0"}]
     assert all(refused(**flags) for flags in bad)
-    settings = cp.settle(
+    settings = cp.resolve(
         cp.gather({"api_prefix": "/a/b/", "openai_api_url": "https://x/", "port": " 7 "}, {})
     )
     assert (settings.api_prefix, settings.openai_api_url, settings.port) == ("a/b", "https://x", 7)
     monkeypatch.setenv("XDG_STATE_HOME", "/xdg")
     monkeypatch.setenv("STATE_DIRECTORY", "/one:/two")
-    assert cp.settle(cp.gather({}, {})).data_dir == "/one"
+    assert cp.resolve(cp.gather({}, {})).data_dir == "/one"
     monkeypatch.delenv("STATE_DIRECTORY")
-    assert cp.settle(cp.gather({}, {})).data_dir == "/xdg/chatproxy"
+    assert cp.resolve(cp.gather({}, {})).data_dir == "/xdg/chatproxy"
 
 
 def test_the_frame_of_an_image_is_found_behind_other_segments() -> None:
@@ -9560,7 +9875,7 @@ def test_a_scheduled_refresh_is_made_once_and_not_every_second(
 def test_what_was_counted_outlives_an_orderly_end(tmp_path: pathlib.Path, weather: Weather) -> None:
     env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "AUTHORIZATION": KEY}
     store = cp.Store(str(tmp_path))
-    id = cp.Pool(cp.settle(cp.gather({}, {})), store).add([cp.demo_token("alice")]).rows[0].id
+    id = cp.Pool(cp.resolve(cp.gather({}, {})), store).add([cp.demo_token("alice")]).rows[0].id
     with Served(env=env) as served:
         body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
         headers = {"Authorization": f"Bearer {KEY}"}
@@ -9652,7 +9967,7 @@ def test_what_is_old_is_forgotten_and_nothing_else(
     assert kept() == [23]
     for age in (1, 2):
         store.put_response(f"r-{age}", "owner", "{}" * 50, "[]", now - age * hour)
-    monkeypatch.setattr(cp, "MOST_RESPONSES", 204)  # characters
+    monkeypatch.setattr(cp, "MAX_RESPONSES", 204)  # characters
     store.prune(now)
     assert kept() == [1, 2]  # the oldest goes first
 
@@ -9758,7 +10073,7 @@ def test_a_renewal_changes_all_that_a_token_says(start: Callable[..., Proxy], we
     weather.refresh_tokens[refresh] = "alice"
     proxy = start(refresh)
     (account,) = proxy.app.pool.accounts()
-    proxy.app.upstream.token(account, cp.Watch())
+    proxy.app.renewals.token(account, cp.Watch())
     (row,) = proxy.store.accounts()
     assert row == account.row and row.secret in weather.refresh_tokens
     assert (row.email, row.plan, row.workspace) == ("alice@demo.example", "plus", "workspace-alice")
@@ -9828,8 +10143,8 @@ def test_a_token_that_another_process_exchanged_is_not_exchanged_again(
     for one in (proxy, other):
         one._stop.set()
     (theirs,), (ours,) = proxy.app.pool.accounts(), other.app.pool.accounts()
-    proxy.app.upstream.token(theirs, cp.Watch())
-    other.app.upstream.token(ours, cp.Watch())
+    proxy.app.renewals.token(theirs, cp.Watch())
+    other.app.renewals.token(ours, cp.Watch())
     assert weather.count("/oauth/token") == 1 and ours.row.access_token == theirs.row.access_token
 
 
@@ -10114,7 +10429,7 @@ def test_an_account_whose_token_cannot_be_renewed_comes_last(start: Callable[...
     pool.disable([alice.id], True)
     assert pool.lease("gpt-4o") is refresh
     unending = cp.AccountRow("x", cp.ACCESS, "token", access_token="token")
-    assert cp.Account(unending, cp.Route("", ""), "").token_valid(time.time())
+    assert cp.Account(unending, cp.Egress("", ""), "").token_valid(time.time())
 
 
 def test_an_account_keeps_its_identity_with_a_newer_token(
@@ -10123,7 +10438,7 @@ def test_an_account_keeps_its_identity_with_a_newer_token(
     start("alice", impersonate="safari170", proxy_url="http://127.0.0.1:1,http://127.0.0.1:2")
     proxy = start("bob")
     alice, bob = proxy.app.pool.accounts()
-    assert (alice.route.browser, bob.route.browser) == ("safari170", proxy.settings.impersonate)
+    assert (alice.egress.browser, bob.egress.browser) == ("safari170", proxy.settings.impersonate)
     alice.cookies = {"a": "b"}
     proxy.app.pool.keep_cookies()
     before = alice.row
@@ -10157,7 +10472,7 @@ def test_an_exported_account_is_imported_as_it_was(start: Callable[..., Proxy]) 
     alice, free = pool.accounts()
     assert (alice.row.state, free.row.state, alice.row.workspace) == ("disabled", "ready", "ws-1")
     for account in (alice, free):
-        assert account.row.device == device and account.route.browser == "safari170"
+        assert account.row.device == device and account.egress.browser == "safari170"
         assert account.cookies == {"a": "b#c"}
     odd = {"token": cp.demo_token("bob"), "device": "x\r\ny", "browser": "a b", "cookies": {"a": "b\r\nc"}}
     (bob,) = pool.add([json.dumps(odd)]).rows
@@ -10261,7 +10576,7 @@ def spoken(id: str, ending: str = "", **facts: Any) -> dict[str, Any]:
     return {"message": message | facts, "conversation_id": "c"}
 
 
-def heard(*values: dict[str, Any]) -> list[cp.Event]:
+def heard(*values: dict[str, Any]) -> list[cp.Found]:
     """The events that a decoder makes of some of the upstream's, with the end if there is one."""
     decoder = cp.Decoder()
     out = [event for value in values for event in decoder.feed(cp._data(value))] + decoder.rest()
@@ -10594,7 +10909,7 @@ def test_a_kept_response_is_given_whole_and_not_gone_on_from_without_end(
     id = proxy.client().responses.create(model="gpt-4o", input="x").id
     assert error_of(web(proxy, "GET", f"/v1/responses/{id}?stream=true"))[0] == 400
     assert web(proxy, "GET", f"/v1/responses/{id}?stream=false").json()["id"] == id
-    monkeypatch.setattr(cp, "MOST_EARLIER", 10)
+    monkeypatch.setattr(cp, "MAX_EARLIER", 10)
     more = {"model": "gpt-4o", "input": "y", "previous_response_id": id}
     assert error_of(web(proxy, "POST", "/v1/responses", json=more)) == (413, "request_too_large")
 
@@ -10627,13 +10942,13 @@ def test_of_a_large_pool_a_few_accounts_of_every_plan_are_asked_for_models(
 def test_the_conversations_of_agents_are_forgotten_the_oldest_first(
     start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cp, "MOST_HELD_BY_AGENTS", 2)
+    monkeypatch.setattr(cp, "MAX_HELD_BY_AGENTS", 2)
     proxy = start()
     Browser(proxy)
     talks = [put(proxy).json()["conversation_id"] for _ in range(2)]
     put(proxy, conversation_id=talks[0])
     talks.append(put(proxy).json()["conversation_id"])
-    assert [proxy.app.agents.holds(talk) for talk in talks] == [True, False, True]
+    assert [proxy.app.agents.holds(talk, cp.Scope("caller")) for talk in talks] == [True, False, True]
 
 
 def test_an_agent_holds_nothing_under_a_name_that_is_none(start: Callable[..., Proxy]) -> None:
@@ -10654,7 +10969,7 @@ def test_an_agent_holds_nothing_under_a_name_that_is_none(start: Callable[..., P
         assert put(proxy).json()["content"] == "x"
     assert not proxy.app.agents._holders
     agent.answers = answer("error", "talk")  # a failure, whatever else it says
-    assert put(proxy).status_code == 500 and not proxy.app.agents.holds("talk")
+    assert put(proxy).status_code == 500 and not proxy.app.agents.holds("talk", cp.Scope("caller"))
 
 
 def test_a_connection_that_never_becomes_an_agent_is_ended(
@@ -10819,7 +11134,7 @@ def test_the_demo_is_as_strict_as_what_it_stands_for(weather: Weather) -> None:
 def test_what_was_counted_is_stored_at_the_end(tmp_path: pathlib.Path, weather: Weather) -> None:
     env = {"DATA_DIR": str(tmp_path), "AUTHORIZATION": KEY, "CHATGPT_BASE_URL": weather.url}
     store = cp.Store(str(tmp_path))
-    cp.Pool(cp.settle(cp.gather({"data_dir": str(tmp_path)}, {})), store).add([cp.demo_token("alice")])
+    cp.Pool(cp.resolve(cp.gather({"data_dir": str(tmp_path)}, {})), store).add([cp.demo_token("alice")])
     with Served(env=env) as served:
         body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
         url, headers = f"{served.url}/v1/chat/completions", {"Authorization": KEY}
@@ -10909,7 +11224,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'answers `{"token": …}`\', secret=True', 'answers `{"token": …}`\', secret=False',
      "config_shows_no_secret"),
     ("config shows the agents' key",
-     'unset: the admin key", secret=True', 'unset: the admin key", secret=False',
+     'key that agents register with; when unset, the admin key", secret=True', 'key that agents register with; when unset, the admin key", secret=False',
      "config_shows_no_secret"),
     ("without ADMIN_KEY nobody needs a key to administer",
      "self.admin_key or (self.authorization[0] if self.authorization else None)", "self.admin_key",
@@ -11100,7 +11415,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if rows and scope.covers(rows[0][0]) else None", "if rows else None",
      "test_nobody_sees_anothers_files_and_responses"),
     ("one caller's responses fill the disk",
-     'self._shorten("owner=?", (owner,), MOST_RESPONSES_OF_ONE)', "pass",
+     'self._shorten("owner=?", (owner,), MAX_RESPONSES_OF_ONE)', "pass",
      "test_what_is_kept_of_a_response_is_bounded_at_once"),
     ("of too many responses the newest go first",
      "ORDER BY made DESC", "ORDER BY made",
@@ -11139,7 +11454,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '"f") < limit.ljust(size, "f")', '"f") <= limit.ljust(size, "f")',
      "harder_means_a_smaller_string"),
     ("a proof's attempts are not counted",
-     "configuration[3], configuration[9] = tried + len(_STARTS),", "configuration[3], configuration[9] = tried,",
+     "configuration[3] = tried + len(_STARTS)\n", "configuration[3] = tried\n",
      "a_proof_is_right_and_still_a_configuration"),
     ("a proof given up is not what browsers send",
      'return GIVE_UP + base64.b64encode(f\'"{seed}"\'', "return GIVE_UP + base64.b64encode(f'{seed}'",
@@ -11197,7 +11512,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if size > MAX_ANSWER:", "if False:",
      "test_a_relayed_answer_is_passed_on_as_it_is"),
     ("handles have no owner",
-     "key = (owner, route, place)", 'key = ("", route, place)',
+     "key = (owner, egress, place)", 'key = ("", egress, place)',
      "test_no_two_accounts_share_a_connection"),
     ("handles that failed are used again",
      "if handle and kept and not handle.failed and", "if handle and kept and",
@@ -11212,7 +11527,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "FETCH_TIME = 30.0", "FETCH_TIME = 3600.0",
      "test_what_a_clients_url_leads_to_has_its_limits"),
     ("a hundred redirects are followed",
-     "MOST_REDIRECTS = 5", "MOST_REDIRECTS = 100",
+     "MAX_REDIRECTS = 5", "MAX_REDIRECTS = 100",
      "test_what_a_clients_url_leads_to_has_its_limits"),
     ("IPv4 inside IPv6 is public",
      "return is_public(str(one.ipv4_mapped))", "return True",
@@ -11318,7 +11633,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "kept = Answer(200, {}, row.cookies.encode()).object()", "kept = json.loads(row.cookies)",
      "test_odd_rows_of_the_store_are_survived"),
     ("all tokens are renewed at the same distance",
-     "+ drawn_lot(row.id) % int(RENEWAL_SPREAD)", "",
+     "+ stable_number(row.id) % int(RENEWAL_SPREAD)", "",
      "a_token_is_renewed_before_it_expires"),
     ("an unproved token's e-mail is logged",
      "if self.row.guest and not self.accepted:", "if False:",
@@ -11364,13 +11679,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'self.store.update_accounts("proxy", moved)', "pass",
      "an_account_keeps_its_proxy"),
     ("an account's proxy changes at each start",
-     'proxy, lot = row.proxy if row.proxy in proxies else "", drawn_lot', 'proxy, lot = "", drawn_lot',
+     'proxy = row.proxy if row.proxy in proxies else ""', 'proxy = ""',
      "an_account_keeps_its_proxy"),
     ("accounts crowd on one proxy",
      "min(proxies, key=lambda one: load[one])", "proxies[0]",
      "an_account_keeps_its_proxy"),
     ("an account changes its browser with IMPERSONATE",
-     "Route(row.browser if known else self.settings.impersonate, proxy)", "Route(self.settings.impersonate, proxy)",
+     "Egress(row.browser if known else self.settings.impersonate, proxy)", "Egress(self.settings.impersonate, proxy)",
      "an_account_keeps_its_identity_with_a_newer_token"),
     ("disabled accounts take their turn",
      'in self._accounts.values() if one.row.state == "ready"]', "in self._accounts.values()]",
@@ -11403,7 +11718,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "Held(one.account, known.owner) if known and known.owner else one", "one",
      "test_who_began_a_conversation_on_a_full_disk_keeps_it"),
     ("a full disk loses conversations",
-     "self._unsaved_held = dict(list(begun.items())[-MOST_UNSAVED:])", "self._unsaved_held = {}",
+     "self._unsaved_held = dict(list(begun.items())[-MAX_UNSAVED:])", "self._unsaved_held = {}",
      "test_who_began_a_conversation_on_a_full_disk_keeps_it"),
     ("RANDOM_TOKEN is ignored",
      "if self.settings.random_token and size:", "if False:",
@@ -11433,12 +11748,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "return self._limited(min(waits))", "return self._limited(max(waits))",
      "the_shortest_wait_is_told"),
     ("told to wait without the lock",
-     "        with self._changes_lock:\n            now, old = time.time(), account.waits.get(",
-     "        if True:\n            now, old = time.time(), account.waits.get(",
+     "        with self._changes_lock:\n            now = time.time()\n            old = account.waits.get(", "        if True:\n            now = time.time()\n            old = account.waits.get(",
      "waits_told_at_once_are_all_kept"),
-    ("a wait has no lock",
-     "with self._changes_lock:\n            now, old = time.time()", "if True:\n            now, old = time.time()",
-     "test_nothing_is_lost_when_threads_count_at_once"),
     ("strikes are not counted",
      "if old.until > now else old.strikes + 1", "if old.until > now else 1",
      "a_wait_that_names_no_time_grows"),
@@ -11483,7 +11794,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if not isinstance(value, str) or not re.fullmatch(r"[\\x21-\\x7e]{1,16384}", value):', "if False:",
      "test_odd_requirements_are_the_upstreams_fault"),
     ("requirements need not be objects",
-     "return value if isinstance(value, dict) else {}\n\n\n@dataclass", "return value or {}\n\n\n@dataclass",
+     '    """An object within an answer, {} where there is none."""\n    value = said.get(name)\n    return value if isinstance(value, dict) else {}', '    """An object within an answer, {} where there is none."""\n    value = said.get(name)\n    return value or {}',
      "test_odd_requirements_are_the_upstreams_fault"),
     ("an empty conversation_id is passed on",
      'if v not in (None, "") or k not in fillable', "if v is not None or k not in fillable",
@@ -11569,7 +11880,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "        call = handles.call(\n            account.id,", '        call = handles.call(\n            "",',
      "test_no_two_accounts_share_a_connection"),
     ("a file store's cookies are taken for the site's",
-     'own = url.startswith(f"{account.gateway}/")\n        self._heard', "own = True\n        self._heard",
+     'own = url.startswith(f"{account.gateway}/")\n        self.heard', "own = True\n        self.heard",
      "a_file_store_gets_no_more_than_the_file"),
     ("the start page is read at every turn",
      "if known and now - known.read < PAGE_LIFE:", "if False:",
@@ -11665,10 +11976,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if time.time() < not_before:", "if False:",
      "an_exchange_that_fails_is_tried_again"),
     ("two processes exchange one token at once",
-     "with self.pool.store.alone(account.id, EXCHANGE_PATIENCE):", "with contextlib.nullcontext():",
+     "with self.pool.store.exclusively(account.id, EXCHANGE_PATIENCE):", "with contextlib.nullcontext():",
      "two_processes_exchange_a_token_once"),
     ("a token that another process exchanged is exchanged again",
-     "if not self.pool.renewed_elsewhere(account):", "if True:",
+     "if not self.pool.renewed_elsewhere(account) and not self._good(account, refused):", "if True:",
      "a_token_that_another_process_exchanged"),
     ("a token that could not be stored is exchanged again",
      "if account.unstored is None:", "if True:",
@@ -11696,10 +12007,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "return verifier",
      "test_a_sign_in_is_proved_by_whom_it_was_begun"),
     ("every sign-in has the same verifier",
-     "secrets.token_urlsafe(24), secrets.token_urlsafe(48)", 'secrets.token_urlsafe(24), "v" * 48',
+     "self.verifier = secrets.token_urlsafe(48)", 'self.verifier = "v" * 48',
      "test_a_sign_in_is_proved_by_whom_it_was_begun"),
     ("every sign-in has the same state",
-     "secrets.token_urlsafe(24), secrets.token_urlsafe(48)", '"s" * 32, secrets.token_urlsafe(48)',
+     "self.state = secrets.token_urlsafe(24)", 'self.state = "s" * 32',
      "test_a_sign_in_is_proved_by_whom_it_was_begun"),
     ("a browser's challenge is not made from the verifier",
      'challenge(self.verifier),\n            "code_challenge_method": "S256",\n            "id_token',
@@ -11749,13 +12060,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '\\uf8ff\\U000f0000-\\U0010ffff"', '\\uf8ff"',
      "test_reasoning_and_output_have_no_marks_either"),
     ("a mark without end is waited for to the end",
-     "or (end < 0 and len(text) - start > MOST_OPEN):", ":",
+     "or (end < 0 and len(text) - start > MAX_MARK):", ":",
      "test_what_may_be_a_mark_does_not_hold_an_answer_back_for_long"),
     ("a source without end is waited for to the end",
-     "if link is None and not last and len(text) - start <= MOST_HELD:", "if link is None and not last:",
+     "if link is None and not last and len(text) - start <= MAX_HELD_BACK:", "if link is None and not last:",
      "test_what_may_be_a_mark_does_not_hold_an_answer_back_for_long"),
     ("a sandbox link without end is waited for to the end",
-     "if not last and len(text) - start <= MOST_OPEN and not", "if not last and not",
+     "if not last and len(text) - start <= MAX_MARK and not", "if not last and not",
      "test_what_may_be_a_mark_does_not_hold_an_answer_back_for_long"),
     ("a citation's own words keep their marks",
      're.sub(f"[{_PRIVATE}]", "", alt)', "alt",
@@ -11869,7 +12180,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "target.insert(last, value)\n        return", "target[last:last + 1] = [value]\n        return",
      "test_an_operation_changes_what_its_path_names"),
     ("the number of files of a request is not limited",
-     "MOST_ATTACHMENTS = 100", "MOST_ATTACHMENTS = 1000",
+     "MAX_ATTACHMENTS = 100", "MAX_ATTACHMENTS = 1000",
      "test_a_request_may_not_bring_files_without_end"),
     ("an API user reads anybody's file",
      "if found and scope.covers(found[0].owner):", "if found:",
@@ -11916,7 +12227,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "refused.about = UPLOADS", "pass",
      "test_a_limit_for_uploads_leaves_chats_alone"),
     ("files of an answer are looked up without end",
-     "MOST_LINKS = 20 ", "MOST_LINKS = 2000 ",
+     "MAX_LINKS = 20 ", "MAX_LINKS = 2000 ",
      "test_only_so_many_files_of_an_answer_are_looked_up"),
     ("a turn that goes on has a [DONE] in its middle",
      "done = WithoutDone() if again else None", "done = None",
@@ -11941,17 +12252,16 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if refused.reason in _FAILURES and attempt.continues is None:", "if attempt.continues is None:",
      "a_failure_is_tried_again_after_a_pause"),
     ("AUTO_CONTINUE is ignored",
-     "finish = self._to_the_end(attempt, ask, self.settings.auto_continue, going_on)", "finish = self._to_the_end(attempt, ask, 3, going_on)",
+     "finish = self.to_the_end(attempt, ask, self.settings.auto_continue, going_on)", "finish = self.to_the_end(attempt, ask, 3, going_on)",
      "no_answer_is_continued_more_often"),
     ("a continuation that is refused loses the answer",
      "if attempt.continues is None:\n                raise", "if True:\n                raise",
      "a_continuation_that_is_refused"),
     ("temporary chats are kept on record",
-     "keeps = attempt.keeps or not self.settings.history_disabled", "keeps = True",
+     "keeps = attempt.asked.keeps or not self.settings.history_disabled", "keeps = True",
      "a_failure_is_tried_again_after_a_pause"),
     ("a validation may take any time",
-     "        if self._left < 0:\n            raise TooMuchEffort",
-     "        if False:\n            raise TooMuchEffort",
+     "        if self._left < 0:\n            raise OverBudget", "        if False:\n            raise OverBudget",
      "test_a_validation_ends_when_nobody_waits"),
     ("a validation goes on when nobody waits",
      "            self._check()", "            pass",
@@ -11987,7 +12297,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if not isinstance(role, str) or role not in ROLES:", "if not isinstance(role, str):",
      "test_a_wrong_field_is_named"),
     ("a history's result has no heading",
-     'parts = (result_heading(str(value.get("name") or names.get(id, "")), id), *parts)', "pass",
+     "(Text(result_heading(part.name, part.id)), *part.parts)", "part.parts",
      "test_calls_and_results_in_the_history_reach_the_model"),
     ("audio in a chat is passed over",
      'if kind == "input_audio":', 'if kind == "input_audio" and False:',
@@ -11997,13 +12307,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "validate=False))\n    except ValueError:\n        raise unfit",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("a call of an unknown function is passed on",
-     "if not isinstance(name, str) or name not in self.functions:", "if not isinstance(name, str):",
+     "if not isinstance(name, str) or name not in offer.functions:", "if not isinstance(name, str):",
      "test_a_wrong_call_is_asked_for_again_once_and_then_is_text"),
     ("another function than the one demanded may be called",
-     'if self.choice not in ("auto", "required", name):', "if False:",
+     'if offer.choice not in ("auto", "required", name):', "if False:",
      "test_a_wrong_call_is_asked_for_again_once_and_then_is_text"),
     ("arguments need not fit their schema",
-     "fault = Schema(self.functions[name].parameters, effort).fault(arguments)", 'fault = ""',
+     "fault = Schema(offer.functions[name].parameters, budget).fault(arguments)", 'fault = ""',
      "test_a_wrong_call_is_asked_for_again_once_and_then_is_text"),
     ("names of functions may be anything",
      '_FUNCTION_NAME = re.compile(r"[0-9A-Za-z_.:-]{1,128}")', '_FUNCTION_NAME = re.compile(r".{1,128}")',
@@ -12029,9 +12339,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("tool_choice none is ignored",
      'if found and choice != "none" else None', "if found else None",
      "test_functions_that_may_not_be_called_are_not_told"),
-    ("a model may call without end", "MOST_CALLS = 128", "MOST_CALLS = 100_000", "test_a_hostile_call_costs_little"),
+    ("a model may call without end", "MAX_CALLS = 128", "MAX_CALLS = 100_000", "test_a_hostile_call_costs_little"),
     ("every end tag in a call is tried",
-     "MOST_TRIES = 16 ", "MOST_TRIES = 10**9 ",
+     "MAX_TRIES = 16 ", "MAX_TRIES = 10**9 ",
      "test_nothing_behind_a_call_counts"),
     ("what may begin a tag leaks",
      "held = next((size for size in sizes if CALL_TAG.startswith(text[-size:])), 0)", "held = 0",
@@ -12040,21 +12350,20 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if text.strip() and not self._fault:", "if False:",
      "test_nothing_behind_a_call_counts"),
     ("parallel_tool_calls false is ignored",
-     "most = self.MOST_CALLS if self._offer.parallel else 1", "most = self.MOST_CALLS",
+     "most = self.MAX_CALLS if self._offer.parallel else 1", "most = self.MAX_CALLS",
      "test_one_call_is_enough_when_more_are_not_wanted"),
     ("text before a call is said twice",
      "if self._patient and not self._told and self._text:", "if self._patient and self._text:",
      "test_text_before_a_call_is_not_said_twice"),
     ("all calls have one id", 'f"call_{random.getrandbits(96):024x}"', '"call_1"', "test_a_function_is_called"),
     ("an array is taken for a JSON object",
-     'Schema({"type": "object"} if schema is None else schema, effort)',
-     "Schema({} if schema is None else schema, effort)",
+     'Schema({"type": "object"} if schema is None else schema, budget)', "Schema({} if schema is None else schema, budget)",
      "test_a_piece_of_broken_json_is_never_taken_for_the_whole"),
     ("deep JSON of a model kills the thread",
      "fault(_not_too_deep(value))", "fault(value)",
      "test_a_piece_of_broken_json_is_never_taken_for_the_whole"),
     ("a piece of broken JSON is taken for the whole",
-     '"its JSON is not valid", _closing(text, match.start())', '"its JSON is not valid", match.start() + 1',
+     "at = _closing(text, match.start())", "at = match.start() + 1",
      "test_a_piece_of_broken_json_is_never_taken_for_the_whole"),
     ("a tool's output stands before the JSON",
      "elif not isinstance(event, (ToolUse, Image)):", "else:",
@@ -12066,13 +12375,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if fault and self._last:", "if False:",
      "test_json_that_does_not_fit_is_asked_for_again_once"),
     ("a wrong call is asked for without end",
-     "CallScanner(turn.offer, effort, True, told)", "CallScanner(turn.offer, effort, False, told)",
+     "CallScanner(offer, budget, True, told)", "CallScanner(offer, budget, False, told)",
      "test_a_wrong_call_is_asked_for_again_once_and_then_is_text"),
     ("the model is not told what it said wrong",
-     "messages=(*turn.question.messages, *said)", "messages=turn.question.messages",
+     "messages=(*question.messages, *said)", "messages=question.messages",
      "test_json_that_does_not_fit_is_asked_for_again_once"),
     ("a second asking that fails loses the first answer",
-     "if turn.shape or not isinstance(first, CallScanner):", "if True:",
+     "if shape or not isinstance(first, CallScanner):", "if True:",
      "test_a_second_asking_that_fails_leaves_the_first_answer"),
     ("a second asking shows tools again",
      "if isinstance(event, (Text, Finish))]\n        for scanner", "if isinstance(event, object)]\n        for scanner",
@@ -12090,7 +12399,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if name is not None and body[name] < 1:", "if False:",
      "test_a_wrong_field_is_named"),
     ("an unknown effort is taken",
-     "if value is not None and (not isinstance(value, str) or value not in _EFFORTS):", "if False:",
+     "if not isinstance(value, str) or value not in EFFORTS:", "if False:",
      "test_a_wrong_field_is_named"),
     ("several answers are asked for and one is given",
      'if body.get("n") not in (None, 1):', "if False:",
@@ -12145,8 +12454,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if self._reason == "tool_calls" and self.turn.legacy else', "if False else",
      "test_the_older_functions_are_called_too"),
     ("half a character in an answer breaks its stream",
-     'self._end(pieces)\n        return "".join(pieces).encode("utf-8", "replace")',
-     'self._end(pieces)\n        return "".join(pieces).encode("utf-8")',
+     'self.TAKES[kind](self, event, pieces)\n        return "".join(pieces).encode("utf-8", "replace")', 'self.TAKES[kind](self, event, pieces)\n        return "".join(pieces).encode("utf-8")',
      "test_an_answer_names_the_model_that_gave_it"),
     ("the role comes with no chunk",
      'pieces.append(self._chunk({"role": "assistant", "content": content}, None))', "pass",
@@ -12179,8 +12487,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "isinstance(one, str) and len(one) <= 512", "isinstance(one, str)",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("instructions go on with the next response",
-     "messages = (*earlier, *parse_items(",
-     'messages = (*((Message("system", (body["instructions"],)),) if body.get("instructions") else ()), *earlier, *parse_items(',
+     '    messages = (\n        *parse_items(earlier, names, "previous_response_id"),', '    messages = (\n        *((Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()),\n        *parse_items(earlier, names, "previous_response_id"),',
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("a response says that calls may be parallel",
      'echo |= {"metadata": metadata, "parallel_tool_calls": parallel is not False',
@@ -12237,10 +12544,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if text.count("&") >= MAX_FIELDS:', "if False:",
      "test_every_attack_has_its_answer and heavy"),
     ("a form may have any number of parts",
-     "MOST_PARTS, MOST_PART_HEAD = 100, 4096", "MOST_PARTS, MOST_PART_HEAD = 10**9, 4096",
+     "MAX_PARTS, MAX_PART_HEAD = 100, 4096", "MAX_PARTS, MAX_PART_HEAD = 10**9, 4096",
      "test_a_form_has_only_so_many_parts_and_header_lines"),
     ("a form's part may have any number of header lines",
-     "MOST_PARTS, MOST_PART_HEAD = 100, 4096", "MOST_PARTS, MOST_PART_HEAD = 100, 1 << 30",
+     "MAX_PARTS, MAX_PART_HEAD = 100, 4096", "MAX_PARTS, MAX_PART_HEAD = 100, 1 << 30",
      "test_a_form_has_only_so_many_parts_and_header_lines"),
     ("a form may be followed by anything",
      'if after[2:] not in (b"", b"\\r\\n") or at + len(after) < body.size:', "if False:",
@@ -12249,7 +12556,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'not in ("binary", "7bit", "8bit"):', 'not in ("binary", "7bit", "8bit", "base64"):',
      "test_a_form_that_is_not_quite_one_is_refused"),
     ("any number of header lines is read",
-     "if len(lines) > MOST_HEADERS:", "if False:",
+     "if len(lines) > MAX_HEADERS:", "if False:",
      "test_limits_have_their_own_answers"),
     ("two Host headers are accepted",
      'if name in ("host", "content-length",', 'if name in ("content-length",',
@@ -12337,10 +12644,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "elif self._unsent and now >= self._unsent[0][1]:", "elif False:",
      "test_a_client_that_hardly_reads_holds_neither_senders_nor_the_reader"),
     ("bytes are no sign of life",
-     "self._pinged, self._due = False, time.monotonic() + self._idle", "self._due = time.monotonic() + self._idle",
+     "            self._pinged = False\n            self._due = time.monotonic() + self._idle", "            self._due = time.monotonic() + self._idle",
      "test_any_byte_is_a_sign_of_life_and_a_reader_that_was_away_blames_nobody"),
     ("a silent WebSocket is pinged for ever",
-     "self._pinged, self._due = True, now + self._patience", "self._due = now + self._patience",
+     "                self._pinged = True\n                self._due = now + self._patience", "                self._due = now + self._patience",
      "test_a_silent_client_is_pinged_then_dropped_in_time"),
     ("a silent client stays for ever",
      "elif silent and self._pinged:", "elif False:",
@@ -12412,7 +12719,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'log(logging.ERROR, "request failed", exc_info=True,', 'log(logging.DEBUG, "request failed",',
      "test_a_fault_of_ours_is_told_by_its_number_alone"),
     ("a fault's own words are told to the client",
-     'f"chatproxy failed; its log has {self.request_id}."',
+     'f"chatproxy failed; its log has the details under {self.request_id}."',
      'f"chatproxy failed ({failure}); its log has {self.request_id}."',
      "test_a_fault_of_ours_is_told_by_its_number_alone"),
     ("a prefix is matched by its beginning only",
@@ -12534,10 +12841,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'raise AgentLost("the agent did not answer in time")',
      "test_a_silent_agent_has_the_time_of_the_whole_exchange_and_no_other_is_asked"),
     ("an API user goes on with anybody's agent",
-     "if conversation and not scope.covers(", "if False and not scope.covers(",
+     "if conversation and not asked.scope.covers(", "if False and not asked.scope.covers(",
      "test_agents_conversations_belong_to_who_began_them"),
     ("a conversation goes on with any agent",
-     "agents = [one for one in agents if one.id == holder]", "pass",
+     "agents = [one for one in agents if one.id == attempt.holder]", "pass",
      "test_agents_answer_in_turn_and_keep_their_conversations"),
     ("nobody is told when an agent may be there",
      '"No agent is available.", headers={"Retry-After": "30"}', '"No agent is available."',
@@ -12549,7 +12856,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if said.get("message") == "error" or said.get("error") or not', "if not",
      "test_an_agent_holds_nothing_under_a_name_that_is_none"),
     ("an agent's own words reach the client",
-     '"The agent reported a failure; the console of its browser tells more."',
+     '"The agent reported a failure; see the console of its browser."',
      'f"The agent reported a failure: {said}"',
      "test_what_an_agent_says_is_not_trusted"),
     ("an agent holds a conversation of any name",
@@ -12562,13 +12869,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "self._holders.move_to_end(conversation)", "pass",
      "test_the_conversations_of_agents_are_forgotten_the_oldest_first"),
     ("conversations of agents are never forgotten",
-     "if len(self._holders) > MOST_HELD_BY_AGENTS:", "if False:",
+     "if len(self._holders) > MAX_HELD_BY_AGENTS:", "if False:",
      "test_the_conversations_of_agents_are_forgotten_the_oldest_first"),
     ("the newest conversation of agents is forgotten",
      "self._holders.popitem(last=False)", "self._holders.popitem()",
      "test_the_conversations_of_agents_are_forgotten_the_oldest_first"),
     ("an agent leads into another's conversation",
-     'conversation if own else "")', "conversation)",
+     'ids = conversation if own else "", response', "ids = conversation, response",
      "test_an_agent_takes_neither_a_place"),
     ("no refresh at start when scheduled",
      "self._refresh = 0.0 if settings", "self._refresh = math.inf if settings",
@@ -12580,7 +12887,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "own=kind != SIGNS_IN", "own=True",
      "test_signing_in_takes_a_key_of_the_server_and_leaves_nothing"),
     ("upkeep never renews",
-     "(10, lambda: self.upstream.renew_due(time.time())),", "",
+     "(10, lambda: self.renewals.renew_due(time.time())),", "",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("upkeep never saves counts", "(10, self.ledger.save),", "", "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("upkeep never keeps cookies", "(60, self.pool.keep_cookies),", "", "the_upkeep_renews_saves_keeps_and_lets_go"),
@@ -12602,7 +12909,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "refresh = next_refresh(now)", "refresh = now",
      "a_scheduled_refresh_is_made_once"),
     ("upkeep never closes idle connections",
-     "self.upstream.handles.sweep(time.monotonic())", "pass",
+     "self.connections.sweep(time.monotonic())", "pass",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("upkeep never drops old spares",
      "self.upstream.sweep_spares()", "pass",
@@ -12649,16 +12956,16 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'whole["store"] = wanted.echo["store"] = False', "pass",
      "test_a_full_disk_stops_only_what_must_be_kept"),
     ("what was said before has no limit",
-     "if not items or len(items) > MOST_EARLIER:", "if False:",
+     "if not items or len(items) > MAX_EARLIER:", "if False:",
      "test_a_kept_response_is_given_whole_and_not_gone_on_from"),
     ("what an earlier response called is forgotten",
-     'return tuple(messages), kept["names"]', "return tuple(messages), {}",
+     '*parse_items(earlier, names, "previous_response_id"),', '*parse_items(earlier, {}, "previous_response_id"),',
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("items may be named without end",
-     "if self._found > MAX_REFERENCES or self._size > MOST_EARLIER:", "if False:",
+     "if self._found > MAX_REFERENCES or self._size > MAX_EARLIER:", "if False:",
      "test_items_that_are_named_again_and_again_are_read_once"),
     ("calls of a response are not remembered",
-     'messages.append({"role": "assistant", "parts": [text for text in said if text]})', "pass",
+     "kept = _kept_items(app, asked, wanted) + response.items", "kept = _kept_items(app, asked, wanted)",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("a kept response is streamed as JSON",
      'if request.query.get("stream", "false") != "false":', "if False:",
@@ -12667,7 +12974,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "app.store.remove_response(id)", "pass",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("all accounts of a pool are asked for their models",
-     "MOST_ASKED = 20", "MOST_ASKED = 20_000",
+     "MAX_ASKED_FOR_MODELS = 20", "MAX_ASKED_FOR_MODELS = 20_000",
      "test_of_a_large_pool_a_few_accounts_of_every_plan_are_asked_for_models"),
     ("models of disabled accounts are listed",
      'able = [one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"]',
@@ -12695,7 +13002,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '"Content-Disposition": place, "X-Content-Type-Options": "nosniff"}', '"Content-Disposition": place}',
      "test_a_file_is_downloaded_and_not_shown"),
     ("images are drawn without number",
-     "MOST_IMAGES = 4", "MOST_IMAGES = 400",
+     "MAX_IMAGES = 4", "MAX_IMAGES = 400",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("a form's number of images is not read",
      'if re.fullmatch("[0-9]{1,3}", count) else 0', 'if re.fullmatch("[0-9]{1,3}", count) else 1',
@@ -12704,7 +13011,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'body["mask"] = "The last', 'body["masks"] = "The last',
      "test_an_image_is_drawn_from_others"),
     ("no image at all is drawn",
-     "if not 1 <= n <= MOST_IMAGES:", "if not 0 <= n <= MOST_IMAGES:",
+     "if not 1 <= n <= MAX_IMAGES:", "if not 0 <= n <= MAX_IMAGES:",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("streamed images come whole",
      '"must be false: the upstream gives images whole.")',
@@ -12729,7 +13036,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'SPEECH_FORMATS = ("mp3",', 'SPEECH_FORMATS = ("pcm", "mp3",',
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("a text of any length is read aloud",
-     "MOST_SPOKEN = 4096", "MOST_SPOKEN = 4097",
+     "MAX_SPOKEN = 4096", "MAX_SPOKEN = 4097",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("any voice is asked for",
      "if voice not in VOICES and voice not in VOICES.values():", "if False:",
@@ -12738,7 +13045,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if body.get("stream_format") not in (None, "audio"):', "if False:",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("what is read aloud is not what was asked",
-     "if attempt.account and _letters(said) == _letters(text):", "if attempt.account:",
+     "if asked.account and _letters(_text_of(answer.events)) == _letters(text):", "if asked.account:",
      "test_text_is_read_aloud"),
     ("a transcription of any format is asked for",
      'if wanted not in ("json", "text", "verbose_json"):', "if False:",
@@ -12750,7 +13057,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      're.fullmatch(r"[A-Za-z-]{0,16}", language)', 're.fullmatch(r"(?s).{0,16}", language)',
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("a list of conversations has no largest limit",
-     "MOST_CONVERSATIONS = 100", "MOST_CONVERSATIONS = 1000",
+     "MAX_CONVERSATIONS = 100", "MAX_CONVERSATIONS = 1000",
      "test_a_list_has_defaults_and_a_largest_limit"),
     ("an id changes the path of the upstream call",
      'urllib.parse.quote(value, safe="") for name, value in request.params',
@@ -12826,10 +13133,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "app.keys.admit_admin(request, sessions=False)", "pass",
      "test_only_the_administrator_stores_an_account_by_its_password"),
     ("any number of accounts is checked at once",
-     "MOST_LISTED, MOST_CHECKED = 500, 100", "MOST_LISTED, MOST_CHECKED = 500, 100_000",
+     "MAX_LISTED, MAX_CHECKED = 500, 100", "MAX_LISTED, MAX_CHECKED = 500, 100_000",
      "test_accounts_are_disabled_enabled_removed_and_checked"),
     ("a list of accounts has no largest limit",
-     "MOST_LISTED, MOST_CHECKED = 500, 100", "MOST_LISTED, MOST_CHECKED = 500_000, 100",
+     "MAX_LISTED, MAX_CHECKED = 500, 100", "MAX_LISTED, MAX_CHECKED = 500_000, 100",
      "test_the_list_tells_who_did_what"),
     ("accounts list --json prints the token",
      '"workspace": row.workspace}', '"workspace": row.secret}',
@@ -12856,7 +13163,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'check_types(body := request.json(), {"disabled": _FLAG})', "body = request.json()",
      "test_an_administrator_names_accounts_of_the_pool_alone"),
     ("a user's limit has no bounds",
-     "if limit is not None and not 0 <= limit <= MOST_REQUESTS:", "if limit is not None and limit < 0:",
+     "if limit is not None and not 0 <= limit <= MAX_REQUESTS:", "if limit is not None and limit < 0:",
      "test_an_api_users_token_cannot_be_guessed_or_found_again"),
     ("a removed user goes on until the next second",
      'raise ApiError("not_found", "There is no such user.")\n    app.keys.reload()',
@@ -12908,12 +13215,6 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if issued is None or not self._proved(issued, headers.get("openai-sentinel-proof-token", "")):',
      "if issued is None:",
      "test_the_demo_is_as_strict_as_what_it_stands_for"),
-    ("the demo exchanges a refresh token twice",
-     "self.refresh_tokens.pop(given)", "self.refresh_tokens[given]",
-     "test_the_demo_is_as_strict_as_what_it_stands_for"),
-    ("the stand-in does not check a verifier",
-     'proved, ios = challenge(form.get("code_verifier", "")) == wanted,', "proved, ios = True,",
-     "test_a_sign_in_is_proved_by_whom_it_was_begun"),
     ("a damaged database is a traceback",
      "        except StoreUnavailable as error:\n            fail(",
      "        except KeyError as error:\n            fail(",
@@ -12983,7 +13284,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if events & _HUNG_UP and self._watch.hung_up():", "if False:",
      "test_a_client_that_hangs_up_ends_its_answer_at_once"),
     ("a limit ends an answer in the loop",
-     "(sink.careful and not sink.light(events))", "False",
+     "if sink.careful and not sink.light(light):", "if False:",
      "test_what_waits_or_takes_long_is_never_the_loops"),
     ("a decision in mid-stream is the loop's",
      "_LIGHT.issuperset(map(type, events))", "True",
@@ -13781,9 +14082,9 @@ def proof_rates() -> tuple[float, float]:
         return attempts / (time.perf_counter() - start)
 
     def ours() -> object:
-        return cp.solve(seed, "0" * 32, list(config), "sha3")  # gives up after MOST_ATTEMPTS
+        return cp.solve(seed, "0" * 32, list(config), "sha3")  # gives up after MAX_ATTEMPTS
 
-    return rate(plain, attempts), rate(ours, cp.MOST_ATTEMPTS)
+    return rate(plain, attempts), rate(ours, cp.MAX_ATTEMPTS)
 
 
 @dataclasses.dataclass(frozen=True)
