@@ -68,6 +68,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
+# The interpreter keeps the syntax tree of a script, here 35 MB, for as long as that runs, and its compiled form for no next
+# start. So the server goes on as a module, in the same process: imported from this folder, not from the working directory.
+if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.executable and hasattr(sys, "orig_argv"):
+    place = pathlib.Path(__file__).resolve()
+    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]  # the interpreter's own
+    if place.suffix == ".py" and place.stem.isidentifier() and "-m" not in options:
+        begin = "import sys; sys.path = [sys.argv.pop(1), *filter(None, sys.path)]; "
+        begin += f"import {place.stem} as program; program.cli(prog_name='{place.name}')"
+        os.execv(sys.executable, [sys.executable, *options, "-c", begin, str(place.parent), *sys.argv[1:]])
+
 try:
     import click
     from curl_cffi import CurlHttpVersion, CurlInfo, CurlMOpt, CurlOpt, ffi, lib
@@ -181,7 +191,7 @@ def _some_of(*words: str) -> Kind:
 
     def parse(text: str) -> tuple[str, ...]:
         named = _several(_one_of(*words).parse)(text)
-        if len(set(named)) < len(named):
+        if not named or len(set(named)) < len(named):
             raise ValueError
         return named
 
@@ -4079,6 +4089,7 @@ REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
 REFRESH_REDIRECT = "com.openai.chat://auth0.openai.com/ios/com.openai.chat/callback"
 BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
 EXCHANGE_PATIENCE = 10.0  # seconds that an exchange waits for another process that makes it
+_JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
 _BLOCK_MARKS = re.compile(r"just a moment|cf-spinner|cf-chl|challenge-platform|unusual activity", re.I)
 
 
@@ -4233,11 +4244,6 @@ class Renewals:
         self._renewals = ThreadPoolExecutor(32, thread_name_prefix="renewal")
         # Of their own, so that made-up tokens keep no account of the pool from its renewal.
         self._guest_renewals = ThreadPoolExecutor(4, thread_name_prefix="guest-renewal")
-
-    def close(self) -> None:
-        """Begins no more exchanges."""
-        for executor in (self._renewals, self._guest_renewals):
-            executor.shutdown(wait=False, cancel_futures=True)
 
     def token(self, account: Account, watch: Watch, refused: str = "") -> None:
         """Sees to it that the account has a usable access token, other than one that was just `refused`."""
@@ -4740,6 +4746,7 @@ class Sink:
     """Takes an answer's events, batch by batch, from the request's thread or from the loop, never from both at a time."""
 
     outlet: Outlet | None = None  # where they go on to
+    begun = False  # whether it was given anything
     over = False  # whether no more is wanted
     careful = False  # whether `light` is to be asked
 
@@ -4759,6 +4766,7 @@ class Collected(Sink):
         self.events: list[Event] = []
 
     def take(self, events: list[Event]) -> None:
+        self.begun = True
         self.events += events
 
     def end(self) -> Finish:
@@ -5419,7 +5427,6 @@ _SCRIPT_HEADERS = (
     b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Mode: cors",
     b"Sec-Fetch-Dest: empty", b"Sec-Fetch-User:", b"Upgrade-Insecure-Requests:", b"Expect:",
 )  # fmt: skip
-_JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
 _FILE_ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
 _SEED = re.compile(r"[\x20-\x7e]{1,64}")
 _URL_TEXT = re.compile(r"https?://[\x21-\x7e]{1,8000}")
@@ -5587,10 +5594,6 @@ class ChatGPT:
         self._pages: dict[tuple[str, str], Page] = {}
         self._agents: dict[str, str] = {}
         self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
-
-    def close(self) -> None:
-        """Begins no more background work."""
-        self._ahead.shutdown(wait=False, cancel_futures=True)
 
     # -- calls -----------------------------------------------------------------------------------------------
 
@@ -6054,7 +6057,8 @@ class ChatGPT:
                 continue
             needs = spare.result()
             if needs is None or needs.expires <= now + 5:
-                self._take_spare(account)
+                with self._spares_lock:
+                    account.spare = None if account.spare is spare else account.spare
                 in_use = time.time() - account.used < SPARE_IDLE and account.row.state == "ready"
                 if needs is not None and in_use:
                     self.prepare(account)
@@ -6614,9 +6618,9 @@ _MIME = re.compile(r"[0-9A-Za-z_.+-]{1,100}/[0-9A-Za-z_.+-]{1,100}")
 class Files:
     """Files on their way to the accounts that need them: fetched from URLs, found again by content or id, uploaded."""
 
-    def __init__(self, pool: Pool, upstream: ChatGPT) -> None:
-        self.pool, self.store, self.upstream = pool, pool.store, upstream
-        self.fetcher = upstream.fetcher
+    def __init__(self, pool: Pool, site: ChatGPT) -> None:
+        self.pool, self.store, self.site = pool, pool.store, site
+        self.fetcher = site.fetcher
         self._uploads_lock = threading.Lock()
         self._uploads: dict[tuple[str, str], Future[None]] = {}  # under way, by account and content
 
@@ -6699,10 +6703,10 @@ class Files:
     def _sent(self, account: Account, file: File, blob: Blob, watch: Watch) -> str:
         """Uploads a file; what the account is told then is about uploads, not about a model."""
         wait = account.wait_for(UPLOADS, time.time())
-        if wait and self.upstream.settings.enable_limit:
+        if wait and self.site.settings.enable_limit:
             raise Refusal("limited", "The upstream's limit for uploads is reached.", wait=wait, about=UPLOADS)
         try:
-            return self.upstream.upload(account, file, blob, watch)
+            return self.site.upload(account, file, blob, watch)
         except Refusal as refused:
             refused.about = UPLOADS
             raise
@@ -6728,8 +6732,8 @@ class Files:
 
     def content(self, account: Account, file: File, watch: Watch) -> Blob:
         """A file's bytes from the account that holds it."""
-        url = self.upstream.file_url(account, file.upstream, watch)
-        return self.upstream.downloaded(account, url, watch)
+        url = self.site.file_url(account, file.upstream, watch)
+        return self.site.downloaded(account, url, watch)
 
 
 # ============================================================================================================
@@ -6737,8 +6741,8 @@ class Files:
 # ============================================================================================================
 
 NEXT = "next"
-# What is done about a refusal, by its reason: of these methods of `Turns`, in their order, the first that can help. Each
-# helps an account once; what an account is not helped by is tried on the next one, if that is among them.
+# What is done about a refusal, by its reason: of these methods of an `Attempts`, in their order, the first that can help.
+# Each is tried once on whoever was asked; then the next one is asked, if that is among them.
 REMEDIES: dict[str, tuple[str, ...]] = {
     "expired": ("renew_token", NEXT),
     "blocked": ("require_anew", NEXT),
@@ -6777,8 +6781,7 @@ class Asked:
         self.materials: dict[
             Attachment, tuple[File, Blob | None]
         ] = {}  # its files, and the bytes of new ones
-        self.begun = False  # whether anything of an answer has come
-        self.account: Account | None = None  # the account that was asked last
+        self.account: Account | None = None  # the account that has answered last
 
 
 class Upstream(Protocol):
@@ -6791,7 +6794,7 @@ class Upstream(Protocol):
         """Where the files that come with a question go; None if it takes none."""
 
     def holds(self, conversation: str, scope: Scope) -> bool:
-        """Whether it is known to have a conversation that the scope may go on with."""
+        """Whether it is known to have a conversation of the caller's; it may raise not_found for one that is not."""
 
     def answer(self, asked: Asked, sink: Sink) -> None:
         """Has a question answered; Finish is the last event. ApiError when nobody could answer; after the first event,
@@ -6805,7 +6808,7 @@ class Upstream(Protocol):
 
 
 class Attempt:
-    """One asking of a question, on its way through the accounts: those tried, and what the client has of the answer."""
+    """One asking of a question: who was tried, and what the client has of the answer."""
 
     def __init__(self, asked: Asked, question: Question) -> None:
         """`question` is what is asked this time."""
@@ -6819,7 +6822,6 @@ class Attempt:
         # The account to begin with, if it can be: one that was asked before has the files.
         self.preferred = asked.account.id if asked.account else None
         self.tried: list[Any] = []  # the accounts that were, or agents
-        self.webs: list[WebSocket | None] = []  # the agents' connections
         self.leased: Any = None  # the account that is asked, or the agent
         self.remedies: set[str] = set()  # that were tried with it
         self.token = self.refused_token = (
@@ -6887,7 +6889,7 @@ class Attempts:
         return refused
 
     def attempts(self, attempt: Attempt, work: Callable[[Any], T]) -> T:
-        """Does the work."""
+        """The result of the work, done on one after the other; the last Refusal, or what `lease` raises, when none did it."""
         one = attempt.leased = attempt.leased or self.lease(attempt)
         while True:
             try:
@@ -7008,7 +7010,6 @@ class Turns(Attempts):
 
     def ready(self, account: Account, attempt: Attempt) -> None:
         """Sees to it that it has a token that the upstream may take."""
-        attempt.asked.account = account
         self.renewals.token(account, attempt.watch, attempt.refused_token)
         attempt.token = account.row.access_token
 
@@ -7045,7 +7046,8 @@ class Turns(Attempts):
 
     def began(self, account: Account, attempt: Attempt) -> None:
         """The first of an answer is there: the account works."""
-        attempt.begun = attempt.asked.begun = True
+        attempt.begun = True
+        attempt.asked.account = account
         self.pool.answered(account, attempt.question.model)
 
     def keep(self, account: Account, attempt: Attempt, conversation: str) -> None:
@@ -7061,17 +7063,15 @@ class Web(Turns):
 
     name = "pool"
 
-    def __init__(self, upstream: ChatGPT, renewals: Renewals, files: Files, ledger: Ledger) -> None:
-        super().__init__(upstream.connections, renewals, ledger)
-        self.upstream, self.files = upstream, files
+    def __init__(self, site: ChatGPT, renewals: Renewals, files: Files, ledger: Ledger) -> None:
+        super().__init__(site.connections, renewals, ledger)
+        self.site, self.files = site, files
 
     # -- what is asked ------------------------------------------------------------------------------------------
 
     def holds(self, conversation: str, scope: Scope) -> bool:
         """Whether an account is known to have a conversation."""
-        with contextlib.suppress(ApiError):  # it is not for the caller to go on with
-            return self.pool.holder(conversation, scope) is not None
-        return False
+        return self.pool.holder(conversation, scope) is not None
 
     def answer(self, asked: Asked, sink: Sink) -> None:
         """Has a question answered by an account."""
@@ -7132,9 +7132,7 @@ class Web(Turns):
 
         def read(account: Account, watch: Watch) -> None:
             try:
-                self.do(
-                    "models", guest, functools.partial(self.upstream.models, watch=watch), watch, account.id
-                )
+                self.do("models", guest, functools.partial(self.site.models, watch=watch), watch, account.id)
             except ApiError:
                 if not account.models[1]:  # else what it is known to offer stays listed
                     raise
@@ -7145,7 +7143,7 @@ class Web(Turns):
 
     def check(self, account: Account, watch: Watch) -> None:
         """Makes the cheapest call that only a working account answers."""
-        self.do("check", None, functools.partial(self.upstream.me, watch=watch), watch, account.id)
+        self.do("check", None, functools.partial(self.site.me, watch=watch), watch, account.id)
 
     def require_anew(self, account: Account, attempt: Attempt) -> bool:
         """A remedy: requirements of this moment, where those that were prepared ahead may have been forgotten."""
@@ -7173,7 +7171,7 @@ class Web(Turns):
         body = conversation_body(question, self.settings.history_disabled, login_free, attempt.held)
         body = continued(body, cut) if cut else body
         try:
-            with self.upstream.conversation(account, body, needs, attempt.watch) as call:
+            with self.site.conversation(account, body, needs, attempt.watch) as call:
                 self._pass_on(call, account, attempt, sink)
         except Refusal:
             if attempt.begun and (finish := attempt.decoder.finish()):
@@ -7187,9 +7185,9 @@ class Web(Turns):
     def _requirements(self, account: Account, attempt: Attempt) -> Requirements:
         ahead = None
         if "require_anew" not in attempt.remedies:
-            ahead = self.upstream.spare(account, attempt.watch)
+            ahead = self.site.spare(account, attempt.watch)
         attempt.spare = ahead is not None
-        return ahead or self.upstream.requirements(account, attempt.watch)
+        return ahead or self.site.requirements(account, attempt.watch)
 
     def _pass_on(self, call: Call, account: Account, attempt: Attempt, sink: Sink) -> None:
         """Gives the sink what comes of an answer: the loop what is light, this thread everything else."""
@@ -7243,7 +7241,7 @@ class Web(Turns):
             first = not account.answered
             self.began(account, attempt)
             if first:
-                self.upstream.prepare(account)
+                self.site.prepare(account)
         if attempt.decoder.conversation != attempt.kept:
             self.keep(account, attempt, attempt.decoder.conversation)
 
@@ -7309,7 +7307,7 @@ class Web(Turns):
             return False
 
         needs = self._requirements(account, attempt)
-        with self.upstream.conversation(account, body, needs, attempt.watch) as call:
+        with self.site.conversation(account, body, needs, attempt.watch) as call:
             self._share(call, carried, handle, outlet)
         return decoder.finish()
 
@@ -7362,7 +7360,7 @@ class Web(Turns):
         if account.row.kind == LOGIN_FREE:
             raise Refusal("unlisted", "Login-free accounts offer only the model auto.")
         try:
-            listed = self.upstream.models(account, watch)
+            listed = self.site.models(account, watch)
         except Refusal as refused:
             if refused.reason == "expired":
                 raise
@@ -7374,7 +7372,7 @@ class Web(Turns):
 
     def _looked_up(self, account: Account, attempt: Attempt, events: list[Found]) -> list[Event]:
         """The events with URLs for what the model drew and made."""
-        upstream = self.upstream
+        site = self.site
         watch = attempt.watch
         links = attempt.links
         out = list[Event]()
@@ -7383,13 +7381,13 @@ class Web(Turns):
             if isinstance(event, SandboxLink):
                 if event not in links and len(links) < MAX_LINKS:
                     made = (event.message, urllib.parse.unquote(event.path))
-                    ask = functools.partial(upstream.sandbox_url, account, conversation, *made, watch)
+                    ask = functools.partial(site.sandbox_url, account, conversation, *made, watch)
                     links[event] = self._url(account, ask, watch)
                 out.append(Text(links.get(event) or f"sandbox:{event.path}"))
             elif isinstance(event, Drawing):
                 scheme, _, id = event.pointer.partition("#")[0].partition("://")
                 place = conversation if scheme == "sediment" else ""
-                ask = functools.partial(upstream.file_url, account, id, watch, place)
+                ask = functools.partial(site.file_url, account, id, watch, place)
                 if _FILE_ID.fullmatch(id) and (url := self._url(account, ask, watch)):
                     out.append(Image(url))
             else:
@@ -7442,8 +7440,8 @@ class Agent:
 
 
 class Agents(Attempts):
-    """The upstream `agents`: those that are connected. "Agents (ChatGPT-API-server's protocol)": many questions may be under way at one
-    of them, and answers come in any order."""
+    """The upstream `agents`: the browsers that are connected. Many questions may be under way at one of them, and answers
+    come in any order. "Agents (ChatGPT-API-server's protocol)"."""
 
     name = "agents"
     files = None
@@ -7563,61 +7561,63 @@ class Agents(Attempts):
     def _ask(self, asked: Asked, question: Question, sink: Sink) -> None:
         conversation = question.conversation or ""
         end = time.monotonic() + ANSWER_PATIENCE
-        held = self._holders.get(conversation)
-        if not held and not self.connected():
+        held = self._held(conversation)
+        if held is None and not self.connected():
             raise self._nobody()
         if conversation and not asked.scope.covers(held.owner if held else ""):
             raise ApiError("not_found", "There is no such conversation.")
         attempt = Attempt(asked, question)
-        attempt.holder = self._holder(conversation) if conversation else None
-        # An agent that holds the conversation knows what was said before; others are told.
+        attempt.holder = held.account if held else self._only() if conversation else None
+        # Whatever an agent knows already, it is told all messages, in one text.
         lines = [f"{one.role.capitalize()}: {one.text}" for one in question.messages]
         content = question.messages[0].text if len(lines) == 1 else "\n\n".join(lines)
         data = {"conversation_id": conversation, "parent_id": question.parent or new_id(), "content": content}
 
-        def ask(agent: Agent) -> list[Event]:
+        def ask(leased: tuple[Agent, WebSocket | None]) -> list[Event]:
             message = compact({"message_id": new_id()} | data)
             left = max(0.0, end - time.monotonic())
             try:
-                said = self._exchange(agent, "ChatGptRequest", message, left, asked.watch)
+                said = self._exchange(leased[0], "ChatGptRequest", message, left, asked.watch)
             except AgentLost as lost:
-                reason = "silent" if conversation or lost.silent else "unreachable"
-                raise Refusal(reason, f"The question is lost: {lost}.", "agent_lost") from None
-            return self._said(agent, said, asked.scope)
+                if not conversation and not lost.silent:  # the next one can be asked
+                    raise self._refused(None) from None
+                raise Refusal("silent", f"The question is lost: {lost}.", "agent_lost") from None
+            return self._said(leased[0], said, asked.scope)
 
-        events = self.attempts(attempt, ask)
-        asked.begun = True
-        sink.take(events)
+        sink.take(self.attempts(attempt, ask))
 
-    def lease(self, attempt: Attempt) -> Agent:
-        """The agent that is asked next."""
-        agents = [one for one in self.connected() if one.web not in attempt.webs]
+    def lease(self, attempt: Attempt) -> tuple[Agent, WebSocket | None]:
+        """The agent that is asked next, with its connection: one that comes back has another."""
+        agents = [one for one in self.connected() if (one, one.web) not in attempt.tried]
         if attempt.question.conversation:
             agents = [one for one in agents if one.id == attempt.holder]
         if not agents:
             raise self._nobody(attempt.question.conversation)
         agents[0].asked = time.time()
-        attempt.webs.append(agents[0].web)
-        return agents[0]
+        return agents[0], agents[0].web
 
-    def ready(self, agent: Agent, attempt: Attempt) -> None:
+    def ready(self, leased: tuple[Agent, WebSocket | None], attempt: Attempt) -> None:
         """Sees to it that it is there: it answers a ping, or loses its connection."""
-        web = attempt.webs[-1]
+        agent, web = leased
         try:
             self._exchange(agent, "ping", "", PING_PATIENCE, attempt.watch)
         except AgentLost:
             if web and agent.web is web:  # and has not come back meanwhile
                 web.drop("it did not answer a ping")
-            lost = self._nobody(attempt.question.conversation)
-            refused = Refusal("unreachable", lost.message, lost.code)
-            refused.headers = lost.headers
-            raise refused from None
+            raise self._refused(attempt.question.conversation) from None
 
     @staticmethod
     def _nobody(conversation: str | None = None) -> ApiError:
         if conversation:
             return ApiError("agent_lost", "The agent that holds this conversation is not connected.")
         return ApiError("no_agent", "No agent is available.", headers={"Retry-After": "30"})
+
+    def _refused(self, conversation: str | None) -> Refusal:
+        """The refusal of an agent that is not there, with what the client is told if it was the last."""
+        nobody = self._nobody(conversation)
+        refused = Refusal("unreachable", nobody.message, nobody.code)
+        refused.headers = nobody.headers
+        return refused
 
     def models(self, guest: Account | None, watch: Watch) -> dict[str, int]:
         """None that could be chosen: an agent answers with what its page is set to."""
@@ -7626,16 +7626,20 @@ class Agents(Attempts):
     def check(self, account: Account, watch: Watch) -> None:
         """Agents have no accounts that could fail."""
 
-    def _holder(self, conversation: str) -> str | None:
-        """The agent of a conversation; of one that nobody is known to hold, the only agent that there is."""
+    def _held(self, conversation: str) -> Held | None:
+        """The agent that is known to have a conversation, and whose it is."""
         with self._agents_lock:
-            only = next(iter(self._agents)) if len(self._agents) == 1 else None
-            held = self._holders.get(conversation)
-            return held.account if held else only
+            return self._holders.get(conversation)
+
+    def _only(self) -> str | None:
+        """The agent, if there is but one: it may have a conversation that nobody is known to have."""
+        with self._agents_lock:
+            return next(iter(self._agents)) if len(self._agents) == 1 else None
 
     def holds(self, conversation: str, scope: Scope) -> bool:
-        """Whether a conversation is known to be an agent's."""
-        return conversation in self._holders
+        """Whether an agent is known to have a conversation of the caller's."""
+        held = self._held(conversation)
+        return held is not None and scope.covers(held.owner)
 
     def _said(self, agent: Agent, said: Mapping[str, Any], scope: Scope) -> list[Event]:
         """An agent's answer; ApiError agent_lost for a failure that it reports, or what cannot be understood."""
@@ -7830,7 +7834,6 @@ class Turn:
     in the answer."""
 
     question: Question
-    model: str
     stream: bool = False
     limit: int | None = None
     stops: tuple[str, ...] = ()
@@ -7968,7 +7971,7 @@ def _calls_made(message: Mapping[str, Any], where: str, names: dict[str, str]) -
             raise unfit(f"{where}.tool_calls", "must be a list of calls of functions.")
         id = str(one.get("id") or "")
         calls.append(FunctionCall(id, function["name"], str(function.get("arguments") or "")))
-    names.update({call.id: call.name for call in calls})
+    names.update({call.id: call.name for call in calls if call.id})
     return calls
 
 
@@ -8091,7 +8094,6 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
     )
     return Turn(
         question,
-        model,
         bool(body.get("stream")),
         _limit(body, "max_completion_tokens", "max_tokens"),
         _stops(body.get("stop")),
@@ -8157,38 +8159,30 @@ def estimate_tokens(text: str) -> int:
 
 
 class Tokens:
-    """Counts tokens: exactly with `tiktoken` where it is installed and has its vocabulary at hand, else by estimate."""
+    """Counts tokens: exactly with `tiktoken` where that is installed and has loaded its vocabulary, else by estimate."""
 
     def __init__(self) -> None:
         self._encode: Callable[..., list[int]] | None = None
-        self._loading: threading.Thread | None = None
         self._looked = False  # whether tiktoken was looked for
 
     def start(self) -> None:
-        """Looks for tiktoken, once."""
+        """Looks for tiktoken, once: when somebody's tokens are to be counted, since it takes 10 MB."""
         if not self._looked:
             self._looked = True
             if importlib.util.find_spec("tiktoken"):
-                loading = threading.Thread(target=self._load, name="tiktoken", daemon=True)
-                loading.start()
-                self._loading = loading
+                with contextlib.suppress(RuntimeError):  # there is no thread to be had
+                    threading.Thread(target=self._load, name="tiktoken", daemon=True).start()
 
     def _load(self) -> None:
-        """tiktoken may have to download its vocabulary: in the background, so that nobody waits long for it."""
+        """tiktoken may have to download its vocabulary: in the background, so that nobody waits for it."""
         try:
             self._encode = importlib.import_module("tiktoken").get_encoding("o200k_base").encode
         except (ImportError, OSError, ValueError, AttributeError) as error:
             log(logging.INFO, "tiktoken has no vocabulary; tokens are estimated", reason=type(error).__name__)
 
-    def ready(self) -> None:
-        """Waits a moment for a vocabulary that is being loaded."""
-        self.start()
-        if loading := self._loading:
-            loading.join(2.0)
-            self._loading = None
-
     def count(self, text: str) -> int:
         """The tokens of a text in o200k_base."""
+        self.start()
         return len(self._encode(text, disallowed_special=())) if self._encode else estimate_tokens(text)
 
 
@@ -8311,10 +8305,10 @@ class Rendering:
     def __init__(self, turn: Turn, tokens: Tokens, keeps_text: bool = True) -> None:
         self.turn, self._tokens, self._keeps_text = turn, tokens, keeps_text
         self.created = int(time.time())
-        self.model = turn.model
+        self.model = turn.question.model
         self.trims = bool(turn.stops) or turn.limit is not None
         if self.trims or keeps_text:
-            tokens.ready()
+            tokens.start()
         self._trimmer = Trimmer(turn.stops, turn.limit, tokens.count) if self.trims else None
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -8563,7 +8557,7 @@ def parse_response(
         raise unfit("metadata", "must have at most 16 strings of up to 512 characters, by names of up to 64.")
     names: dict[str, str] = {}  # of the functions called so far, by the ids of the calls
     messages = (
-        *parse_items(earlier, names, "previous_response_id"),
+        *kept_messages(earlier, names),
         *parse_items(body.get("input"), names, "input", find_item, upload_by_url),
     )
     system = (Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()
@@ -8581,7 +8575,7 @@ def parse_response(
         offer=parse_offer(functions, "tools", body.get("tool_choice"), parallel),
         shape=parse_shape(text.get("format"), "text.format"),
     )
-    turn = Turn(question, model, bool(body.get("stream")), _limit(body, "max_output_tokens"))
+    turn = Turn(question, bool(body.get("stream")), _limit(body, "max_output_tokens"))
     repeated = ("instructions", "max_output_tokens", "previous_response_id", "user")
     echo = {name: body.get(name) for name in repeated}
     echo |= {"metadata": metadata, "parallel_tool_calls": parallel is not False, "tools": tools}
@@ -8648,22 +8642,30 @@ def parse_items(
         if kind == "message":
             found.append(_message(item, where, names, upload_by_url))
         elif kind == "function_call":
-            call = FunctionCall(
-                str(item.get("call_id")),
-                required(item, "name", f"{where}."),
-                str(item.get("arguments") or ""),
-            )
-            names[call.id] = call.name
+            name = required(item, "name", f"{where}.") if field == "input" else str(item.get("name"))
+            call = FunctionCall(str(item.get("call_id") or ""), name, str(item.get("arguments") or ""))
+            names |= {call.id: call.name} if call.id else {}
             found.append(Message("assistant", (call,)))
         elif kind == "function_call_output":
-            id = required(item, "call_id", f"{where}.")
+            id = required(item, "call_id", f"{where}.") if field == "input" else str(item.get("call_id"))
             output = _content(item.get("output"), f"{where}.output")
-            found.append(Message("tool", (ToolResult(id, names.get(id, ""), output),)))
+            name = names.get(id) or str(item.get("name") or "")
+            found.append(Message("tool", (ToolResult(id, name, output),)))
         elif kind == "reasoning":
             found.append(Message("assistant", (_thought(item),)))
         elif kind != "item_reference":
             text = f"`{where}` must be a message, function_call, function_call_output or reasoning item."
             raise invalid(where, f"{text} For what was said before use `previous_response_id`.")
+    return found
+
+
+def kept_messages(items: list[dict[str, Any]], names: dict[str, str]) -> list[Message]:
+    """The messages that `as_items` made items of, and an answer's: what the model said in a row is one message."""
+    found: list[Message] = []
+    for message in parse_items(items, names, "previous_response_id"):
+        if found and message.role == found[-1].role == "assistant":
+            message = Message("assistant", (*found.pop().parts, *message.parts))
+        found.append(message)
     return found
 
 
@@ -8701,7 +8703,7 @@ def _call_item(call: FunctionCall, place: Callable[[Attachment], str]) -> dict[s
 
 def _result_item(result: ToolResult, place: Callable[[Attachment], str]) -> dict[str, Any]:
     output = [_content_part(part, "tool", place) for part in result.parts]
-    return {"type": "function_call_output", "call_id": result.id, "output": output}
+    return {"type": "function_call_output", "call_id": result.id, "name": result.name, "output": output}
 
 
 def _reasoning_item(thought: Thought, place: Callable[[Attachment], str]) -> dict[str, Any]:
@@ -10720,11 +10722,11 @@ class App(Application):
         self.keys = Keys(settings, self.pool, self.ledger, self._prove, extra_keys)
         self.connections = Connections(settings, self.pool, self.loop, self.metrics)
         self.renewals = Renewals(self.connections)
-        self.upstream = ChatGPT(self.connections, Fetcher(settings, self.loop), solver)
-        self.files = Files(self.pool, self.upstream)
-        self.turns = Web(self.upstream, self.renewals, self.files, self.ledger)
+        self.site = ChatGPT(self.connections, Fetcher(settings, self.loop), solver)
+        self.files = Files(self.pool, self.site)
+        self.web = Web(self.site, self.renewals, self.files, self.ledger)
         self.agents = Agents(self.metrics)
-        upstreams: tuple[Upstream, ...] = (self.turns, self.agents)
+        upstreams: tuple[Upstream, ...] = (self.web, self.agents)
         self.upstreams = {upstream.name: upstream for upstream in upstreams}
         self.tokens = Tokens()
         self._stale = False  # whether another process has stored what is not taken in yet
@@ -10733,12 +10735,6 @@ class App(Application):
         self.metrics.gauge("chatproxy_loop_seconds", lambda: {"": self.loop.longest()})
         self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
-
-    def close(self) -> None:
-        """Begins no more background work, and ends the loop."""
-        self.upstream.close()
-        self.renewals.close()
-        self.loop.close()
 
     def shared(self) -> bool:
         """Pages of other sites may read answers once there is a key that they must send."""
@@ -10813,7 +10809,7 @@ class App(Application):
         if account.row.kind == REFRESH:  # which was exchanged just now, or earlier
             return
         try:
-            self.upstream.me(account, watch)
+            self.site.me(account, watch)
         except Refusal as refused:
             if refused.reason != "missing":  # a gateway need not have this call
                 raise
@@ -10862,7 +10858,7 @@ class App(Application):
     def _sweep(self) -> None:
         """Lets go of what is old."""
         self.connections.sweep(time.monotonic())
-        self.upstream.sweep_spares()
+        self.site.sweep_spares()
 
     def _retry_store(self) -> None:
         """Stores what could not be stored, once there is room again."""
@@ -10969,6 +10965,7 @@ class Streamed(Sink):
         return self._rendering.light(events)
 
     def take(self, events: list[Event]) -> None:
+        self.begun = True
         self.outlet.write(*self._rendering.feed(events))
         self.over = self._rendering.cut
 
@@ -10983,6 +10980,7 @@ class Whole(Sink):
         return self._rendering.light(events)
 
     def take(self, events: list[Event]) -> None:
+        self.begun = True
         self._take(events)
         self.over = self._rendering.cut
 
@@ -11006,10 +11004,9 @@ def _by_order(app: App, asked: Asked, sink: Sink, names: Iterable[str]) -> None:
     question = asked.question
     order = [app.upstreams[name] for name in names]
     if asked.guest and asked.guest.row.kind != LOGIN_FREE:
-        order = [app.turns]  # which asks the caller's account
+        order = [app.web]  # which asks the caller's account
     elif question.conversation and len(order) > 1:
-        holders = [one for one in order if one.holds(question.conversation, asked.scope)]
-        order = holders[:1] or order
+        order = _holders(order, question.conversation, asked.scope) or order
     elif question.attachments:
         order = [one for one in order if one.files]
         if not order:
@@ -11020,15 +11017,29 @@ def _by_order(app: App, asked: Asked, sink: Sink, names: Iterable[str]) -> None:
             upstream.answer(asked, sink)
             return
         except ApiError as error:
-            passes = error.code in ("no_agent", "no_account", "rate_limit_exceeded") and not asked.begun
+            passes = error.code in ("no_agent", "no_account", "rate_limit_exceeded") and not sink.begun
             if upstream is order[-1] or not passes:
                 raise
+
+
+def _holders(order: list[Upstream], conversation: str, scope: Scope) -> list[Upstream]:
+    """The first upstream that has a conversation; not_found if there is none, and the conversation is not the caller's."""
+    refused: ApiError | None = None
+    for upstream in order:
+        try:
+            if upstream.holds(conversation, scope):
+                return [upstream]
+        except ApiError as error:
+            refused = error
+    if refused:
+        raise refused
+    return []
 
 
 def _all(app: App, request: Request, asked: Asked) -> Collected:
     """A whole answer of the pool's that is used here, counted for the API user who asked."""
     answer = Collected()
-    app.turns.answer(asked, answer)
+    app.web.answer(asked, answer)
     if request.user:
         texts = [message.text for message in asked.question.messages]
         texts += [event.text for event in answer.events if isinstance(event, Text)]
@@ -11075,7 +11086,7 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
         if wanted.store:
             try:
-                kept = _kept_items(app, asked, wanted) + response.items
+                kept = _kept_items(app, asked, response)
                 text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, kept))
                 items = items if len(items) <= MAX_EARLIER else ""  # too long to be gone on from
                 app.store.put_response(response.id, request.scope.owner, text, items, time.time())
@@ -11153,15 +11164,17 @@ class KeptItems:
         return item
 
 
-def _kept_items(app: App, asked: Asked, wanted: ResponseRequest) -> list[dict[str, Any]]:
-    """The messages before an answer, as items, with the files as the account that answered holds them."""
+def _kept_items(app: App, asked: Asked, rendering: ModelResponse) -> list[dict[str, Any]]:
+    """The messages of a request and its answer as items, with the files as the account that answered holds them."""
 
     def place(attachment: Attachment) -> str:
         if attachment.file or asked.account is None:
             return attachment.file
         return app.files.owned(asked.account, asked.materials[attachment][0], asked.scope.owner).id
 
-    return as_items(wanted.messages, place)
+    items = as_items(rendering.request.messages, place) + rendering.items
+    # Reasoning that only its upstream can read is for that one; other reasoning is for nobody.
+    return [item for item in items if item["type"] != "reasoning" or item.get("encrypted_content")]
 
 
 @ROUTER.on("GET", "/v1/responses/{id}", access=OR_ADMIN)
@@ -11259,7 +11272,7 @@ def files_create(app: App, request: Request) -> Reply:
     before = app.store.files("owner=? AND purpose!=''", owner)
     beside = app.pool.find(before[0].account) if before else None
     preferred = beside.id if beside else None
-    held = app.turns.do(UPLOADS, request.guest, place, request.watch, preferred=preferred)
+    held = app.web.do(UPLOADS, request.guest, place, request.watch, preferred=preferred)
     kept = held._replace(owner=owner, purpose=purpose, used=time.time())
     if held.purpose or held.owner != owner:
         kept = app.files.kept(kept)
@@ -11313,10 +11326,10 @@ def files_content(app: App, request: Request) -> Reply | Stream | Upgrade:
         return Reply(content_type=file.mime)
 
     def begin(account: Account) -> Call:
-        url = app.upstream.file_url(account, file.upstream, request.watch)
-        return app.upstream.content(account, url, request.watch)
+        url = app.site.file_url(account, file.upstream, request.watch)
+        return app.site.content(account, url, request.watch)
 
-    call = app.turns.do("downloads", request.guest, begin, request.watch, file.account)
+    call = app.web.do("downloads", request.guest, begin, request.watch, file.account)
 
     def write(writer: Writer) -> None:
         with call:
@@ -11409,8 +11422,8 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
         return [{"b64_json": inline(url, asked.account.id, watch)} for url in urls]
 
     def inline(url: str, holder: str, watch: Watch) -> str:
-        get = functools.partial(app.upstream.downloaded, url=url, watch=watch)
-        blob = app.turns.do("downloads", request.guest, get, watch, holder)
+        get = functools.partial(app.site.downloaded, url=url, watch=watch)
+        blob = app.web.do("downloads", request.guest, get, watch, holder)
         return base64.b64encode(blob.read()).decode()
 
     data: list[dict[str, str]] = []
@@ -11461,9 +11474,9 @@ def audio_speech(app: App, request: Request) -> Reply:
     named = VOICES.get(voice, voice)
 
     def read(account: Account) -> Answer:
-        return app.upstream.speech(account, *ids, named, form, request.watch)
+        return app.site.speech(account, *ids, named, form, request.watch)
 
-    answer = app.turns.do("synthesize", request.guest, read, request.watch, account.id)
+    answer = app.web.do("synthesize", request.guest, read, request.watch, account.id)
     return Reply(body=answer.body, content_type=answer.headers["content-type"])
 
 
@@ -11521,9 +11534,9 @@ def _transcribed(app: App, request: Request) -> tuple[str, str, str]:
     kind = kind or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
     def listen(account: Account) -> str:
-        return app.upstream.transcription(account, part.blob, name, kind, language, request.watch)
+        return app.site.transcription(account, part.blob, name, kind, language, request.watch)
 
-    return app.turns.do("transcribe", request.guest, listen, request.watch), language, wanted
+    return app.web.do("transcribe", request.guest, listen, request.watch), language, wanted
 
 
 def _written(form: str, task: str, text: str, language: str) -> Reply:
@@ -11552,8 +11565,8 @@ def _native_answer(
 ) -> Answer:
     """A call's answer by the caller's account, or by this one of the pool."""
     body = request.body if method != "GET" else None
-    work = functools.partial(app.upstream.native, method=method, path=path, body=body, watch=watch)
-    return app.turns.do("native", request.guest, work, watch, holder)
+    work = functools.partial(app.site.native, method=method, path=path, body=body, watch=watch)
+    return app.web.do("native", request.guest, work, watch, holder)
 
 
 def _able(app: App) -> list[Account]:
@@ -11721,7 +11734,7 @@ def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
 
     def write(writer: Writer) -> Reply | None:
         try:
-            app.turns.native(asked, body, holder, again, writer)
+            app.web.native(asked, body, holder, again, writer)
         except Refusal as refused:
             if writer.begun or not refused.said:
                 raise
@@ -11945,7 +11958,8 @@ def checked(app: App, account: Account, watch: Watch) -> tuple[str, str | None]:
     if account.row.kind == LOGIN_FREE or account.row.state == DISABLED:
         return account.id, None
     try:
-        app.turns.check(account, watch)
+        for upstream in app.upstreams.values():
+            upstream.check(account, watch)
     except ApiError as error:
         state = account.told(time.time())
         return account.id, error.message if state == "ready" else state
@@ -13648,7 +13662,7 @@ class Demo(Application):
         turn = parse_chat(request.json(), True)
         completion = CompletionStream(turn, Tokens(), False)
         words = re.findall(r"\s*\S+", "This is the demo's stand-in for api.openai.com.")
-        events: list[list[Event]] = [[Begin(turn.model, "", "")]]
+        events: list[list[Event]] = [[Begin(turn.question.model, "", "")]]
         events += [[Text(word)] for word in words]
         events.append([Finish("stop")])
         if turn.stream:
@@ -13765,6 +13779,7 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
     ):
         advice = "set AUTHORIZATION or API_PREFIX, or pass --open"
         fail(f"HOST: {settings.host!r} cannot be used without a key; {advice}")
+    give_back_memory()
     start_logging(settings)
     os.umask(0o077)
     cpu = keep_to_one_cpu()
@@ -13779,6 +13794,12 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
         code = Daemon(settings, solver, demo).run()
     sys.stderr.flush()
     os._exit(code)  # daemon threads may be in the middle of a call
+
+
+def give_back_memory() -> None:
+    """Returns to the system what the C library keeps of freed memory: compiling this file takes much."""
+    with contextlib.suppress(AttributeError, ImportError, OSError):
+        importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
 
 
 def keep_to_one_cpu() -> int | None:
@@ -13831,7 +13852,6 @@ class Daemon:
         gc.collect()
         gc.freeze()
         log(logging.INFO, self._ready(server, app))
-        app.tokens.start()
         self.stop.wait()
         log(logging.INFO, "stopping", open=server.connections())
         server.drain(settings.shutdown_grace)

@@ -520,7 +520,13 @@ class Proxy:
     def close(self) -> None:
         self._stop.set()
         self.server.drain(0)
-        self.app.close()
+        for executor in (
+            self.app.site._ahead,
+            self.app.renewals._renewals,
+            self.app.renewals._guest_renewals,
+        ):
+            executor.shutdown(wait=False, cancel_futures=True)
+        self.app.loop.close()
         self.store.close()
 
     def ask(self, text: str = "hi", key: str | None = KEY, **body: Any) -> httpx.Response:
@@ -617,13 +623,16 @@ def run(
 class Served:
     """`chatproxy.py serve` as a process."""
 
-    def __init__(self, *words: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *words: str, env: dict[str, str] | None = None, cwd: pathlib.Path | None = None
+    ) -> None:
         self.start = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT), "serve", "--port", "0", *words],
             env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | (env or {}),
             stderr=subprocess.PIPE,
             text=True,
+            cwd=cwd,
         )
         assert self.process.stderr
         self.lines: list[str] = []
@@ -644,6 +653,21 @@ class Served:
 
 
 # --- settings, commands, start ---------------------------------------------------------------------------------------
+
+
+def test_the_server_goes_on_as_a_module_of_its_own_folder(tmp_path: pathlib.Path) -> None:
+    for name in ("json", "click", "chatproxy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the working directory')")
+    with Served("--demo", "--log-format", "json", cwd=tmp_path) as served:
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        command = pathlib.Path(f"/proc/{served.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert command[1] == b"-c" and command[-5:-1] == [b"0", b"--demo", b"--log-format", b"json"]
+        status = pathlib.Path(f"/proc/{served.process.pid}/status").read_text()
+        assert int(status.split("VmRSS:")[1].split()[0]) < 55 << 10  # as a script it takes 70 MB
+    module = [sys.executable, "-m", "chatproxy", "serve", "--help"]  # which it is already
+    assert (
+        b"Usage: chatproxy.py serve" in subprocess.run(module, cwd=SCRIPT.parent, capture_output=True).stdout
+    )
 
 
 def test_a_flag_wins_over_a_variable_and_an_alias_counts() -> None:
@@ -2848,7 +2872,7 @@ def test_an_idle_accounts_spare_is_dropped_and_not_renewed(
     wait_until(lambda: spare_ready(account))
     asked = weather.count("/chat-requirements")
     account.used = time.time() - cp.SPARE_IDLE - 1
-    proxy.app.upstream.sweep_spares()
+    proxy.app.site.sweep_spares()
     assert account.spare is None and weather.count("/chat-requirements") == asked
 
 
@@ -5285,6 +5309,37 @@ def test_calls_in_a_response_are_items_of_their_own(proxy: Proxy, weather: Weath
         json.loads(output[1]["arguments"]) == {"city": "Paris", "unit": "c"}
         and output[1]["status"] == "completed"
     )
+
+
+def test_what_an_earlier_response_was_asked_is_told_the_next_as_it_was(
+    proxy: Proxy, weather: Weather
+) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    asked: Any = [
+        {"role": "function", "name": "old", "content": "1"},  # which has no id
+        {"role": "assistant", "content": "I look", "tool_calls": [call, {**call, "id": "c2"}]},
+        {"role": "tool", "tool_call_id": "c2", "content": "2"},
+        {"role": "tool", "tool_call_id": "c3", "name": "unseen", "content": "3"},
+        {"role": "user", "content": "so"},
+    ]
+    weather.before = [
+        {
+            "author": {"role": "assistant"},
+            "content": {"content_type": "thoughts", "thoughts": [{"content": "hm"}]},
+        }
+    ]
+    first = proxy.client().responses.create(model="gpt-4o", input=asked)
+    assert [one.type for one in first.output] == ["reasoning", "message"]
+
+    def told() -> list[tuple[str, str]]:
+        return [
+            (one["author"]["role"], "".join(one["content"]["parts"])) for one in weather.asked()["messages"]
+        ]
+
+    before = told()
+    assert ("tool", "Result of old:\n1") in before and ("tool", "Result of unseen (call c3):\n3") in before
+    proxy.client().responses.create(model="gpt-4o", previous_response_id=first.id, input="and")
+    assert told() == [*before, ("assistant", "Hello wide world."), ("user", "and")]
 
 
 def test_a_response_is_gone_on_from_with_its_files_and_calls(proxy: Proxy, weather: Weather) -> None:
@@ -7785,7 +7840,7 @@ def test_an_upstream_can_set_only_so_many_cookies(start: Start, weather: Weather
 
 def test_an_upstream_that_is_public_names_no_private_place(start: Start, weather: Weather) -> None:
     proxy = start("alice", retry_times="0")
-    proxy.app.upstream._private_gateways[weather.url] = False  # as chatgpt.com's is
+    proxy.app.site._private_gateways[weather.url] = False  # as chatgpt.com's is
     place = {"type": "file", "file": {"file_data": "data:text/plain;base64,QUFB", "filename": "a.txt"}}
     port = urllib.parse.urlsplit(weather.url).port
     places = [
@@ -7804,7 +7859,7 @@ def test_an_upstream_that_is_public_names_no_private_place(start: Start, weather
         assert drawn.status_code >= 400, url
     assert not any(request.path == "/x" for request in weather.seen)
     # Behind a proxy names are the proxy's to resolve, addresses are not.
-    upstream, (account,) = proxy.app.upstream, proxy.app.pool.accounts()
+    upstream, (account,) = proxy.app.site, proxy.app.pool.accounts()
     account.egress = account.egress._replace(proxy="http://127.0.0.1:9")
     ask = functools.partial(upstream.named_place, account, watch=cp.Watch())
     assert ask(url="https://files.example/x") == ""
@@ -7817,7 +7872,7 @@ def test_an_upstream_that_is_public_names_no_private_place(start: Start, weather
 
 def test_a_gateway_whose_name_is_not_known_yet_is_asked_for_again(start: Start, weather: Weather) -> None:
     proxy = start("alice", upstream=weather.url.replace("127.0.0.1", "localhost"))
-    upstream, (account,), known = proxy.app.upstream, proxy.app.pool.accounts(), socket.getaddrinfo
+    upstream, (account,), known = proxy.app.site, proxy.app.pool.accounts(), socket.getaddrinfo
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *_, **__: known("name.invalid", 1))
         assert not upstream._gateway_private(account.gateway, cp.Watch())
@@ -8203,6 +8258,15 @@ def test_agents_conversations_belong_to_who_began_them(start: Start) -> None:
     assert len(agent.asked) == asked + 1 and goes_on["conversation_id"] == id
 
 
+def test_an_agent_that_hangs_up_leaves_its_question_to_the_pool(start: Start, weather: Weather) -> None:
+    proxy = start("alice", upstream_order="agents,pool")
+    for ask in (lambda: put(proxy).json()["content"], proxy.say):
+        agent = Browser(proxy)
+        agent.answers = lambda _: agent.die()  # noqa: B023 # it is asked in this round
+        assert ask() == "Hello wide world." and agent.asked
+        wait_until(lambda: not proxy.app.agents.connected())
+
+
 def test_an_agent_takes_neither_a_place_nor_a_conversation_of_another(start: Start) -> None:
     proxy = start(agent_key="first-key")
     one = Browser(proxy, key="first-key")
@@ -8488,7 +8552,7 @@ def test_a_start_page_of_any_shape_holds_nobody_up(start: Start, weather: Weathe
         f'<html data-build="{"b" * 90_000}"><script src="{"s" * 51_000}"></script>',
     )):  # fmt: skip
         weather.add("/", status(200, page, "text/html"))
-        proxy.app.upstream._pages.clear()
+        proxy.app.site._pages.clear()
         weather.difficulty = "0007"  # hard enough for a solver process
         proxy.app.pool.accounts()[0].spare = None
         began = time.process_time()
@@ -9750,6 +9814,7 @@ def test_a_setting_is_what_it_says_and_nothing_more(monkeypatch: pytest.MonkeyPa
     bad += [{"admin_key": "a\nb"}, {"authorization": "a b"}, {"auth_key": "é"}, {"api_prefix": "a?b"}]
     bad += [{"max_body_mb": "0"}, {"port": "٣"}, {"port": "1e3"}, {"oai_language": "en\r\nX: 1"}]
     bad += [{"host": "x y"}, {"pow_difficulty": "0" * 33}, {"max_connections": "0"}, {"heartbeat": "0"}]
+    bad += [{"upstream_order": order} for order in (",", "pool,pool", "pool,browser")]
     assert all(refused(**flags) for flags in bad)
     settings = cp.resolve(
         cp.gather({"api_prefix": "/a/b/", "openai_api_url": "https://x/", "port": " 7 "}, {})
@@ -10007,7 +10072,7 @@ def test_what_was_prepared_is_not_used_past_its_time(start: Callable[..., Proxy]
     calls = [request for request in weather.seen if request.path.endswith("/conversation")]
     assert [one.headers["openai-sentinel-chat-requirements-token"] == "stale" for one in calls] == [False] * 2
     account.spare = stale
-    proxy.app.upstream.sweep_spares()
+    proxy.app.site.sweep_spares()
     assert account.spare is not stale
 
 
@@ -10948,7 +11013,7 @@ def test_the_conversations_of_agents_are_forgotten_the_oldest_first(
     talks = [put(proxy).json()["conversation_id"] for _ in range(2)]
     put(proxy, conversation_id=talks[0])
     talks.append(put(proxy).json()["conversation_id"])
-    assert [proxy.app.agents.holds(talk, cp.Scope("caller")) for talk in talks] == [True, False, True]
+    assert [proxy.app.agents.holds(talk, cp.Scope("x", everyone=True)) for talk in talks] == [True, False, True]
 
 
 def test_an_agent_holds_nothing_under_a_name_that_is_none(start: Callable[..., Proxy]) -> None:
@@ -10969,7 +11034,7 @@ def test_an_agent_holds_nothing_under_a_name_that_is_none(start: Callable[..., P
         assert put(proxy).json()["content"] == "x"
     assert not proxy.app.agents._holders
     agent.answers = answer("error", "talk")  # a failure, whatever else it says
-    assert put(proxy).status_code == 500 and not proxy.app.agents.holds("talk", cp.Scope("caller"))
+    assert put(proxy).status_code == 500 and not proxy.app.agents.holds("talk", cp.Scope("x", everyone=True))
 
 
 def test_a_connection_that_never_becomes_an_agent_is_ended(
@@ -11187,6 +11252,31 @@ def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ("the server imports from the working directory",
+     "sys.path = [sys.argv.pop(1), *filter(None, sys.path)]", "sys.path.append(sys.argv.pop(1))",
+     "test_the_server_goes_on_as_a_module"),
+    ("the server runs as a script",
+     'place.stem.isidentifier() and "-m" not in options:', "False:",
+     "test_the_server_goes_on_as_a_module"),
+    ("a body that breaks in sending is not sent anew",
+     "if code == _NOT_SENT and call.handle.begins_anew():", "if False:",
+     "test_a_large_body_begins_anew_when_a_kept_connection_breaks"),
+    ("a token that was just taken in is exchanged again",
+     "not self.pool.renewed_elsewhere(account) and not self._good(account, refused)",
+     "not self.pool.renewed_elsewhere(account)",
+     "test_two_processes_exchange_a_token_once"),
+    ("a result's files are lost",
+     "inner = part.parts if isinstance(part, ToolResult) else (part,)", "inner = (part,)",
+     "test_calls_and_results_in_the_history_reach_the_model"),
+    ("responses of an earlier version are gone on from without what was said",
+     "if not isinstance(kept, list):", "if False:",
+     "test_a_response_is_gone_on_from_with_its_files_and_calls"),
+    ("somebody else's conversation ends the search for its upstream",
+     "        except ApiError as error:\n            refused = error\n    if refused:", "        except ApiError as error:\n            raise error\n    if refused:",
+     "test_agents_conversations_belong_to_who_began_them"),
+    ("an upstream may be named twice",
+     "if not named or len(set(named)) < len(named):", "if not named:",
+     "test_a_setting_is_what_it_says_and_nothing_more"),
     ("counting values takes memory",
      'data.replace(rb"\\\\", b"").replace(rb"\\"", b"")', "data",
      "test_counting_values_takes_no_memory"),
@@ -12487,7 +12577,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "isinstance(one, str) and len(one) <= 512", "isinstance(one, str)",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("instructions go on with the next response",
-     '    messages = (\n        *parse_items(earlier, names, "previous_response_id"),', '    messages = (\n        *((Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()),\n        *parse_items(earlier, names, "previous_response_id"),',
+     "    messages = (\n        *kept_messages(earlier, names),", '    messages = (\n        *((Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()),\n        *kept_messages(earlier, names),',
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("a response says that calls may be parallel",
      'echo |= {"metadata": metadata, "parallel_tool_calls": parallel is not False',
@@ -12912,7 +13002,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "self.connections.sweep(time.monotonic())", "pass",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("upkeep never drops old spares",
-     "self.upstream.sweep_spares()", "pass",
+     "self.site.sweep_spares()", "pass",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("the administrator's cookie is passed on to OpenAI",
      'passed = ("content-type",', 'passed = ("cookie", "content-type",',
@@ -12959,13 +13049,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if not items or len(items) > MAX_EARLIER:", "if False:",
      "test_a_kept_response_is_given_whole_and_not_gone_on_from"),
     ("what an earlier response called is forgotten",
-     '*parse_items(earlier, names, "previous_response_id"),', '*parse_items(earlier, {}, "previous_response_id"),',
+     "*kept_messages(earlier, names),", "*kept_messages(earlier, {}),",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("items may be named without end",
      "if self._found > MAX_REFERENCES or self._size > MAX_EARLIER:", "if False:",
      "test_items_that_are_named_again_and_again_are_read_once"),
     ("calls of a response are not remembered",
-     "kept = _kept_items(app, asked, wanted) + response.items", "kept = _kept_items(app, asked, wanted)",
+     "as_items(rendering.request.messages, place) + rendering.items", "as_items(rendering.request.messages, place)",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("a kept response is streamed as JSON",
      'if request.query.get("stream", "false") != "false":', "if False:",
@@ -13560,7 +13650,7 @@ class StandinConnection(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, upstream: Standin) -> None:
-        self.upstream = upstream
+        self.site = upstream
         self.buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -13577,15 +13667,15 @@ class StandinConnection(asyncio.Protocol):
                 return
             body, self.buffer = self.buffer[end + 4 : end + 4 + size], self.buffer[end + 4 + size :]
             method, path = head.split(b" ", 2)[:2]
-            if self.upstream.latency:
+            if self.site.latency:
                 loop = asyncio.get_running_loop()
-                loop.call_later(self.upstream.latency, self.answer, method, path, body)
+                loop.call_later(self.site.latency, self.answer, method, path, body)
             else:
                 self.answer(method, path, body)
 
     def answer(self, method: bytes, path: bytes, body: bytes) -> None:
         """One call of the upstream's API."""
-        up, post = self.upstream, method == b"post"
+        up, post = self.site, method == b"post"
         if post and path.endswith(b"/conversation"):
             up.counts["conversation"] += 1
             up.stream(self.transport, up.script(body))
