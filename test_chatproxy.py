@@ -11013,7 +11013,11 @@ def test_the_conversations_of_agents_are_forgotten_the_oldest_first(
     talks = [put(proxy).json()["conversation_id"] for _ in range(2)]
     put(proxy, conversation_id=talks[0])
     talks.append(put(proxy).json()["conversation_id"])
-    assert [proxy.app.agents.holds(talk, cp.Scope("x", everyone=True)) for talk in talks] == [True, False, True]
+    assert [proxy.app.agents.holds(talk, cp.Scope("x", everyone=True)) for talk in talks] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_an_agent_holds_nothing_under_a_name_that_is_none(start: Callable[..., Proxy]) -> None:
