@@ -72,10 +72,15 @@ from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 # start. So the server goes on as a module, in the same process: imported from this folder, not from the working directory.
 if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.executable and hasattr(sys, "orig_argv"):
     place = pathlib.Path(__file__).resolve()
-    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]  # the interpreter's own
-    if place.suffix == ".py" and place.stem.isidentifier() and "-m" not in options:
+    given = sys.orig_argv[1:]
+    options = given[: -len(sys.argv)]  # the interpreter's own
+    plain = all(re.fullmatch("-[BEIOPSbqsuv]+", option) for option in options)
+    direct = given[len(options) :] == sys.argv  # not by way of another program
+    if place.name == "chatproxy.py" and plain and direct:
         begin = "import sys; sys.path = [sys.argv.pop(1), *filter(None, sys.path)]; "
-        begin += f"import {place.stem} as program; program.cli(prog_name='{place.name}')"
+        begin += "import chatproxy; chatproxy.cli(prog_name='chatproxy.py')"
+        # Else glibc keeps freed memory for each thread that sleeps: 16 KB a stream.
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
         os.execv(sys.executable, [sys.executable, *options, "-c", begin, str(place.parent), *sys.argv[1:]])
 
 try:
@@ -7646,8 +7651,8 @@ class Agents(Attempts):
         data = str(said.get("data") or "").encode("utf-8", "replace")
         value = Answer(200, {}, data).object() or {}
         content = value.get("content")
-        response = str(value.get("response_id") or "")
-        conversation = str(value.get("conversation_id") or "")
+        response = identifier(value.get("response_id"))
+        conversation = identifier(value.get("conversation_id"))
         if said.get("message") == "error" or said.get("error") or not isinstance(content, str):
             # Its own words may be anybody's, and this is logged.
             raise ApiError("agent_lost", "The agent reported a failure; see the console of its browser.")
@@ -8662,10 +8667,14 @@ def parse_items(
 def kept_messages(items: list[dict[str, Any]], names: dict[str, str]) -> list[Message]:
     """The messages that `as_items` made items of, and an answer's: what the model said in a row is one message."""
     found: list[Message] = []
-    for message in parse_items(items, names, "previous_response_id"):
-        if found and message.role == found[-1].role == "assistant":
-            message = Message("assistant", (*found.pop().parts, *message.parts))
-        found.append(message)
+    for role, run in itertools.groupby(
+        parse_items(items, names, "previous_response_id"), lambda message: message.role
+    ):
+        if role == "assistant":
+            parts = itertools.chain.from_iterable(message.parts for message in run)
+            found.append(Message(role, tuple(parts)))
+        else:
+            found += run
     return found
 
 
@@ -13792,7 +13801,8 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-demo-"))
             settings = replace(settings, proxy_url=(), data_dir=folder)
         code = Daemon(settings, solver, demo).run()
-    sys.stderr.flush()
+    if sys.stderr:  # which may be closed
+        sys.stderr.flush()
     os._exit(code)  # daemon threads may be in the middle of a call
 
 

@@ -664,6 +664,16 @@ def test_the_server_goes_on_as_a_module_of_its_own_folder(tmp_path: pathlib.Path
         assert command[1] == b"-c" and command[-5:-1] == [b"0", b"--demo", b"--log-format", b"json"]
         status = pathlib.Path(f"/proc/{served.process.pid}/status").read_text()
         assert int(status.split("VmRSS:")[1].split()[0]) < 55 << 10  # as a script it takes 70 MB
+    # Not by way of another program, nor under another name.
+    other = tmp_path / "other" / "class.py"
+    other.parent.mkdir()
+    shutil.copy(SCRIPT, other)
+    code = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    for words in (["-mcProfile", str(SCRIPT)], ["--", str(SCRIPT)], ["-c", code], [str(other)]):
+        told = subprocess.run(
+            [sys.executable, *words, "serve", "--help"], cwd=SCRIPT.parent, capture_output=True, check=False
+        )
+        assert b"serve [OPTIONS]" in told.stdout, words
     module = [sys.executable, "-m", "chatproxy", "serve", "--help"]  # which it is already
     assert (
         b"Usage: chatproxy.py serve" in subprocess.run(module, cwd=SCRIPT.parent, capture_output=True).stdout
@@ -5309,6 +5319,13 @@ def test_calls_in_a_response_are_items_of_their_own(proxy: Proxy, weather: Weath
         json.loads(output[1]["arguments"]) == {"city": "Paris", "unit": "c"}
         and output[1]["status"] == "completed"
     )
+
+
+def test_a_run_of_many_calls_that_was_kept_is_read_in_linear_time() -> None:
+    items = [{"type": "function_call", "call_id": str(i), "name": "f"} for i in range(40_000)]
+    begun = time.process_time()
+    (message,) = cp.kept_messages(items, {})
+    assert len(message.parts) == len(items) and time.process_time() - begun < 3  # else a dozen seconds
 
 
 def test_what_an_earlier_response_was_asked_is_told_the_next_as_it_was(
@@ -11260,7 +11277,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "sys.path = [sys.argv.pop(1), *filter(None, sys.path)]", "sys.path.append(sys.argv.pop(1))",
      "test_the_server_goes_on_as_a_module"),
     ("the server runs as a script",
-     'place.stem.isidentifier() and "-m" not in options:', "False:",
+     'if place.name == "chatproxy.py" and plain and direct:', "if False:",
      "test_the_server_goes_on_as_a_module"),
     ("a body that breaks in sending is not sent anew",
      "if code == _NOT_SENT and call.handle.begins_anew():", "if False:",
