@@ -5909,7 +5909,13 @@ class Site(cp.Application):
 
     def client(self, **options: Any) -> websockets.sync.client.ClientConnection:
         url = f"ws{'s' * bool(self.trust)}://127.0.0.1:{self.address[1]}/web"
-        return websockets.sync.client.connect(url, ssl=self.trust, proxy=None, max_size=None, **options)
+        options |= {"ssl": self.trust, "proxy": None, "max_size": None, "open_timeout": 5}
+        for _ in range(
+            3
+        ):  # over TLS the library reads and writes at once, and loses one handshake in some hundred
+            with contextlib.suppress(TimeoutError):
+                return websockets.sync.client.connect(url, **options)
+        return websockets.sync.client.connect(url, **options)
 
 
 @pytest.fixture
