@@ -665,7 +665,7 @@ class Metrics:
         "chatproxy_agents": "Agents connected.",
         "chatproxy_loop_seconds": "The longest that the loop was busy at a time, in the last minute.",
         "chatproxy_proof_seconds": "Time to solve a proof of work.",
-        "chatproxy_retries_total": "Attempts that went on to the next account, by reason.",
+        "chatproxy_retries_total": "Attempts that went on to the next account or agent, by reason.",
     }
 
     def __init__(self) -> None:
