@@ -7670,7 +7670,7 @@ class Agents(Attempts):
 
 
 # ============================================================================================================
-# dialects: OpenAI's requests to questions, events to OpenAI's answers; pure functions and small machines, no sockets
+# dialects: what the APIs that clients speak have in common; pure functions and small machines, no sockets
 # ============================================================================================================
 
 
@@ -7791,14 +7791,6 @@ _TEXT = (str, "a string")
 _LIST = (list, "a list")
 _OBJECT = (dict, "an object")
 Types = Mapping[str, tuple[type | tuple[type, ...], str]]
-# The types of the fields of a chat completion request. Other fields are passed over.
-CHAT_FIELDS: Types = {
-    "messages": _LIST, "model": _TEXT, "stream": _FLAG, "stream_options": _OBJECT, "n": _INTEGER, "logprobs": _FLAG,
-    "temperature": _NUMBER, "top_p": _NUMBER, "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER,
-    "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST, "response_format": _OBJECT,
-    "max_tokens": _INTEGER, "max_completion_tokens": _INTEGER, "conversation_id": _TEXT, "parent_message_id": _TEXT,
-    "parallel_tool_calls": _FLAG, "reasoning_effort": _TEXT, "web_search_options": _OBJECT, "modalities": _LIST,
-}  # fmt: skip
 
 
 def check_types(body: Mapping[str, Any], types: Types, where: str = "") -> None:
@@ -7846,11 +7838,38 @@ class Turn:
     legacy: bool = False  # called through `functions`, which came before `tools`
 
 
-# -- messages and their parts ------------------------------------------------------------------------------------------
+def _stops(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    fits = isinstance(stops, list) and len(stops) <= 16
+    if not fits or not all(isinstance(stop, str) and len(stop) <= 256 for stop in stops):
+        raise unfit("stop", "must be a string or a list of up to 16 strings of up to 256 characters.")
+    return tuple(stop for stop in stops if stop)
+
+
+def _limit(body: Mapping[str, Any], *names: str) -> int | None:
+    name = next((name for name in names if body.get(name) is not None), None)
+    if name is not None and body[name] < 1:
+        raise unfit(name, "must be 1 or more.")
+    return body[name] if name else None
+
+
+def _effort(value: Any, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or value not in EFFORTS:
+        raise unfit(where, f"must be one of {', '.join(EFFORTS)}.")
+    return value
+
+
+# -- parts of messages and functions -----------------------------------------------------------------------------------
+
+_LEADING_URLS = re.compile(r"\s*((?:https?://\S+(?:\s+|\Z))+)(.*)", re.DOTALL)
+
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 ROLES |= {"tool": "tool", "function": "tool"}
-_LEADING_URLS = re.compile(r"\s*((?:https?://\S+(?:\s+|\Z))+)(.*)", re.DOTALL)
 
 
 def parse_messages(values: list[Any], upload_by_url: bool) -> tuple[Message, ...]:
@@ -7957,9 +7976,6 @@ def _unbased(text: str, start: int, where: str) -> Blob:
     return blob
 
 
-# -- functions ---------------------------------------------------------------------------------------------------------
-
-
 _FUNCTION_NAME = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
 
 
@@ -8029,82 +8045,6 @@ def parse_shape(value: Any, where: str) -> Shape | None:
     if kind := unknown_type(schema):
         raise unfit(where, f"is not a JSON Schema: it names an unknown type, {kind}.")
     return Shape(schema)
-
-
-# -- a chat completion request -----------------------------------------------------------------------------------------
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    stops = [value] if isinstance(value, str) else value
-    fits = isinstance(stops, list) and len(stops) <= 16
-    if not fits or not all(isinstance(stop, str) and len(stop) <= 256 for stop in stops):
-        raise unfit("stop", "must be a string or a list of up to 16 strings of up to 256 characters.")
-    return tuple(stop for stop in stops if stop)
-
-
-def _limit(body: Mapping[str, Any], *names: str) -> int | None:
-    name = next((name for name in names if body.get(name) is not None), None)
-    if name is not None and body[name] < 1:
-        raise unfit(name, "must be 1 or more.")
-    return body[name] if name else None
-
-
-def _effort(value: Any, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str) or value not in EFFORTS:
-        raise unfit(where, f"must be one of {', '.join(EFFORTS)}.")
-    return value
-
-
-def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: bool = False) -> Turn:
-    """A chat completion request; 400 names what is wrong. What the web upstream cannot honour is accepted and ignored."""
-    check_types(body, CHAT_FIELDS)
-    if not (messages := body.get("messages")):
-        raise unfit("messages", "must be a list of at least one message.")
-    model = model_of(body)
-    if body.get("n") not in (None, 1):
-        raise unfit("n", "must be 1: the upstream gives one answer a request.")
-    if "audio" in (body.get("modalities") or ()):
-        raise unfit("modalities", "must be text alone; use POST /v1/audio/speech to have text read.")
-    if body.get("logprobs"):
-        raise unfit("logprobs", "must be false: the upstream gives none.")
-    options = body.get("stream_options") or {}
-    check_types(options, {"include_usage": _FLAG}, "stream_options.")
-    conversation = body.get("conversation_id") or None
-    if conversation and history_disabled:
-        text = "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary."
-        raise invalid("conversation_id", text)
-    tools = body.get("tools") or []
-    legacy = not body.get("tools") and bool(body.get("functions"))
-    for i, tool in enumerate(tools):
-        if _at(tool, ("type",)) != "function" or not isinstance(tool.get("function"), dict):
-            raise unfit(f"tools[{i}]", "must be a function; the upstream has no other tools.")
-    if legacy:
-        offer = parse_offer(body["functions"], "functions", body.get("function_call"), False, "function_call")
-    else:
-        functions = [tool["function"] for tool in tools]
-        offer = parse_offer(functions, "tools", body.get("tool_choice"), body.get("parallel_tool_calls"))
-    question = Question(
-        parse_messages(messages, upload_by_url),
-        model,
-        conversation,
-        body.get("parent_message_id") if conversation else None,
-        _effort(body.get("reasoning_effort"), "reasoning_effort"),
-        () if body.get("web_search_options") is None else (WEB_SEARCH,),
-        offer,
-        parse_shape(body.get("response_format"), "response_format"),
-    )
-    return Turn(
-        question,
-        bool(body.get("stream")),
-        _limit(body, "max_completion_tokens", "max_tokens"),
-        _stops(body.get("stop")),
-        bool(options.get("include_usage")),
-        legacy,
-    )
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -8278,7 +8218,7 @@ class Trimmer:
         return text[:low]
 
 
-# -- answers in the shape of chat completions ---------------------------------------------------------------------------
+# -- answers -----------------------------------------------------------------------------------------------------------
 
 
 def _fenced(event: ToolUse) -> Text:
@@ -8384,6 +8324,68 @@ class Rendering:
             answer = min(answer, self.turn.limit)
         calls = sum(count(call.name) + count(call.arguments) for call in self._calls)
         return prompt, answer + calls + reasoning, reasoning
+
+
+# ============================================================================================================
+# chat: OpenAI's Chat Completions
+# ============================================================================================================
+
+# The types of the fields of a chat completion request. Other fields are passed over.
+CHAT_FIELDS: Types = {
+    "messages": _LIST, "model": _TEXT, "stream": _FLAG, "stream_options": _OBJECT, "n": _INTEGER, "logprobs": _FLAG,
+    "temperature": _NUMBER, "top_p": _NUMBER, "presence_penalty": _NUMBER, "frequency_penalty": _NUMBER,
+    "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST, "response_format": _OBJECT,
+    "max_tokens": _INTEGER, "max_completion_tokens": _INTEGER, "conversation_id": _TEXT, "parent_message_id": _TEXT,
+    "parallel_tool_calls": _FLAG, "reasoning_effort": _TEXT, "web_search_options": _OBJECT, "modalities": _LIST,
+}  # fmt: skip
+
+
+def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: bool = False) -> Turn:
+    """A chat completion request; 400 names what is wrong. What the web upstream cannot honour is accepted and ignored."""
+    check_types(body, CHAT_FIELDS)
+    if not (messages := body.get("messages")):
+        raise unfit("messages", "must be a list of at least one message.")
+    model = model_of(body)
+    if body.get("n") not in (None, 1):
+        raise unfit("n", "must be 1: the upstream gives one answer a request.")
+    if "audio" in (body.get("modalities") or ()):
+        raise unfit("modalities", "must be text alone; use POST /v1/audio/speech to have text read.")
+    if body.get("logprobs"):
+        raise unfit("logprobs", "must be false: the upstream gives none.")
+    options = body.get("stream_options") or {}
+    check_types(options, {"include_usage": _FLAG}, "stream_options.")
+    conversation = body.get("conversation_id") or None
+    if conversation and history_disabled:
+        text = "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary."
+        raise invalid("conversation_id", text)
+    tools = body.get("tools") or []
+    legacy = not body.get("tools") and bool(body.get("functions"))
+    for i, tool in enumerate(tools):
+        if _at(tool, ("type",)) != "function" or not isinstance(tool.get("function"), dict):
+            raise unfit(f"tools[{i}]", "must be a function; the upstream has no other tools.")
+    if legacy:
+        offer = parse_offer(body["functions"], "functions", body.get("function_call"), False, "function_call")
+    else:
+        functions = [tool["function"] for tool in tools]
+        offer = parse_offer(functions, "tools", body.get("tool_choice"), body.get("parallel_tool_calls"))
+    question = Question(
+        parse_messages(messages, upload_by_url),
+        model,
+        conversation,
+        body.get("parent_message_id") if conversation else None,
+        _effort(body.get("reasoning_effort"), "reasoning_effort"),
+        () if body.get("web_search_options") is None else (WEB_SEARCH,),
+        offer,
+        parse_shape(body.get("response_format"), "response_format"),
+    )
+    return Turn(
+        question,
+        bool(body.get("stream")),
+        _limit(body, "max_completion_tokens", "max_tokens"),
+        _stops(body.get("stop")),
+        bool(options.get("include_usage")),
+        legacy,
+    )
 
 
 class Completion(Rendering):
@@ -8517,7 +8519,9 @@ class CompletionStream(Completion):
         return f"data: {compact(self._frame('chat.completion.chunk') | facts)}\n\n"
 
 
-# -- the Responses API -------------------------------------------------------------------------------------------------
+# ============================================================================================================
+# responses: OpenAI's Responses
+# ============================================================================================================
 
 RESPONSE_FIELDS: Types = {
     "model": _TEXT, "instructions": _TEXT, "previous_response_id": _TEXT, "stream": _FLAG, "store": _FLAG,
