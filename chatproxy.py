@@ -56,6 +56,7 @@ import stat
 import struct
 import sys
 import tempfile
+import termios
 import threading
 import time
 import urllib.parse
@@ -63,7 +64,7 @@ import uuid
 import webbrowser
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -474,7 +475,8 @@ CAUSES = {
         403,
         "a page of another site while no key is set, or a page other than chatgpt.com's that connects as an agent",
     ),
-    "upgrade_required": (426, "a WebSocket version other than 13"),
+    "upgrade_required": (426, "a WebSocket version other than 13, or a WebSocket where none is spoken"),
+    "unsupported_encoding": (415, "a body with a `Content-Encoding`; send it as it is"),
     "expectation_failed": (417, "an `Expect` other than `100-continue`"),
     "headers_too_large": (431, "headers over their limit"),
     "rate_limit_exceeded": (
@@ -522,19 +524,40 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.headers = dict(headers or {})
-        self.plain = False  # ChatGPT-API-server's clients expect a text where OpenAI's expect an object
+        self.shape = "openai"  # a key of SHAPES: the API that was called
 
     @property
     def status(self) -> int:
         return CAUSES[self.code][0]
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's shape: {"error": {"message", "type", "param", "code"}}; plain: {"error": message}."""
-        if self.plain:
-            return {"error": self.message}
-        kind = "" if self.code in _OURS else KINDS.get(self.status, "")
-        kind = kind or "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        """What is told, in its shape."""
+        return SHAPES[self.shape](self)
+
+
+def _openai_error(error: ApiError) -> dict[str, Any]:
+    kind = "" if error.code in _OURS else KINDS.get(error.status, "")
+    kind = kind or "invalid_request_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def _anthropic_error(error: ApiError) -> dict[str, Any]:
+    kind = ANTHROPIC_KINDS.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+# The `type` of an error of Anthropic's by its status.
+ANTHROPIC_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
+ANTHROPIC_KINDS |= {404: "not_found_error", 405: "invalid_request_error", 413: "request_too_large"}
+ANTHROPIC_KINDS |= {415: "invalid_request_error", 429: "rate_limit_error", 503: "overloaded_error"}
+ANTHROPIC_KINDS |= {504: "timeout_error"}
+# How an error is told: OpenAI's {"error": {"message", "type", "param", "code"}}, Anthropic's {"type": "error", "error":
+# {"type", "message"}}, or {"error": message}, as Ollama's and ChatGPT-API-server's clients have it.
+SHAPES: Mapping[str, Callable[[ApiError], dict[str, Any]]] = {
+    "openai": _openai_error,
+    "anthropic": _anthropic_error,
+    "plain": lambda error: {"error": error.message},
+}
 
 
 def invalid(param: str | None, message: str) -> ApiError:
@@ -1013,6 +1036,7 @@ def _jpeg_facts(blob: Blob) -> tuple[str, int, int] | None:
 # ============================================================================================================
 
 
+STORE_FILE = "chatproxy.db"
 # The kinds of accounts.
 ACCESS = "access"
 REFRESH = "refresh"
@@ -1196,9 +1220,9 @@ class Store:
         self.tells = False  # whether trouble is logged: once somebody serves, who goes on nevertheless
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.path = path / "chatproxy.db"
+            self.path = path / STORE_FILE
             self._private(path, 0o700)
-            for name in ("chatproxy.db", "chatproxy.lock"):
+            for name in (STORE_FILE, "chatproxy.lock"):
                 file = os.open(path / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 self._private(path / name, 0o600)
                 if name == "chatproxy.lock":
@@ -4152,6 +4176,14 @@ def _seconds(said: Any, headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def iso(moment: float) -> str | None:
+    """A time as ISO 8601 in UTC, None for none."""
+    if not moment:
+        return None
+    moment = min(max(moment, 0.0), LAST_MOMENT)
+    return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def dicts(value: Any) -> list[dict[str, Any]]:
     """The objects in what should be a list of them."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
@@ -4608,21 +4640,37 @@ class Text(NamedTuple):
     text: str
 
 
+# The kinds of functions, by what their calls are: a JSON object that fits the client's schema; one text; an action of a
+# fixed form, which clients that offer such a tool know how to take.
+FUNCTION, CUSTOM, LOCAL_SHELL, SHELL, APPLY_PATCH = (
+    "function",
+    "custom",
+    "local_shell",
+    "shell",
+    "apply_patch",
+)
+
+
 class FunctionCall(NamedTuple):
-    """A call of one of the client's own functions, in an answer or said before; `arguments` is a JSON object as text."""
+    """A call of one of the client's own functions, in an answer or said before; `arguments` is a JSON object as text, of a
+    custom one {"input": TEXT}."""
 
     id: str
     name: str
     arguments: str
+    kind: str = FUNCTION
+    namespace: str = ""
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """The result of a call: the call's id, the function's name ("" when it is not known), and the content."""
+    """The result of a call: the call's id, the function's full name ("" when it is not known), the content, and the kind
+    of the function."""
 
     id: str
     name: str
     parts: tuple[Text | Attachment, ...]
+    kind: str = FUNCTION
 
 
 @dataclass(frozen=True)
@@ -4657,17 +4705,97 @@ class Message:
         return found
 
 
+class Grammar(NamedTuple):
+    """What the input of a custom function must fit: `syntax` is lark or regex."""
+
+    syntax: str
+    definition: str
+
+
 class Function(NamedTuple):
-    """A function of the client's: its parameters are a JSON Schema."""
+    """A function of the client's: its parameters are a JSON Schema, whatever its kind."""
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+    kind: str = FUNCTION
+    namespace: str = ""
+    grammar: Grammar | None = None
+
+
+def full_name(name: str, namespace: str) -> str:
+    """The name by which a model calls a function."""
+    return f"{namespace}.{name}" if namespace else name
+
+
+# The functions of a kind that has a fixed form, in the words and schemas that a model needs to call them.
+_COMMAND_LIMITS = {"timeout_ms": {"type": "integer", "minimum": 1}}
+_PATCH = {"path": {"type": "string"}, "diff": {"type": "string"}}
+FIXED_FORMS = {
+    LOCAL_SHELL: Function(
+        LOCAL_SHELL,
+        "Runs a command on the user's machine and tells what it prints; `command` is the program and its arguments.",
+        {
+            "type": "object",
+            "properties": {
+                "command": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "working_directory": {"type": "string"},
+                "env": {"type": "object", "additionalProperties": {"type": "string"}},
+            }
+            | _COMMAND_LIMITS,
+            "required": ["command"],
+        },
+        LOCAL_SHELL,
+    ),
+    SHELL: Function(
+        SHELL,
+        "Runs shell commands on the user's machine, which may run side by side, and tells what each prints.",
+        {
+            "type": "object",
+            "properties": {
+                "commands": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "max_output_length": {"type": "integer", "minimum": 1},
+            }
+            | _COMMAND_LIMITS,
+            "required": ["commands"],
+        },
+        SHELL,
+    ),
+    APPLY_PATCH: Function(
+        APPLY_PATCH,
+        "Creates, changes or deletes a file. The diff of a new file is its lines, each behind a `+`. The diff of an update is "
+        "hunks: a line `@@`, or `@@ ` and the header of the function or class that it is in, then three unchanged lines "
+        "behind a space each, the old ones behind `-`, the new ones behind `+`, and three unchanged ones again. No line "
+        "numbers, no file names.",
+        {
+            "type": "object",
+            "properties": {
+                "operation": {
+                    "oneOf": [
+                        {
+                            "type": "object",
+                            "properties": {"type": {"const": kind}} | fields,
+                            "required": ["type", *fields],
+                        }
+                        for kind, fields in (
+                            ("create_file", _PATCH),
+                            ("update_file", _PATCH),
+                            ("delete_file", {"path": {"type": "string"}}),
+                        )
+                    ]
+                }
+            },
+            "required": ["operation"],
+        },
+        APPLY_PATCH,
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Offer:
-    """The functions that the model may call: `choice` is auto, required or the name of the one it must call."""
+    """The functions that the model may call, by their full names: `choice` is auto, required or the full name of the one
+    that it must call."""
 
     functions: Mapping[str, Function]
     choice: str
@@ -4683,14 +4811,14 @@ class Shape:
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # how hard a model may think
 # Tools of the upstream's own that a question may offer, by OpenAI's names for them.
-WEB_SEARCH, DRAWING = "web_search", "image_generation"
+WEB_SEARCH, DRAWING, PYTHON = "web_search", "image_generation", "code_interpreter"
 
 
 @dataclass(frozen=True)
 class Question:
     """A question, in no client's and no upstream's shape: the messages, the model by the client's name for it, a
-    conversation to go on with, how hard to think (`effort`, in OpenAI's words), the upstream's own tools and the
-    client's functions that may be used, and the shape that the answer is to have."""
+    conversation to go on with, how hard to think (`effort`, in OpenAI's words), the upstream's own tools that may be used
+    (`hosted`) and the one that must be (`forced`), the client's functions, and the shape that the answer is to have."""
 
     messages: tuple[Message, ...]
     model: str
@@ -4698,6 +4826,7 @@ class Question:
     parent: str | None = None
     effort: str = ""
     hosted: tuple[str, ...] = ()
+    forced: str = ""
     offer: Offer | None = None
     shape: Shape | None = None
 
@@ -5043,12 +5172,29 @@ def _shown(value: Any) -> str:
 
 CALL_TAG, CALL_END = "<tool_call>", "</tool_call>"
 FUNCTIONS_LINE = "The functions, a JSON object a line:"
+OWN_TOOLS_LINE = "Beside them you can use your own tools as always:"
 SHAPE_LINE = "Answer with one JSON object"
 SCHEMA_LINE = "It must fit this JSON Schema:"
 
 
-def _offer_told(offer: Offer) -> str:
-    """The instructions by which a model that knows nothing of functions learns of them."""
+_HOSTED_TOLD = {WEB_SEARCH: "searching the web", DRAWING: "drawing images", PYTHON: "running Python"}
+
+
+def _function_told(function: Function) -> str:
+    """A function as the model is told of it."""
+    told: dict[str, Any] = {"name": full_name(function.name, function.namespace)}
+    told["description"] = function.description
+    if function.kind == CUSTOM:
+        told["description"] += "\nIts input is one text, to be given as the string `input`."
+    if function.grammar:
+        told["description"] += f" It must fit this grammar ({function.grammar.syntax}):\n"
+        told["description"] += function.grammar.definition
+    return compact(told | {"parameters": function.parameters})
+
+
+def _offer_told(offer: Offer, hosted: Iterable[str]) -> str:
+    """The instructions by which a model that knows nothing of functions learns of them; what the upstream has itself
+    (`hosted`) it knows."""
     must = {
         "auto": "Call one whenever it helps to answer; otherwise answer as usual.",
         "required": "You must call at least one of them now, and write nothing else.",
@@ -5060,9 +5206,10 @@ def _offer_told(offer: Offer) -> str:
         f'{CALL_TAG}{{"name": "FUNCTION", "arguments": {{…}}}}{CALL_END}',
         f"where the arguments are a JSON object that fits the function's JSON Schema. {several} Write nothing after a",
         f"call: the program stops reading there, and tells you the results in its next message. {must}",
-        FUNCTIONS_LINE,
     ]
-    return "\n".join([*lines, *(compact(one._asdict()) for one in offer.functions.values())])
+    if own := ", ".join(_HOSTED_TOLD[one] for one in hosted):
+        lines.append(f"{OWN_TOOLS_LINE} {own}.")
+    return "\n".join([*lines, FUNCTIONS_LINE, *map(_function_told, offer.functions.values())])
 
 
 def _shape_told(shape: Shape) -> str:
@@ -5084,7 +5231,7 @@ def result_heading(name: str, id: str) -> str:
 def in_prose(question: Question) -> Question:
     """The question for a model that knows neither functions nor shapes: it is told of them first, and calls and results
     are the text that it would write and read."""
-    told = [_offer_told(question.offer)] if question.offer else []
+    told = [_offer_told(question.offer, question.hosted)] if question.offer else []
     told += [_shape_told(question.shape)] if question.shape else []
     messages = [Message("system", (Text("\n\n".join(told)),))] if told else []
     for message in question.messages:
@@ -5098,7 +5245,7 @@ def in_prose(question: Question) -> Question:
 IN_PROSE: Mapping[type, Callable[[Any], tuple[Text | Attachment, ...]]] = {
     Text: lambda part: (part,),
     Attachment: lambda part: (part,),
-    FunctionCall: lambda part: (Text(call_text(part.name, part.arguments)),),
+    FunctionCall: lambda part: (Text(call_text(full_name(part.name, part.namespace), part.arguments)),),
     ToolResult: lambda part: (Text(result_heading(part.name, part.id)), *part.parts),
     Thought: lambda part: (),
 }
@@ -5115,8 +5262,46 @@ def call_fault(offer: Offer, call: Mapping[str, Any], budget: Budget) -> str:
         return f"the function to be called is {offer.choice}"
     if not isinstance(arguments, dict):
         return "the arguments are not a JSON object"
-    fault = Schema(offer.functions[name].parameters, budget).fault(arguments)
-    return f"the arguments for {name} do not fit its schema: {fault}" if fault else ""
+    function = offer.functions[name]
+    if fault := Schema(function.parameters, budget).fault(arguments):
+        return f"the arguments for {name} do not fit its schema: {fault}"
+    if (
+        function.grammar
+        and function.kind == CUSTOM
+        and fits_grammar(function.grammar, arguments["input"]) is False
+    ):
+        return f"the input for {name} does not fit its grammar"
+    return ""
+
+
+# Parts of a regular expression that are none of its operators: escapes, and classes of characters.
+_REGEX_ATOMS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_REGEX_REPEATS = re.compile(r"[*+?]|\{\d*,?\d*\}")
+MAX_GRAMMAR = 500  # characters of a regular expression that is matched here
+MAX_MATCHING = 100_000  # ways in which a text may match it, each of which may have to be tried
+_REGEX_OTHER = re.compile(
+    r"\\\d|\(\?(?!:)|\[\[|--|&&|~~|\|\|"
+)  # what looks elsewhere, or has meanings to come
+
+
+def fits_grammar(grammar: Grammar, text: str) -> bool | None:
+    """Whether a text fits a regular expression; None for one that is not simple, and for any other grammar.
+
+    A simple one takes few steps whatever the text is: it repeats no groups, looks nowhere else, and its alternatives and
+    repeated characters leave few ways to match."""
+    definition = grammar.definition
+    if grammar.syntax != "regex" or len(definition) > MAX_GRAMMAR or _REGEX_OTHER.search(definition):
+        return None
+    operators = _REGEX_ATOMS.sub("a", definition).replace("(?:", "(")
+    if re.search(r"\)[*+?{]", operators):
+        return None
+    ways = 2 ** operators.count("|") * (len(text) + 1) ** len(_REGEX_REPEATS.findall(operators))
+    if ways > MAX_MATCHING:
+        return None
+    try:
+        return re.fullmatch(definition, text) is not None
+    except (re.error, OverflowError, RecursionError):
+        return None
 
 
 class CallScanner:
@@ -5232,19 +5417,33 @@ class CallScanner:
                 return body[end + len(CALL_END) :]
         return ""
 
-    @staticmethod
-    def _parsed(text: str) -> dict[str, Any] | None:
+    def _parsed(self, text: str) -> dict[str, Any] | None:
         """A call's JSON object, also from within a code fence; None when it is none (yet)."""
         text = text.strip()
         if text.startswith("```"):
             text = re.sub(r"\A```\w*", "", text).removesuffix("```")
         try:
             call = read_json(text)
-            if isinstance(call, dict) and not isinstance(call.get("arguments"), (dict, list)):
-                call["arguments"] = read_json(str(call.get("arguments") or "{}"))
+            if not isinstance(call, dict):
+                return None
+            function = self._meant(call)
+            arguments = call.get("arguments")
+            if function and function.kind == CUSTOM and isinstance(arguments, str):
+                call["arguments"] = {"input": arguments}  # as its description may have it
+            elif not isinstance(arguments, (dict, list)):
+                call["arguments"] = read_json(str(arguments or "{}"))
         except ValueError:
             return None
-        return call if isinstance(call, dict) else None
+        return call
+
+    def _meant(self, call: dict[str, Any]) -> Function | None:
+        """The function that a call is of, whose full name it is given if it has only the name within a namespace."""
+        functions = self._offer.functions
+        name = call.get("name")
+        meant = [full for full, one in functions.items() if one.namespace and one.name == name]
+        if isinstance(name, str) and name not in functions and len(meant) == 1:
+            name = call["name"] = meant[0]
+        return functions.get(name) if isinstance(name, str) else None
 
     def _finish(self, event: Finish, out: list[Event]) -> None:
         """The answer is over, or what follows does not matter: passes on the calls, or complains."""
@@ -5265,8 +5464,10 @@ class CallScanner:
             if self._patient and not self._told and self._text:
                 out.append(Text("".join(self._text)))
             for call in self._calls:
+                function = self._offer.functions[call["name"]]
                 id = f"call_{random.getrandbits(96):024x}"
-                out.append(FunctionCall(id, call["name"], compact(call["arguments"])))
+                arguments = compact(call["arguments"])
+                out.append(FunctionCall(id, function.name, arguments, function.kind, function.namespace))
             out.append(event._replace(reason="tool_calls"))
 
     def as_text(self, out: list[Event], event: Finish) -> None:
@@ -5486,6 +5687,14 @@ _THINKING_EFFORTS |= {"high": "extended", "xhigh": "max", "max": "max"}
 _SYSTEM_HINTS = {WEB_SEARCH: "search", DRAWING: "picture_v2"}
 
 
+def _hints(question: Question) -> list[str]:
+    """The site's tools that an answer is to use. Beside functions the model decides: a hint would have it search first."""
+    meant = question.forced
+    if not meant and question.offer is None and len(question.hosted) == 1:
+        meant = question.hosted[0]
+    return [_SYSTEM_HINTS[meant]] if meant in _SYSTEM_HINTS else []
+
+
 def conversation_body(
     question: Question, history_disabled: bool, login_free: bool, files: Mapping[Attachment, File]
 ) -> dict[str, Any]:
@@ -5502,7 +5711,7 @@ def conversation_body(
         "force_use_sse": True,
         "supports_buffering": True,
         "supported_encodings": ["v1"],
-        "system_hints": [_SYSTEM_HINTS[tool] for tool in question.hosted],
+        "system_hints": _hints(question),
         "suggestions": [],
         "timezone_offset_min": TIMEZONE_OFFSET_MIN,
         "websocket_request_id": new_id(),
@@ -6270,14 +6479,17 @@ def _markdown_link(source: Mapping[str, Any]) -> str:
 class _Growing:
     """A message under way: who it is for, and how much of its text has been passed on."""
 
-    def __init__(self, message: dict[str, Any]) -> None:
+    def __init__(self, message: dict[str, Any], ours: Set[str]) -> None:
+        """`ours` is what was sent: ids of messages, and pointers to images."""
         self.raw = message
         self.id = identifier(message.get("id"))
+        self.ours = ours
         self.sent = 0
         self.prose = Prose(message)
         self.shown: set[str] = set()  # what has been passed on that comes whole
         self.thoughts: dict[tuple[int, str], int] = {}  # how much of each thought's summary and content
         self.unended = ""  # of the thoughts, what may be the beginning of a mark
+        self.follows = False  # whether there were thoughts in a message before it
         self.changed = True  # whether its text may have grown otherwise than by `append`
         self._tail = io.StringIO()  # appended to part 0 since `raw` was last brought up to date
         self.kind = self._kind()
@@ -6312,7 +6524,7 @@ class _Growing:
         kind = _at(self.raw, ("content", "content_type"))
         role = _at(message, ("author", "role"))
         recipient = message.get("recipient", "all")
-        if _at(message, ("metadata", "is_visually_hidden_from_conversation")):
+        if self.id in self.ours or _at(message, ("metadata", "is_visually_hidden_from_conversation")):
             return None
         if role == "tool":
             return ToolUse if kind == "execution_output" else Drawing if kind == "multimodal_text" else None
@@ -6354,7 +6566,9 @@ class _Growing:
         for part in dicts(content.get("parts")):
             pointer = part.get("asset_pointer")
             kind = part.get("content_type")
-            if kind == "image_asset_pointer" and isinstance(pointer, str) and pointer not in self.shown:
+            if kind != "image_asset_pointer" or not isinstance(pointer, str):
+                continue
+            if pointer not in self.shown and pointer not in self.ours:
                 self.shown.add(pointer)
                 out.append(Drawing(pointer))
 
@@ -6383,7 +6597,8 @@ class _Growing:
                 had = self.thoughts.get((i, name), 0)
                 if len(text) > had:
                     paragraph = "\n" if (i, "summary") in self.thoughts else "\n\n"
-                    more += ("" if had or not self.thoughts else paragraph) + text[had:]
+                    first = not self.thoughts and not self.follows
+                    more += ("" if had or first else paragraph) + text[had:]
                     self.thoughts[i, name] = len(text)
         open_mark = None if over else re.search("\ue200[^\ue201]{0,1000}\\Z", more)
         self.unended = open_mark[0] if open_mark else ""
@@ -6406,10 +6621,13 @@ class Decoder:
     """The upstream's answer, in either encoding, as typed events. "The answer: server-sent events, two encodings".
 
     `feed` takes bytes however they are cut; `finish` tells afterwards how the answer ended, `done` already when the
-    last event was there. One decoder lives through a continued answer, so that nothing of it is passed on twice.
+    last event was there. One decoder lives through a continued answer, so that nothing of it is passed on twice. What
+    was `sent`, which the upstream repeats before its answer, is none of that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sent: Mapping[str, Any] | None = None) -> None:
+        """`sent` is the conversation body."""
+        self._ours = set(_sent_ids(sent or {}))
         self.conversation = self.message = self.model = ""
         self.failure: Refusal | None = None  # that came behind events of the same batch
         self._begun = False
@@ -6495,10 +6713,11 @@ class Decoder:
         self.conversation = identifier(value.get("conversation_id")) or self.conversation
         if not isinstance(value.get("message"), dict):
             return
-        message = _Growing(value["message"])
+        message = _Growing(value["message"], self._ours)
         known = self._messages.get(message.id)
         if self._current is not None and self._current is not known:
             self._current.grow(out, over=True)
+        message.follows = message.kind is Reasoning and any(one.thoughts for one in self._messages.values())
         if known is not None:
             message.sent, message.prose, message.shown = known.sent, known.prose, known.shown
             message.thoughts, message.unended = known.thoughts, known.unended
@@ -6548,6 +6767,14 @@ class Decoder:
             self.message = message.id or self.message
             if self._reason != "content_filter":
                 self._reason = message.ending() or self._reason
+
+
+def _sent_ids(body: Mapping[str, Any]) -> Iterator[str]:
+    """The ids of the messages of a conversation body, and the pointers to the images in them."""
+    for message in dicts(body.get("messages")):
+        yield str(message.get("id"))
+        for part in dicts(_at(message, ("content", "parts"))):
+            yield str(part.get("asset_pointer"))
 
 
 def identifier(value: Any) -> str:
@@ -7164,17 +7391,18 @@ class Web(Turns):
     def _asked(self, account: Account, attempt: Attempt, sink: Sink) -> Finish | None:
         """One conversation call: how the answer ended, None when the client wants no more of it."""
         question, cut = attempt.question, attempt.continues
-        if cut:
-            attempt.decoder.renew()
-        else:
-            attempt.decoder = Decoder()
+        if not cut:
             if self.settings.check_model:
                 self._check_model(account, question.model, attempt.watch)
             self._place(account, attempt)
         needs = self._requirements(account, attempt)
         login_free = account.row.kind == LOGIN_FREE
         body = conversation_body(question, self.settings.history_disabled, login_free, attempt.held)
-        body = continued(body, cut) if cut else body
+        if cut:
+            attempt.decoder.renew()
+            body = continued(body, cut)
+        else:
+            attempt.decoder = Decoder(body)
         try:
             with self.site.conversation(account, body, needs, attempt.watch) as call:
                 self._pass_on(call, account, attempt, sink)
@@ -7723,7 +7951,7 @@ class InlineFile(str):
 
 _INLINE = re.compile(
     rb'(?<!\\)"(?:url|image_url|file_data)"\s{0,20}:\s{0,20}"data:[^",\\]{0,200};base64,'
-    rb'|(?<!\\)"file_data"\s{0,20}:\s{0,20}"(?=[0-9A-Za-z+/]{64})'
+    rb'|(?<!\\)"(?:file_data|data)"\s{0,20}:\s{0,20}"(?=[0-9A-Za-z+/]{64})'
 )
 _NOT_BASE64 = re.compile(rb"[^0-9A-Za-z+/=]")
 MAX_LIFTED = 200
@@ -7739,7 +7967,7 @@ def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
     while at < body.size:
         window = body.read(at, PIECE)
         escaped = rest[-1:] == b"\\"  # then the window's first character is no quote
-        hopeful = tried < MAX_LIFTED and (b"data:" in window or b"file_data" in window)
+        hopeful = tried < MAX_LIFTED and (b"data:" in window or b'data"' in window)
         match = _INLINE.search(window, int(escaped)) if hopeful else None
         if match is None:
             # A name may be cut by the window's end.
@@ -7836,15 +8064,16 @@ class Turn:
     stops: tuple[str, ...] = ()
     include_usage: bool = False
     legacy: bool = False  # called through `functions`, which came before `tools`
+    left_out: tuple[str, ...] = ()  # types of tools and items that mean nothing here
 
 
-def _stops(value: Any) -> tuple[str, ...]:
+def _stops(value: Any, where: str = "stop") -> tuple[str, ...]:
     if value is None:
         return ()
     stops = [value] if isinstance(value, str) else value
     fits = isinstance(stops, list) and len(stops) <= 16
     if not fits or not all(isinstance(stop, str) and len(stop) <= 256 for stop in stops):
-        raise unfit("stop", "must be a string or a list of up to 16 strings of up to 256 characters.")
+        raise unfit(where, "must be a string or a list of up to 16 strings of up to 256 characters.")
     return tuple(stop for stop in stops if stop)
 
 
@@ -7866,19 +8095,18 @@ def _effort(value: Any, where: str) -> str:
 # -- parts of messages and functions -----------------------------------------------------------------------------------
 
 _LEADING_URLS = re.compile(r"\s*((?:https?://\S+(?:\s+|\Z))+)(.*)", re.DOTALL)
-
-
+_FUNCTION_NAME = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 ROLES |= {"tool": "tool", "function": "tool"}
 
 
 def parse_messages(values: list[Any], upload_by_url: bool) -> tuple[Message, ...]:
     """The `messages` of a chat completion request."""
-    names: dict[str, str] = {}  # what the calls made so far were of, by their id
-    return tuple(_message(value, f"messages[{i}]", names, upload_by_url) for i, value in enumerate(values))
+    calls: Calls = {}
+    return tuple(_message(value, f"messages[{i}]", calls, upload_by_url) for i, value in enumerate(values))
 
 
-def _message(value: Any, where: str, names: dict[str, str], upload_by_url: bool) -> Message:
+def _message(value: Any, where: str, calls: Calls, upload_by_url: bool) -> Message:
     if not isinstance(value, dict):
         raise unfit(where, "must be an object with `role` and `content`.")
     role = value.get("role")
@@ -7886,10 +8114,9 @@ def _message(value: Any, where: str, names: dict[str, str], upload_by_url: bool)
         raise unfit(f"{where}.role", f"must be one of {', '.join(ROLES)}.")
     content = _content(value.get("content"), f"{where}.content", role == "assistant")
     if role == "assistant":
-        return Message("assistant", (*content, *_calls_made(value, where, names)))
+        return Message("assistant", (*content, *_calls_made(value, where, calls)))
     if ROLES[role] == "tool":
-        id = str(value.get("tool_call_id") or "")
-        return Message("tool", (ToolResult(id, str(value.get("name") or names.get(id, "")), content),))
+        return result(str(value.get("tool_call_id") or ""), content, calls, value.get("name"))
     if role == "user" and upload_by_url and (match := _LEADING_URLS.fullmatch(str(value.get("content")))):
         urls = [Attachment(f"{where}.content", url=url) for url in match[1].split()]
         return Message("user", (*urls, Text(match[2])))
@@ -7914,10 +8141,10 @@ def _part(value: Any, where: str) -> Text | Attachment:
         if not isinstance(text, str):
             raise unfit(f"{where}.text", "must be a string.")
         return Text(text)
-    if kind in ("image_url", "input_image"):
+    if kind in ("image_url", "input_image", "computer_screenshot"):
         given = value.get("image_url")
         url = given.get("url") if isinstance(given, dict) else given
-        if kind == "input_image" and isinstance(id := value.get("file_id"), str):
+        if kind != "image_url" and isinstance(id := value.get("file_id"), str):
             return Attachment(where, image=True, file=id)
         if not isinstance(url, str):
             raise unfit(f"{where}.image_url", "must name a URL.")
@@ -7976,58 +8203,201 @@ def _unbased(text: str, start: int, where: str) -> Blob:
     return blob
 
 
-_FUNCTION_NAME = re.compile(r"[0-9A-Za-z_.:-]{1,128}")
+Calls = dict[str, FunctionCall]  # those made so far, by their id
 
 
-def _calls_made(message: Mapping[str, Any], where: str, names: dict[str, str]) -> list[FunctionCall]:
-    """The calls of an assistant's message; `names` learns what was called under which id."""
+def _calls_made(message: Mapping[str, Any], where: str, calls: Calls) -> list[FunctionCall]:
+    """The calls of an assistant's message; `calls` learns them."""
     made = message.get("tool_calls") or []
     made = list(made) if isinstance(made, list) else [None]
     if message.get("function_call"):
         made.append({"function": message["function_call"]})
-    calls = []
-    for one in made:
-        function = one.get("function") if isinstance(one, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise unfit(f"{where}.tool_calls", "must be a list of calls of functions.")
-        id = str(one.get("id") or "")
-        calls.append(FunctionCall(id, function["name"], str(function.get("arguments") or "")))
-    names.update({call.id: call.name for call in calls if call.id})
-    return calls
+    found = [_call_made(one, f"{where}.tool_calls") for one in made]
+    calls.update({call.id: call for call in found if call.id})
+    return found
 
 
-def parse_offer(
-    functions: list[Any], where: str, choice: Any, parallel: Any, field: str = "tool_choice"
-) -> Offer | None:
-    """The functions of a request, each {"name", "description"?, "parameters"?}; None when none may be called."""
-    found = {}
-    for i, one in enumerate(functions):
-        here = f"{where}[{i}]"
-        name = one.get("name") if isinstance(one, dict) else None
-        if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
-            raise unfit(f"{here}.name", "must be 1 to 128 letters, digits and . _ : -.")
-        check_types(one, {"description": _TEXT, "parameters": _OBJECT}, f"{here}.")
-        parameters = one.get("parameters") or {"type": "object"}
-        if kind := unknown_type(one.get("parameters")):
-            raise unfit(f"{here}.parameters", f"is not a JSON Schema: it names an unknown type, {kind}.")
-        found[name] = Function(name, one.get("description") or "", parameters)
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = choice.get("allowed_tools", choice)
-        allowed = allowed if isinstance(allowed, dict) else {}
-        tools = dicts([one.get("function", one) for one in dicts(allowed.get("tools"))])
-        names = [one["name"] for one in tools if isinstance(one.get("name"), str)]
-        found = {name: found[name] for name in names if name in found}
-        choice = allowed.get("mode")
-    if isinstance(choice, dict):
-        named = choice.get("function")
-        choice = (named if isinstance(named, dict) else choice).get("name")
-        if not isinstance(choice, str) or choice not in found:
-            raise unfit(field, "must name one of the functions offered.")
-    elif choice not in (None, "auto", "none", "required"):
-        raise unfit(field, "must be auto, none, required or a function.")
-    elif choice == "required" and not found:
-        raise unfit(field, "is required, but no function is offered.")
-    return Offer(found, choice or "auto", parallel is not False) if found and choice != "none" else None
+def _call_made(made: Any, where: str) -> FunctionCall:
+    made = made if isinstance(made, dict) else {}
+    custom = made.get("custom")
+    function = custom if isinstance(custom, dict) else made.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise unfit(where, "must be a list of calls of functions.")
+    id = str(made.get("id") or "")
+    if function is custom:
+        return FunctionCall(id, function["name"], input_arguments(function.get("input")), CUSTOM)
+    return FunctionCall(id, function["name"], as_json(function.get("arguments")))
+
+
+def as_json(arguments: Any) -> str:
+    """Arguments as a client gives them, JSON already or not."""
+    if isinstance(arguments, (dict, list)):
+        return compact(_changed(arguments, _as_sent))
+    return str(arguments or "")
+
+
+def _as_sent(text: str) -> str:
+    """A string that was taken for a file and is none."""
+    if not isinstance(text, InlineFile):
+        return text
+    return text + base64.b64encode(text.blob.read()).decode()
+
+
+def input_arguments(text: Any) -> str:
+    """The arguments of a custom function's call by its input."""
+    return compact({"input": str(text or "")})
+
+
+def input_of(call: FunctionCall) -> str:
+    """The input of a custom function's call."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(call.arguments)["input"])
+    return call.arguments
+
+
+def result(id: str, parts: tuple[Text | Attachment, ...], calls: Calls, name: Any = None) -> Message:
+    """The message with a call's result; of what is known from the call."""
+    call = calls.get(id)
+    known = full_name(call.name, call.namespace) if call else ""
+    return Message("tool", (ToolResult(id, str(name or known), parts, call.kind if call else FUNCTION),))
+
+
+class Offered(NamedTuple):
+    """What a request lets the model use: see the fields of a Question."""
+
+    offer: Offer | None
+    hosted: tuple[str, ...]
+    forced: str
+
+
+class Tools:
+    """The tools of a request, of every kind: what can be called here, what the upstream has itself, and the types of those
+    that nobody has, which are left out."""
+
+    def __init__(self) -> None:
+        self.functions: dict[str, Function] = {}
+        self.hosted: dict[str, None] = {}
+        self.left_out: dict[str, None] = {}
+
+    def add_all(self, tools: Iterable[Any], where: str) -> None:
+        """Adds each of a list; 400 names the first that is wrong."""
+        for i, tool in enumerate(tools):
+            self.add(tool, f"{where}[{i}]")
+
+    def add(self, tool: Any, where: str, namespace: str = "") -> None:
+        """Adds a tool, {"type", …}; Chat Completions has the rest under the type's name."""
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if not isinstance(kind, str):
+            raise unfit(where, "must be an object with a `type`.")
+        inner = tool.get(kind)
+        tool = inner if isinstance(inner, dict) else tool
+        if kind.startswith(WEB_SEARCH):
+            self.hosted[WEB_SEARCH] = None
+        elif kind in (DRAWING, PYTHON):
+            self.hosted[kind] = None
+        elif kind in self.READS:
+            self.READS[kind](self, tool, where, namespace)
+        elif kind in FIXED_FORMS and _at(tool, ("environment", "type")) in (None, "local"):
+            self._put(FIXED_FORMS[kind])
+        else:  # or it is to run in a container, which nobody here has
+            self.left_out[kind[:50]] = None
+
+    def function(self, given: Any, where: str, namespace: str = "") -> None:
+        """Adds a function, {"name", "description"?, "parameters"?}."""
+        name = _tool_name(given, where)
+        check_types(given, {"description": _TEXT, "parameters": _OBJECT}, f"{where}.")
+        parameters = given.get("parameters") or {"type": "object"}
+        if kind := unknown_type(given.get("parameters")):
+            raise unfit(f"{where}.parameters", f"is not a JSON Schema: it names an unknown type, {kind}.")
+        self._put(Function(name, given.get("description") or "", parameters, namespace=namespace))
+
+    def _custom(self, given: Any, where: str, namespace: str) -> None:
+        name = _tool_name(given, where)
+        check_types(given, {"description": _TEXT, "format": _OBJECT}, f"{where}.")
+        form = given.get("format") or {}
+        told = form.get("grammar", form)
+        grammar = None
+        if form.get("type", "text") != "text":
+            syntax, definition = (_at(told, (one,)) for one in ("syntax", "definition"))
+            if not isinstance(syntax, str) or not isinstance(definition, str):
+                raise unfit(f"{where}.format", "must have a grammar with `syntax` and `definition`.")
+            grammar = Grammar(syntax[:50], definition)
+        self._put(Function(name, given.get("description") or "", INPUT_SCHEMA, CUSTOM, namespace, grammar))
+
+    def _namespace(self, given: Any, where: str, outer: str) -> None:
+        name = _tool_name(given, where)
+        tools = given.get("tools")
+        if outer or not isinstance(tools, list):
+            raise unfit(f"{where}.tools", "must be a list of functions.")
+        for i, one in enumerate(tools):
+            self.add(one, f"{where}.tools[{i}]", name)
+
+    def _put(self, function: Function) -> None:
+        self.functions[full_name(function.name, function.namespace)] = function
+
+    READS: Mapping[str, Callable[[Any, Any, str, str], None]] = {
+        FUNCTION: function,
+        CUSTOM: _custom,
+        "namespace": _namespace,
+    }
+
+    def offered(self, choice: Any, parallel: Any, field: str = "tool_choice") -> Offered:
+        """What may be used of them, by `tool_choice` and `parallel_tool_calls`; 400 names the choice that is wrong."""
+        functions, hosted, forced = self.functions, tuple(self.hosted), ""
+        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+            allowed = choice.get("allowed_tools", choice)
+            named = [self._named(one) for one in dicts(_at(allowed, ("tools",)))]
+            functions = {name: functions[name] for name in named if name in functions}
+            hosted = tuple(name for name in hosted if name in named)
+            choice = _at(allowed, ("mode",))
+        if isinstance(choice, dict):
+            choice = self._chosen(choice, field)
+            forced = choice if choice in hosted else ""
+        elif choice not in (None, "auto", "none", "required"):
+            raise unfit(field, "must be auto, none, required or a function.")
+        elif choice == "required" and not functions:
+            if not hosted and not self.left_out:
+                raise unfit(field, "is required, but no tool is offered.")
+            forced = next(iter(hosted), "")
+        if choice == "none":
+            return Offered(None, (), "")
+        if not functions or forced:
+            return Offered(None, hosted, forced)
+        return Offered(Offer(functions, choice or "auto", parallel is not False), hosted, "")
+
+    def _chosen(self, choice: Mapping[str, Any], field: str) -> str:
+        """The tool that is to be used; auto for one that is left out."""
+        name = self._named(choice)
+        if name in self.functions or name in self.hosted:
+            return name
+        if choice.get("type") in self.left_out:
+            return "auto"
+        raise unfit(field, "must name one of the functions offered.")
+
+    def _named(self, named: Mapping[str, Any]) -> str:
+        """The full name of a function, or the name of a tool, as a choice has it."""
+        kind = str(named.get("type"))
+        inner = named.get(kind)
+        named = inner if isinstance(inner, dict) else named
+        name = str(named.get("name") or (WEB_SEARCH if kind.startswith(WEB_SEARCH) else kind))
+        full = full_name(name, str(named.get("namespace") or ""))
+        meant = [one for one, function in self.functions.items() if function.name == name]
+        return meant[0] if full not in self.functions and len(meant) == 1 else full
+
+
+INPUT_SCHEMA = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+
+
+def _tool_name(tool: Any, where: str) -> str:
+    name = tool.get("name") if isinstance(tool, dict) else None
+    if not isinstance(name, str) or not _FUNCTION_NAME.fullmatch(name):
+        raise unfit(f"{where}.name", "must be 1 to 128 letters, digits and . _ : -.")
+    return name
 
 
 def parse_shape(value: Any, where: str) -> Shape | None:
@@ -8148,6 +8518,7 @@ class Trimmer:
         self._longest = max(map(len, self._starts), default=0)
         self._held = ""
         self.over = False
+        self.stopped_at = ""  # the stop sequence that has ended it
 
     def light(self, events: list[Event]) -> bool:
         """Whether the answer surely does not end with these: a token has at least one of a text's bytes, and a stop
@@ -8183,8 +8554,10 @@ class Trimmer:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            self._limited(text[: min(found)[1]], out)
+            end, start = min(found)
+            self._limited(text[:start], out)
             if not self.over:
+                self.stopped_at = text[start:end]
                 out.append(Finish("stop"))
             self.over = True
             return
@@ -8218,6 +8591,14 @@ class Trimmer:
         return text[:low]
 
 
+MAX_PIECE = 256  # characters of a call's arguments in one event
+
+
+def in_pieces(arguments: str) -> list[str]:
+    """A call's arguments in the pieces in which they are streamed."""
+    return [arguments[at : at + MAX_PIECE] for at in range(0, len(arguments), MAX_PIECE)]
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -8239,6 +8620,12 @@ AS_TEXT: Mapping[type, Callable[[Any], Text]] = {
 def _as_text(event: Event) -> Event:
     tell = AS_TEXT.get(type(event))
     return tell(event) if tell else event
+
+
+def prompt_tokens(question: Question, count: Callable[[str], int]) -> int:
+    """The tokens of a question: four more a message (its frame and role) and three for the answer, as the chat format has
+    them."""
+    return sum(count(message.text) + 4 for message in in_prose(question).messages) + 3
 
 
 class Rendering:
@@ -8267,6 +8654,11 @@ class Rendering:
         """The text that the client has been given, if it is kept."""
         return "".join(self._text)
 
+    @property
+    def stopped_at(self) -> str:
+        """The stop sequence that has ended the answer, "" for none."""
+        return self._trimmer.stopped_at if self._trimmer else ""
+
     def light(self, events: list[Event]) -> bool:
         """Whether these surely do not end the answer."""
         return self._trimmer is None or self._trimmer.light(events)
@@ -8274,7 +8666,7 @@ class Rendering:
     def take(self, events: list[Event]) -> list[Event]:
         """Notes a batch of events; those that the client may see."""
         if not AS_TEXT.keys().isdisjoint(map(type, events)):
-            events = [_as_text(event) for event in events]
+            events = [event if self.has_place(event) else _as_text(event) for event in events]
         if self._trimmer:
             ended = bool(events) and type(events[-1]) is Finish
             events = self._trimmer.feed(events)
@@ -8282,6 +8674,10 @@ class Rendering:
         for event in events:
             self.NOTES[type(event)](self, event)
         return events
+
+    def has_place(self, event: Event) -> bool:
+        """Whether an event that could be told as text is told otherwise."""
+        return False
 
     def _note_begin(self, event: Begin) -> None:
         self.model = event.model or self.model
@@ -8303,21 +8699,21 @@ class Rendering:
         if event.conversation:
             self.conversation, self.message = event.conversation, event.message
 
-    # What is done about each kind of event, but for those that are told as text.
+    # What is noted of each kind of event.
     NOTES: Mapping[type, Callable[[Any, Any], None]] = {
         Begin: _note_begin,
         Text: _note_text,
         Reasoning: _note_reasoning,
+        ToolUse: lambda self, event: None,
+        Image: lambda self, event: None,
         FunctionCall: _note_call,
         Finish: _note_finish,
     }
 
     def counted(self) -> tuple[int, int, int]:
-        """Tokens of the prompt, the answer (reasoning included) and the reasoning: four more a message (its frame and
-        role) and three for the answer, as the chat format has them."""
+        """Tokens of the prompt, the answer (reasoning included) and the reasoning."""
         count = self._tokens.count
-        messages = in_prose(self.turn.question).messages
-        prompt = sum(count(message.text) + 4 for message in messages) + 3
+        prompt = prompt_tokens(self.turn.question, count)
         answer = count(self.text)
         reasoning = count("".join(self._reasoning))
         if self.turn.limit is not None:
@@ -8359,23 +8755,26 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         text = "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary."
         raise invalid("conversation_id", text)
     tools = body.get("tools") or []
-    legacy = not body.get("tools") and bool(body.get("functions"))
-    for i, tool in enumerate(tools):
-        if _at(tool, ("type",)) != "function" or not isinstance(tool.get("function"), dict):
-            raise unfit(f"tools[{i}]", "must be a function; the upstream has no other tools.")
+    found = Tools()
+    legacy = not tools and bool(body.get("functions"))
     if legacy:
-        offer = parse_offer(body["functions"], "functions", body.get("function_call"), False, "function_call")
+        for i, one in enumerate(body["functions"]):
+            found.function(one, f"functions[{i}]")
+        offered = found.offered(body.get("function_call"), False, "function_call")
     else:
-        functions = [tool["function"] for tool in tools]
-        offer = parse_offer(functions, "tools", body.get("tool_choice"), body.get("parallel_tool_calls"))
+        found.add_all(tools, "tools")
+        if body.get("web_search_options") is not None:
+            found.hosted[WEB_SEARCH] = None
+        offered = found.offered(body.get("tool_choice"), body.get("parallel_tool_calls"))
     question = Question(
         parse_messages(messages, upload_by_url),
         model,
         conversation,
         body.get("parent_message_id") if conversation else None,
         _effort(body.get("reasoning_effort"), "reasoning_effort"),
-        () if body.get("web_search_options") is None else (WEB_SEARCH,),
-        offer,
+        offered.hosted,
+        offered.forced,
+        offered.offer,
         parse_shape(body.get("response_format"), "response_format"),
     )
     return Turn(
@@ -8385,6 +8784,7 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         _stops(body.get("stop")),
         bool(options.get("include_usage")),
         legacy,
+        tuple(found.left_out),
     )
 
 
@@ -8427,10 +8827,11 @@ class Completion(Rendering):
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
-        calls = []
-        for call in self._calls:
-            function = {"name": call.name, "arguments": call.arguments}
-            calls.append({"id": call.id, "type": "function", "function": function})
+        calls = [
+            {"id": call.id, "type": kind, kind: told}
+            for call in self._calls
+            for kind, told in [call_told(call)]
+        ]
         if calls and self.turn.legacy:
             message["function_call"] = calls[0]["function"]
         elif calls:
@@ -8439,11 +8840,12 @@ class Completion(Rendering):
         return self._frame("chat.completion") | {"choices": [choice], "usage": self.usage()}
 
 
-ARGUMENTS_PIECE = 256  # characters of a call's arguments in one event
-
-
-def _argument_pieces(arguments: str) -> list[str]:
-    return [arguments[at : at + ARGUMENTS_PIECE] for at in range(0, len(arguments), ARGUMENTS_PIECE)]
+def call_told(call: FunctionCall) -> tuple[str, dict[str, str]]:
+    """The type of a call that there is for one here, and its name and what it is called with."""
+    name = full_name(call.name, call.namespace)
+    if call.kind == CUSTOM:
+        return CUSTOM, {"name": name, "input": input_of(call)}
+    return FUNCTION, {"name": name, "arguments": call.arguments}
 
 
 class CompletionStream(Completion):
@@ -8488,12 +8890,14 @@ class CompletionStream(Completion):
         """A call: first its name, then its arguments in pieces."""
         index = self._called
         self._called = self._called + 1
-        first: dict[str, Any] = {"name": call.name, "arguments": ""}
-        for function in [first, *({"arguments": piece} for piece in _argument_pieces(call.arguments))]:
-            delta: dict[str, Any] = {"function_call": function}
+        kind, told = call_told(call)
+        ((field, whole),) = ((name, value) for name, value in told.items() if name != "name")
+        first = told | {field: ""}
+        for part in [first, *({field: piece} for piece in in_pieces(whole))]:
+            delta: dict[str, Any] = {"function_call": part}
             if not self.turn.legacy:
-                head = {"id": call.id, "type": "function"} if function is first else {}
-                delta = {"tool_calls": [{"index": index} | head | {"function": function}]}
+                head = {"id": call.id, "type": kind} if part is first else {}
+                delta = {"tool_calls": [{"index": index} | head | {kind: part}]}
             pieces.append(self._chunk(delta, None))
 
     def _take_finish(self, event: Finish, pieces: list[str]) -> None:
@@ -8533,24 +8937,63 @@ RESPONSE_FIELDS: Types = {
 
 @dataclass(frozen=True)
 class ResponseRequest:
-    """A validated request of the Responses API: `turn`, what of its messages a later one can go on from, and the
-    fields that the response repeats."""
+    """A validated request of the Responses API: `turn`, what of its messages a later one can go on from with the items that
+    brought tools, the fields that the response repeats, and whether it is to `compact` what was said so far."""
 
     turn: Turn
     messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...]
     echo: dict[str, Any]
     store: bool
+    compact: bool = False
+
+
+FindItem = Callable[[str], "dict[str, Any] | None"]  # an item of a response that is kept, by its id
 
 
 def parse_response(
-    body: Mapping[str, Any],
-    earlier: list[dict[str, Any]],
-    find_item: Callable[[str], dict[str, Any] | None],
-    upload_by_url: bool,
+    body: Mapping[str, Any], earlier: list[dict[str, Any]], find_item: FindItem, upload_by_url: bool
 ) -> ResponseRequest:
-    """A request of the Responses API that goes on from the items of an earlier one; 400 names what is wrong.
-    `find_item` gives an item of a response that is kept."""
+    """A request of the Responses API that goes on from the items of an earlier one; 400 names what is wrong."""
     model = model_of(body)
+    _check_response(body)
+    kept = ItemReader("previous_response_id")
+    said = ItemReader("input", find_item, upload_by_url, kept.calls)
+    messages = (*kept.merged(earlier), *said.merged(body.get("input")))
+    system = (Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()
+    if not messages and not said.compact:
+        raise unfit("input", "must have at least one message.")
+    text = said.told_later("text", body)
+    reasoning = said.told_later("reasoning", body)
+    brought = (*kept.tools, *said.tools)
+    tools = Tools()
+    for where, item in brought:
+        tools.add_all(item["tools"], where)
+    tools.add_all(body.get("tools") or [], "tools")
+    offered = tools.offered(body.get("tool_choice"), body.get("parallel_tool_calls"))
+    question = Question(
+        (*system, *messages),
+        model,
+        effort=_effort(reasoning.get("effort"), "reasoning.effort"),
+        hosted=offered.hosted,
+        forced=offered.forced,
+        offer=offered.offer,
+        shape=parse_shape(text.get("format"), "text.format"),
+    )
+    left_out = (*tools.left_out, *said.left_out)
+    limit = _limit(body, "max_output_tokens")
+    turn = Turn(question, bool(body.get("stream")), limit, left_out=left_out)
+    if said.compact:
+        turn = replace(turn, question=compacting(question), limit=None)
+    store = body.get("store") is not False
+    echo = _echo(body, text, reasoning)
+    facts = {"type": "additional_tools", "role": "developer"}
+    items = tuple(facts | {"tools": item["tools"]} for _, item in brought)
+    return ResponseRequest(turn, messages, items, echo, store, said.compact)
+
+
+def _check_response(body: Mapping[str, Any]) -> None:
+    """400 for what is asked for and cannot be had."""
     for name in ("conversation", "prompt"):
         if body.get(name) is not None:
             raise unfit(
@@ -8564,45 +9007,27 @@ def parse_response(
     fits = len(metadata) <= 16 and all(len(name) <= 64 for name in metadata)
     if not fits or not all(isinstance(one, str) and len(one) <= 512 for one in metadata.values()):
         raise unfit("metadata", "must have at most 16 strings of up to 512 characters, by names of up to 64.")
-    names: dict[str, str] = {}  # of the functions called so far, by the ids of the calls
-    messages = (
-        *kept_messages(earlier, names),
-        *parse_items(body.get("input"), names, "input", find_item, upload_by_url),
-    )
-    system = (Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()
-    text = body.get("text") or {}
-    reasoning = body.get("reasoning") or {}
-    tools = body.get("tools") or []
-    check_types(text, {"format": _OBJECT}, "text.")
-    functions, hosted = _response_tools(tools)
-    parallel = body.get("parallel_tool_calls")
-    question = Question(
-        (*system, *messages),
-        model,
-        effort=_effort(reasoning.get("effort"), "reasoning.effort"),
-        hosted=hosted,
-        offer=parse_offer(functions, "tools", body.get("tool_choice"), parallel),
-        shape=parse_shape(text.get("format"), "text.format"),
-    )
-    turn = Turn(question, bool(body.get("stream")), _limit(body, "max_output_tokens"))
-    repeated = ("instructions", "max_output_tokens", "previous_response_id", "user")
-    echo = {name: body.get(name) for name in repeated}
-    echo |= {"metadata": metadata, "parallel_tool_calls": parallel is not False, "tools": tools}
-    echo |= {"reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")}}
-    echo |= {name: 1.0 if body.get(name) is None else body[name] for name in ("temperature", "top_p")}
-    echo |= {"text": {"format": {"type": "text"}} | text, "truncation": body.get("truncation") or "disabled"}
-    store = body.get("store") is not False
-    echo |= {"tool_choice": body.get("tool_choice") or "auto", "store": store}
-    return ResponseRequest(turn, messages, _echoed(echo), store)
+    check_types(body.get("text") or {}, {"format": _OBJECT}, "text.")
 
 
 MAX_ECHO = 64 << 10  # characters of JSON
 _LEFT_OUT = {"tools": [], "metadata": {}, "text": {"format": {"type": "text"}}, "tool_choice": "auto"}
 
 
-def _echoed(echo: dict[str, Any]) -> dict[str, Any]:
+def _echo(body: Mapping[str, Any], text: dict[str, Any], reasoning: dict[str, Any]) -> dict[str, Any]:
     """The fields that a response repeats, and that are kept with it: without the longest ones if they are too long
     together."""
+    repeated = ("instructions", "max_output_tokens", "previous_response_id", "user")
+    echo = {name: body.get(name) for name in repeated}
+    echo["metadata"] = body.get("metadata") or {}
+    echo["parallel_tool_calls"] = body.get("parallel_tool_calls") is not False
+    echo["tools"] = body.get("tools") or []
+    echo["reasoning"] = {name: reasoning.get(name) for name in ("effort", "summary")}
+    echo |= {name: 1.0 if body.get(name) is None else body[name] for name in ("temperature", "top_p")}
+    echo["text"] = {"format": {"type": "text"}} | text
+    echo["truncation"] = body.get("truncation") or "disabled"
+    echo["tool_choice"] = body.get("tool_choice") or "auto"
+    echo["store"] = body.get("store") is not False
     sizes = {name: len(compact(value)) for name, value in echo.items()}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         if sum(sizes.values()) <= MAX_ECHO:
@@ -8612,85 +9037,275 @@ def _echoed(echo: dict[str, Any]) -> dict[str, Any]:
     return echo
 
 
-def _response_tools(tools: list[Any]) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-    """The functions among the tools, and which of the upstream's own are offered beside them."""
-    functions, hosted = [], []
-    for i, tool in enumerate(tools):
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if kind == "function":
-            functions.append(tool)
-        elif isinstance(kind, str) and kind.startswith("web_search"):
-            hosted.append(WEB_SEARCH)
+# -- items in ------------------------------------------------------------------------------------------------------------
+
+
+class ItemReader:
+    """Reads the items of `input`, or those that were kept of an earlier response, of every kind that the API has."""
+
+    def __init__(
+        self,
+        field: str,
+        find_item: FindItem = lambda id: None,
+        upload_by_url: bool = False,
+        calls: Calls | None = None,
+    ) -> None:
+        """`field` is where they stand, for errors; `calls` are those that were made before."""
+        self._field, self._find_item, self._upload_by_url = field, find_item, upload_by_url
+        self._ours = field != "input"  # then they are as they were written here
+        self.calls: Calls = {} if calls is None else calls
+        self.tools: list[tuple[str, dict[str, Any]]] = []  # the items that bring tools, and where they stand
+        self.left_out: dict[str, None] = {}  # types of items that mean nothing here
+        self.compact = False  # whether the conversation is to be made shorter
+        self._updates: dict[str, dict[str, Any]] = {}  # of the request's own fields
+
+    def merged(self, value: Any) -> list[Message]:
+        """The messages of items, or of a string; what the model said in a row is one message."""
+        found: list[Message] = []
+        for role, run in itertools.groupby(self._messages(value), lambda message: message.role):
+            if role == "assistant":
+                parts = itertools.chain.from_iterable(message.parts for message in run)
+                found.append(Message(role, tuple(parts)))
+            else:
+                found += run
+        return found
+
+    def told_later(self, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A field of the request, as items have changed it."""
+        return (body.get(name) or {}) | self._updates.get(name, {})
+
+    def _messages(self, value: Any) -> Iterator[Message]:
+        if isinstance(value, str):
+            value = [{"role": "user", "content": value}]
+        if not isinstance(value, list) or (not value and not self._ours):
+            raise unfit(self._field, "must be a string or a list of at least one item.")
+        for i, item in enumerate(value):
+            where = self._field if self._ours else f"{self._field}[{i}]"
+            kind = item.get("type", "message") if isinstance(item, dict) else None
+            if not isinstance(kind, str):
+                raise unfit(where, "must be an item, an object with a `type`.")
+            if kind == "item_reference":
+                if (id := required(item, "id", f"{where}.")).startswith("rs_"):
+                    continue  # reasoning is not kept
+                if (item := self._find_item(id)) is None:
+                    text = "There is no such item; they are kept for 24 hours."
+                    raise ApiError("not_found", text, f"{where}.id")
+                kind = item["type"]
+            if read := self.READS.get(kind):
+                yield from read(self, item, where)
+            else:
+                self.left_out[f"{kind[:50]} item"] = None
+
+    def _required(self, item: Mapping[str, Any], name: str, where: str) -> str:
+        return str(item.get(name) or "") if self._ours else required(item, name, f"{where}.")
+
+    def _message(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        yield _message(item, where, self.calls, self._upload_by_url)
+
+    # -- calls --
+
+    def _called(self, call: FunctionCall) -> Iterable[Message]:
+        if call.id:
+            self.calls[call.id] = call
+        yield Message("assistant", (call,))
+
+    def _function_call(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        name = self._required(item, "name", where)
+        custom = item["type"] == "custom_tool_call"
+        arguments = input_arguments(item.get("input")) if custom else as_json(item.get("arguments"))
+        namespace = str(item.get("namespace") or "")
+        return self._called(
+            FunctionCall(_call_id(item), name, arguments, CUSTOM if custom else FUNCTION, namespace)
+        )
+
+    def _fixed_call(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        kind = item["type"].removesuffix("_call")
+        given = item.get("operation" if kind == APPLY_PATCH else "action")
+        if not isinstance(given, dict):
+            raise unfit(f"{where}.{'operation' if kind == APPLY_PATCH else 'action'}", "must be an object.")
+        known = FIXED_FORMS[kind].parameters["properties"] if kind in FIXED_FORMS else given
+        arguments = {name: given[name] for name in known if given.get(name) is not None}
+        arguments = {"operation": given} if kind == APPLY_PATCH else arguments
+        kind_of_call = kind if kind in FIXED_FORMS else FUNCTION
+        return self._called(FunctionCall(_call_id(item), kind, compact(arguments), kind_of_call))
+
+    def _call_output(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        id = self._required(item, "call_id", where) if "call_id" in item or "id" not in item else item["id"]
+        output = item.get("output")
+        if item["type"] == "shell_call_output" and isinstance(output, list):
+            output = "\n".join(map(_shell_output, dicts(output)))
+        elif item["type"] == "apply_patch_call_output":
+            output = "\n".join(filter(None, (str(item.get("status") or ""), str(output or ""))))
+        elif item["type"] == "computer_call_output":
+            output = [output]
+        yield result(str(id), _content(output, f"{where}.output"), self.calls, item.get("name"))
+
+    # -- what upstreams elsewhere did --
+
+    def _mcp_call(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        call = FunctionCall(
+            str(item.get("id") or ""),
+            str(item.get("name") or ""),
+            as_json(item.get("arguments")),
+            namespace=str(item.get("server_label") or ""),
+        )
+        yield from self._called(call)
+        said = item.get("output") if item.get("error") is None else item["error"]
+        if said is not None:
+            yield result(call.id, (Text(said if isinstance(said, str) else compact(said)),), self.calls)
+
+    def _approval(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        told = "approved" if item.get("approve") else "refused"
+        told = ": ".join(filter(None, (told, str(item.get("reason") or ""))))
+        yield result(str(item.get("approval_request_id") or ""), (Text(told),), self.calls)
+
+    def _file_search(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        found = [
+            f"{one.get('filename') or one.get('file_id') or ''}:\n{one.get('text') or ''}"
+            for one in dicts(item.get("results"))
+        ]
+        if found:
+            yield Message("tool", (ToolResult("", "file_search", (Text("\n\n".join(found)),)),))
+
+    def _drawn(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        if drawn := item.get("result"):
+            form = str(item.get("output_format") or "png")
+            url = f"data:image/{form};base64,{required(item, 'result', f'{where}.')}" if drawn else ""
+            image = _from_url(url, f"{where}.result", image=True)
+            yield Message("tool", (ToolResult("", DRAWING, (image,)),))
+
+    def _ran(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        told = [_fenced(ToolUse("python", str(item.get("code") or "")))]
+        told += [
+            _fenced(ToolUse("", str(one["logs"]))) for one in dicts(item.get("outputs")) if one.get("logs")
+        ]
+        yield Message("assistant", tuple(told))
+
+    def _program(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        return self._called(
+            FunctionCall(_call_id(item), "program", compact({"code": str(item.get("code") or "")}))
+        )
+
+    def _program_output(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        yield result(_call_id(item), (Text(str(item.get("result") or "")),), self.calls)
+
+    # -- what is about the conversation --
+
+    def _reasoning(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        """What of a reasoning item can be read."""
+        parts = dicts(item.get("summary")) or dicts(item.get("content"))
+        encrypted = item.get("encrypted_content")
+        text = "\n\n".join(str(part.get("text") or "") for part in parts)
+        yield Message("assistant", (Thought(text, encrypted if isinstance(encrypted, str) else ""),))
+
+    def _tools(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        if not isinstance(item.get("tools"), list):
+            raise unfit(f"{where}.tools", "must be a list of tools.")
+        self.tools.append((f"{where}.tools", item))
+        return ()
+
+    def _compaction(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        summary = unsealed(item.get("encrypted_content"))
+        if summary is None:
+            self.left_out["compaction item of another server"] = None
         else:
-            raise unfit(f"tools[{i}]", "must be of type function or web_search; there are no others.")
-    return functions, tuple(dict.fromkeys(hosted))
+            yield Message("system", (Text(f"{SUMMARY_LINE}\n{summary}"),))
+
+    def _trigger(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        self.compact = True
+        return ()
+
+    def _update(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        check_types(item, {"text": _OBJECT, "reasoning": _OBJECT}, f"{where}.")
+        self._updates |= {name: item[name] for name in ("text", "reasoning") if item.get(name)}
+        return ()
+
+    READS: Mapping[str, Callable[[Any, dict[str, Any], str], Iterable[Message]]] = {
+        "message": _message,
+        "function_call": _function_call,
+        "custom_tool_call": _function_call,
+        "local_shell_call": _fixed_call,
+        "shell_call": _fixed_call,
+        "apply_patch_call": _fixed_call,
+        "computer_call": _fixed_call,
+        "function_call_output": _call_output,
+        "custom_tool_call_output": _call_output,
+        "local_shell_call_output": _call_output,
+        "shell_call_output": _call_output,
+        "apply_patch_call_output": _call_output,
+        "computer_call_output": _call_output,
+        "mcp_call": _mcp_call,
+        "mcp_approval_request": _mcp_call,
+        "mcp_approval_response": _approval,
+        "mcp_list_tools": lambda reader, item, where: (),  # it offers what nobody here can call
+        "file_search_call": _file_search,
+        "web_search_call": lambda reader, item, where: (),  # the answer has what was found
+        "image_generation_call": _drawn,
+        "code_interpreter_call": _ran,
+        "program": _program,
+        "program_output": _program_output,
+        "reasoning": _reasoning,
+        "additional_tools": _tools,
+        "tool_search_call": lambda reader, item, where: (),  # its output has what was found
+        "tool_search_output": _tools,
+        "compaction": _compaction,
+        "compaction_trigger": _trigger,
+        "configuration_update": _update,
+    }
 
 
-def parse_items(
-    value: Any,
-    names: dict[str, str],
-    field: str,
-    find_item: Callable[[str], dict[str, Any] | None] = lambda id: None,
-    upload_by_url: bool = False,
-) -> list[Message]:
-    """`input`, or what was kept of an earlier one: a string, or messages, calls, their results and reasoning; `names`
-    learns what was called under which id."""
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or (not value and field == "input"):
-        raise unfit(field, "must be a string or a list of at least one item.")
-    found = []
-    for i, item in enumerate(value):
-        where = f"{field}[{i}]" if field == "input" else field
-        kind = item.get("type", "message") if isinstance(item, dict) else None
-        if kind == "item_reference" and not (id := required(item, "id", f"{where}.")).startswith("rs_"):
-            if (item := find_item(id)) is None:
-                text = "There is no such item; they are kept for 24 hours."
-                raise ApiError("not_found", text, f"{where}.id")
-            kind = item["type"]
-        if kind == "message":
-            found.append(_message(item, where, names, upload_by_url))
-        elif kind == "function_call":
-            name = required(item, "name", f"{where}.") if field == "input" else str(item.get("name"))
-            call = FunctionCall(str(item.get("call_id") or ""), name, str(item.get("arguments") or ""))
-            names |= {call.id: call.name} if call.id else {}
-            found.append(Message("assistant", (call,)))
-        elif kind == "function_call_output":
-            id = required(item, "call_id", f"{where}.") if field == "input" else str(item.get("call_id"))
-            output = _content(item.get("output"), f"{where}.output")
-            name = names.get(id) or str(item.get("name") or "")
-            found.append(Message("tool", (ToolResult(id, name, output),)))
-        elif kind == "reasoning":
-            found.append(Message("assistant", (_thought(item),)))
-        elif kind != "item_reference":
-            text = f"`{where}` must be a message, function_call, function_call_output or reasoning item."
-            raise invalid(where, f"{text} For what was said before use `previous_response_id`.")
-    return found
+def _call_id(item: Mapping[str, Any]) -> str:
+    return str(item.get("call_id") or item.get("id") or "")
 
 
-def kept_messages(items: list[dict[str, Any]], names: dict[str, str]) -> list[Message]:
-    """The messages that `as_items` made items of, and an answer's: what the model said in a row is one message."""
-    found: list[Message] = []
-    for role, run in itertools.groupby(
-        parse_items(items, names, "previous_response_id"), lambda message: message.role
-    ):
-        if role == "assistant":
-            parts = itertools.chain.from_iterable(message.parts for message in run)
-            found.append(Message(role, tuple(parts)))
-        else:
-            found += run
-    return found
+def _shell_output(output: Mapping[str, Any]) -> str:
+    """What one shell command printed, and how it ended."""
+    outcome = output.get("outcome")
+    code = _at(outcome, ("exit_code",))
+    ended = "It was stopped: it took too long." if code is None else f"Exit code: {code}"
+    return (
+        "\n".join(filter(None, (str(output.get(name) or "") for name in ("stdout", "stderr")))) + f"\n{ended}"
+    )
 
 
-def _thought(item: Mapping[str, Any]) -> Thought:
-    """A reasoning item; what of it cannot be read is left out."""
-    summary = "\n\n".join(str(part.get("text") or "") for part in dicts(item.get("summary")))
-    encrypted = item.get("encrypted_content")
-    return Thought(summary, encrypted if isinstance(encrypted, str) else "")
+# -- a conversation made shorter -----------------------------------------------------------------------------------------
+
+SUMMARY_LINE = "The conversation so far, in short:"
+_COMPACTING = (
+    "Write down the conversation so far in short, so that somebody who has not read it can go on with it from what you "
+    "write: what the user wants, in the user's own words where they matter; what was decided, and why; what was done and "
+    "found out; the names and the state of files and other things that were worked on; what is still to be done. Write "
+    "nothing else."
+)
+_SEAL = "chatproxy-1."
+
+
+def compacting(question: Question) -> Question:
+    """The question that has a conversation made shorter."""
+    ask = Message("user", (Text(_COMPACTING),))
+    return replace(question, messages=(*question.messages, ask), hosted=(), forced="", offer=None, shape=None)
+
+
+def sealed(summary: str) -> str:
+    """A summary as the content of a compaction item. It is the client's own conversation, and no secret from it."""
+    return _SEAL + base64.urlsafe_b64encode(summary.encode("utf-8", "replace")).decode()
+
+
+def unsealed(content: Any) -> str | None:
+    """The summary of a compaction item; None for one that was not made here."""
+    if not isinstance(content, str) or not content.startswith(_SEAL):
+        return None
+    try:
+        return base64.b64decode(content[len(_SEAL) :], b"-_", validate=True).decode()
+    except ValueError:
+        return None
+
+
+# -- items out -----------------------------------------------------------------------------------------------------------
 
 
 def as_items(messages: Iterable[Message], place: Callable[[Attachment], str]) -> list[dict[str, Any]]:
-    """Messages as items that `parse_items` reads again; `place` gives the id under which a file is kept."""
+    """Messages as items that an ItemReader reads again; `place` gives the id under which a file is kept."""
     items: list[dict[str, Any]] = []
     for message in messages:
         content = [
@@ -8707,16 +9322,19 @@ def as_items(messages: Iterable[Message], place: Callable[[Attachment], str]) ->
 def _content_part(part: Text | Attachment, role: str, place: Callable[[Attachment], str]) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"type": "output_text" if role == "assistant" else "input_text", "text": part.text}
-    return {"type": "input_image" if part.image else "input_file", "file_id": place(part)}
+    told = {"type": "input_image", "detail": "auto"} if part.image else {"type": "input_file"}
+    return told | {"file_id": place(part)}
 
 
 def _call_item(call: FunctionCall, place: Callable[[Attachment], str]) -> dict[str, Any]:
-    return {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments}
+    told = CALLS_TOLD[call.kind]
+    return {"type": told.type} | told.fields(call)
 
 
 def _result_item(result: ToolResult, place: Callable[[Attachment], str]) -> dict[str, Any]:
     output = [_content_part(part, "tool", place) for part in result.parts]
-    return {"type": "function_call_output", "call_id": result.id, "name": result.name, "output": output}
+    kind = "custom_tool_call_output" if result.kind == CUSTOM else "function_call_output"
+    return {"type": kind, "call_id": result.id, "name": result.name, "output": output}
 
 
 def _reasoning_item(thought: Thought, place: Callable[[Attachment], str]) -> dict[str, Any]:
@@ -8729,6 +9347,109 @@ AS_ITEM: Mapping[type, Callable[[Any, Callable[[Attachment], str]], dict[str, An
     FunctionCall: _call_item,
     ToolResult: _result_item,
     Thought: _reasoning_item,
+}
+
+
+def listed_items(items: Iterable[Mapping[str, Any]], response: str) -> list[dict[str, Any]]:
+    """Kept items in the shape in which they are listed, each with an id."""
+    listed = []
+    for i, item in enumerate(items):
+        id = f"item_{response.removeprefix('resp_')}{i:04x}"
+        whole: dict[str, Any] = {"id": id, "status": "completed"} | dict(item)
+        if whole["type"] == "message":
+            facts = _TEXT_FACTS if whole["role"] == "assistant" else {}
+            whole["content"] = [part | facts for part in whole["content"]]
+        listed.append(whole)
+    return listed
+
+
+_TEXT_FACTS: dict[str, Any] = {"annotations": [], "logprobs": []}  # that a model's text has besides
+
+
+ItemEvent = tuple[
+    str, dict[str, Any]
+]  # the name of an event of an item's, and its fields but for the item's place
+
+
+def _in_pieces(event: str, field: str, text: str) -> list[ItemEvent]:
+    """The events of an item's text that grows, and of its end."""
+    pieces = [(f"{event}.delta", {"delta": piece}) for piece in in_pieces(text)]
+    return [*pieces, (f"{event}.done", {field: text})]
+
+
+def _steps(kind: str, *steps: str) -> list[ItemEvent]:
+    return [(f"response.{kind}.{step}", {}) for step in steps]
+
+
+def _commands(item: Mapping[str, Any]) -> list[ItemEvent]:
+    """The events of a shell call."""
+    events: list[ItemEvent] = []
+    for i, command in enumerate(item["action"]["commands"]):
+        place = {"command_index": i}
+        for step, facts in (
+            ("added", {"command": ""}),
+            ("delta", {"delta": command}),
+            ("done", {"command": command}),
+        ):
+            events.append((f"response.shell_call_command.{step}", place | facts))
+    return events
+
+
+# The events between the begin and the end of an item, by its type; of those that are told when they are whole.
+ITEM_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], list[ItemEvent]]] = {
+    "function_call": lambda item: _in_pieces(
+        "response.function_call_arguments", "arguments", item["arguments"]
+    ),
+    "custom_tool_call": lambda item: _in_pieces("response.custom_tool_call_input", "input", item["input"]),
+    "shell_call": _commands,
+    "image_generation_call": lambda item: _steps(
+        "image_generation_call", "in_progress", "generating", "completed"
+    ),
+    "web_search_call": lambda item: _steps("web_search_call", "in_progress", "searching", "completed"),
+    "code_interpreter_call": lambda item: [
+        *_steps("code_interpreter_call", "in_progress"),
+        *_in_pieces("response.code_interpreter_call_code", "code", item["code"]),
+        *_steps("code_interpreter_call", "interpreting", "completed"),
+    ],
+}
+# What such an item begins with instead of what it will have.
+_BEGINNINGS = {"arguments": "", "input": "", "code": "", "outputs": None, "result": None}
+
+
+class CallTold(NamedTuple):
+    """How the calls of a kind of function are told: the prefix of the item's id, its type and its own fields."""
+
+    prefix: str
+    type: str
+    fields: Callable[[FunctionCall], dict[str, Any]]
+
+
+def _named_fields(call: FunctionCall) -> dict[str, Any]:
+    fields = {"call_id": call.id, "name": call.name}
+    fields |= {"input": input_of(call)} if call.kind == CUSTOM else {"arguments": call.arguments}
+    return fields | ({"namespace": call.namespace} if call.namespace else {})
+
+
+def _fixed_fields(call: FunctionCall) -> dict[str, Any]:
+    """The fields of a call of a fixed form; of one that another model wrote, whatever it wrote."""
+    try:
+        given = json.loads(call.arguments)
+    except ValueError:
+        given = None
+    given = given if isinstance(given, dict) else {}
+    if call.kind == APPLY_PATCH:
+        return {"call_id": call.id, "operation": given.get("operation")}
+    if call.kind == LOCAL_SHELL:
+        return {"call_id": call.id, "action": {"type": "exec", "command": [], "env": {}} | given}
+    return {"call_id": call.id, "action": {"commands": []} | given, "environment": {"type": "local"}}
+
+
+CALLS_TOLD = {
+    FUNCTION: CallTold("fc", "function_call", _named_fields),
+    CUSTOM: CallTold("ctc", "custom_tool_call", _named_fields),
+    LOCAL_SHELL: CallTold("lsh", "local_shell_call", _fixed_fields),
+    SHELL: CallTold("sh", "shell_call", _fixed_fields),
+    APPLY_PATCH: CallTold("apc", "apply_patch_call", _fixed_fields),
 }
 
 
@@ -8763,42 +9484,143 @@ _REASONING = _Growth(
 )  # fmt: skip
 
 
+class ResponseEvents:
+    """The events of a response: items open, grow and close one after the other, and every event has the next sequence
+    number."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.items: list[dict[str, Any]] = []
+        self.pieces: list[str] = []  # the events that were told, as bytes to be
+        self._open: _Growth | None = None  # what the last item is, while it grows
+        self._grown: list[str] = []
+        self.number = -1  # of the last event
+        self._ahead = ""
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """Tells an event."""
+        self.number += 1
+        event = {"type": kind, "sequence_number": self.number} | facts
+        self.pieces.append(f"event: {kind}\ndata: {compact(event)}\n\n")
+
+    def _place(self) -> dict[str, Any]:
+        """The place of the last item."""
+        inner = {self._open.index: 0} if self._open else {}
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1} | inner
+
+    def new_id(self, prefix: str) -> str:
+        """An id for the next item, which tells whose it is."""
+        return f"{prefix}_{self.id.removeprefix('resp_')}{len(self.items):02x}"
+
+    def _add(self, item: dict[str, Any]) -> None:
+        self.close()
+        self.items.append(item)
+        self.tell("response.output_item.added", output_index=len(self.items) - 1, item=item)
+
+    def add_whole(self, item: dict[str, Any]) -> None:
+        """Tells an item that is complete, with the events that it would have had while it came about."""
+        begun = item | {name: value for name, value in _BEGINNINGS.items() if name in item}
+        self._add(begun | ({"status": "in_progress"} if "status" in item else {}))
+        for kind, facts in ITEM_EVENTS.get(item["type"], lambda item: [])(item):
+            self.tell(kind, **self._place(), **facts)
+        self._done(item)
+
+    def grow(self, kind: _Growth, text: str, id: str = "") -> None:
+        """Text for the item of this kind; once per token."""
+        if self._open is not kind:
+            self._begin(kind, id)
+        self.number += 1
+        self._grown.append(text)
+        quoted = json.encoder.encode_basestring(text)
+        self.pieces.append(f'{self._ahead}{self.number},"delta":{quoted}}}\n\n')
+
+    def _begin(self, kind: _Growth, id: str = "") -> None:
+        """Opens an item that grows."""
+        self.close()
+        item = {"id": id or self.new_id(kind.prefix), "type": kind.item, "status": "in_progress"}
+        self._add(item | dict(kind.facts))
+        self._open = kind
+        self._grown = []
+        self.tell(f"{kind.part}.added", **self._place(), part=kind.whole(""))
+        event = {"type": f"{kind.text}.delta"} | self._place() | dict(kind.more)
+        self._ahead = f'event: {kind.text}.delta\ndata: {compact(event)[:-1]},"sequence_number":'
+
+    def close(self, status: str = "completed") -> None:
+        """Ends the item that grows."""
+        if (kind := self._open) is None:
+            return
+        text = "".join(self._grown)
+        place = self._place()
+        self.tell(f"{kind.text}.done", **place, text=text, **kind.more)
+        self.tell(f"{kind.part}.done", **place, part=kind.whole(text))
+        self._open = None
+        self._done({kind.field: [kind.whole(text)], "status": status})
+
+    def _done(self, facts: Mapping[str, Any]) -> None:
+        self.items[-1] |= facts
+        self.tell("response.output_item.done", output_index=len(self.items) - 1, item=self.items[-1])
+
+
+def replayed(response: Mapping[str, Any]) -> list[str]:
+    """The events of a response that is kept; each of its texts in one piece."""
+    events = ResponseEvents(response["id"])
+    begun: dict[str, Any] = {**response, "status": "in_progress", "output": []}
+    begun |= {"usage": None, "incomplete_details": None}
+    events.tell("response.created", response=begun)
+    events.tell("response.in_progress", response=begun)
+    for item in response["output"]:
+        kind = {"message": _MESSAGE, "reasoning": _REASONING}.get(item["type"])
+        if kind:
+            events.grow(kind, "".join(part["text"] for part in item[kind.field]), item["id"])
+            events.close(item["status"])
+        else:
+            events.add_whole(item)
+    events.tell(f"response.{response['status']}", response=response)
+    return events.pieces
+
+
+# The codes of OpenAI's for a response that failed; other failures are server_error.
+_FAILURE_CODES = {"rate_limit_exceeded": "rate_limit_exceeded", "invalid_request_error": "invalid_prompt"}
+_SEARCHES = {"web", "browser", "bing"}  # the site's own tools that search
+Inline = Callable[[str], str]  # the image at a URL of the upstream's in base64, "" when it cannot be had
+
+
 class ModelResponse(Rendering):
-    """An answer as a `response`, and as the events of one that is streamed: items open, grow and close one after the
-    other, and every event has the next sequence number."""
+    """An answer as a `response`, and as the events of one that is streamed."""
 
     def __init__(
-        self, request: ResponseRequest, tokens: Tokens, keep: Callable[[ModelResponse, dict[str, Any]], None]
+        self,
+        request: ResponseRequest,
+        tokens: Tokens,
+        keep: Callable[[ModelResponse, dict[str, Any]], None],
+        inline: Inline,
     ) -> None:
         """`keep` is called with the finished response before the client is told that it is."""
         super().__init__(request.turn, tokens)
-        self.request, self._keep = request, keep
+        self.request, self._keep, self._inline = request, keep, inline
         self.id = f"resp_{secrets.token_hex(24)}"  # who has it, has the response
-        self.items: list[dict[str, Any]] = []
-        self._open: _Growth | None = None  # what the last item is, while it grows
-        self._grown: list[str] = []
-        self._pieces: list[str] = []
-        self._number = -1
-        self._ahead = ""
+        self._events = ResponseEvents(self.id)
         self._status = "in_progress"
+        self._error: dict[str, Any] | None = None
+        self._runs = False  # whether the output of Python is what comes next
+        self._code: str | None = None  # what it runs
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The items that the client has been given."""
+        return self._events.items
 
     def whole(self) -> dict[str, Any]:
         """The response as it is now."""
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._reason)
-        usage = None
-        if self._status != "in_progress":
-            prompt, answer, reasoning = self.counted()
-            cached = {"cached_tokens": 0, "cache_write_tokens": 0}
-            usage = {"input_tokens": prompt, "input_tokens_details": cached}
-            usage |= {"output_tokens": answer, "output_tokens_details": {"reasoning_tokens": reasoning}}
-            usage |= {"total_tokens": prompt + answer}
+        usage = self.usage() if self._status in ("completed", "incomplete") else None
         return {
             "id": self.id,
             "object": "response",
             "created_at": self.created,
             "status": self._status,
             "background": False,
-            "error": None,
+            "error": self._error,
             "incomplete_details": {"reason": reason} if self._status == "incomplete" else None,
             "model": self.model,
             "output": self.items,
@@ -8806,92 +9628,735 @@ class ModelResponse(Rendering):
             **self.request.echo,
         }
 
+    def usage(self) -> dict[str, Any]:
+        """`usage`."""
+        prompt, answer, reasoning = self.counted()
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": answer,
+            "output_tokens_details": {"reasoning_tokens": reasoning},
+            "total_tokens": prompt + answer,
+        }
+
+    def feed(self, events: list[Event]) -> tuple[bytes, int]:
+        """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
+        self._events.pieces = []
+        for event in self.take(events):
+            kind = type(event)
+            self._begin()
+            if kind is Text:  # once per token
+                self._take_text(event[0])
+            else:
+                self.TAKES[kind](self, event)
+        return self._told()
+
+    def _begin(self) -> None:
+        if self._events.number < 0:
+            self._events.tell("response.created", response=self.whole())
+            self._events.tell("response.in_progress", response=self.whole())
+
+    def _told(self) -> tuple[bytes, int]:
+        pieces = self._events.pieces
+        return "".join(pieces).encode("utf-8", "replace"), len(pieces)
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last event of an answer that broke off: it has the error twice, since clients look in either place."""
+        self._events.pieces = []
+        self._begin()
+        self._status = "failed"
+        code = _FAILURE_CODES.get(error.code, "server_error")
+        self._error = {"code": code, "message": error.message}
+        self._events.tell("response.failed", response=self.whole(), **error.body())
+        return self._told()[0]
+
+    def has_place(self, event: Event) -> bool:
+        """Whether what the upstream's own tools did is an item: when the request offers them."""
+        hosted = self.turn.question.hosted
+        if type(event) is Image:
+            return DRAWING in hosted
+        if type(event) is not ToolUse:
+            return False
+        if not event.language:
+            runs, self._runs = self._runs, False
+            return runs
+        self._runs = event.language == "python" and PYTHON in hosted
+        return self._runs or (event.language in _SEARCHES and WEB_SEARCH in hosted)
+
+    def _add(self, prefix: str, kind: str, **facts: Any) -> None:
+        """Tells an item that is complete."""
+        self._end_code()
+        item = {"id": self._events.new_id(prefix), "type": kind, "status": "completed"}
+        self._events.add_whole(item | facts)
+
+    def _end_code(self, *logs: str) -> None:
+        """Tells the code that was run, with what it printed."""
+        if (code := self._code) is not None:
+            self._code = None
+            outputs = [{"type": "logs", "logs": one} for one in logs]
+            container = f"cntr_{self.id.removeprefix('resp_')}"
+            self._add("ci", "code_interpreter_call", code=code, container_id=container, outputs=outputs)
+
+    def _take_text(self, text: str) -> None:
+        if self._code is not None:
+            self._end_code()
+        self._events.grow(_MESSAGE, text)
+
+    def _take_reasoning(self, event: Reasoning) -> None:
+        self._end_code()
+        self._events.grow(_REASONING, event.text)
+
+    def _take_tool_use(self, event: ToolUse) -> None:
+        if event.language == "python":
+            self._end_code()
+            self._code = event.text
+        elif event.language:
+            action = {"type": "search", "query": event.text, "queries": [event.text]}
+            self._add("ws", "web_search_call", action=action)
+        else:
+            self._end_code(event.text)
+
+    def _take_image(self, event: Image) -> None:
+        if data := self._inline(event.url):
+            self._add("ig", "image_generation_call", result=data)
+        else:
+            self._take_text(AS_TEXT[Image](event).text)
+
+    def _take_call(self, call: FunctionCall) -> None:
+        told = CALLS_TOLD[call.kind]
+        self._add(told.prefix, told.type, **told.fields(call))
+
+    def _take_finish(self, event: Finish) -> None:
+        self._end_code()
+        self._status = "incomplete" if self._reason in ("length", "content_filter") else "completed"
+        if not any(item["type"] != "reasoning" for item in self.items):
+            self._events.grow(_MESSAGE, "")  # an answer without a word is a message all the same
+        self._events.close(self._status)
+        response = self.whole()
+        self._keep(self, response)
+        self._events.tell(f"response.{self._status}", response=response)
+
+    # How each kind of event is told, but for text and what is told as text.
+    TAKES: Mapping[type, Callable[[Any, Any], None]] = {
+        Begin: lambda self, event: None,  # which `feed` sees to
+        Reasoning: _take_reasoning,
+        ToolUse: _take_tool_use,
+        Image: _take_image,
+        FunctionCall: _take_call,
+        Finish: _take_finish,
+    }
+
+
+class Compaction(ModelResponse):
+    """An answer that is the earlier conversation made shorter: one item, whose content nobody but this server reads."""
+
+    def _take_text(self, text: str) -> None:
+        """It comes when it is whole."""
+
+    def _take_reasoning(self, event: Reasoning) -> None:
+        """Nobody has asked for it."""
+
+    def _take_finish(self, event: Finish) -> None:
+        if not self.text.strip():
+            raise ApiError("upstream_error", "The upstream wrote no summary of the conversation; try again.")
+        item = {"id": self._events.new_id("cmp"), "type": "compaction"}
+        self._events.add_whole(item | {"encrypted_content": sealed(self.text)})
+        super()._take_finish(event)
+
+    def compacted(self) -> dict[str, Any]:
+        """A `response.compaction`."""
+        facts = {"id": self.id, "object": "response.compaction", "created_at": self.created}
+        return facts | {"output": self.items, "usage": self.usage()}
+
+    TAKES = {**ModelResponse.TAKES, Reasoning: _take_reasoning, Finish: _take_finish}
+
+
+# ============================================================================================================
+# messages: Anthropic's Messages
+# ============================================================================================================
+
+MESSAGE_FIELDS: Types = {
+    "messages": _LIST, "model": _TEXT, "max_tokens": _INTEGER, "stream": _FLAG, "stop_sequences": _LIST, "tools": _LIST,
+    "tool_choice": _OBJECT, "thinking": _OBJECT, "output_config": _OBJECT, "metadata": _OBJECT, "temperature": _NUMBER,
+    "top_p": _NUMBER, "top_k": _INTEGER,
+}  # fmt: skip
+# A model of Anthropic's, which clients ask for until they are told of another one.
+_CLAUDE = re.compile(r"(?:anthropic/)?claude-.*|sonnet|opus|haiku")
+# Tools that clients run themselves, and whose form is Anthropic's: by the beginning of their types, their schemas.
+_TEXT_EDITOR = {
+    "command": {"enum": ["view", "create", "str_replace", "insert"]},
+    "path": {"type": "string"},
+    "file_text": {"type": "string", "description": "of `create`: the whole file"},
+    "old_str": {"type": "string", "description": "of `str_replace`: text that occurs once in the file"},
+    "new_str": {"type": "string", "description": "of `str_replace`: what takes its place"},
+    "insert_line": {
+        "type": "integer",
+        "description": "of `insert`: the line behind which to insert, 0 for the top",
+    },
+    "insert_text": {"type": "string"},
+    "view_range": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+}
+_MEMORY = {
+    "command": {"enum": ["view", "create", "str_replace", "insert", "delete", "rename"]},
+    "path": {"type": "string", "description": "below /memories"},
+    "old_path": {"type": "string"},
+    "new_path": {"type": "string"},
+}
+_CLIENT_TOOLS: Mapping[str, tuple[str, dict[str, Any], list[str]]] = {
+    "bash_": (
+        "Runs a command in the user's shell, which stays the same between calls.",
+        {"command": {"type": "string"}, "restart": {"type": "boolean"}},
+        [],
+    ),
+    "text_editor_": ("Looks at and edits files.", _TEXT_EDITOR, ["command", "path"]),
+    "memory_": ("Keeps notes in files.", _TEXT_EDITOR | _MEMORY, ["command"]),
+}
+
+
+@dataclass(frozen=True)
+class MessageRequest:
+    """A validated request of the Messages API; `thinks`: whether the client is told what the model thought."""
+
+    turn: Turn
+    thinks: bool
+
+
+def parse_message_request(body: Mapping[str, Any], counted: bool = False) -> MessageRequest:
+    """A request of the Messages API; 400 names what is wrong. `counted`: its tokens alone are wanted."""
+    check_types(body, MESSAGE_FIELDS)
+    model = model_of(body)
+    if not body.get("messages"):
+        raise unfit("messages", "must be a list of at least one message.")
+    if body.get("max_tokens") is None and not counted:
+        raise unfit("max_tokens", "is missing; it is how many tokens the answer may have.")
+    reader = BlockReader()
+    messages = reader.system(body.get("system"), "system")
+    for i, message in enumerate(body["messages"]):
+        messages += reader.message(message, f"messages[{i}]")
+    offered = _offered_of(body, reader.tools)
+    config = body.get("output_config") or {}
+    thinking = body.get("thinking") or {}
+    form = config.get("format")
+    question = Question(
+        tuple(messages),
+        "auto" if _CLAUDE.fullmatch(model) else model,
+        effort=_effort(config.get("effort"), "output_config.effort") or _effort_of(thinking),
+        hosted=offered.hosted,
+        forced=offered.forced,
+        offer=offered.offer,
+        shape=parse_shape(form, "output_config.format") if isinstance(form, dict) else None,
+    )
+    turn = Turn(
+        question,
+        bool(body.get("stream")),
+        _limit(body, "max_tokens"),
+        _stops(body.get("stop_sequences"), "stop_sequences"),
+        left_out=tuple(reader.tools.left_out),
+    )
+    thinks = thinking.get("type", "disabled") != "disabled" and thinking.get("display") != "omitted"
+    return MessageRequest(turn, thinks)
+
+
+def _effort_of(thinking: Mapping[str, Any]) -> str:
+    """How hard to think, by the tokens that thinking may take."""
+    if thinking.get("type") == "disabled":
+        return "none"
+    budget = thinking.get("budget_tokens")
+    if not isinstance(budget, int):
+        return ""
+    return next(effort for most, effort in _BUDGETS if budget <= most)
+
+
+_BUDGETS = ((4096, "low"), (16384, "medium"), (32768, "high"), (math.inf, "xhigh"))
+
+
+def _offered_of(body: Mapping[str, Any], tools: Tools) -> Offered:
+    """What the tools of a request let the model use."""
+    for i, tool in enumerate(body.get("tools") or ()):
+        _add_tool(tool, f"tools[{i}]", tools)
+    choice = body.get("tool_choice") or {}
+    kind = choice.get("type", "auto")
+    wanted: Any = {"auto": "auto", "any": "required", "none": "none"}.get(kind)
+    if kind == "tool":
+        wanted = {"type": FUNCTION, "name": choice.get("name")}
+    elif wanted is None:
+        raise unfit("tool_choice.type", "must be auto, any, tool or none.")
+    return tools.offered(wanted, not choice.get("disable_parallel_tool_use"))
+
+
+def _add_tool(tool: Any, where: str, tools: Tools) -> None:
+    """Adds a tool: the client's own have a schema, those of Anthropic's form a type."""
+    if not isinstance(tool, dict):
+        raise unfit(where, "must be an object.")
+    kind = tool.get("type") or CUSTOM
+    if not isinstance(kind, str):
+        raise unfit(f"{where}.type", "must be a string.")
+    known = next((kind_of for kind_of in _CLIENT_TOOLS if kind.startswith(kind_of)), "")
+    if kind == CUSTOM:
+        facts = {"name": tool.get("name"), "description": tool.get("description")}
+        tools.function(facts | {"parameters": tool.get("input_schema")}, where)
+    elif known:
+        description, properties, must = _CLIENT_TOOLS[known]
+        schema = {"type": "object", "properties": properties, "required": must}
+        tools.function({"name": tool.get("name"), "description": description, "parameters": schema}, where)
+    else:
+        kind = PYTHON if kind.startswith("code_execution") else kind
+        tools.add({"type": kind}, where)
+
+
+class BlockReader:
+    """Reads messages of Anthropic's, whose content is blocks of many kinds."""
+
+    def __init__(self) -> None:
+        self.tools = Tools()
+        self._calls: Calls = {}
+
+    def system(self, content: Any, where: str) -> list[Message]:
+        """The system prompt as a message, if there is one."""
+        parts = self._blocks(content, where) if content else []
+        return [Message("system", tuple(parts))] if parts else []
+
+    def message(self, value: Any, where: str) -> list[Message]:
+        """A message: results of calls, which stand in the user's messages, are one of their own."""
+        role = value.get("role") if isinstance(value, dict) else None
+        if role not in ("user", "assistant", "system"):
+            raise unfit(f"{where}.role", "must be user, assistant or system.")
+        parts = self._blocks(value.get("content"), f"{where}.content")
+        found = []
+        for is_result, run in itertools.groupby(parts, lambda part: isinstance(part, ToolResult)):
+            found.append(Message("tool" if is_result else role, tuple(run)))
+        return found or [Message(role, ())]
+
+    def _blocks(self, content: Any, where: str) -> list[MessagePart]:
+        if isinstance(content, str):
+            return [Text(content)]
+        if not isinstance(content, list):
+            raise unfit(where, "must be a string or a list of content blocks.")
+        found: list[MessagePart] = []
+        for i, block in enumerate(content):
+            here = f"{where}[{i}]"
+            kind = block.get("type") if isinstance(block, dict) else None
+            if not isinstance(kind, str):
+                raise unfit(here, "must be a content block, an object with a `type`.")
+            if read := self.READS.get(kind):
+                found += read(self, block, here)
+            elif not kind.startswith(_DONE_THERE):
+                self.tools.left_out[f"{kind[:50]} block"] = None
+        return found
+
+    def _content(self, content: Any, where: str) -> tuple[Text | Attachment, ...]:
+        """The blocks that may stand in a result or a document."""
+        blocks = self._blocks(content or "", where)
+        return tuple(part for part in blocks if isinstance(part, (Text, Attachment)))
+
+    def _text(self, block: dict[str, Any], where: str) -> list[MessagePart]:
+        if not isinstance(block.get("text"), str):
+            raise unfit(f"{where}.text", "must be a string.")
+        return [Text(block["text"])]
+
+    def _image(self, block: dict[str, Any], where: str) -> list[MessagePart]:
+        return [self._source(block, where, True)]
+
+    def _source(self, block: dict[str, Any], where: str, image: bool) -> Attachment:
+        source = block.get("source")
+        source = source if isinstance(source, dict) else {}
+        where = f"{where}.source"
+        kind = source.get("type")
+        name = str(block.get("title") or "")
+        if kind == "base64":
+            data = source.get("data")
+            if not isinstance(data, str):
+                raise unfit(f"{where}.data", "must be base64.")
+            blob = data.blob if isinstance(data, InlineFile) else _unbased(data, 0, f"{where}.data")
+            return Attachment(where, image, name, str(source.get("media_type") or ""), blob)
+        if kind == "url":
+            return replace(_from_url(required(source, "url", f"{where}."), f"{where}.url", image), name=name)
+        if kind == "file":
+            return Attachment(where, image, name, file=required(source, "file_id", f"{where}."))
+        raise unfit(f"{where}.type", "must be base64, url or file.")
+
+    def _document(self, block: dict[str, Any], where: str) -> list[MessagePart]:
+        """A document: a text is told, with its title and context, other files come with it."""
+        source = block.get("source")
+        kind = _at(source, ("type",))
+        heading = "\n".join(str(block[name]) for name in ("title", "context") if block.get(name))
+        told: list[MessagePart] = [Text(heading)] if heading else []
+        if kind == "text":
+            return [*told, Text(str(_at(source, ("data",)) or ""))]
+        if kind == "content":
+            return [*told, *self._content(_at(source, ("content",)), f"{where}.source.content")]
+        return [*told, self._source(block, where, False)]
+
+    def _search_result(self, block: dict[str, Any], where: str) -> list[MessagePart]:
+        heading = "\n".join(str(block[name]) for name in ("title", "source") if block.get(name))
+        return [Text(heading), *self._content(block.get("content"), f"{where}.content")]
+
+    def _tool_use(self, block: dict[str, Any], where: str) -> list[MessagePart]:
+        id = required(block, "id", f"{where}.")
+        call = FunctionCall(id, required(block, "name", f"{where}."), as_json(block.get("input") or {}))
+        self._calls[id] = call
+        return [call]
+
+    def _tool_result(self, block: dict[str, Any], where: str) -> list[MessagePart]:
+        id = required(block, "tool_use_id", f"{where}.")
+        content = self._content(block.get("content"), f"{where}.content")
+        failed = (Text("The call failed:"),) if block.get("is_error") else ()
+        return list(result(id, (*failed, *content), self._calls).parts)
+
+    def _upload(self, block: dict[str, Any], where: str) -> list[MessagePart]:
+        return [Attachment(where, file=required(block, "file_id", f"{where}."))]
+
+    READS: Mapping[str, Callable[[Any, dict[str, Any], str], list[MessagePart]]] = {
+        "text": _text,
+        "image": _image,
+        "document": _document,
+        "search_result": _search_result,
+        "thinking": lambda reader, block, where: [Thought(str(block.get("thinking") or ""))],
+        "redacted_thinking": lambda reader, block, where: [],  # nobody but its model can read it
+        "tool_use": _tool_use,
+        "tool_result": _tool_result,
+        "tool_reference": lambda reader, block, where: [Text(f"The tool {block.get('tool_name')} is there.")],
+        "compaction": lambda reader, block, where: [Text(f"{SUMMARY_LINE}\n{block.get('content') or ''}")],
+        "container_upload": _upload,
+    }
+
+
+# The beginnings of the blocks that tell what Anthropic's own tools did: the answers that follow have what matters of it.
+_DONE_THERE = (
+    "server_tool_use", "web_search_tool_", "web_fetch_tool_", "code_execution_tool_", "bash_code_", "text_editor_code_",
+    "tool_search_tool_", "mcp_tool_",
+)  # fmt: skip
+
+
+SIGNATURE = "chatproxy"  # of thinking, which clients send back with it
+
+
+class ModelMessage(Rendering):
+    """An answer as a `message`, and as the events of one that is streamed: blocks begin, grow and end one after another."""
+
+    def __init__(self, request: MessageRequest, tokens: Tokens) -> None:
+        super().__init__(request.turn, tokens)
+        self.id = f"msg_{random.getrandbits(96):024x}"
+        self._thinks = request.thinks
+        self._prompt = 0  # tokens of the question
+        self._begun = False
+        self._blocks: list[dict[str, Any]] = []
+        self._open: type[Event] | None = None  # what the last block is of, while it grows
+        self._grown: list[str] = []
+        self._pieces: list[str] = []
+        self._ahead = ""
+
+    def whole(self) -> dict[str, Any]:
+        """A `message`."""
+        return {
+            "id": self.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": self._blocks,
+            **self._ending(),
+            "usage": {"input_tokens": self._prompt} | _NO_CACHE | {"output_tokens": self._answered()},
+        }
+
+    def _ending(self) -> dict[str, Any]:
+        """`stop_reason` and `stop_sequence`."""
+        sequence = self.stopped_at or None
+        reason = "stop_sequence" if sequence else _STOP_REASONS[self._reason]
+        return {"stop_reason": reason, "stop_sequence": sequence}
+
+    def _answered(self) -> int:
+        return self.counted()[1]
+
     def feed(self, events: list[Event]) -> tuple[bytes, int]:
         """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
         self._pieces = []
         for event in self.take(events):
             kind = type(event)
-            if self._number < 0:
-                self._tell("response.created", response=self.whole())
-                self._tell("response.in_progress", response=self.whole())
+            if not self._begun:
+                self._begin()
             if kind is Text:  # once per token
-                self._grow(_MESSAGE, event[0])
+                self._grow(Text, event[0])
             else:
                 self.TAKES[kind](self, event)
         return "".join(self._pieces).encode("utf-8", "replace"), len(self._pieces)
 
     def _tell(self, kind: str, **facts: Any) -> None:
-        self._number += 1
-        event = {"type": kind, "sequence_number": self._number} | facts
-        self._pieces.append(f"event: {kind}\ndata: {compact(event)}\n\n")
+        self._pieces.append(f"event: {kind}\ndata: {compact({'type': kind} | facts)}\n\n")
 
-    def _place(self) -> dict[str, Any]:
-        """The place of the last item."""
-        inner = {self._open.index: 0} if self._open else {}
-        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1} | inner
+    def _begin(self) -> None:
+        self._begun = True
+        self._prompt = prompt_tokens(self.turn.question, self._tokens.count)
+        usage = {"input_tokens": self._prompt} | _NO_CACHE | {"output_tokens": 0}
+        nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
+        self._tell("message_start", message=message | nothing)
 
-    def _add(self, prefix: str, kind: str, **facts: Any) -> None:
-        self._close()
-        id = f"{prefix}_{self.id.removeprefix('resp_')}{len(self.items):02x}"  # tells whose item it is
-        self.items.append({"id": id, "type": kind, "status": "in_progress"} | facts)
-        self._tell("response.output_item.added", output_index=len(self.items) - 1, item=self.items[-1])
+    def _start(self, block: dict[str, Any]) -> None:
+        """Begins a block."""
+        self._stop()
+        self._blocks.append(block)
+        self._tell("content_block_start", index=len(self._blocks) - 1, content_block=block)
 
-    def _begin(self, kind: _Growth) -> None:
-        """Opens an item that grows."""
-        self._add(kind.prefix, kind.item, **kind.facts)
-        self._open, self._grown = kind, []
-        self._tell(f"{kind.part}.added", **self._place(), part=kind.whole(""))
-        event = {"type": f"{kind.text}.delta"} | self._place() | dict(kind.more)
-        self._ahead = f'event: {kind.text}.delta\ndata: {compact(event)[:-1]},"sequence_number":'
+    def _delta(self, kind: str, field: str, text: str) -> None:
+        delta = {"type": kind, field: text}
+        self._tell("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
-    def _grow(self, kind: _Growth, text: str) -> None:
-        """Text for the item of this kind; once per token."""
+    def _grow(self, kind: type[Event], text: str) -> None:
+        """Text for the block of this kind; once per token."""
+        name, delta, field = _BLOCKS[kind]
         if self._open is not kind:
-            self._begin(kind)
-        self._number += 1
+            self._start({"type": name, field: ""} | ({"signature": ""} if kind is Reasoning else {}))
+            self._open = kind
+            self._grown = []
+            event = {"type": "content_block_delta", "index": len(self._blocks) - 1}
+            head = f'{compact(event)[:-1]},"delta":{{"type":"{delta}","{field}":'
+            self._ahead = f"event: content_block_delta\ndata: {head}"
         self._grown.append(text)
-        quoted = json.encoder.encode_basestring(text)
-        self._pieces.append(f'{self._ahead}{self._number},"delta":{quoted}}}\n\n')
+        self._pieces.append(f"{self._ahead}{json.encoder.encode_basestring(text)}}}}}\n\n")
 
-    def _close(self, status: str = "completed") -> None:
-        """Ends the item that grows."""
-        if (kind := self._open) is None:
+    def _stop(self) -> None:
+        """Ends the block that grows."""
+        if self._open is None:
             return
-        text = "".join(self._grown)
-        place = self._place()
-        self._tell(f"{kind.text}.done", **place, text=text, **kind.more)
-        self._tell(f"{kind.part}.done", **place, part=kind.whole(text))
+        block = self._blocks[-1]
+        block[_BLOCKS[self._open][2]] = "".join(self._grown)
+        if self._open is Reasoning:
+            block["signature"] = SIGNATURE
+            self._delta("signature_delta", "signature", SIGNATURE)
         self._open = None
-        self._done({kind.field: [kind.whole(text)], "status": status})
+        self._tell("content_block_stop", index=len(self._blocks) - 1)
 
-    def _done(self, facts: Mapping[str, Any]) -> None:
-        self.items[-1] |= facts
-        self._tell("response.output_item.done", output_index=len(self.items) - 1, item=self.items[-1])
+    def _take_reasoning(self, event: Reasoning) -> None:
+        if self._thinks:
+            self._grow(Reasoning, event.text)
 
     def _take_call(self, call: FunctionCall) -> None:
-        self._add("fc", "function_call", call_id=call.id, name=call.name, arguments="")
-        for piece in _argument_pieces(call.arguments):
-            self._tell("response.function_call_arguments.delta", **self._place(), delta=piece)
-        done = {"name": call.name, "arguments": call.arguments}
-        self._tell("response.function_call_arguments.done", **self._place(), **done)
-        self._done({"arguments": call.arguments, "status": "completed"})
+        self._start({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
+        for piece in in_pieces(call.arguments):
+            self._delta("input_json_delta", "partial_json", piece)
+        self._blocks[-1]["input"] = json.loads(call.arguments or "{}")
+        self._tell("content_block_stop", index=len(self._blocks) - 1)
 
     def _take_finish(self, event: Finish) -> None:
-        self._status = "incomplete" if self._reason in ("length", "content_filter") else "completed"
-        if not any(item["type"] != "reasoning" for item in self.items):
-            self._begin(_MESSAGE)  # an answer without a word is a message all the same
-        self._close(self._status)
-        response = self.whole()
-        self._keep(self, response)
-        self._tell(f"response.{self._status}", response=response)
+        self._stop()
+        self._tell("message_delta", delta=self._ending(), usage={"output_tokens": self._answered()})
+        self._tell("message_stop")
 
     # How each kind of event is told, but for text and what is told as text.
     TAKES: Mapping[type, Callable[[Any, Any], None]] = {
         Begin: lambda self, event: None,  # which `feed` sees to
-        Reasoning: lambda self, event: self._grow(_REASONING, event.text),
+        Reasoning: _take_reasoning,
         FunctionCall: _take_call,
         Finish: _take_finish,
     }
+
+
+_NO_CACHE = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
+_STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
+# What blocks that grow are: type, the type of their deltas, and the field of their text.
+_BLOCKS: Mapping[type, tuple[str, str, str]] = {
+    Text: ("text", "text_delta", "text"),
+    Reasoning: ("thinking", "thinking_delta", "thinking"),
+}
+
+
+def event_of_failed_message(error: ApiError) -> bytes:
+    """The last event of a message that broke off."""
+    return f"event: error\ndata: {compact(error.body())}\n\n".encode()
+
+
+# ============================================================================================================
+# ollama: Ollama's API
+# ============================================================================================================
+
+OLLAMA_VERSION = "0.13.0"  # of the API that is spoken here; clients refuse what is too old
+OLLAMA_FIELDS: Types = {
+    "model": _TEXT, "name": _TEXT, "messages": _LIST, "prompt": _TEXT, "system": _TEXT, "suffix": _TEXT, "images": _LIST,
+    "tools": _LIST, "options": _OBJECT, "stream": _FLAG,
+}  # fmt: skip
+_THINKING = ("low", "medium", "high", "max")
+
+
+def ollama_model(body: Mapping[str, Any]) -> str:
+    """The model that a request names; all of them are the latest."""
+    name = body.get("model") or body.get("name")
+    return model_of({"model": name}).removesuffix(":latest")
+
+
+def parse_ollama(body: Mapping[str, Any]) -> Turn | None:
+    """A request of Ollama's for a chat or a completion; None for one that only has a model loaded. 400 names what is
+    wrong."""
+    check_types(body, OLLAMA_FIELDS)
+    model = ollama_model(body)
+    messages = _ollama_messages(body)
+    if not messages:
+        return None
+    options = body.get("options") or {}
+    check_types(options, {"num_predict": _INTEGER}, "options.")
+    most = options.get("num_predict")
+    tools = Tools()
+    tools.add_all(body.get("tools") or (), "tools")
+    offered = tools.offered(None, True)
+    think = body.get("think")
+    form = body.get("format")
+    question = Question(
+        tuple(messages),
+        model,
+        effort=think if think in _THINKING else "none" if think is False else "",
+        hosted=offered.hosted,
+        offer=offered.offer,
+        shape=Shape(form if isinstance(form, dict) else None) if form else None,
+    )
+    stops = _stops(options.get("stop"), "options.stop")
+    streams = body.get("stream") is not False
+    return Turn(question, streams, most if most and most > 0 else None, stops, left_out=tuple(tools.left_out))
+
+
+def _ollama_messages(body: Mapping[str, Any]) -> list[Message]:
+    """The messages of a chat, or of a completion."""
+    if body.get("suffix"):
+        raise unfit("suffix", "cannot be had: the model does not fill gaps.")
+    values = body.get("messages")
+    if values is None:
+        prompt = {"role": "user", "content": body.get("prompt"), "images": body.get("images")}
+        values = [prompt] if prompt["content"] or prompt["images"] else []
+        if values and body.get("system"):
+            values.insert(0, {"role": "system", "content": body["system"]})
+    calls: Calls = {}
+    return [_ollama_message(value, f"messages[{i}]", calls) for i, value in enumerate(values)]
+
+
+def _ollama_message(value: Any, where: str, calls: Calls) -> Message:
+    if not isinstance(value, dict):
+        raise unfit(where, "must be an object with `role` and `content`.")
+    given = {name: one for name, one in value.items() if name in ("role", "tool_calls", "tool_call_id")}
+    given |= {"content": value.get("content") or "", "name": value.get("tool_name") or value.get("name")}
+    message = _message(given, where, calls, False)
+    images = value.get("images") or []
+    if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+        raise unfit(f"{where}.images", "must be a list of images in base64.")
+    found = []
+    for i, image in enumerate(images):
+        here = f"{where}.images[{i}]"
+        if image.startswith("data:"):
+            found.append(_from_url(image, here, image=True))
+        else:
+            found.append(Attachment(here, image=True, blob=_unbased(image, 0, here)))
+    thought = [Thought(value["thinking"])] if isinstance(value.get("thinking"), str) else []
+    return Message(message.role, (*thought, *found, *message.parts))
+
+
+class OllamaAnswer(Rendering):
+    """An answer as Ollama gives it: JSON objects, a line each."""
+
+    def __init__(self, turn: Turn, tokens: Tokens, chats: bool, thinks: bool) -> None:
+        """`chats`: whether it is a chat's, else a completion's; `thinks`: whether the client is told what the model
+        thought."""
+        super().__init__(turn, tokens)
+        self._chats, self._thinks = chats, thinks
+        self._start = self._first = time.monotonic()
+        self._answered = False
+        self._called = 0
+        self._lines: list[str] = []
+
+    def _object(self, text: str, done: bool = False, **more: Any) -> dict[str, Any]:
+        """A piece of the answer; `more` belongs to its message."""
+        told: dict[str, Any] = {"model": self.turn.question.model, "created_at": iso(time.time())}
+        if self._chats:
+            told["message"] = {"role": "assistant", "content": text} | more
+        else:
+            told |= {"response": text} | more
+        return told | {"done": done}
+
+    def feed(self, events: list[Event]) -> tuple[bytes, int]:
+        """The bytes for a batch of events, all in one piece, and how many lines they are."""
+        self._lines = []
+        for event in self.take(events):
+            self.TAKES[type(event)](self, event)
+        return "".join(self._lines).encode("utf-8", "replace"), len(self._lines)
+
+    def _tell(self, told: dict[str, Any]) -> None:
+        self._lines.append(f"{compact(told)}\n")
+
+    def _take_text(self, event: Text) -> None:
+        if not self._answered:
+            self._answered = True
+            self._first = time.monotonic()
+        self._tell(self._object(event.text))
+
+    def _take_reasoning(self, event: Reasoning) -> None:
+        if self._thinks:
+            self._tell(self._object("", thinking=event.text))
+
+    def _take_call(self, call: FunctionCall) -> None:
+        self._tell(self._object("", tool_calls=[self._call(call, self._called)]))
+        self._called += 1
+
+    @staticmethod
+    def _call(call: FunctionCall, index: int) -> dict[str, Any]:
+        name = full_name(call.name, call.namespace)
+        arguments = json.loads(call.arguments or "{}")
+        return {"id": call.id, "function": {"index": index, "name": name, "arguments": arguments}}
+
+    def _take_finish(self, event: Finish) -> None:
+        self._tell(self._object("", True) | self._end())
+
+    def _end(self) -> dict[str, Any]:
+        """What the last object has more: why it ended, tokens, and nanoseconds."""
+        prompt, answer, _ = self.counted()
+        now = time.monotonic()
+        spans = {"total_duration": now - self._start, "load_duration": 0.0}
+        spans |= {"prompt_eval_duration": self._first - self._start, "eval_duration": now - self._first}
+        counts = {"prompt_eval_count": prompt, "eval_count": answer}
+        reason = "length" if self._reason == "length" else "stop"
+        return {"done_reason": reason} | {name: int(span * 1e9) for name, span in spans.items()} | counts
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one object."""
+        more: dict[str, Any] = {}
+        if self._thinks and self._reasoning:
+            more["thinking"] = "".join(self._reasoning)
+        if self._calls:
+            more["tool_calls"] = [self._call(call, i) for i, call in enumerate(self._calls)]
+        return self._object(self.text, True, **more) | self._end()
+
+    # How each kind of event is told, but for what is told as text.
+    TAKES: Mapping[type, Callable[[Any, Any], None]] = {
+        Begin: lambda self, event: None,
+        Text: _take_text,
+        Reasoning: _take_reasoning,
+        FunctionCall: _take_call,
+        Finish: _take_finish,
+    }
+
+
+def line_of_failure(error: ApiError) -> bytes:
+    """The last line of an answer of Ollama's that broke off."""
+    return f"{compact(error.body())}\n".encode()
+
+
+def ollama_loaded(name: str, chats: bool, reason: str) -> dict[str, Any]:
+    """The answer to a request without a question."""
+    answer = {"message": {"role": "assistant", "content": ""}} if chats else {"response": ""}
+    told = {"model": name, "created_at": iso(time.time())} | answer
+    return told | {"done_reason": reason, "done": True}
+
+
+def ollama_facts(name: str) -> dict[str, Any]:
+    """A model as Ollama lists it; what it weighs nobody here knows."""
+    details = {"parent_model": "", "format": "", "family": "chatgpt", "families": ["chatgpt"]}
+    details |= {"parameter_size": "", "quantization_level": ""}
+    return {"digest": hashlib.sha256(name.encode()).hexdigest(), "size": 0, "details": details}
+
+
+# Tokens that a question may have. The site tells nobody; it is what its larger plans have.
+OLLAMA_CONTEXT = 128_000
+OLLAMA_CAPABILITIES = ["completion", "tools", "vision", "thinking"]
 
 
 # ============================================================================================================
@@ -9062,6 +10527,7 @@ class Stream:
     The status is sent with the first bytes. An ApiError raised before that is answered as such, and a Reply that is returned
     before that is sent instead; an ApiError raised later becomes the last event of an event stream, and cuts another off.
     `signs`: whether a sign of life may stand between two events; `opens`: whether it may come before anything else.
+    `failed` makes the last event of an ApiError, where that is not OpenAI's; `end` is what an event ends with.
     """
 
     write: Callable[[Writer], Reply | None]
@@ -9070,6 +10536,8 @@ class Stream:
     headers: dict[str, str] = field(default_factory=dict)
     signs: bool = True
     opens: bool = False
+    failed: Callable[[ApiError], bytes] | None = None
+    end: bytes = b"\n\n"
 
 
 # An answer's pieces: bytes, and how many events they are.
@@ -9452,7 +10920,7 @@ class Writer(Ticking):
             return
         with self._write_lock:
             self.events += events
-            self._between = data[-2:] == b"\n\n"
+            self._between = data.endswith(self._stream.end)
             self._send(self._framed(data))
 
     def _framed(self, data: bytes) -> bytes:
@@ -9480,7 +10948,7 @@ class Writer(Ticking):
     def end(self, last: bytes = b"") -> None:
         """Sends the end, behind a last event, and waits until the client has it."""
         if last and not self._ended:
-            self.write(last if self._between else b"\n\n" + last, 1)
+            self.write(last if self._between else self._stream.end + last, 1)
         with self._write_lock:
             self._send(b"0\r\n\r\n" if self._chunked and not self._ended else b"")
             self._ended = True
@@ -9628,6 +11096,10 @@ class Application:
     def shared(self) -> bool:
         """Whether pages of any web site may read the answers (CORS)."""
         return True
+
+    def shape(self, request: Request) -> str:
+        """In which of SHAPES a request is told that it failed."""
+        return "openai"
 
 
 def is_loopback(text: str) -> bool:
@@ -9844,6 +11316,11 @@ class Server(http.server.ThreadingHTTPServer):
 def error_reply(error: ApiError) -> Reply:
     """An error as an answer, in OpenAI's shape."""
     return json_reply(error.body(), error.status, error.headers)
+
+
+def event_of_failure(error: ApiError) -> bytes:
+    """The last event of a stream in OpenAI's shape."""
+    return f"data: {compact(error.body())}\n\n".encode()
 
 
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -10101,6 +11578,7 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
             failure = ApiError(
                 "internal_error", f"chatproxy failed; its log has the details under {self.request_id}."
             )
+        failure.shape = self.server.application.shape(request)
         self.failure = failure
         return failure
 
@@ -10136,6 +11614,9 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
     def _read(self, request: Request, most: int, share: Share) -> None:
         """Reads the body of a request, of up to `most` bytes."""
         headers = request.headers
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            text = "The body has a Content-Encoding, which is not read here; send it as it is."
+            raise ApiError("unsupported_encoding", text)
         fits = int(headers.get("content-length", 0)) <= most
         if "expect" in headers and fits and self.version == "1.1":
             try:
@@ -10192,9 +11673,12 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
             if not writer.begun:
                 return self._send(error_reply(error), request, keep)
             status, lasting = error.status, False
-            if stream.content_type.startswith("text/event-stream"):  # others can only be cut
+            failed = stream.failed
+            if stream.content_type.startswith("text/event-stream"):
+                failed = failed or event_of_failure
+            if failed:  # else it can only be cut
                 with contextlib.suppress(ClientGone, ApiError):
-                    writer.end(f"data: {compact(error.body())}\n\n".encode())
+                    writer.end(failed(error))
         finally:
             self.client.writer = None
             writer.close()
@@ -10288,6 +11772,10 @@ class Router:
         endpoint = methods.get(method)
         request.route = next(iter(methods.values())).path
         if endpoint is None:
+            if request.params and not any(map(str.isdigit, "".join(request.params.values()))):
+                # No id is without digits: it is a path that is not there, below one that is.
+                request.route = "none"
+                raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
             allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
             text = f"Use {' or '.join(sorted(methods))} here."
             headers = {"Allow": ", ".join(allowed)}
@@ -10433,10 +11921,10 @@ class Keys:
 
     @staticmethod
     def given(request: Request) -> str:
-        """The API key of a request, "" for none: `Authorization: Bearer X`, or bare `X`."""
+        """The API key of a request, "" for none: `Authorization: Bearer X`, or bare `X`, else `x-api-key: X`."""
         value = request.headers.get("authorization", "")
-        if value[:6].lower() == "basic ":  # for a reverse proxy in front
-            return ""
+        if not value or value[:6].lower() == "basic ":  # for a reverse proxy in front
+            return request.headers.get("x-api-key", "").strip()
         return value[7:].strip() if value[:7].lower() == "bearer " else value.strip()
 
     def _refused(self, request: Request, text: str) -> ApiError:
@@ -10485,7 +11973,7 @@ class Keys:
         """Admits who brings an access token, a refresh token or an `sk-` key, once the upstream has accepted it; False for
         what is none of these. A stranger's body is not read before that, and nothing is kept for one."""
         if key.startswith("sk-"):
-            if not request.path.startswith("/v1/"):
+            if key.startswith("sk-ant-") or self._foreign_path(request.path):
                 text = "An `sk-` key works only under /v1, which is passed on to OpenAI's API."
                 raise ApiError("invalid_api_key", text)
             request.key = key
@@ -10510,6 +11998,11 @@ class Keys:
             request.guest = self.pool.welcome(request.guest)
             request.asker = request.guest.name
         return True
+
+    @staticmethod
+    def _foreign_path(path: str) -> bool:
+        """Whether a path is none of OpenAI's API."""
+        return not path.startswith("/v1/") or path.startswith("/v1/messages")
 
     def _ask_about(self, request: Request, digest: bytes) -> None:
         """Has the upstream say whether it accepts a token; of those that it does not, an address has as few as of wrong
@@ -10697,8 +12190,8 @@ ABSENT = (
     "/v1/embeddings", "/v1/moderations", "/v1/completions", "/v1/images/variations", "/v1/fine_tuning", "/v1/batches",
     "/v1/vector_stores", "/v1/assistants", "/v1/threads", "/v1/uploads", "/v1/realtime", "/v1/conversations",
 )  # fmt: skip
-# Where errors have the shape of ChatGPT-API-server.
-PLAIN_ERRORS = ("/admin/", "/api/ask", "/api/connections")
+# Where an error is a text: ChatGPT-API-server's paths, and Ollama's.
+PLAIN_ERRORS = ("/admin/", "/api/")
 ROUTER = Router()
 
 
@@ -10742,6 +12235,7 @@ class App(Application):
         upstreams: tuple[Upstream, ...] = (self.web, self.agents)
         self.upstreams = {upstream.name: upstream for upstream in upstreams}
         self.tokens = Tokens()
+        self.left_out: set[str] = set()  # kinds of tools and items that the log has named
         self._stale = False  # whether another process has stored what is not taken in yet
         self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
         states = self.pool.states
@@ -10755,31 +12249,33 @@ class App(Application):
 
     def admit(self, request: Request) -> int:
         """Finds the route of a request, and checks who may use it."""
-        try:
-            self.keys.refuse_pages(request)
-            return self._admit(request)
-        except ApiError as error:
-            error.plain = request.path.startswith(PLAIN_ERRORS)
-            raise
+        self.keys.refuse_pages(request)
+        return self._admit(request)
+
+    def shape(self, request: Request) -> str:
+        """That of the API whose path it is."""
+        anthropic = "anthropic-version" in request.headers and request.path.startswith("/v1/models")
+        if anthropic or request.path.startswith("/v1/messages"):
+            return "anthropic"
+        return "plain" if request.path.startswith(PLAIN_ERRORS) else "openai"
 
     def respond(self, request: Request) -> Reply | Stream | Upgrade:
         """The answer to a request that was admitted; the administrator's key may be in the body of some."""
         endpoint = request.endpoint
         if endpoint is None or request.key:
             return relay(self, request)
-        try:
-            if endpoint.access == "admin" and not request.admin:
-                self.keys.admit_admin(request, _named_key(request))
-            return endpoint.function(self, request)
-        except ApiError as error:
-            error.plain = request.path.startswith(PLAIN_ERRORS)
-            raise
+        if endpoint.access == "admin" and not request.admin:
+            self.keys.admit_admin(request, _named_key(request))
+        return endpoint.function(self, request)
 
     def _admit(self, request: Request) -> int:
         under_v1 = request.path.startswith("/v1/")
         whole = self.settings.max_body_mb << 20
         absent = request.path.startswith(ABSENT)
         given = Keys.given(request)
+        if "websocket" in request.headers.get("upgrade", "").lower() and request.path == "/v1/responses":
+            text = "The Responses API is spoken over HTTP here; send POST /v1/responses."
+            raise ApiError("upgrade_required", text, headers={"Upgrade": "HTTP/1.1"})
         try:
             request.endpoint = endpoint = ROUTER.find(request)
         except ApiError:
@@ -10970,7 +12466,9 @@ def _relayed(call: Call, writer: Writer) -> None:
 class Streamed(Sink):
     """An answer for a client that gets it as it comes."""
 
-    def __init__(self, rendering: CompletionStream | ModelResponse, writer: Writer) -> None:
+    def __init__(
+        self, rendering: CompletionStream | ModelResponse | ModelMessage | OllamaAnswer, writer: Writer
+    ) -> None:
         self.outlet: Writer = writer
         self._rendering, self.careful = rendering, rendering.trims
 
@@ -11060,6 +12558,14 @@ def _all(app: App, request: Request, asked: Asked) -> Collected:
     return answer
 
 
+def _image_data(app: App, request: Request, asked: Asked, url: str, watch: Watch) -> str:
+    """The image at a URL of the upstream's in base64, got by the account that answered."""
+    get = functools.partial(app.site.downloaded, url=url, watch=watch)
+    holder = asked.account.id if asked.account else None
+    blob = app.web.do("downloads", request.guest, get, watch, holder)
+    return base64.b64encode(blob.read()).decode()
+
+
 def _text_of(events: Iterable[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Text))
 
@@ -11072,6 +12578,7 @@ def chat_completions(app: App, request: Request) -> Reply | Stream | Upgrade:
     """OpenAI's chat completions, streamed or whole"""
     settings = app.settings
     turn = parse_chat(request.json(), settings.history_disabled, settings.upload_by_url)
+    _tell_left_out(app, turn)
     extras = not settings.history_disabled
     asked = _asked(request, turn.question)
     if turn.stream:
@@ -11086,37 +12593,83 @@ def chat_completions(app: App, request: Request) -> Reply | Stream | Upgrade:
     return json_reply(completion.whole())
 
 
-@ROUTER.on("POST", "/v1/responses")
-def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
-    """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
-    body = request.json()
+def _response(
+    app: App, request: Request, body: dict[str, Any], kept: bool = True
+) -> tuple[ModelResponse, Callable[[Sink], None]]:
+    """What a body of the Responses API asks for: the response to be, and what has a sink filled with it. `kept`: whether
+    it is stored, if the body does not say otherwise."""
     check_types(body, RESPONSE_FIELDS)
     earlier = _earlier(app, request, body.get("previous_response_id"))
     find = KeptItems(app, request).find
     wanted = parse_response(body, earlier, find, app.settings.upload_by_url)
+    _tell_left_out(app, wanted.turn)
     asked = _asked(request, wanted.turn.question)
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
-        if wanted.store:
+        if kept and wanted.store:
             try:
-                kept = _kept_items(app, asked, response)
-                text, items = (compact(one).encode("utf-8", "replace").decode() for one in (whole, kept))
+                items = compact(_kept_items(app, asked, response))
                 items = items if len(items) <= MAX_EARLIER else ""  # too long to be gone on from
+                text, items = (one.encode("utf-8", "replace").decode() for one in (compact(whole), items))
                 app.store.put_response(response.id, request.scope.owner, text, items, time.time())
             except StoreUnavailable:
                 whole["store"] = wanted.echo["store"] = False
 
-    response = ModelResponse(wanted, app.tokens, keep)
-    if wanted.turn.stream:
+    def inline(url: str) -> str:
+        try:
+            return _image_data(app, request, asked, url, request.watch)
+        except ApiError as error:
+            log(logging.WARNING, "a drawing of an answer cannot be had", code=error.code)
+            return ""
 
-        def write(writer: Writer) -> None:
-            _ask(app, request, asked, Streamed(response, writer), response)
+    make = Compaction if wanted.compact else ModelResponse
+    response = make(wanted, app.tokens, keep, inline)
+    return response, lambda sink: _ask(app, request, asked, sink, response)
 
-        return Stream(write, opens=True)
-    _ask(app, request, asked, Whole(response, response.feed), response)
+
+@ROUTER.on("POST", "/v1/responses")
+def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
+    response, ask = _response(app, request, request.json())
+    if response.turn.stream:
+        return Stream(lambda writer: ask(Streamed(response, writer)), opens=True, failed=response.failed)
+    ask(Whole(response, response.feed))
     return json_reply(response.whole())
 
 
+@ROUTER.on("POST", "/v1/responses/compact")
+def responses_compact(app: App, request: Request) -> Reply:
+    """makes a conversation shorter: one item to go on from"""
+    body = request.json()
+    said = body.get("input")
+    said = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    body["input"] = [*(said if isinstance(said, list) else ()), {"type": "compaction_trigger"}]
+    response, ask = _response(app, request, body, kept=False)
+    ask(Whole(response, response.feed))
+    return json_reply(cast(Compaction, response).compacted())
+
+
+@ROUTER.on("POST", "/v1/responses/input_tokens")
+def responses_input_tokens(app: App, request: Request) -> Reply:
+    """how many tokens a request has, without asking it"""
+    body = {"model": "auto"} | {name: value for name, value in request.json().items() if value is not None}
+    check_types(body, RESPONSE_FIELDS)
+    earlier = _earlier(app, request, body.get("previous_response_id"))
+    find = KeptItems(app, request).find
+    wanted = parse_response(body, earlier, find, app.settings.upload_by_url)
+    count = prompt_tokens(wanted.turn.question, app.tokens.count)
+    return json_reply({"object": "response.input_tokens", "input_tokens": count})
+
+
+def _tell_left_out(app: App, turn: Turn) -> None:
+    """Names in the log, once, the kinds of tools and items that mean nothing here."""
+    for kind in turn.left_out:
+        if kind not in app.left_out and len(app.left_out) < MAX_LEFT_OUT:
+            app.left_out.add(kind)
+            log(logging.INFO, "a kind of tool or item is left out of requests", kind=kind)
+
+
+MAX_LEFT_OUT = 100  # kinds that are named in the log
 MAX_EARLIER = 4 << 20  # characters
 
 
@@ -11185,17 +12738,49 @@ def _kept_items(app: App, asked: Asked, rendering: ModelResponse) -> list[dict[s
             return attachment.file
         return app.files.owned(asked.account, asked.materials[attachment][0], asked.scope.owner).id
 
-    items = as_items(rendering.request.messages, place) + rendering.items
+    items = rendering.items
+    if not rendering.request.compact:  # which stands for everything before
+        items = [*rendering.request.tools, *as_items(rendering.request.messages, place), *items]
     # Reasoning that only its upstream can read is for that one; other reasoning is for nobody.
     return [item for item in items if item["type"] != "reasoning" or item.get("encrypted_content")]
 
 
 @ROUTER.on("GET", "/v1/responses/{id}", access=OR_ADMIN)
-def responses_retrieve(app: App, request: Request) -> Reply:
-    """a response that is kept"""
-    if request.query.get("stream", "false") != "false":
-        raise unfit("stream", "must be false: a kept response is given whole.")
-    return Reply(body=_kept_response(app, request, request.params["id"])[0].encode())
+def responses_retrieve(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """a response that is kept; with `stream=true` as events, from behind `starting_after` on"""
+    kept = _kept_response(app, request, request.params["id"])[0]
+    if request.query.get("stream", "false") == "false":
+        return Reply(body=kept.encode())
+    start = _query_number(request, "starting_after", -1, -1, 1 << 30) + 1
+    pieces = replayed(json.loads(kept))[start:]
+    return streamed((piece.encode(), 1) for piece in pieces)
+
+
+@ROUTER.on("GET", "/v1/responses/{id}/input_items", access=OR_ADMIN)
+def responses_input_items(app: App, request: Request) -> Reply:
+    """what a kept response was made from, the last first, or with `order=asc` the first"""
+    id = request.params["id"]
+    whole, kept = _kept_response(app, request, id)
+    items = dicts(json.loads(kept or "[]"))
+    answer = {item.get("id") for item in json.loads(whole)["output"]}
+    data = listed_items([item for item in items if item.get("id") not in answer], id)
+    if request.query.get("order", "desc") != "asc":
+        data.reverse()
+    ids = [item["id"] for item in data]
+    after = request.query.get("after", "")
+    start = ids.index(after) + 1 if after in ids else 0
+    page = data[start : start + _query_number(request, "limit", 20, 1, 100)]
+    facts = {"object": "list", "data": page, "has_more": start + len(page) < len(data)}
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
+    return json_reply(facts | {"first_id": "", "last_id": ""} | ends)
+
+
+def _query_number(request: Request, name: str, usual: int, least: int, most: int) -> int:
+    """A number of the query."""
+    text = request.query.get(name, str(usual))
+    if not re.fullmatch(r"-?[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise unfit(name, f"must be a number from {max(least, 0)} to {most}.")
+    return int(text)
 
 
 @ROUTER.on("DELETE", "/v1/responses/{id}", access=OR_ADMIN)
@@ -11205,6 +12790,107 @@ def responses_delete(app: App, request: Request) -> Reply:
     _kept_response(app, request, id)
     app.store.remove_response(id)
     return json_reply({"id": id, "object": "response", "deleted": True})
+
+
+# -- Anthropic's API ------------------------------------------------------------------------------------------------------
+
+
+@ROUTER.on("POST", "/v1/messages")
+def messages_create(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """Anthropic's messages, streamed or whole"""
+    wanted = parse_message_request(request.json())
+    _tell_left_out(app, wanted.turn)
+    asked = _asked(request, wanted.turn.question)
+    message = ModelMessage(wanted, app.tokens)
+    if wanted.turn.stream:
+
+        def write(writer: Writer) -> None:
+            _ask(app, request, asked, Streamed(message, writer), message)
+
+        return Stream(write, opens=True, failed=event_of_failed_message)
+    _ask(app, request, asked, Whole(message, message.feed), message)
+    return json_reply(message.whole())
+
+
+@ROUTER.on("POST", "/v1/messages/count_tokens")
+def messages_count_tokens(app: App, request: Request) -> Reply:
+    """how many tokens a request has, without asking it"""
+    wanted = parse_message_request(request.json(), counted=True)
+    return json_reply({"input_tokens": prompt_tokens(wanted.turn.question, app.tokens.count)})
+
+
+# -- Ollama's API ---------------------------------------------------------------------------------------------------------
+
+
+def _ollama(app: App, request: Request, chats: bool) -> Reply | Stream | Upgrade:
+    """The answer to a chat or a completion; a request without a question only has the model loaded, as it always is."""
+    body = request.json()
+    turn = parse_ollama(body)
+    if turn is None:
+        unloads = body.get("keep_alive") in (0, "0", "0s")
+        return json_reply(ollama_loaded(ollama_model(body), chats, "unload" if unloads else "load"))
+    _tell_left_out(app, turn)
+    asked = _asked(request, turn.question)
+    answer = OllamaAnswer(turn, app.tokens, chats, body.get("think") is not False)
+    if turn.stream:
+
+        def write(writer: Writer) -> None:
+            _ask(app, request, asked, Streamed(answer, writer), answer)
+
+        kind = "application/x-ndjson"
+        return Stream(write, content_type=kind, signs=False, failed=line_of_failure, end=b"\n")
+    _ask(app, request, asked, Whole(answer, answer.take), answer)
+    return json_reply(answer.whole())
+
+
+@ROUTER.on("POST", "/api/chat")
+def ollama_chat(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """Ollama's chat, streamed (NDJSON) or whole"""
+    return _ollama(app, request, chats=True)
+
+
+@ROUTER.on("POST", "/api/generate")
+def ollama_generate(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """Ollama's completion of a prompt, streamed (NDJSON) or whole"""
+    return _ollama(app, request, chats=False)
+
+
+@ROUTER.on("GET", "/api/tags")
+def ollama_tags(app: App, request: Request) -> Reply:
+    """the models, as Ollama lists them"""
+    models = [
+        {"name": name, "model": name, "modified_at": iso(listed)} | ollama_facts(name)
+        for name, listed in _listed_models(app, request).items()
+    ]
+    return json_reply({"models": models})
+
+
+@ROUTER.on("GET", "/api/ps")
+def ollama_ps(app: App, request: Request) -> Reply:
+    """the models that are loaded: none needs to be"""
+    return json_reply({"models": []})
+
+
+@ROUTER.on("POST", "/api/show")
+def ollama_show(app: App, request: Request) -> Reply:
+    """what one of the models can do"""
+    body = request.json()
+    check_types(body, OLLAMA_FIELDS)
+    name = ollama_model(body)
+    models = _listed_models(app, request)
+    if name not in models and not _GPT.fullmatch(name):
+        raise ApiError("model_not_found", f"model '{name}' not found; GET /api/tags lists those there are")
+    facts = {"modelfile": "", "parameters": "", "template": "", "license": ""}
+    info: dict[str, Any] = {"general.architecture": "chatgpt", "general.basename": name}
+    info["chatgpt.context_length"] = OLLAMA_CONTEXT
+    told = {"details": ollama_facts(name)["details"], "model_info": info, "capabilities": OLLAMA_CAPABILITIES}
+    return json_reply(facts | told | {"modified_at": iso(models.get(name, time.time()))})
+
+
+@ROUTER.on("GET", "/api/version", access="public")
+def ollama_version(app: App, request: Request) -> Reply:
+    """the version of Ollama's API that is spoken here"""
+    return json_reply({"version": OLLAMA_VERSION})
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -11219,7 +12905,10 @@ def _listed_models(app: App, request: Request) -> dict[str, int]:
 
 
 def _model(request: Request, id: str, created: int) -> dict[str, Any]:
-    """A model in the shape of its route."""
+    """A model in the shape of its route and client."""
+    if "anthropic-version" in request.headers:
+        facts = {"type": "model", "id": id, "display_name": id, "lifecycle": "active"}
+        return facts | {"created_at": iso(created), "max_input_tokens": None, "max_tokens": None}
     if "engines" in request.route:
         return {"id": id, "object": "engine", "created": created, "owner": "openai", "ready": True}
     return {"id": id, "object": "model", "created": created, "owned_by": "openai"}
@@ -11227,9 +12916,12 @@ def _model(request: Request, id: str, created: int) -> dict[str, Any]:
 
 @ROUTER.on("GET", "/v1/models", "/v1/engines")
 def models_list(app: App, request: Request) -> Reply:
-    """the models of the pool's accounts (or the caller's), and the aliases"""
-    models = _listed_models(app, request)
-    return json_reply({"object": "list", "data": [_model(request, *one) for one in models.items()]})
+    """the models of the pool's accounts (or the caller's), and the aliases; in Anthropic's shape for its clients"""
+    data = [_model(request, *one) for one in _listed_models(app, request).items()]
+    if "anthropic-version" in request.headers:
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}  # aliases are always there
+        return json_reply({"data": data, "has_more": False} | ends)
+    return json_reply({"object": "list", "data": data})
 
 
 @ROUTER.on("GET", "/v1/models/{id}", "/v1/engines/{id}")
@@ -11425,19 +13117,14 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     told.append(f"Quality: {quality}." if quality not in (None, "auto") else None)
     text = "\n\n".join(line for line in told if line)
     model = "auto" if _IMAGE_MODEL.fullmatch(model) else fit_name(model)
-    question = Question((Message("user", (*images, Text(text))),), model, hosted=(DRAWING,))
+    question = Question((Message("user", (*images, Text(text))),), model, hosted=(DRAWING,), forced=DRAWING)
 
     def draw(watch: Watch) -> list[dict[str, str]]:
         asked = Asked(question, watch, request.guest, request.scope, signed_in=True)
         urls = [event.url for event in _all(app, request, asked).events if isinstance(event, Image)]
-        if form == "url" or asked.account is None:
+        if form == "url":
             return [{"url": url} for url in urls]
-        return [{"b64_json": inline(url, asked.account.id, watch)} for url in urls]
-
-    def inline(url: str, holder: str, watch: Watch) -> str:
-        get = functools.partial(app.site.downloaded, url=url, watch=watch)
-        blob = app.web.do("downloads", request.guest, get, watch, holder)
-        return base64.b64encode(blob.read()).decode()
+        return [{"b64_json": _image_data(app, request, asked, url, watch)} for url in urls]
 
     data: list[dict[str, str]] = []
     for missing in (n, 1):  # a turn without an image is made up for once
@@ -11847,14 +13534,6 @@ def api_connections(app: App, request: Request) -> Reply:
 
 
 # -- sign-in -----------------------------------------------------------------------------------------------------------
-
-
-def iso(moment: float) -> str | None:
-    """A time as ISO 8601 in UTC, None for none."""
-    if not moment:
-        return None
-    moment = min(max(moment, 0.0), LAST_MOMENT)
-    return datetime.datetime.fromtimestamp(moment, datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def token_facts(row: AccountRow) -> dict[str, Any]:
@@ -13127,8 +14806,11 @@ def tokens_page(app: App, request: Request) -> Reply:
 
 @ROUTER.on("GET", "/", access="public")
 def chat_page(app: App, request: Request) -> Reply:
-    """a chat page against this server's own API"""
-    return CHAT_PAGE
+    """a chat page against this server's own API; what Ollama says there, to a client that is no browser"""
+    browser = "text/html" in request.headers.get("accept", "")
+    return (
+        CHAT_PAGE if browser else Reply(body=b"Ollama is running", content_type="text/plain; charset=utf-8")
+    )
 
 
 # ============================================================================================================
@@ -13376,13 +15058,19 @@ class Demo(Application):
             texts.append((one["author"]["role"], "\n".join(parts)))
         told = texts[0][1] if texts else ""  # where functions and shapes are told
         role, asked = texts[-1] if texts else ("user", "go on")
-        if "picture_v2" in body.get("system_hints", ()):
+        if "picture_v2" in body.get("system_hints", ()) or re.match(r"(?i)draw\b", asked):
             drawn = DemoFile(owner, "drawing.png", demo_image(), "multimodal", 0, "image/png")
             place = f"file-service://{self.keep(drawn)}"
             part = {"content_type": "image_asset_pointer", "asset_pointer": place, "width": 64, "height": 64}
             content = {"content_type": "multimodal_text", "parts": [part]}
             drawing = {"author": {"role": "tool", "name": "dalle.text2im"}, "content": content}
             return self.say(body, ["Here", " it", " is."], before=[drawing], owner=owner)
+        if role == "user" and re.match(r"(?i)run\b.*\bpython\b", asked):
+            code = {"content_type": "code", "language": "unknown", "text": "print(6 * 7)"}
+            python = {"author": {"role": "assistant"}, "recipient": "python", "content": code}
+            printed = {"content_type": "execution_output", "text": "42"}
+            output = {"author": {"role": "tool", "name": "python"}, "content": printed}
+            return self.say(body, ["It", " is", " 42."], before=[python, output], owner=owner)
         if FUNCTIONS_LINE in told and (called := self._call(told, texts)):
             return self.say(body, re.findall(r"(?s).{1,7}", called), owner=owner)
         if SHAPE_LINE in told:
@@ -13412,7 +15100,7 @@ class Demo(Application):
         made = set(re.findall(r'<tool_call>\{"name": "([^"]+)"', "\n".join(text for _, text in texts[last:])))
         left = [name for name in offered if name not in made]
         asked = texts[last][1].lower()
-        wanted = [name for name in left if any(word in asked for word in name.lower().split("_"))]
+        wanted = [name for name in left if any(word in asked for word in re.split("[._]", name.lower()))]
         must = re.search(r"You must call (\S+)", told)
         if must and must[1] in offered:
             wanted = [must[1]]
@@ -13751,6 +15439,50 @@ def opened(settings: Settings) -> Store:
         fail(str(error))
 
 
+def opened_to_read(settings: Settings) -> Store | None:
+    """The store if there is one: who only looks makes none."""
+    return opened(settings) if (pathlib.Path(settings.data_dir) / STORE_FILE).exists() else None
+
+
+def echo_header(text: str, as_json: bool) -> None:
+    """A header above a table, for people alone."""
+    if sys.stdout.isatty() and not as_json:
+        click.echo(text)
+
+
+def pasted_lines() -> list[str]:
+    """The lines of standard input. At a terminal they are asked for, not shown, and may be of any length: a terminal left
+    to itself cuts lines at 4,095 characters."""
+    if not sys.stdin.isatty():
+        return sys.stdin.read().splitlines()
+    click.echo("Paste tokens, one a line (they are not shown), then press Ctrl-D:", err=True)
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    raw = termios.tcgetattr(terminal)
+    raw[3] &= ~(termios.ICANON | termios.ECHO)
+    termios.tcsetattr(terminal, termios.TCSADRAIN, raw)
+    try:
+        return _pasted(terminal)
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def _pasted(terminal: int) -> list[str]:
+    """Reads up to Ctrl-D, and says how much has come."""
+    data = bytearray()
+    while more := os.read(terminal, 65536):
+        end = more.find(b"\x04")
+        for byte in more if end < 0 else more[:end]:
+            if byte not in (0x7F, 0x08):
+                data.append(byte)
+            elif data and data[-1] != 0x0A:
+                data.pop()
+        click.echo(f"\r{len(data)} characters, {data.count(10)} lines", err=True, nl=end >= 0)
+        if end >= 0:
+            break
+    return data.decode("utf-8", "replace").splitlines()
+
+
 class Commands(click.Group):
     """The commands; one whose store cannot be used ends in one line."""
 
@@ -13975,7 +15707,7 @@ def accounts_add(
         return
     lines: list[str] = []
     for token in tokens:
-        lines += sys.stdin.read().splitlines() if token == "-" else [token]
+        lines += pasted_lines() if token == "-" else [token]
     _store_accounts(settings, lines, as_json)
 
 
@@ -14087,19 +15819,27 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     """List the accounts: id, kind, e-mail, plan, when the access token expires and the account was last used (UTC),
     answers and failures of today, state."""
     settings = settled(flags)
-    store = opened(settings)
+    store = opened_to_read(settings)
+    found = Pool(settings, store).accounts() if store else []
+    if store is None or not found:
+        click.echo(f"no accounts in {settings.data_dir}", err=True)
+        return
     now = time.time()
-    pool = Pool(settings, store)
     ledger = Ledger(store)
-    for account in pool.accounts():
+    names = ("expires (UTC)", "used (UTC)", "answers", "failed", "state")
+    echo_header(
+        "{:17}  {:10}  {:30}  {:6}  {:16}  {:16}  {:7} {:6}  {}".format(
+            "id", "kind", "e-mail", "plan", *names
+        ),
+        as_json,
+    )
+    for account in found:
         row = account.row
         facts = account_facts(account, ledger, now)
         times = "  ".join(f"{(facts[name] or '-')[:16]:16}" for name in ("expires", "used"))
         who = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}"
-        line = f"{who}  {times}  {facts['answers']:5} {facts['failures']:4}  {facts['told']}"
+        line = f"{who}  {times}  {facts['answers']:7} {facts['failures']:6}  {facts['told']}"
         click.echo(compact(facts) if as_json else line)
-    if not pool.accounts():
-        click.echo(f"no accounts in {settings.data_dir}", err=True)
 
 
 @accounts.command("check")
@@ -14284,16 +16024,19 @@ def user_add(flags: Mapping[str, str | None], name: str, limit: int | None, as_j
 def user_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     """List the API users: id, name, requests and tokens of today, requests that they may make a day, last use (UTC)."""
     settings = settled(flags)
-    store = opened(settings)
+    store = opened_to_read(settings)
+    found = store.users() if store else []
+    if store is None or not found:
+        click.echo(f"no API users in {settings.data_dir}", err=True)
+        return
     ledger = Ledger(store)
-    found = store.users()
+    names = ("requests", "tokens", "a day", "used (UTC)")
+    echo_header("{:13}  {:20}  {:8} {:9}  {:6}  {}".format("id", "name", *names), as_json)
     for user in found:
         facts = user_facts(user, ledger)
         limit = "-" if user.limit is None else user.limit
-        line = f"{user.id}  {user.name or '-':20}  {facts['requests']:6} {facts['tokens']:9}  {limit:>6}"
+        line = f"{user.id}  {user.name or '-':20}  {facts['requests']:8} {facts['tokens']:9}  {limit:>6}"
         click.echo(compact(facts) if as_json else f"{line}  {(facts['used'] or '-')[:16]}")
-    if not found:
-        click.echo(f"no API users in {settings.data_dir}", err=True)
 
 
 @users.command("remove")
