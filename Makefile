@@ -33,5 +33,5 @@ STYLE := --isolated --config 'line-length = 110' --config 'target-version = "py3
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install -q pytest pytest-xdist hypothesis httpx openai pillow 'pydantic-ai-slim[openai]>=2' trustme hypercorn playwright websockets ruff mypy
+	$(BIN)/pip install -q pytest pytest-xdist hypothesis httpx openai pillow 'pydantic-ai-slim[openai]>=2' trustme hypercorn playwright websockets anthropic ollama ruff mypy
 	touch $@

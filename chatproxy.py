@@ -15828,7 +15828,7 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     ledger = Ledger(store)
     names = ("expires (UTC)", "used (UTC)", "answers", "failed", "state")
     echo_header(
-        "{:17}  {:10}  {:30}  {:6}  {:16}  {:16}  {:7} {:6}  {}".format(
+        "{:14}  {:10}  {:30}  {:6}  {:16}  {:16}  {:7} {:6}  {}".format(
             "id", "kind", "e-mail", "plan", *names
         ),
         as_json,

@@ -56,6 +56,7 @@ from typing import IO, Any, get_args
 import anthropic
 import click.testing
 import httpx
+import ollama
 import openai
 import PIL.Image
 import playwright.sync_api as playwright
@@ -5987,6 +5988,472 @@ def test_a_websocket_where_none_is_spoken_is_refused_at_once(proxy: Proxy) -> No
         websockets.sync.client.connect(url, additional_headers={"Authorization": KEY}, proxy=None)
     assert refused.value.response.status_code == 426
     assert error_of(web(proxy, "GET", "/v1/responses")) == (405, "method_not_allowed")
+
+
+# --- Anthropic's API --------------------------------------------------------------------------------------------------
+
+
+CLAUDE_TOOL: Any = {"name": "get_weather", "description": "The weather now", "input_schema": WEATHER_SCHEMA}
+
+
+def claude(proxy: Proxy, **options: Any) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=proxy.url, api_key=KEY, max_retries=0, **options)
+
+
+def message_events(proxy: Proxy, **body: Any) -> list[dict[str, Any]]:
+    """The events of a streamed message, each checked against the anthropic package's type."""
+    body = {"model": "gpt-4o", "max_tokens": 1000, "messages": [SAID_HI], "stream": True} | body
+    answer = httpx.post(f"{proxy.url}/v1/messages", json=body, headers={"x-api-key": KEY}, timeout=30)
+    assert answer.status_code == 200, answer.text
+    events = []
+    for block in answer.text.strip().split("\n\n"):
+        name, _, data = block.partition("\n")
+        value = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {value['type']}"
+        MESSAGE_EVENT.validate_python(value)
+        events.append(value)
+    return events
+
+
+def test_a_message_is_answered_whole_and_streamed(proxy: Proxy, weather: Weather) -> None:
+    weather.before = [THOUGHT]
+    client = claude(proxy)
+    asked: Any = {"model": "gpt-4o", "max_tokens": 100, "messages": [SAID_HI], "system": "Be brief."}
+    answer = client.messages.create(**asked)
+    assert [block.to_dict() for block in answer.content] == [{"type": "text", "text": "Hello wide world."}]
+    assert (answer.stop_reason, answer.role, answer.model) == ("end_turn", "assistant", "gpt-4o")
+    assert answer.usage.input_tokens > 8 and answer.usage.output_tokens == 9
+    assert weather.asked()["messages"][0]["author"]["role"] == "system" and "Be brief." in weather.told()
+    with client.messages.stream(**asked, thinking={"type": "adaptive"}) as stream:
+        assert "".join(stream.text_stream) == "Hello wide world."
+        final = stream.get_final_message()
+    assert [block.type for block in final.content] == ["thinking", "text"]
+    assert final.content[0].to_dict() == {
+        "type": "thinking",
+        "thinking": "Hm\nlet me see",
+        "signature": "chatproxy",
+    }
+    assert final.usage.input_tokens == answer.usage.input_tokens
+    assert final.usage.output_tokens == answer.usage.output_tokens
+    kinds = [
+        event["type"] for event in message_events(proxy, thinking={"type": "enabled", "budget_tokens": 2000})
+    ]
+    assert [kind for i, kind in enumerate(kinds) if kind != kinds[i - 1]] == [
+        "message_start", "content_block_start", "content_block_delta", "content_block_stop",
+        "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop",
+    ]  # fmt: skip
+    assert weather.asked()["thinking_effort"] == "standard"
+    for thinking in ({"type": "disabled"}, {"type": "adaptive", "display": "omitted"}):
+        events = message_events(proxy, thinking=thinking, output_config={"effort": "max"})
+        assert not any(event.get("content_block", {}).get("type") == "thinking" for event in events)
+        assert weather.asked()["thinking_effort"] == "max"
+
+
+def test_tools_are_called_in_messages_and_their_results_told(proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(f"So: {GOOD_CALL}{GOOD_CALL}")
+    client = claude(proxy)
+    question: Any = {"role": "user", "content": "and Paris?"}
+    asked: Any = {"model": "gpt-4o", "max_tokens": 1000, "tools": [CLAUDE_TOOL]}
+    for streams in (False, True):
+        if streams:
+            with client.messages.stream(**asked, messages=[question]) as stream:
+                answer: Any = stream.get_final_message()
+        else:
+            answer = client.messages.create(**asked, messages=[question])
+        assert [block.type for block in answer.content] == ["text", "tool_use", "tool_use"]
+        assert answer.content[1].input == {"city": "Paris", "unit": "c"} and answer.stop_reason == "tool_use"
+    source: Any = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(picture()).decode()}
+    back: Any = [
+        {"type": "tool_result", "tool_use_id": answer.content[1].id, "is_error": True,
+         "content": [{"type": "text", "text": "sunny"}, {"type": "image", "source": source}]},
+        {"type": "tool_result", "tool_use_id": answer.content[2].id, "content": "rainy"},
+        {"type": "text", "text": "which is it?"},
+    ]  # fmt: skip
+    weather.words = ["Both."]
+    said = [question, {"role": "assistant", "content": answer.content}, {"role": "user", "content": back}]
+    assert client.messages.create(**asked, messages=said).content[0].to_dict()["text"] == "Both."
+    roles = [one["author"]["role"] for one in weather.asked()["messages"]]
+    assert roles == ["system", "user", "assistant", "tool", "user"]
+    first, second = (f"Result of get_weather (call {answer.content[i].id}):" for i in (1, 2))
+    assert f"{first}\nThe call failed:\nsunny" in weather.told() and f"{second}\nrainy" in weather.told()
+    assert weather.asked()["messages"][3]["metadata"]["attachments"][0]["mime_type"] == "image/png"
+
+
+def test_a_tool_choice_of_messages_is_kept(proxy: Proxy, weather: Weather) -> None:
+    for choice, told in (
+        ({"type": "any"}, "You must call at least one"),
+        ({"type": "tool", "name": "get_weather"}, "You must call get_weather now"),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "Write one call at most."),
+    ):
+        weather.words = [GOOD_CALL]
+        events = message_events(proxy, tools=[CLAUDE_TOOL], tool_choice=choice)
+        assert events[-2]["delta"]["stop_reason"] == "tool_use" and told in weather.told()
+    weather.words = ["No."]
+    message_events(proxy, tools=[CLAUDE_TOOL], tool_choice={"type": "none"})
+    assert cp.FUNCTIONS_LINE not in weather.told()
+
+
+def test_blocks_of_every_kind_are_understood(
+    proxy: Proxy, weather: Weather, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = base64.b64encode(picture()).decode()
+    content: Any = [
+        {"type": "document", "title": "Notes", "context": "old", "source": {"type": "text", "data": "plain words"}},
+        {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "inner words"}]}},
+        {"type": "document", "title": "a.pdf",
+         "source": {"type": "base64", "media_type": "application/pdf", "data": base64.b64encode(b"%PDF-1.4").decode()}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": image}},
+        {"type": "search_result", "title": "Found", "source": "https://x.example",
+         "content": [{"type": "text", "text": "found words"}]},
+        {"type": "text", "text": "so?", "cache_control": {"type": "ephemeral"}},
+    ]  # fmt: skip
+    done: Any = [
+        {"type": "thinking", "thinking": "secret thought", "signature": "x"},
+        {"type": "redacted_thinking", "data": "gone"},
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+        {"type": "of_next_year"},
+        {"type": "text", "text": "done words"},
+    ]
+    said = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": done},
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "and?"},
+    ]
+    tools: Any = [
+        {"type": "bash_20250124", "name": "bash"},
+        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+        {"type": "memory_20250818", "name": "memory"},
+        {"type": "web_search_20250305", "name": "web_search"},
+        {"type": "code_execution_20250825", "name": "code_execution"},
+        {"type": "web_fetch_20250910", "name": "web_fetch"},
+    ]
+    with caplog.at_level("INFO"):
+        message_events(proxy, messages=said, tools=tools)
+    named = [vars(one)["facts"]["kind"] for one in caplog.records if "left out" in one.msg]
+    assert named == ["of_next_year block", "web_fetch_20250910"]
+    for text in (
+        "Notes\nold",
+        "plain words",
+        "inner words",
+        "Found\nhttps://x.example",
+        "found words",
+        "done words",
+    ):
+        assert text in weather.told(), text
+    assert "secret thought" not in weather.told() and "be kind" in weather.told()
+    assert len(weather.asked()["messages"][1]["metadata"]["attachments"]) == 2
+    offered = weather.told().split(cp.FUNCTIONS_LINE)[1].strip().splitlines()[:3]
+    assert [json.loads(one)["name"] for one in offered] == ["bash", "str_replace_based_edit_tool", "memory"]
+    assert "searching the web, running Python" in weather.told()
+
+
+def test_a_message_ends_as_it_was_asked_to(proxy: Proxy, weather: Weather) -> None:
+    client = claude(proxy)
+    asked: Any = {"model": "claude-sonnet-4-5", "messages": [SAID_HI]}
+    answer = client.messages.create(**asked, max_tokens=100, stop_sequences=["nowhere", " wor"])
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", " wor")
+    assert answer.content[0].to_dict()["text"] == "Hello wide" and weather.asked()["model"] == "auto"
+    answer = client.messages.create(**asked, max_tokens=2)
+    assert (answer.stop_reason, answer.stop_sequence) == ("max_tokens", None)
+    schema: Any = {"type": "json_schema", "schema": {"type": "object", "required": ["a"]}}
+    weather.words = ['Here: {"a":', " 1}!"]
+    answer = client.messages.create(**asked, max_tokens=100, output_config={"format": schema})
+    assert answer.content[0].to_dict()["text"] == '{"a": 1}'
+
+
+def test_messages_fail_in_anthropics_shape(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", retry_times="0")
+    client = claude(proxy)
+    asked: Any = {"model": "gpt-4o", "max_tokens": 9, "messages": [SAID_HI]}
+    wrong = anthropic.Anthropic(base_url=proxy.url, api_key="no", max_retries=0)
+    with pytest.raises(anthropic.AuthenticationError) as failed:
+        wrong.messages.create(**asked)
+    told: Any = failed.value.body
+    assert told["type"] == "error" and told["error"].keys() == {"type", "message"}
+    assert told["error"]["type"] == "authentication_error"
+    for body, text in (
+        ({"max_tokens": None}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].source"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]"),
+        ({"tools": [{"name": "x y", "input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [5]}, "tools[0]"),
+        ({"tool_choice": {"type": "perhaps"}}, "tool_choice.type"),
+        ({"output_config": {"effort": "some"}}, "output_config.effort"),
+        ({"stop_sequences": [5]}, "stop_sequences"),
+    ):
+        answer = httpx.post(f"{proxy.url}/v1/messages", json=asked | body, headers={"x-api-key": KEY})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (400, "invalid_request_error") and text in error[
+            "message"
+        ]
+    weather.add("/conversation", status(429))
+    with pytest.raises(anthropic.RateLimitError):
+        client.messages.create(**asked)
+    assert httpx.get(f"{proxy.url}/v1/messages", headers={"x-api-key": KEY}).json()["type"] == "error"
+    big = httpx.post(f"{proxy.url}/v1/messages", content=bytes(21 << 20), headers={"x-api-key": KEY})
+    assert big.json()["error"]["type"] == "request_too_large"
+    refused = httpx.post(f"{proxy.url}/v1/messages", json=asked, headers={"x-api-key": "sk-ant-api03-x"})
+    assert refused.json()["error"]["type"] == "authentication_error" and weather.count("/v1/messages") == 0
+
+
+def test_a_message_that_breaks_off_ends_with_an_error(proxy: Proxy, weather: Weather) -> None:
+    half = list(weather.say({"model": "gpt-4o"}, [" a", " b", " c"]))[:5]
+    weather.add("/conversation", cut_stream(*half))
+    told = message_events_text(proxy)
+    assert told.endswith("\n\n") and "message_stop" not in told
+    name, _, data = told.strip().split("\n\n")[-1].partition("\n")
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"]["type"] == "api_error"
+    weather.add("/conversation", cut_stream(*half))
+    with (
+        pytest.raises(anthropic.APIStatusError),
+        claude(proxy).messages.stream(
+            model="gpt-4o", max_tokens=9, messages=[{"role": "user", "content": "hi"}]
+        ) as stream,
+    ):
+        stream.get_final_message()
+
+
+def message_events_text(proxy: Proxy) -> str:
+    body = {"model": "gpt-4o", "max_tokens": 9, "messages": [SAID_HI], "stream": True}
+    return httpx.post(f"{proxy.url}/v1/messages", json=body, headers={"x-api-key": KEY}, timeout=30).text
+
+
+def test_anthropics_clients_count_tokens_and_list_models(proxy: Proxy, weather: Weather) -> None:
+    client = claude(proxy)
+    counted = client.messages.count_tokens(model="gpt-4o", messages=[{"role": "user", "content": "hi"}])
+    asked = client.messages.create(model="gpt-4o", max_tokens=9, messages=[{"role": "user", "content": "hi"}])
+    assert counted.input_tokens == asked.usage.input_tokens
+    models = client.models.list()
+    assert {"gpt-4o", "auto"} <= {model.id for model in models} and not models.has_more
+    pydantic.TypeAdapter(list[anthropic.types.ModelInfo]).validate_python([one.to_dict() for one in models])
+    assert client.models.retrieve("gpt-4o").display_name == "gpt-4o"
+    with pytest.raises(anthropic.NotFoundError):
+        client.models.retrieve("nobody")
+    assert web(proxy, "GET", "/v1/models").json()["object"] == "list"
+
+
+# --- Ollama's API -----------------------------------------------------------------------------------------------------
+
+
+def llama(proxy: Proxy) -> ollama.Client:
+    return ollama.Client(host=proxy.url, headers={"Authorization": f"Bearer {KEY}"})
+
+
+def test_ollamas_clients_chat(proxy: Proxy, weather: Weather) -> None:
+    weather.before = [THOUGHT]
+    client = llama(proxy)
+    answer = client.chat("gpt-4o:latest", messages=[SAID_HI])
+    assert answer.message.content == "Hello wide world." and answer.message.thinking == "Hm\nlet me see"
+    assert (answer.done, answer.done_reason, answer.eval_count) == (True, "stop", 9)
+    assert weather.asked()["model"] == "gpt-4o" and (answer.total_duration or 0) > 0
+    parts = list(client.chat("gpt-4o", messages=[SAID_HI], stream=True, think=False))
+    assert "".join(part.message.content or "" for part in parts) == "Hello wide world."
+    assert not any(part.message.thinking for part in parts) and [part.done for part in parts].index(True) == 4
+    assert parts[-1].prompt_eval_count == answer.prompt_eval_count
+    client.chat("gpt-4o", messages=[SAID_HI], think="high")
+    assert weather.asked()["thinking_effort"] == "extended"
+    short = client.chat("gpt-4o", messages=[SAID_HI], options={"num_predict": 2, "stop": ["x"]})
+    assert short.done_reason == "length" and short.message.content == "Hello wide"
+    weather.words = ['{"a":', " 1}"]
+    shaped = client.chat("gpt-4o", messages=[SAID_HI], format={"type": "object", "required": ["a"]})
+    assert json.loads(shaped.message.content or "") == {"a": 1}
+    assert json.loads(client.chat("gpt-4o", messages=[SAID_HI], format="json").message.content or "") == {
+        "a": 1
+    }
+
+
+def test_ollamas_clients_call_tools_and_send_pictures(proxy: Proxy, weather: Weather) -> None:
+    def get_weather(city: str, unit: str = "c") -> str:
+        """The weather now.
+
+        Args:
+            city: where
+            unit: c or f
+        """
+        return f"sunny in {city}"
+
+    client = llama(proxy)
+    weather.words = in_pieces(f"{GOOD_CALL}{GOOD_CALL}")
+    said: list[Any] = [{"role": "user", "content": "look", "images": [picture()]}]
+    for streams in (False, True):
+        if streams:
+            parts = [
+                one.message for one in client.chat("gpt-4o", messages=said, tools=[get_weather], stream=True)
+            ]
+            message = parts[0]
+            calls = [call for one in parts for call in one.tool_calls or ()]
+        else:
+            message = client.chat("gpt-4o", messages=said, tools=[get_weather]).message
+            calls = list(message.tool_calls or ())
+        assert [(call.function.name, call.function.arguments) for call in calls] == [
+            ("get_weather", {"city": "Paris", "unit": "c"})
+        ] * 2
+    assert weather.asked()["messages"][1]["metadata"]["attachments"][0]["mime_type"] == "image/png"
+    said += [message, {"role": "tool", "content": get_weather("Paris"), "tool_name": "get_weather"}]
+    weather.words = ["It is sunny."]
+    assert client.chat("gpt-4o", messages=said, tools=[get_weather]).message.content == "It is sunny."
+    assert "Result of get_weather:\nsunny in Paris" in weather.told() and GOOD_CALL[:30] in weather.told()
+
+
+def test_ollamas_clients_complete_prompts(proxy: Proxy, weather: Weather) -> None:
+    client = llama(proxy)
+    answer = client.generate("gpt-4o", "hi", system="Be brief.", images=[picture()])
+    assert answer.response == "Hello wide world." and answer.done_reason == "stop"
+    assert "Be brief." in weather.told() and weather.asked()["messages"][1]["metadata"]["attachments"]
+    parts = list(client.generate("gpt-4o", "hi", stream=True))
+    assert "".join(part.response or "" for part in parts) == "Hello wide world." and parts[-1].done
+    asked = weather.count("/conversation")
+    assert client.generate("gpt-4o").done_reason == "load"
+    assert client.chat("gpt-4o", keep_alive=0).done_reason == "unload"
+    assert weather.count("/conversation") == asked
+    with pytest.raises(ollama.ResponseError, match="suffix"):
+        client.generate("gpt-4o", "hi", suffix="x")
+
+
+def test_ollamas_clients_look_around(proxy: Proxy) -> None:
+    client = llama(proxy)
+    listed = {model.model for model in client.list().models}
+    assert {"gpt-4o", "auto"} <= listed and client.ps().models == []
+    shown = client.show("gpt-4o:latest")
+    assert {"completion", "tools", "vision"} <= set(shown.capabilities or ())
+    assert (shown.modelinfo or {})["chatgpt.context_length"] > 8000
+    with pytest.raises(ollama.ResponseError) as missing:
+        client.show("nobody")
+    assert missing.value.status_code == 404 and "not found" in missing.value.error
+    assert httpx.get(f"{proxy.url}/api/version").json()["version"].count(".") == 2
+    assert httpx.get(proxy.url).text == "Ollama is running" and httpx.head(proxy.url).status_code == 200
+    assert "<html" in httpx.get(proxy.url, headers=BROWSER).text
+    with pytest.raises(ollama.ResponseError) as refused:
+        ollama.Client(host=proxy.url, headers={"Authorization": "Bearer no"}).list()
+    assert refused.value.status_code == 401 and "API key" in refused.value.error
+
+
+def test_an_answer_of_ollamas_that_breaks_off_says_so(proxy: Proxy, weather: Weather) -> None:
+    half = list(weather.say({"model": "gpt-4o"}, [" a", " b", " c"]))[:5]
+    weather.add("/conversation", cut_stream(*half), cut_stream(*half))
+    client = llama(proxy)
+    with pytest.raises(ollama.ResponseError, match="upstream"):
+        list(client.chat("gpt-4o", messages=[SAID_HI], stream=True))
+    with pytest.raises(ollama.ResponseError) as failed:
+        client.chat("gpt-4o", messages=[SAID_HI])
+    assert failed.value.status_code == 502
+    for body, text in (
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x", "images": "no"}]}, "images"),
+        ({"messages": [{"role": "user", "content": "x", "images": ["-"]}]}, "base64"),
+        ({"messages": [SAID_HI], "options": {"num_predict": "x"}}, "num_predict"),
+        ({"messages": [SAID_HI], "tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"model": None, "messages": [SAID_HI]}, "model"),
+    ):
+        answer = web(proxy, "POST", "/api/chat", json={"model": "gpt-4o"} | body)
+        assert answer.status_code == 400 and text in answer.json()["error"]
+
+
+# --- small ones ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_compressed_body_is_refused_as_what_it_is(proxy: Proxy) -> None:
+    body = gzip.compress(json.dumps({"model": "gpt-4o", "messages": [SAID_HI]}).encode())
+    answer = web(proxy, "POST", "/v1/chat/completions", content=body, headers={"Content-Encoding": "gzip"})
+    assert error_of(answer) == (415, "unsupported_encoding")
+    plain = json.dumps({"model": "gpt-4o", "messages": [SAID_HI]}).encode()
+    same = web(proxy, "POST", "/v1/chat/completions", content=plain, headers={"Content-Encoding": "identity"})
+    assert same.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [
+        ("POST", "/v1/responses/unknown", 404),
+        ("POST", "/v1/responses/input_tokens/more", 404),
+        ("GET", "/v1/responses/compact", 405),
+        ("POST", "/v1/messages/batches", 404),
+        ("GET", "/v1/messages", 405),
+        ("GET", "/v1/chat/completions/x", 404),
+        ("POST", "/v1/models/unknown", 404),
+        ("POST", "/v1/models/gpt-4o", 405),
+        ("POST", "/v1/responses/resp_1f", 405),
+        ("POST", "/api/tags", 405),
+        ("GET", "/api/pull", 404),
+    ],
+)
+def test_a_path_that_is_not_there_is_not_a_wrong_method(
+    proxy: Proxy, method: str, path: str, code: int
+) -> None:
+    answer = web(proxy, method, path)
+    assert answer.status_code == code and ("allow" in answer.headers) == (code == 405)
+
+
+def test_a_recap_stands_apart_from_the_thoughts_before_it(proxy: Proxy, weather: Weather) -> None:
+    recap = {
+        "author": {"role": "assistant"},
+        "content": {"content_type": "reasoning_recap", "content": "Thought for 5s"},
+    }
+    weather.before = [THOUGHT, recap]
+    for encoding in ("v1", "cumulative"):
+        weather.encoding = encoding
+        answer: Any = proxy.client().chat.completions.create(
+            model="gpt-4o", messages=[{"role": "user", "content": "hi"}]
+        )
+        assert answer.choices[0].message.reasoning_content == "Hm\nlet me see\n\nThought for 5s"
+
+
+def at_terminal(*words: str, typed: bytes = b"", folder: pathlib.Path) -> str:
+    """What a command says at a terminal where this is typed."""
+    ours, theirs = os.openpty()
+    env = os.environ | {"DATA_DIR": str(folder)}
+    program = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words], env=env, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    said = b""
+    try:
+        while typed:
+            while b"Paste tokens" not in said:
+                said += os.read(ours, 65536)
+            if select_readable_fd(ours, 0.01):
+                said += os.read(ours, 65536)
+            typed = typed[os.write(ours, typed[:1000]) :]
+        with contextlib.suppress(OSError):  # it has ended
+            while more := os.read(ours, 65536):
+                said += more
+    finally:
+        os.close(ours)
+        program.wait(20)
+    return said.decode()
+
+
+def select_readable_fd(fd: int, seconds: float) -> bool:
+    return bool(select.select([fd], [], [], seconds)[0])
+
+
+def test_lists_have_a_header_at_a_terminal_and_make_no_store(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "none"
+    for command in ("accounts", "users"):
+        assert "no " in run(command, "list", env={"DATA_DIR": str(folder)}).stderr
+        assert not folder.exists()
+    run("accounts", "add", cp.demo_token("alice"), env={"DATA_DIR": str(folder)})
+    run("users", "add", "bob", env={"DATA_DIR": str(folder)})
+    header, row = at_terminal("accounts", "list", folder=folder).strip().splitlines()
+    assert header.split()[:4] == ["id", "kind", "e-mail", "plan"] and "alice@" in row
+    assert header.index("kind") == row.index("access") and header.index("e-mail") == row.index("alice@")
+    assert header.index("state") == row.index("ready")
+    header, row = at_terminal("users", "list", folder=folder).strip().splitlines()
+    assert header.index("name") == row.index("bob")
+    assert len(run("accounts", "list", env={"DATA_DIR": str(folder)}).stdout.splitlines()) == 1
+
+
+def test_a_long_line_can_be_pasted_at_a_terminal(tmp_path: pathlib.Path) -> None:
+    token = cp.demo_token("alice")
+    page = json.dumps({"user": {"email": "alice@demo.example", "pad": "x" * 6000}, "accessToken": token})
+    for typed in (page.encode() + b"\n\x04", b"bad\x7f\x7f\x7f" + token.encode() + b"\n\x04"):
+        said = at_terminal("accounts", "add", "-", typed=typed, folder=tmp_path / "data")
+        assert "stored: 1" in said and "alice@demo.example" in said and token[:40] not in said
 
 
 FIELD_NAMES = sorted(
