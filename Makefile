@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run demo test bench lint clean
+.PHONY: run demo test bench lint agents clean
 
 run: .venv/run
 	$(BIN)/python chatproxy.py serve
@@ -21,8 +21,11 @@ lint: .venv/test
 	$(BIN)/ruff format --check $(STYLE) .
 	$(BIN)/mypy --strict-optional --disallow-untyped-defs --warn-unused-ignores chatproxy.py test_chatproxy.py
 
+# The coding agents that the tests have at work, in the versions that were tried: 3 GB. Without them those are skipped.
+agents: .agents/done
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .agents
 
 # The rules are here and not in a file of their own: pyflakes, bugbear, simplify, pyupgrade, import order and the like.
 STYLE := --isolated --config 'line-length = 110' --config 'target-version = "py310"'
@@ -30,6 +33,14 @@ STYLE := --isolated --config 'line-length = 110' --config 'target-version = "py3
 .venv/run:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q 'curl_cffi>=0.16,<0.17' 'click>=8.1'
+	touch $@
+
+.agents/done:
+	npm install --prefix .agents --no-fund --no-audit --loglevel=error node@24 @openai/codex@0.169.0 @github/copilot@1.0.102 \
+		cline@3.0.65 opencode-ai@1.18.33 @anthropic-ai/claude-code@2.1.330 @qwen-code/qwen-code@0.24.4 @continuedev/cli@1.5.47
+	npm install --prefix .agents/old --no-fund --no-audit --loglevel=error @openai/codex@0.145.0
+	$(PYTHON) -m venv .agents/venv
+	.agents/venv/bin/pip install -q aider-chat==0.86.2
 	touch $@
 
 .venv/test: .venv/run

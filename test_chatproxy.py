@@ -6456,6 +6456,317 @@ def test_a_long_line_can_be_pasted_at_a_terminal(tmp_path: pathlib.Path) -> None
         assert "stored: 1" in said and "alice@demo.example" in said and token[:40] not in said
 
 
+# --- coding agents, for real --------------------------------------------------------------------------------------------
+
+# Where `make agents` installs them; those that are not there are skipped.
+AGENTS = pathlib.Path(os.environ.get("AGENTS", SCRIPT.parent / ".agents"))
+OLD, NEW = "hello world", "hello changed world"
+HUNKS = (f"*** Add File: hello.txt\n+{OLD}", f"*** Update File: hello.txt\n@@\n-{OLD}\n+{NEW}")
+PATCHES = [f"*** Begin Patch\n{hunk}\n*** End Patch" for hunk in HUNKS]
+
+
+class Coder(Weather):
+    """The stand-in with a model that creates a file, reads it, changes it and prints it, with whatever tools it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = pathlib.Path()
+        self.made = 0  # calls
+
+    def answer(self, request: cp.Request, body: Any) -> Iterator[bytes]:
+        texts = [
+            (
+                one["author"]["role"],
+                "\n".join(part for part in one["content"]["parts"] if isinstance(part, str)),
+            )
+            for one in body["messages"]
+        ]
+        told = next((text for _, text in texts if cp.FUNCTIONS_LINE in text), "")
+        if not told:
+            return self.say(body, [self.edit(texts)])
+        lines = told.split(f"{cp.FUNCTIONS_LINE}\n")[1].split("\n\n")[0].splitlines()
+        offered = {one["name"]: one for one in map(json.loads, lines)}
+        steps = self.steps(offered)
+        done = sum("<tool_call>" in text for role, text in texts if role == "assistant")
+        if done >= len(steps):
+            return self.say(body, ["All", " done", "."])
+        self.made += len(steps[done])
+        calls = [
+            f"<tool_call>{json.dumps({'name': name, 'arguments': args})}</tool_call>"
+            for name, args in steps[done]
+        ]
+        return self.say(body, in_pieces("".join(["Now: " * (done == 0), *calls]), 9))
+
+    @staticmethod
+    def edit(texts: list[tuple[str, str]]) -> str:
+        """What a program without tools is told: a file whole, and then its change."""
+        if "SEARCH/REPLACE" not in "".join(text for _, text in texts):
+            return "Nothing to do."
+        before, after = (OLD, NEW) if any(f"\n{OLD}\n" in text for _, text in texts) else ("", OLD)
+        lines = [
+            "hello.txt",
+            "```",
+            "<<<<<<< SEARCH",
+            *filter(None, [before]),
+            "=======",
+            after,
+            ">>>>>>> REPLACE",
+            "```",
+        ]
+        return "\n".join([*lines, ""])
+
+    def steps(self, offered: dict[str, Any]) -> list[list[tuple[str, Any]]]:
+        """The calls, step by step; the last two at once."""
+        path = str(self.folder / "hello.txt")
+
+        def fill(name: str, **values: Any) -> tuple[str, Any]:
+            properties = offered[name]["parameters"].get("properties", {})
+            known: dict[str, Any] = {
+                "path": path, "file_path": path, "filePath": path, "filepath": path,
+                "files": [{"path": path}], "description": "as asked", "is_background": False, "requires_approval": False, "cmd": values.get("run"),
+                "command": values.get("run"), "commands": [values.get("run")], "content": values.get("text"),
+                "file_text": values.get("text"), "new_text": values.get("new", values.get("text")),
+                "old_text": values.get("old"), "old_string": values.get("old"), "oldString": values.get("old"),
+                "old_str": values.get("old"), "new_string": values.get("new"), "newString": values.get("new"),
+                "new_str": values.get("new"),
+                "edits": [{"old_string": values.get("old"), "new_string": values.get("new")}],
+            }  # fmt: skip
+            if properties.get("command", {}).get("type") == "array":
+                known["command"] = ["bash", "-lc", values.get("run")]
+            return name, {one: known[one] for one in properties if known.get(one) not in (None, [None])}
+
+        def first(*names: str) -> str:
+            return next((name for name in names if name in offered), "")
+
+        if "functions.exec" in offered:  # which runs programs that call the tools
+
+            def run(code: str) -> tuple[str, Any]:
+                return "functions.exec", {"input": code}
+
+            cat = run('const r = await tools.exec_command({cmd: "cat hello.txt"}); text(r.output);')
+            add, change = (run(f"text(await tools.apply_patch({json.dumps(one)}));") for one in PATCHES)
+            return [[add], [cat], [change], [cat, cat]]
+        shell = first(
+            "Bash", "bash", "run_shell_command", "exec_command", "shell_command", "run_commands", "shell", "execute_command"
+        )  # fmt: skip
+        cat = fill(shell, run="cat hello.txt")
+        if patch := first("apply_patch"):
+            field = next(iter(offered[patch]["parameters"]["properties"]))
+            add, change = ((patch, {field: one}) for one in PATCHES)
+        elif writer := first("Write", "write", "write_file", "create", "editor"):
+            add = fill(writer, text=f"{OLD}\n")
+            change = fill(first("Edit", "edit", "editor", "MultiEdit"), old=OLD, new=NEW)
+        else:
+            add = fill(shell, run=f"echo {OLD} > hello.txt")
+            change = fill(shell, run=f"echo {NEW} > hello.txt")
+        reader = first("Read", "read", "read_file", "view", "read_files")
+        read = fill(reader) if reader else cat
+        return [[add], [read], [change], [cat, read]]
+
+
+def opencode_settings(url: str, package: str) -> str:
+    model = {"name": "gpt-4o", "tool_call": True, "limit": {"context": 100000, "output": 8000}}
+    provider = {
+        "npm": package,
+        "name": "P",
+        "options": {"baseURL": f"{url}/v1", "apiKey": KEY},
+        "models": {"gpt-4o": model},
+    }
+    return json.dumps(
+        {"model": "p/gpt-4o", "small_model": "p/gpt-4o", "permission": "allow", "provider": {"p": provider}}
+    )
+
+
+def codex_settings(url: str, custom: bool) -> str:
+    if not custom:
+        return f'model = "gpt-5.4"\nopenai_base_url = "{url}/v1"\n'
+    provider = f'name = "p"\nbase_url = "{url}/v1"\nenv_key = "P_KEY"\nwire_api = "responses"'
+    return f'model_provider = "p"\n[model_providers.p]\n{provider}\n'
+
+
+def cline_settings(url: str, provider: str) -> str:
+    settings = {"provider": provider, "apiKey": KEY, "model": "gpt-4o", "baseUrl": f"{url}/v1"}
+    facts = {"settings": settings, "updatedAt": "2026-01-01T00:00:00.000Z", "tokenSource": "manual"}
+    return json.dumps(
+        {"version": 1, "lastUsedProvider": provider, "modes": {}, "providers": {provider: facts}}
+    )
+
+
+def continue_settings(url: str, provider: str) -> str:
+    base = url if provider == "ollama" else f"{url}/v1"
+    model = {"name": "M", "provider": provider, "model": "gpt-4o", "apiBase": base, "apiKey": KEY}
+    lists = {"roles": ["chat", "edit", "apply"], "capabilities": ["tool_use"]}
+    return json.dumps({"name": "L", "version": "1.0.0", "schema": "v1", "models": [model | lists]})
+
+
+TASK = "Create hello.txt, read it, change it, print it."
+CODEX = ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+CODEX_FILE = ".codex/config.toml"
+CLINE_FILE = ".cline/data/settings/providers.json"
+QUIET = {"DO_NOT_TRACK": "1", "CI": "1", "NO_COLOR": "1", "TERM": "dumb", "IS_SANDBOX": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """A coding agent: its program and words, its environment, and a file of settings in its home; `{url}` is the server."""
+
+    program: str
+    words: list[str]
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    file: str = ""
+    settings: Callable[[str], str] = str
+
+
+COPILOT = {
+    "COPILOT_PROVIDER_BASE_URL": "{url}/v1", "COPILOT_PROVIDER_TYPE": "openai", "COPILOT_PROVIDER_API_KEY": KEY,
+    "COPILOT_MODEL": "gpt-4o", "COPILOT_OFFLINE": "true", "COPILOT_AUTO_UPDATE": "false",
+}  # fmt: skip
+COPILOT_WORDS = ["-p", TASK, "--allow-all", "--no-ask-user", "--no-auto-update", "--disable-builtin-mcps"]
+CLINE = {"CLINE_SESSION_BACKEND_MODE": "local", "CLINE_NO_AUTO_UPDATE": "1", "CLINE_TELEMETRY_DISABLED": "1"}
+OPENCODE = {
+    f"OPENCODE_DISABLE_{name}": "1"
+    for name in ("MODELS_FETCH", "AUTOUPDATE", "LSP_DOWNLOAD", "DEFAULT_PLUGINS", "SHARE", "PROJECT_CONFIG")
+}
+CLAUDE = {
+    "ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_API_KEY": KEY, "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    "DISABLE_TELEMETRY": "1", "DISABLE_AUTOUPDATER": "1",
+}  # fmt: skip
+QWEN = {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": KEY, "OPENAI_MODEL": "gpt-4o"}
+CODING_AGENTS = {
+    "codex, its own provider": Agent(
+        "codex", [*CODEX, TASK], {"CODEX_API_KEY": KEY}, CODEX_FILE, lambda url: codex_settings(url, False)
+    ),
+    "codex, a provider": Agent(
+        "codex", [*CODEX, "-m", "gpt-4o", TASK], {"P_KEY": KEY}, CODEX_FILE, lambda url: codex_settings(url, True)
+    ),
+    "codex, code mode": Agent(
+        "codex", [*CODEX, "-m", "gpt-6-sol", TASK], {"P_KEY": KEY}, CODEX_FILE, lambda url: codex_settings(url, True)
+    ),
+    "codex 0.145": Agent(
+        "old/codex", [*CODEX, "-m", "gpt-5.4", TASK], {"P_KEY": KEY}, CODEX_FILE, lambda url: codex_settings(url, True)
+    ),
+    "copilot, completions": Agent("copilot", COPILOT_WORDS, COPILOT | {"COPILOT_PROVIDER_WIRE_API": "completions"}),
+    "copilot, responses": Agent("copilot", COPILOT_WORDS, COPILOT | {"COPILOT_PROVIDER_WIRE_API": "responses"}),
+    "cline, openai-compatible": Agent(
+        "cline", ["--auto-approve", "true", "-P", "openai-compatible", "-m", "gpt-4o", TASK], CLINE, CLINE_FILE,
+        lambda url: cline_settings(url, "openai-compatible"),
+    ),
+    "cline, openai-native": Agent(
+        "cline", ["--auto-approve", "true", "-P", "openai-native", "-m", "gpt-4o", TASK], CLINE, CLINE_FILE,
+        lambda url: cline_settings(url, "openai-native"),
+    ),
+    "opencode, completions": Agent(
+        "opencode", ["run", "--auto", "-m", "p/gpt-4o", TASK], OPENCODE, ".config/opencode/opencode.json",
+        lambda url: opencode_settings(url, "@ai-sdk/openai-compatible"),
+    ),
+    "opencode, responses": Agent(
+        "opencode", ["run", "--auto", "-m", "p/gpt-4o", TASK], OPENCODE, ".config/opencode/opencode.json",
+        lambda url: opencode_settings(url, "@ai-sdk/openai"),
+    ),
+    "claude": Agent("claude", ["-p", TASK, "--dangerously-skip-permissions", "--model", "gpt-4o"], CLAUDE),
+    "qwen": Agent("qwen", ["--auth-type", "openai", "-p", TASK, "--yolo"], QWEN),
+    "continue, openai": Agent(
+        "cn", ["--config", "{home}/config.yaml", "-p", TASK, "--auto"], {}, "config.yaml",
+        lambda url: continue_settings(url, "openai"),
+    ),
+    "continue, ollama": Agent(
+        "cn", ["--config", "{home}/config.yaml", "-p", TASK, "--auto"], {}, "config.yaml",
+        lambda url: continue_settings(url, "ollama"),
+    ),
+    "continue, anthropic": Agent(
+        "cn", ["--config", "{home}/config.yaml", "-p", TASK, "--auto"], {}, "config.yaml",
+        lambda url: continue_settings(url, "anthropic"),
+    ),
+}  # fmt: skip
+
+
+def program_of(name: str) -> str:
+    """The program of an agent; without it the test is skipped."""
+    folder, _, plain = name.rpartition("/")
+    bins = [AGENTS / folder / "node_modules" / ".bin", AGENTS / "venv" / "bin"]
+    found = shutil.which(plain, path=os.pathsep.join([*map(str, bins), os.environ["PATH"]]))
+    if found is None:
+        pytest.skip(f"{name} is not installed; `make agents` does that")
+    return found
+
+
+def at_work(
+    agent: Agent, url: str, home: pathlib.Path, folder: pathlib.Path
+) -> subprocess.CompletedProcess[str]:
+    """Has an agent do its task in a folder."""
+    program = program_of(agent.program)
+    home.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    if agent.file:
+        (home / agent.file).parent.mkdir(parents=True, exist_ok=True)
+        (home / agent.file).write_text(agent.settings(url))
+    path = os.pathsep.join([str(AGENTS / "node_modules" / ".bin"), os.environ["PATH"]])
+    env = QUIET | {"HOME": str(home), "PATH": path, "SHELL": "/bin/bash", "LANG": "C.UTF-8", "USER": "root"}
+    env |= {name: value.replace("{url}", url) for name, value in agent.env.items()}
+    words = [word.replace("{home}", str(home)) for word in agent.words]
+    return subprocess.run(
+        [program, *words],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+@pytest.fixture
+def coder() -> Iterator[Coder]:
+    coder = Coder()
+    server, coder.url = coder.listen()
+    yield coder
+    server.drain(0)
+    coder.loop.close()
+
+
+@pytest.mark.parametrize("name", CODING_AGENTS)
+def test_a_coding_agent_does_its_work(coder: Coder, tmp_path: pathlib.Path, name: str) -> None:
+    program_of(CODING_AGENTS[name].program)
+    coder.folder = tmp_path / "work"
+    proxy = Proxy(tmp_path / "data", coder.url, [cp.demo_token("alice")])
+    try:
+        done = at_work(CODING_AGENTS[name], proxy.url, tmp_path / "home", coder.folder)
+    finally:
+        proxy.close()
+    said = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert (coder.folder / "hello.txt").read_text().strip() == NEW, said
+    assert coder.made == 5 and NEW in coder.told() and done.returncode == 0, said
+    assert "All done." in done.stdout, said
+
+
+def test_aider_edits_a_file(coder: Coder, tmp_path: pathlib.Path) -> None:
+    words = [
+        "--model",
+        "openai/gpt-4o",
+        "--edit-format",
+        "diff",
+        "--yes-always",
+        "--no-git",
+        "--no-check-update",
+    ]
+    words += [
+        "--no-show-model-warnings",
+        "--no-pretty",
+        "--no-analytics",
+        "--no-suggest-shell-commands",
+        "hello.txt",
+    ]
+    env = {"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    proxy = Proxy(tmp_path / "data", coder.url, [cp.demo_token("alice")])
+    try:
+        for message, text in (("Create hello.txt.", OLD), ("Now change it.", NEW)):
+            agent = Agent("aider", ["--message", message, *words], env)
+            done = at_work(agent, proxy.url, tmp_path / "home", tmp_path / "work")
+            assert (tmp_path / "work" / "hello.txt").read_text().strip() == text, done.stdout + done.stderr
+    finally:
+        proxy.close()
+
+
 FIELD_NAMES = sorted(
     {*cp.CHAT_FIELDS, *cp.RESPONSE_FIELDS, *cp.IMAGE_FIELDS, *cp.SPEECH_FIELDS}
     | {"input", "stop", "tool_choice", "voice"}
