@@ -9925,7 +9925,7 @@ class BlockReader:
         found = []
         for is_result, run in itertools.groupby(parts, lambda part: isinstance(part, ToolResult)):
             found.append(Message("tool" if is_result else role, tuple(run)))
-        return found or [Message(role, ())]
+        return found
 
     def _blocks(self, content: Any, where: str) -> list[MessagePart]:
         if isinstance(content, str):
@@ -10228,14 +10228,24 @@ def _ollama_messages(body: Mapping[str, Any]) -> list[Message]:
         if values and body.get("system"):
             values.insert(0, {"role": "system", "content": body["system"]})
     calls: Calls = {}
-    return [_ollama_message(value, f"messages[{i}]", calls) for i, value in enumerate(values)]
+    unanswered: list[str] = []  # names of functions that were called
+    messages = []
+    for i, value in enumerate(values):
+        message = _ollama_message(value, f"messages[{i}]", calls, unanswered)
+        unanswered += [part.name for part in message.parts if isinstance(part, FunctionCall)]
+        messages.append(message)
+    return messages
 
 
-def _ollama_message(value: Any, where: str, calls: Calls) -> Message:
+def _ollama_message(value: Any, where: str, calls: Calls, unanswered: list[str]) -> Message:
+    """A message; a result that does not say of what it is, is of the first call without one."""
     if not isinstance(value, dict):
         raise unfit(where, "must be an object with `role` and `content`.")
     given = {name: one for name, one in value.items() if name in ("role", "tool_calls", "tool_call_id")}
     given |= {"content": value.get("content") or "", "name": value.get("tool_name") or value.get("name")}
+    if value.get("role") == "tool" and unanswered:
+        called = unanswered.pop(0)
+        given["name"] = given["name"] or (None if given.get("tool_call_id") else called)
     message = _message(given, where, calls, False)
     images = value.get("images") or []
     if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
@@ -12880,7 +12890,8 @@ def ollama_show(app: App, request: Request) -> Reply:
     models = _listed_models(app, request)
     if name not in models and not _GPT.fullmatch(name):
         raise ApiError("model_not_found", f"model '{name}' not found; GET /api/tags lists those there are")
-    facts = {"modelfile": "", "parameters": "", "template": "", "license": ""}
+    # Clients take it from the template whether a model can call tools.
+    facts = {"modelfile": "", "parameters": "", "template": "{{ .Messages }}{{ .Tools }}", "license": ""}
     info: dict[str, Any] = {"general.architecture": "chatgpt", "general.basename": name}
     info["chatgpt.context_length"] = OLLAMA_CONTEXT
     told = {"details": ollama_facts(name)["details"], "model_info": info, "capabilities": OLLAMA_CAPABILITIES}

@@ -6119,7 +6119,9 @@ def test_blocks_of_every_kind_are_understood(
         {"role": "user", "content": content},
         {"role": "assistant", "content": done},
         {"role": "system", "content": "be kind"},
+        {"role": "system", "content": [], "output_config": {"effort": "medium"}},
         {"role": "user", "content": "and?"},
+        {"role": "system", "content": [{"type": "text", "text": "few tokens are left"}]},
     ]
     tools: Any = [
         {"type": "bash_20250124", "name": "bash"},
@@ -6143,6 +6145,8 @@ def test_blocks_of_every_kind_are_understood(
     ):
         assert text in weather.told(), text
     assert "secret thought" not in weather.told() and "be kind" in weather.told()
+    roles = [one["author"]["role"] for one in weather.asked()["messages"]]
+    assert roles == ["system", "user", "assistant", "system", "user", "system"]
     assert len(weather.asked()["messages"][1]["metadata"]["attachments"]) == 2
     offered = weather.told().split(cp.FUNCTIONS_LINE)[1].strip().splitlines()[:3]
     assert [json.loads(one)["name"] for one in offered] == ["bash", "str_replace_based_edit_tool", "memory"]
@@ -6298,6 +6302,8 @@ def test_ollamas_clients_call_tools_and_send_pictures(proxy: Proxy, weather: Wea
     weather.words = ["It is sunny."]
     assert client.chat("gpt-4o", messages=said, tools=[get_weather]).message.content == "It is sunny."
     assert "Result of get_weather:\nsunny in Paris" in weather.told() and GOOD_CALL[:30] in weather.told()
+    client.chat("gpt-4o", messages=[*said[:2], {"role": "tool", "content": "dry"}])  # as some clients have it
+    assert "Result of get_weather:\ndry" in weather.told()
 
 
 def test_ollamas_clients_complete_prompts(proxy: Proxy, weather: Weather) -> None:
