@@ -4792,12 +4792,31 @@ FIXED_FORMS = {
 }
 
 
+class Functions(dict[str, Function]):
+    """Functions by their full names."""
+
+    @functools.cached_property
+    def told(self) -> str:
+        """What a model is told of them, a JSON object a line."""
+        return "\n".join(map(_function_told, self.values()))
+
+
+def _function_told(function: Function) -> str:
+    told: dict[str, Any] = {"name": full_name(function.name, function.namespace)}
+    told["description"] = function.description
+    if function.kind == CUSTOM:
+        told["description"] += "\nIts input is one text, to be given as the string `input`."
+    if function.grammar:
+        told["description"] += f" It must fit this grammar ({function.grammar.syntax}):\n"
+        told["description"] += function.grammar.definition
+    return compact(told | {"parameters": function.parameters})
+
+
 @dataclass(frozen=True)
 class Offer:
-    """The functions that the model may call, by their full names: `choice` is auto, required or the full name of the one
-    that it must call."""
+    """The functions that the model may call: `choice` is auto, required or the full name of the one that it must call."""
 
-    functions: Mapping[str, Function]
+    functions: Functions
     choice: str
     parallel: bool
 
@@ -5180,18 +5199,6 @@ SCHEMA_LINE = "It must fit this JSON Schema:"
 _HOSTED_TOLD = {WEB_SEARCH: "searching the web", DRAWING: "drawing images", PYTHON: "running Python"}
 
 
-def _function_told(function: Function) -> str:
-    """A function as the model is told of it."""
-    told: dict[str, Any] = {"name": full_name(function.name, function.namespace)}
-    told["description"] = function.description
-    if function.kind == CUSTOM:
-        told["description"] += "\nIts input is one text, to be given as the string `input`."
-    if function.grammar:
-        told["description"] += f" It must fit this grammar ({function.grammar.syntax}):\n"
-        told["description"] += function.grammar.definition
-    return compact(told | {"parameters": function.parameters})
-
-
 def _offer_told(offer: Offer, hosted: Iterable[str]) -> str:
     """The instructions by which a model that knows nothing of functions learns of them; what the upstream has itself
     (`hosted`) it knows."""
@@ -5209,7 +5216,7 @@ def _offer_told(offer: Offer, hosted: Iterable[str]) -> str:
     ]
     if own := ", ".join(_HOSTED_TOLD[one] for one in hosted):
         lines.append(f"{OWN_TOOLS_LINE} {own}.")
-    return "\n".join([*lines, FUNCTIONS_LINE, *map(_function_told, offer.functions.values())])
+    return "\n".join([*lines, FUNCTIONS_LINE, offer.functions.told])
 
 
 def _shape_told(shape: Shape) -> str:
@@ -7902,8 +7909,68 @@ class Agents(Attempts):
 # ============================================================================================================
 
 
-def parse_object(body: Blob) -> dict[str, Any]:
-    """A request's body as a JSON object, without lone surrogates, which nobody could send on."""
+class ToolList(list[Any]):
+    """The tools of a request that were sent before: what was made of them then, by who reads them, is still good."""
+
+    def __init__(self, tools: list[Any], size: int) -> None:
+        super().__init__(tools)
+        self.size = size  # of their JSON
+        self.read: dict[Any, Tools] = {}
+
+
+class KnownTools:
+    """The tools that were sent lately, by their JSON: a coding agent sends 50 KB of them with every turn, and to read those
+    again each time would cost more than everything else that is done for it."""
+
+    LEAST, MOST, MOST_IN_ALL = 4 << 10, 512 << 10, 4 << 20  # bytes of JSON that are remembered
+    KEY = 512  # bytes by which a list is looked up; then all of it is compared
+    _BEGIN = re.compile(rb'"tools":\s?\[')  # no such text is within a string, whose quotes are escaped
+
+    def __init__(self) -> None:
+        self._known_lock = threading.Lock()
+        self._known: OrderedDict[bytes, tuple[bytes, ToolList]] = OrderedDict()
+        self._size = 0
+
+    def lift(self, data: bytes | bytearray, mark: str) -> tuple[bytes | bytearray, ToolList | None]:
+        """A body with a mark instead of the first tools in it, and those, if they are known."""
+        if len(data) < self.LEAST or not (match := self._BEGIN.search(data)):
+            return data, None
+        start = match.start()
+        with self._known_lock:
+            key = bytes(data[start : start + self.KEY])
+            json_of, tools = self._known.get(key, (b"", None))
+            if tools is not None:
+                self._known.move_to_end(key)
+        if tools is None or not data.startswith(json_of, start):
+            return data, None
+        return data[:start] + f'"tools":"{mark}"'.encode() + data[start + len(json_of) :], tools
+
+    def learn(self, data: bytes | bytearray, tools: Any) -> Any:
+        """Remembers the tools of a body, if they are long and the first in it; what is to be used in their place."""
+        match = self._BEGIN.search(data) if len(data) >= self.LEAST and isinstance(tools, list) else None
+        if not match:
+            return tools
+        text = data[match.start() : match.start() + self.MOST].decode("utf-8", "replace")
+        try:
+            found, end = _DECODER.raw_decode(text, match.end() - match.start() - 1)
+        except (ValueError, RecursionError):
+            return tools
+        json_of = text[:end].encode()
+        if len(json_of) < self.LEAST or found != tools or "\\ud" in text[:end].lower():
+            return tools
+        known = ToolList(tools, len(json_of))
+        with self._known_lock:
+            _, before = self._known.pop(json_of[: self.KEY], (b"", None))
+            self._size += known.size - (before.size if before else 0)
+            self._known[json_of[: self.KEY]] = json_of, known
+            while self._size > self.MOST_IN_ALL:
+                self._size -= self._known.popitem(last=False)[1][1].size
+        return known
+
+
+def parse_object(body: Blob, known: KnownTools | None = None) -> dict[str, Any]:
+    """A request's body as a JSON object, without lone surrogates, which nobody could send on. Of `known` tools there is no
+    more than a mark to be read."""
     mark = f"@{random.getrandbits(64):016x}:"
     blobs = list[Blob]()
     data: bytes | bytearray = b""
@@ -7914,6 +7981,25 @@ def parse_object(body: Blob) -> dict[str, Any]:
         if body.share:
             body.share.held = bool(blobs)
             body.share.grow("memory", len(data))
+    whole = data
+    data, tools = known.lift(data, mark) if known else (data, None)
+    value = _object_of(data)
+    if tools is not None and value.get("tools") != mark:  # they stand somewhere else
+        data, tools = whole, None
+        value = _object_of(whole)
+    if b"\\ud" in data or b"\\uD" in data:
+        value = _changed(value, _without_surrogates)
+    for name, one in value.items() if blobs else ():
+        keep = name in ("messages", "input")
+        value[name] = _changed(one, functools.partial(_with_blob, mark, blobs, keep))
+    if tools is not None:
+        value["tools"] = tools
+    elif known and value.get("tools") and not blobs:
+        value["tools"] = known.learn(whole, value["tools"])
+    return value
+
+
+def _object_of(data: bytes | bytearray) -> dict[str, Any]:
     if too_many_values(data):
         raise invalid(None, "The body is JSON of more values than any request has; send a smaller one.")
     try:
@@ -7922,11 +8008,6 @@ def parse_object(body: Blob) -> dict[str, Any]:
         raise invalid(None, "The body is not valid JSON; send one JSON object.") from None
     if not isinstance(value, dict):
         raise invalid(None, "The body is not a JSON object; send one.")
-    if b"\\ud" in data or b"\\uD" in data:
-        value = _changed(value, _without_surrogates)
-    for name, one in value.items() if blobs else ():
-        keep = name in ("messages", "input")
-        value[name] = _changed(one, functools.partial(_with_blob, mark, blobs, keep))
     return value
 
 
@@ -8275,14 +8356,24 @@ class Tools:
     that nobody has, which are left out."""
 
     def __init__(self) -> None:
-        self.functions: dict[str, Function] = {}
+        self.functions = Functions()
         self.hosted: dict[str, None] = {}
         self.left_out: dict[str, None] = {}
 
-    def add_all(self, tools: Iterable[Any], where: str) -> None:
-        """Adds each of a list; 400 names the first that is wrong."""
-        for i, tool in enumerate(tools):
-            self.add(tool, f"{where}[{i}]")
+    def add_all(
+        self, tools: list[Any], where: str, add: Callable[[Tools, Any, str], None] | None = None
+    ) -> None:
+        """Adds each of a list, by `add` where its shape is not OpenAI's; 400 names the first that is wrong."""
+        add = add or Tools.add
+        known = tools.read if isinstance(tools, ToolList) else {}
+        if (found := known.get(add)) is None:
+            found = known[add] = Tools()
+            for i, tool in enumerate(tools):
+                add(found, tool, f"{where}[{i}]")
+        # The same functions as before know already what is told of them.
+        self.functions = Functions(self.functions | found.functions) if self.functions else found.functions
+        self.hosted |= found.hosted
+        self.left_out |= found.left_out
 
     def add(self, tool: Any, where: str, namespace: str = "") -> None:
         """Adds a tool, {"type", …}; Chat Completions has the rest under the type's name."""
@@ -8347,7 +8438,7 @@ class Tools:
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             allowed = choice.get("allowed_tools", choice)
             named = [self._named(one) for one in dicts(_at(allowed, ("tools",)))]
-            functions = {name: functions[name] for name in named if name in functions}
+            functions = Functions({name: functions[name] for name in named if name in functions})
             hosted = tuple(name for name in hosted if name in named)
             choice = _at(allowed, ("mode",))
         if isinstance(choice, dict):
@@ -8476,9 +8567,12 @@ def estimate_tokens(text: str) -> int:
 class Tokens:
     """Counts tokens: exactly with `tiktoken` where that is installed and has loaded its vocabulary, else by estimate."""
 
+    LONG, MOST_COUNTED = 1000, 5000  # characters of texts whose counts are remembered, and how many
+
     def __init__(self) -> None:
         self._encode: Callable[..., list[int]] | None = None
         self._looked = False  # whether tiktoken was looked for
+        self._counted: dict[tuple[int, int], int] = {}  # the tokens of long texts, by their size and hash
 
     def start(self) -> None:
         """Looks for tiktoken, once: when somebody's tokens are to be counted, since it takes 10 MB."""
@@ -8492,11 +8586,22 @@ class Tokens:
         """tiktoken may have to download its vocabulary: in the background, so that nobody waits for it."""
         try:
             self._encode = importlib.import_module("tiktoken").get_encoding("o200k_base").encode
+            self._counted = {}
         except (ImportError, OSError, ValueError, AttributeError) as error:
             log(logging.INFO, "tiktoken has no vocabulary; tokens are estimated", reason=type(error).__name__)
 
     def count(self, text: str) -> int:
-        """The tokens of a text in o200k_base."""
+        """The tokens of a text in o200k_base. Long ones are sent again and again: a conversation with every turn."""
+        if len(text) < self.LONG:
+            return self._count(text)
+        counted, key = self._counted, (len(text), hash(text))
+        if (tokens := counted.get(key)) is None:
+            if len(counted) >= self.MOST_COUNTED:
+                counted.clear()
+            tokens = counted[key] = self._count(text)
+        return tokens
+
+    def _count(self, text: str) -> int:
         self.start()
         return len(self._encode(text, disallowed_special=())) if self._encode else estimate_tokens(text)
 
@@ -9872,8 +9977,7 @@ _BUDGETS = ((4096, "low"), (16384, "medium"), (32768, "high"), (math.inf, "xhigh
 
 def _offered_of(body: Mapping[str, Any], tools: Tools) -> Offered:
     """What the tools of a request let the model use."""
-    for i, tool in enumerate(body.get("tools") or ()):
-        _add_tool(tool, f"tools[{i}]", tools)
+    tools.add_all(body.get("tools") or [], "tools", _add_tool)
     choice = body.get("tool_choice") or {}
     kind = choice.get("type", "auto")
     wanted: Any = {"auto": "auto", "any": "required", "none": "none"}.get(kind)
@@ -9884,7 +9988,7 @@ def _offered_of(body: Mapping[str, Any], tools: Tools) -> Offered:
     return tools.offered(wanted, not choice.get("disable_parallel_tool_use"))
 
 
-def _add_tool(tool: Any, where: str, tools: Tools) -> None:
+def _add_tool(tools: Tools, tool: Any, where: str) -> None:
     """Adds a tool: the client's own have a schema, those of Anthropic's form a type."""
     if not isinstance(tool, dict):
         raise unfit(where, "must be an object.")
@@ -10200,7 +10304,7 @@ def parse_ollama(body: Mapping[str, Any]) -> Turn | None:
     check_types(options, {"num_predict": _INTEGER}, "options.")
     most = options.get("num_predict")
     tools = Tools()
-    tools.add_all(body.get("tools") or (), "tools")
+    tools.add_all(body.get("tools") or [], "tools")
     offered = tools.offered(None, True)
     think = body.get("think")
     form = body.get("format")
@@ -10420,8 +10524,9 @@ class Request:
     port: int = 0  # that the server listens on
     version: str = "1.1"
 
-    def json(self) -> dict[str, Any]:
-        return parse_object(self.body)
+    def json(self, known: KnownTools | None = None) -> dict[str, Any]:
+        """The body, of which tools that are `known` are not read again."""
+        return parse_object(self.body, known)
 
 
 class Part(NamedTuple):
@@ -12245,6 +12350,7 @@ class App(Application):
         upstreams: tuple[Upstream, ...] = (self.web, self.agents)
         self.upstreams = {upstream.name: upstream for upstream in upstreams}
         self.tokens = Tokens()
+        self.known_tools = KnownTools()
         self.left_out: set[str] = set()  # kinds of tools and items that the log has named
         self._stale = False  # whether another process has stored what is not taken in yet
         self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
@@ -12587,7 +12693,7 @@ def _text_of(events: Iterable[Event]) -> str:
 def chat_completions(app: App, request: Request) -> Reply | Stream | Upgrade:
     """OpenAI's chat completions, streamed or whole"""
     settings = app.settings
-    turn = parse_chat(request.json(), settings.history_disabled, settings.upload_by_url)
+    turn = parse_chat(request.json(app.known_tools), settings.history_disabled, settings.upload_by_url)
     _tell_left_out(app, turn)
     extras = not settings.history_disabled
     asked = _asked(request, turn.question)
@@ -12640,7 +12746,7 @@ def _response(
 @ROUTER.on("POST", "/v1/responses")
 def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     """OpenAI's responses, streamed or whole; kept for 24 hours unless `store` is false"""
-    response, ask = _response(app, request, request.json())
+    response, ask = _response(app, request, request.json(app.known_tools))
     if response.turn.stream:
         return Stream(lambda writer: ask(Streamed(response, writer)), opens=True, failed=response.failed)
     ask(Whole(response, response.feed))
@@ -12808,7 +12914,7 @@ def responses_delete(app: App, request: Request) -> Reply:
 @ROUTER.on("POST", "/v1/messages")
 def messages_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     """Anthropic's messages, streamed or whole"""
-    wanted = parse_message_request(request.json())
+    wanted = parse_message_request(request.json(app.known_tools))
     _tell_left_out(app, wanted.turn)
     asked = _asked(request, wanted.turn.question)
     message = ModelMessage(wanted, app.tokens)
@@ -12834,7 +12940,7 @@ def messages_count_tokens(app: App, request: Request) -> Reply:
 
 def _ollama(app: App, request: Request, chats: bool) -> Reply | Stream | Upgrade:
     """The answer to a chat or a completion; a request without a question only has the model loaded, as it always is."""
-    body = request.json()
+    body = request.json(app.known_tools)
     turn = parse_ollama(body)
     if turn is None:
         unloads = body.get("keep_alive") in (0, "0", "0s")

@@ -4943,7 +4943,9 @@ CALL_PIECES = [
 def run_scanner(text: str, cuts: list[int], choice: str, last: bool) -> tuple[list[Any], str]:
     functions = {one["function"]["name"]: one["function"] for one in (WEATHER_TOOL, TIME_TOOL)}
     offer = cp.Offer(
-        {name: cp.Function(name, "", one.get("parameters", {})) for name, one in functions.items()},
+        cp.Functions(
+            {name: cp.Function(name, "", one.get("parameters", {})) for name, one in functions.items()}
+        ),
         choice,
         True,
     )
@@ -6460,6 +6462,69 @@ def test_a_long_line_can_be_pasted_at_a_terminal(tmp_path: pathlib.Path) -> None
     for typed in (page.encode() + b"\n\x04", b"bad\x7f\x7f\x7f" + token.encode() + b"\n\x04"):
         said = at_terminal("accounts", "add", "-", typed=typed, folder=tmp_path / "data")
         assert "stored: 1" in said and "alice@demo.example" in said and token[:40] not in said
+
+
+def long_tool(name: str, size: int = 5000) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": "x" * size, "parameters": {}}}
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "c"]), max_size=2),
+    st.sampled_from([",", ", "]),
+    st.sampled_from([":", ": "]),
+    st.lists(st.integers(0, 5), min_size=1, max_size=6),
+)
+def test_tools_that_were_sent_before_are_read_as_what_they_are(
+    names: list[str], comma: str, colon: str, turns: list[int]
+) -> None:
+    known = cp.KnownTools()
+    tools = [long_tool(name) for name in names]
+    inner = {"type": "additional_tools", "role": "developer", "tools": tools}
+    text = json.dumps({"tools": tools}, separators=(comma, colon))
+    for number in turns:
+        body: dict[str, Any] = {"model": "m", "turn": number}
+        variants: list[dict[str, Any]] = [
+            {"tools": tools},
+            {"input": [inner], "tools": [*tools, long_tool("d")]},
+            {"messages": [{"role": "user", "content": text}], "tools": tools},
+            {"tools": tools, "n": 1, "more": {"tools": tools}},
+            {"input": [inner]},
+            {"tools": [long_tool("é\ud800" if number else "é")]},
+        ]
+        body |= variants[number]
+        data = cp.Blob(json.dumps(body, separators=(comma, colon)).encode())
+        assert cp.parse_object(data, known) == cp.parse_object(data)
+
+
+def test_known_tools_are_few_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = cp.KnownTools()
+    monkeypatch.setattr(cp.KnownTools, "MOST_IN_ALL", 20_000)
+
+    def read(name: str, size: int = 5000) -> Any:
+        tools = [long_tool(name, size)]
+        return cp.parse_object(cp.Blob(json.dumps({"tools": tools}).encode()), known)["tools"]
+
+    assert read("a") is read("a") and isinstance(read("a"), cp.ToolList)
+    for name in "bcdef":
+        read(name)
+        assert known._size <= 20_000 and len(known._known) <= 3
+    first = read("a")
+    assert first is read("a")
+    assert not isinstance(read("g", 100), cp.ToolList)  # short ones are read each time
+
+
+def test_the_same_tools_mean_what_their_api_has_them_mean(proxy: Proxy, weather: Weather) -> None:
+    tools = [
+        {"name": "look", "type": "custom", "description": "x" * 5000, "input_schema": {"required": ["a"]}}
+    ]
+    for _ in range(3):
+        weather.words = call_of("look", {"input": "now"})
+        assert response_events(proxy, tools=tools)[-1]["response"]["output"][0]["input"] == "now"
+        weather.words = call_of("look", {"a": 1})
+        events = message_events(proxy, tools=tools)
+        assert events[-2]["delta"]["stop_reason"] == "tool_use"
+        proxy.say(tools=[long_tool("look")])
+        assert '"required":["a"]' not in weather.told()
 
 
 # --- coding agents, for real --------------------------------------------------------------------------------------------
@@ -15356,7 +15421,7 @@ class Rig:
         text = f"words={words} {how}".strip()
         if server is self.proxy and not native:
             messages = [{"role": "user", "content": text}]
-            offered = {"tools": [WEATHER_TOOL, TIME_TOOL]} if tools else {}
+            offered = {"tools": MANY_TOOLS} if tools else {}
             body = json.dumps({"model": "gpt-4o", "stream": stream, "messages": messages} | offered)
             return Load(server.port, "/v1/chat/completions", body, words, stream, **more)
         content = {"content_type": "text", "parts": [text]}
@@ -15444,6 +15509,24 @@ def proof_rates() -> tuple[float, float]:
         return cp.solve(seed, "0" * 32, list(config), "sha3")  # gives up after MAX_ATTEMPTS
 
     return rate(plain, attempts), rate(ours, cp.MAX_ATTEMPTS)
+
+
+def tool_of_2_kb(number: int) -> dict[str, Any]:
+    """A function such as coding agents offer, of about 2 KB of JSON."""
+    names = ("path", "content", "pattern", "timeout", "options", "recursive", "encoding", "limit")
+    text = "What this is for, in the words of somebody who wants to be understood by a model; "
+    properties = {name: {"type": "string", "description": f"{text}{name}. " + text} for name in names}
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": [*names[:2]],
+        "additionalProperties": False,
+    }
+    function = {"name": f"tool_{number}", "description": text * 3, "parameters": schema}
+    return {"type": "function", "function": function}
+
+
+MANY_TOOLS = [tool_of_2_kb(number) for number in range(30)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15542,8 +15625,8 @@ def compared(bench: Bench, name: str, option: str, target: float, words: int = 1
 
 
 def case_tools(bench: Bench) -> list[Row]:
-    """With functions offered, none of which is called."""
-    return compared(bench, "stream of 100 words, functions offered", "tools", 1.3)
+    """With as many functions offered as a coding agent has, none of which is called."""
+    return compared(bench, "stream of 100 words, 30 functions of 2 KB offered", "tools", 1.2)
 
 
 def case_native(bench: Bench) -> list[Row]:
