@@ -8613,12 +8613,12 @@ class Trimmer:
     A piece of text that may be the beginning of a stop sequence is held back until it is known not to be one.
     """
 
-    MAX_LIGHT = 2000  # characters whose tokens are counted in the loop
-
     def __init__(self, stops: Iterable[str], limit: int | None, count: Callable[[str], int]) -> None:
         self._stops = tuple(stops)
-        self._left = limit
+        self._left = limit  # tokens, those of what is `_uncounted` not taken off
         self._count = count
+        self._uncounted: list[str] = []  # what surely fits, and is counted once that is not sure any more
+        self._characters = 0  # of it
         self._starts = {stop[:size] for stop in self._stops for size in range(1, len(stop))}
         self._longest = max(map(len, self._starts), default=0)
         self._held = ""
@@ -8626,10 +8626,9 @@ class Trimmer:
         self.stopped_at = ""  # the stop sequence that has ended it
 
     def light(self, events: list[Event]) -> bool:
-        """Whether the answer surely does not end with these: a token has at least one of a text's bytes, and a stop
-        sequence that ends in it at least one of its characters."""
-        size = sum(len(event[0]) for event in events)
-        if self._left is not None and (size > self.MAX_LIGHT or self._left <= 4 * size):
+        """Whether the answer surely does not end with these, and nothing has to be counted: a stop sequence that ends in
+        them has at least its last character there."""
+        if self._left is not None and not self._fits(sum(len(event[0]) for event in events)):
             return False
         return not any(stop[-1] in event[0] for stop in self._stops for event in events)
 
@@ -8671,10 +8670,20 @@ class Trimmer:
         self._held = text[len(text) - held :]
         self._limited(text[: len(text) - held], out)
 
+    def _fits(self, characters: int) -> bool:
+        """Whether so many more surely fit: a token has at least one of a text's bytes."""
+        return self._left is None or 4 * (self._characters + characters) <= self._left
+
     def _limited(self, text: str, out: list[Event]) -> None:
         if not text:
             return
-        if self._left is not None:
+        if self._left is not None and self._fits(len(text)):
+            self._uncounted.append(text)
+            self._characters += len(text)
+        elif self._left is not None:
+            self._left -= self._count("".join(self._uncounted))
+            self._uncounted.clear()
+            self._characters = 0
             size = self._count(text)
             if size > self._left:
                 text = self._cut(text, self._left)

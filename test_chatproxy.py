@@ -5792,9 +5792,14 @@ def test_a_picture_that_was_sent_is_not_the_answers(proxy: Proxy, weather: Weath
         assert events[-1]["response"]["output"][0]["content"][0]["text"] == "Hello wide world."
         # The upstream may give what it repeats another id.
         sent = weather.asked()["messages"][-1]
-        weather.before = [{"author": {"role": "tool"}, "content": sent["content"]}]
         assert sent["content"]["parts"][-1]["asset_pointer"].startswith("file-service://")
+        weather.before = [{"author": {"role": "tool"}, "content": sent["content"]}]
+        again = response_events(proxy, input=[{"role": "user", "content": "look"}, call, back])
+        assert again[-1]["response"]["output"][0]["content"][0]["text"] == "Hello wide world."
         weather.before = []
+        # What the model is to go on from is not what it says.
+        begun: Any = [{"role": "user", "content": "look"}, {"role": "assistant", "content": "I see"}]
+        assert proxy.say(messages=begun) == "Hello wide world."
 
 
 HISTORY: Any = [
@@ -13753,7 +13758,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'raise unfit(f"{where}.parameters"', '(f"{where}.parameters"',
      "test_a_wrong_field_of_a_response_is_named"),
     ("functions that are not allowed are told",
-     "functions = {name: functions[name] for name in named if name in functions}", "pass",
+     "functions = Functions({name: functions[name] for name in named if name in functions})", "pass",
      "test_only_allowed_functions_are_told"),
     ("a required call is left to the model",
      'choice = _at(allowed, ("mode",))', 'choice = "auto"',
