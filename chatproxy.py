@@ -3,16 +3,17 @@
 # requires-python = ">=3.10"
 # dependencies = ["curl_cffi>=0.16,<0.17", "click>=8.1"]
 # ///
-"""chatproxy turns ChatGPT web accounts into an OpenAI-compatible API on your own server.
+"""chatproxy turns ChatGPT web accounts into an OpenAI-compatible API (and Anthropic's, and Ollama's) on your own server.
 
     python chatproxy.py serve --demo      try it with no account and no network
     python chatproxy.py accounts add -    paste tokens, one a line
     python chatproxy.py serve             then point any OpenAI client at http://127.0.0.1:5005/v1
 
-The file reads from top to bottom: a section uses only those above it. A request travels the other way: `dialects` makes
-a `question` of what `http` has read; `turns` leases an account, asks with the calls of `web`, and gets typed events from
-`decoder`; `dialects` gives these the client's shape again and `http` writes them out. Connected browsers (`agents`)
-answer the same questions. One thread, the loop of `transport`, carries the bytes; the request's thread decides.
+The file reads from top to bottom: a section uses only those above it. A request travels the other way: a dialect
+(`chat`, `responses`, `messages` or `ollama`, with what they share in `dialects`) makes a `question` of what `http` has
+read; `turns` leases an account, asks with the calls of `web`, and gets typed events from `decoder`; the dialect gives
+these the client's shape again and `http` writes them out. Connected browsers (`agents`) answer the same questions. One
+thread, the loop of `transport`, carries the bytes; the request's thread decides.
 """
 
 from __future__ import annotations
@@ -542,14 +543,14 @@ def _openai_error(error: ApiError) -> dict[str, Any]:
 
 
 def _anthropic_error(error: ApiError) -> dict[str, Any]:
-    kind = ANTHROPIC_KINDS.get(error.status, "api_error")
+    usual = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = ANTHROPIC_KINDS.get(error.status, usual)
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-# The `type` of an error of Anthropic's by its status.
-ANTHROPIC_KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
-ANTHROPIC_KINDS |= {404: "not_found_error", 405: "invalid_request_error", 413: "request_too_large"}
-ANTHROPIC_KINDS |= {415: "invalid_request_error", 429: "rate_limit_error", 503: "overloaded_error"}
+# The `type` of an error of Anthropic's by its status, where that is not invalid_request_error or api_error.
+ANTHROPIC_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+ANTHROPIC_KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 ANTHROPIC_KINDS |= {504: "timeout_error"}
 # How an error is told: OpenAI's {"error": {"message", "type", "param", "code"}}, Anthropic's {"type": "error", "error":
 # {"type", "message"}}, or {"error": message}, as Ollama's and ChatGPT-API-server's clients have it.
@@ -625,7 +626,7 @@ class JsonFormatter(logging.Formatter):
         line |= {"message": record.getMessage()} | getattr(record, "facts", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)
 
 
 class TextFormatter(logging.Formatter):
@@ -651,7 +652,9 @@ def _second(moment: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
-_PLAIN = re.compile(r"[^\s\x00-\x20\x7f\"]+")  # what cannot be taken for a line or a fact of its own
+_PLAIN = re.compile(
+    r"[!#-~]+"
+)  # what cannot be taken for a line or a fact of its own, nor change what a terminal shows
 LOG = logging.getLogger("chatproxy")
 
 
@@ -4652,8 +4655,8 @@ FUNCTION, CUSTOM, LOCAL_SHELL, SHELL, APPLY_PATCH = (
 
 
 class FunctionCall(NamedTuple):
-    """A call of one of the client's own functions, in an answer or said before; `arguments` is a JSON object as text, of a
-    custom one {"input": TEXT}."""
+    """A call of one of the client's own functions, in an answer or said before; `arguments` is a JSON object as text that
+    fits the function's parameters: of a custom one {"input": TEXT}, of one with a fixed form see FIXED_FORMS."""
 
     id: str
     name: str
@@ -4794,6 +4797,31 @@ FIXED_FORMS = {
 
 class Functions(dict[str, Function]):
     """Functions by their full names."""
+
+    def full(self, name: str, namespace: str = "") -> str:
+        """The full name that a name stands for, which may leave out the namespace where that is clear; "" for none."""
+        if (whole := full_name(name, namespace)) in self:
+            return whole
+        meant = [] if namespace else self._inner.get(name, [])
+        return meant[0] if len(meant) == 1 else ""
+
+    @functools.cached_property
+    def _inner(self) -> dict[str, list[str]]:
+        """The full names of those in namespaces, by the name that they have there."""
+        found: dict[str, list[str]] = {}
+        for full, function in self.items():
+            if function.namespace:
+                found.setdefault(function.name, []).append(full)
+        return found
+
+    @functools.cached_property
+    def within(self) -> dict[str, list[str]]:
+        """The full names of those in namespaces, by the namespace."""
+        found: dict[str, list[str]] = {}
+        for full, function in self.items():
+            if function.namespace:
+                found.setdefault(function.namespace, []).append(full)
+        return found
 
     @functools.cached_property
     def told(self) -> str:
@@ -4995,7 +5023,14 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:50]} is too large a number")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 class OverBudget(Exception):
@@ -5436,7 +5471,7 @@ class CallScanner:
             function = self._meant(call)
             arguments = call.get("arguments")
             if function and function.kind == CUSTOM and isinstance(arguments, str):
-                call["arguments"] = {"input": arguments}  # as its description may have it
+                call["arguments"] = _input_meant(arguments)
             elif not isinstance(arguments, (dict, list)):
                 call["arguments"] = read_json(str(arguments or "{}"))
         except ValueError:
@@ -5445,12 +5480,11 @@ class CallScanner:
 
     def _meant(self, call: dict[str, Any]) -> Function | None:
         """The function that a call is of, whose full name it is given if it has only the name within a namespace."""
-        functions = self._offer.functions
         name = call.get("name")
-        meant = [full for full, one in functions.items() if one.namespace and one.name == name]
-        if isinstance(name, str) and name not in functions and len(meant) == 1:
-            name = call["name"] = meant[0]
-        return functions.get(name) if isinstance(name, str) else None
+        if not isinstance(name, str) or not (full := self._offer.functions.full(name)):
+            return None
+        call["name"] = full
+        return self._offer.functions[full]
 
     def _finish(self, event: Finish, out: list[Event]) -> None:
         """The answer is over, or what follows does not matter: passes on the calls, or complains."""
@@ -5486,6 +5520,15 @@ class CallScanner:
         elif self._raw:
             text = "".join(self._raw)
         out += [Text(text), event] if text else [event]
+
+
+def _input_meant(arguments: str) -> dict[str, Any]:
+    """The arguments of a custom function whose call has them as a text: JSON, or the input as its description wants it."""
+    with contextlib.suppress(ValueError):
+        value = read_json(arguments)
+        if isinstance(value, dict) and value.keys() == {"input"} and isinstance(value["input"], str):
+            return value
+    return {"input": arguments}
 
 
 MAX_STARTS = 64  # places of a text at which JSON is looked for
@@ -8032,7 +8075,7 @@ class InlineFile(str):
 
 _INLINE = re.compile(
     rb'(?<!\\)"(?:url|image_url|file_data)"\s{0,20}:\s{0,20}"data:[^",\\]{0,200};base64,'
-    rb'|(?<!\\)"(?:file_data|data)"\s{0,20}:\s{0,20}"(?=[0-9A-Za-z+/]{64})'
+    rb'|(?<!\\)"file_data"\s{0,20}:\s{0,20}"(?=[0-9A-Za-z+/]{64})'
 )
 _NOT_BASE64 = re.compile(rb"[^0-9A-Za-z+/=]")
 MAX_LIFTED = 200
@@ -8048,7 +8091,7 @@ def _lifted(body: Blob, mark: str, blobs: list[Blob]) -> bytearray:
     while at < body.size:
         window = body.read(at, PIECE)
         escaped = rest[-1:] == b"\\"  # then the window's first character is no quote
-        hopeful = tried < MAX_LIFTED and (b"data:" in window or b'data"' in window)
+        hopeful = tried < MAX_LIFTED and (b"data:" in window or b"file_data" in window)
         match = _INLINE.search(window, int(escaped)) if hopeful else None
         if match is None:
             # A name may be cut by the window's end.
@@ -8197,7 +8240,7 @@ def _message(value: Any, where: str, calls: Calls, upload_by_url: bool) -> Messa
     if role == "assistant":
         return Message("assistant", (*content, *_calls_made(value, where, calls)))
     if ROLES[role] == "tool":
-        return result(str(value.get("tool_call_id") or ""), content, calls, value.get("name"))
+        return result_message(str(value.get("tool_call_id") or ""), content, calls, value.get("name"))
     if role == "user" and upload_by_url and (match := _LEADING_URLS.fullmatch(str(value.get("content")))):
         urls = [Attachment(f"{where}.content", url=url) for url in match[1].split()]
         return Message("user", (*urls, Text(match[2])))
@@ -8326,7 +8369,7 @@ def _as_sent(text: str) -> str:
 
 def input_arguments(text: Any) -> str:
     """The arguments of a custom function's call by its input."""
-    return compact({"input": str(text or "")})
+    return compact({"input": as_json(text)})
 
 
 def input_of(call: FunctionCall) -> str:
@@ -8336,7 +8379,7 @@ def input_of(call: FunctionCall) -> str:
     return call.arguments
 
 
-def result(id: str, parts: tuple[Text | Attachment, ...], calls: Calls, name: Any = None) -> Message:
+def result_message(id: str, parts: tuple[Text | Attachment, ...], calls: Calls, name: Any = None) -> Message:
     """The message with a call's result; of what is known from the call."""
     call = calls.get(id)
     known = full_name(call.name, call.namespace) if call else ""
@@ -8359,6 +8402,7 @@ class Tools:
         self.functions = Functions()
         self.hosted: dict[str, None] = {}
         self.left_out: dict[str, None] = {}
+        self.others: dict[str, str] = {}  # names of what is no function here, and what it is
 
     def add_all(
         self, tools: list[Any], where: str, add: Callable[[Tools, Any, str], None] | None = None
@@ -8374,6 +8418,7 @@ class Tools:
         self.functions = Functions(self.functions | found.functions) if self.functions else found.functions
         self.hosted |= found.hosted
         self.left_out |= found.left_out
+        self.others |= found.others
 
     def add(self, tool: Any, where: str, namespace: str = "") -> None:
         """Adds a tool, {"type", …}; Chat Completions has the rest under the type's name."""
@@ -8389,9 +8434,11 @@ class Tools:
         elif kind in self.READS:
             self.READS[kind](self, tool, where, namespace)
         elif kind in FIXED_FORMS and _at(tool, ("environment", "type")) in (None, "local"):
-            self._put(FIXED_FORMS[kind])
+            self._put(FIXED_FORMS[kind], where)
         else:  # or it is to run in a container, which nobody here has
-            self.left_out[kind[:50]] = None
+            self.left_out[named_kind(kind)] = None
+        if kind not in self.READS and isinstance(name := tool.get("name"), str):
+            self.others[name] = WEB_SEARCH if kind.startswith(WEB_SEARCH) else named_kind(kind)
 
     def function(self, given: Any, where: str, namespace: str = "") -> None:
         """Adds a function, {"name", "description"?, "parameters"?}."""
@@ -8400,7 +8447,7 @@ class Tools:
         parameters = given.get("parameters") or {"type": "object"}
         if kind := unknown_type(given.get("parameters")):
             raise unfit(f"{where}.parameters", f"is not a JSON Schema: it names an unknown type, {kind}.")
-        self._put(Function(name, given.get("description") or "", parameters, namespace=namespace))
+        self._put(Function(name, given.get("description") or "", parameters, namespace=namespace), where)
 
     def _custom(self, given: Any, where: str, namespace: str) -> None:
         name = _tool_name(given, where)
@@ -8413,7 +8460,8 @@ class Tools:
             if not isinstance(syntax, str) or not isinstance(definition, str):
                 raise unfit(f"{where}.format", "must have a grammar with `syntax` and `definition`.")
             grammar = Grammar(syntax[:50], definition)
-        self._put(Function(name, given.get("description") or "", INPUT_SCHEMA, CUSTOM, namespace, grammar))
+        description = given.get("description") or ""
+        self._put(Function(name, description, INPUT_SCHEMA, CUSTOM, namespace, grammar), where)
 
     def _namespace(self, given: Any, where: str, outer: str) -> None:
         name = _tool_name(given, where)
@@ -8423,8 +8471,14 @@ class Tools:
         for i, one in enumerate(tools):
             self.add(one, f"{where}.tools[{i}]", name)
 
-    def _put(self, function: Function) -> None:
-        self.functions[full_name(function.name, function.namespace)] = function
+    def _put(self, function: Function, where: str) -> None:
+        full = full_name(function.name, function.namespace)
+        before = self.functions.get(full, function)
+        if (before.name, before.namespace) != (function.name, function.namespace):
+            raise unfit(f"{where}.name", f"is {full} with its namespace, as another function is.")
+        if len(self.functions) >= MAX_FUNCTIONS:
+            raise unfit(where, f"is one too many: a request may offer {MAX_FUNCTIONS} functions.")
+        self.functions[full] = function
 
     READS: Mapping[str, Callable[[Any, Any, str, str], None]] = {
         FUNCTION: function,
@@ -8438,12 +8492,17 @@ class Tools:
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             allowed = choice.get("allowed_tools", choice)
             named = [self._named(one) for one in dicts(_at(allowed, ("tools",)))]
-            functions = Functions({name: functions[name] for name in named if name in functions})
-            hosted = tuple(name for name in hosted if name in named)
+            names = dict.fromkeys(itertools.chain.from_iterable(found for found, _ in named))
+            functions = Functions({name: functions[name] for name in names})
+            others = {other for _, other in named}
+            hosted = tuple(one for one in hosted if one in others)
             choice = _at(allowed, ("mode",))
         if isinstance(choice, dict):
-            choice = self._chosen(choice, field)
-            forced = choice if choice in hosted else ""
+            found, other = self._named(choice)
+            forced = other if other in hosted else ""
+            if not found and not forced and other not in self.left_out:
+                raise unfit(field, "must name one of the functions offered.")
+            choice = found[0] if found else "auto"
         elif choice not in (None, "auto", "none", "required"):
             raise unfit(field, "must be auto, none, required or a function.")
         elif choice == "required" and not functions:
@@ -8456,32 +8515,34 @@ class Tools:
             return Offered(None, hosted, forced)
         return Offered(Offer(functions, choice or "auto", parallel is not False), hosted, "")
 
-    def _chosen(self, choice: Mapping[str, Any], field: str) -> str:
-        """The tool that is to be used; auto for one that is left out."""
-        name = self._named(choice)
-        if name in self.functions or name in self.hosted:
-            return name
-        if choice.get("type") in self.left_out:
-            return "auto"
-        raise unfit(field, "must name one of the functions offered.")
-
-    def _named(self, named: Mapping[str, Any]) -> str:
-        """The full name of a function, or the name of a tool, as a choice has it."""
-        kind = str(named.get("type"))
+    def _named(self, named: Mapping[str, Any]) -> tuple[list[str], str]:
+        """What an object of a choice names: functions by their full names, or a tool of another kind by that."""
+        kind = str(named.get("type", FUNCTION))
         inner = named.get(kind)
         named = inner if isinstance(inner, dict) else named
-        name = str(named.get("name") or (WEB_SEARCH if kind.startswith(WEB_SEARCH) else kind))
-        full = full_name(name, str(named.get("namespace") or ""))
-        meant = [one for one, function in self.functions.items() if function.name == name]
-        return meant[0] if full not in self.functions and len(meant) == 1 else full
+        name = str(named.get("name") or "")
+        if kind == "namespace":
+            return self.functions.within.get(name, []), ""
+        if kind in FIXED_FORMS:
+            return [kind] if kind in self.functions else [], kind
+        if kind in (FUNCTION, CUSTOM):
+            full = self.functions.full(name, str(named.get("namespace") or ""))
+            return [full] if full else [], self.others.get(name, "")
+        return [], WEB_SEARCH if kind.startswith(WEB_SEARCH) else kind
 
 
+MAX_FUNCTIONS = 2000  # of a request
 INPUT_SCHEMA = {
     "type": "object",
     "properties": {"input": {"type": "string"}},
     "required": ["input"],
     "additionalProperties": False,
 }
+
+
+def named_kind(kind: str) -> str:
+    """A client's name of a kind of tool or item, as logs can have it."""
+    return re.sub(r"[^\w. -]", "?", kind[:50], flags=re.ASCII)
 
 
 def _tool_name(tool: Any, where: str) -> str:
@@ -8647,7 +8708,10 @@ class Trimmer:
                     out.append(event)
                 self.over = True
             else:
-                out.append(event)
+                if self._held and type(event) is FunctionCall:  # it stands before the call
+                    self._limited(self._held, out)
+                    self._held = ""
+                out += [] if self.over else [event]
         return out
 
     def _text(self, text: str, out: list[Event]) -> None:
@@ -8762,6 +8826,41 @@ class Rendering:
         self.conversation = self.message = ""
         self._reason = "stop"
         self.cut = False
+        self.begun = False  # whether the client was told that the answer begins
+        self.pieces: list[str] = []  # what it is to be told next
+
+    def begin(self) -> None:
+        """Tells the client that the answer begins."""
+
+    def take_text(self, text: str) -> None:
+        """Tells the client text; once per token."""
+
+    # How each other kind of event is told, but for what is told as text.
+    TAKES: Mapping[type, Callable[[Any, Any], None]] = {}
+
+    def feed(self, events: list[Event]) -> tuple[bytes, int]:
+        """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
+        for event in self.take(events):
+            if not self.begun:
+                self.begun = True
+                self.begin()
+            kind = type(event)
+            if kind is Text:  # once per token
+                self.take_text(event[0])
+            else:
+                self.TAKES[kind](self, event)
+        return self.told()
+
+    def told(self) -> tuple[bytes, int]:
+        """What the client is to be told now, and how many events that is."""
+        data, events = "".join(self.pieces).encode("utf-8", "replace"), len(self.pieces)
+        self.pieces.clear()
+        return data, events
+
+    @functools.cached_property
+    def prompt(self) -> int:
+        """The tokens of the question."""
+        return prompt_tokens(self.turn.question, self._tokens.count)
 
     @property
     def text(self) -> str:
@@ -8827,13 +8926,12 @@ class Rendering:
     def counted(self) -> tuple[int, int, int]:
         """Tokens of the prompt, the answer (reasoning included) and the reasoning."""
         count = self._tokens.count
-        prompt = prompt_tokens(self.turn.question, count)
         answer = count(self.text)
         reasoning = count("".join(self._reasoning))
         if self.turn.limit is not None:
             answer = min(answer, self.turn.limit)
         calls = sum(count(call.name) + count(call.arguments) for call in self._calls)
-        return prompt, answer + calls + reasoning, reasoning
+        return self.prompt, answer + calls + reasoning, reasoning
 
 
 # ============================================================================================================
@@ -8868,18 +8966,9 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
     if conversation and history_disabled:
         text = "`conversation_id` needs HISTORY_DISABLED=false on the server: chats are temporary."
         raise invalid("conversation_id", text)
-    tools = body.get("tools") or []
-    found = Tools()
-    legacy = not tools and bool(body.get("functions"))
-    if legacy:
-        for i, one in enumerate(body["functions"]):
-            found.function(one, f"functions[{i}]")
-        offered = found.offered(body.get("function_call"), False, "function_call")
-    else:
-        found.add_all(tools, "tools")
-        if body.get("web_search_options") is not None:
-            found.hosted[WEB_SEARCH] = None
-        offered = found.offered(body.get("tool_choice"), body.get("parallel_tool_calls"))
+    tools = Tools()
+    legacy = not body.get("tools") and bool(body.get("functions"))
+    offered = _chat_tools(body, tools, legacy)
     question = Question(
         parse_messages(messages, upload_by_url),
         model,
@@ -8898,8 +8987,20 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         _stops(body.get("stop")),
         bool(options.get("include_usage")),
         legacy,
-        tuple(found.left_out),
+        tuple(tools.left_out),
     )
+
+
+def _chat_tools(body: Mapping[str, Any], tools: Tools, legacy: bool) -> Offered:
+    """What a chat completion request lets the model use; `legacy`: by the fields that came before `tools`."""
+    if legacy:
+        for i, one in enumerate(body["functions"]):
+            tools.function(one, f"functions[{i}]")
+        return tools.offered(body.get("function_call"), False, "function_call")
+    tools.add_all(body.get("tools") or [], "tools")
+    if body.get("web_search_options") is not None:
+        tools.hosted[WEB_SEARCH] = None
+    return tools.offered(body.get("tool_choice"), body.get("parallel_tool_calls"))
 
 
 class Completion(Rendering):
@@ -8944,7 +9045,7 @@ class Completion(Rendering):
         calls = [
             {"id": call.id, "type": kind, kind: told}
             for call in self._calls
-            for kind, told in [call_told(call)]
+            for kind, told in [chat_call(call)]
         ]
         if calls and self.turn.legacy:
             message["function_call"] = calls[0]["function"]
@@ -8954,7 +9055,7 @@ class Completion(Rendering):
         return self._frame("chat.completion") | {"choices": [choice], "usage": self.usage()}
 
 
-def call_told(call: FunctionCall) -> tuple[str, dict[str, str]]:
+def chat_call(call: FunctionCall) -> tuple[str, dict[str, str]]:
     """The type of a call that there is for one here, and its name and what it is called with."""
     name = full_name(call.name, call.namespace)
     if call.kind == CUSTOM:
@@ -8965,7 +9066,6 @@ def call_told(call: FunctionCall) -> tuple[str, dict[str, str]]:
 class CompletionStream(Completion):
     """The same as `chat.completion.chunk` events."""
 
-    _begun = False
     _ahead = _behind = ""
     _called = 0
 
@@ -8977,34 +9077,33 @@ class CompletionStream(Completion):
     def feed(self, events: list[Event]) -> tuple[bytes, int]:
         """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
         quote = json.encoder.encode_basestring
-        if self._begun and not self._notes and len(events) == 1 and type(events[0]) is Text:  # once per token
+        if self.begun and not self._notes and len(events) == 1 and type(events[0]) is Text:  # once per token
             return f"{self._ahead}{quote(events[0][0])}{self._behind}".encode("utf-8", "replace"), 1
-        pieces: list[str] = []
-        append = pieces.append
+        append = self.pieces.append
         for event in self.take(events):
             kind = type(event)
-            if not self._begun and (kind is not Begin or self._at_once):
-                self._begin(pieces, None if kind is FunctionCall else "")
+            if not self.begun and (kind is not Begin or self._at_once):
+                self._begin(None if kind is FunctionCall else "")
             if kind is Text:  # once per token
                 append(f"{self._ahead}{quote(event[0])}{self._behind}")
             else:
-                self.TAKES[kind](self, event, pieces)
-        return "".join(pieces).encode("utf-8", "replace"), len(pieces)
+                self.TAKES[kind](self, event)
+        return self.told()
 
-    def _begin(self, pieces: list[str], content: str | None) -> None:
-        self._begun = True
-        pieces.append(self._chunk({"role": "assistant", "content": content}, None))
+    def _begin(self, content: str | None) -> None:
+        self.begun = True
+        self.pieces.append(self._chunk({"role": "assistant", "content": content}, None))
         here = f"<{self.id}>"  # in the place of the text, and nowhere else in a chunk
         self._ahead, self._behind = self._chunk({"content": here}, None).split(f'"{here}"')
 
-    def _take_reasoning(self, event: Reasoning, pieces: list[str]) -> None:
-        pieces.append(self._chunk({"reasoning_content": event.text}, None))
+    def _take_reasoning(self, event: Reasoning) -> None:
+        self.pieces.append(self._chunk({"reasoning_content": event.text}, None))
 
-    def _take_call(self, call: FunctionCall, pieces: list[str]) -> None:
+    def _take_call(self, call: FunctionCall) -> None:
         """A call: first its name, then its arguments in pieces."""
         index = self._called
         self._called = self._called + 1
-        kind, told = call_told(call)
+        kind, told = chat_call(call)
         ((field, whole),) = ((name, value) for name, value in told.items() if name != "name")
         first = told | {field: ""}
         for part in [first, *({field: piece} for piece in in_pieces(whole))]:
@@ -9012,17 +9111,16 @@ class CompletionStream(Completion):
             if not self.turn.legacy:
                 head = {"id": call.id, "type": kind} if part is first else {}
                 delta = {"tool_calls": [{"index": index} | head | {kind: part}]}
-            pieces.append(self._chunk(delta, None))
+            self.pieces.append(self._chunk(delta, None))
 
-    def _take_finish(self, event: Finish, pieces: list[str]) -> None:
-        pieces.append(self._chunk({}, self.finish_reason()))
+    def _take_finish(self, event: Finish) -> None:
+        self.pieces.append(self._chunk({}, self.finish_reason()))
         if self.turn.include_usage:
-            pieces.append(self._event(choices=[], usage=self.usage()))
-        pieces.append("data: [DONE]\n\n")
+            self.pieces.append(self._event(choices=[], usage=self.usage()))
+        self.pieces.append("data: [DONE]\n\n")
 
-    # How each kind of event is told, but for text and what is told as text.
-    TAKES: Mapping[type, Callable[[Any, Any, list[str]], None]] = {
-        Begin: lambda self, event, pieces: None,  # which `feed` sees to
+    TAKES = {
+        Begin: lambda self, event: None,  # which `feed` sees to
         Reasoning: _take_reasoning,
         FunctionCall: _take_call,
         Finish: _take_finish,
@@ -9052,30 +9150,36 @@ RESPONSE_FIELDS: Types = {
 @dataclass(frozen=True)
 class ResponseRequest:
     """A validated request of the Responses API: `turn`, what of its messages a later one can go on from with the items that
-    brought tools, the fields that the response repeats, and whether it is to `compact` what was said so far."""
+    brought tools, the fields that the response repeats, and whether it `compacts` what was said so far."""
 
     turn: Turn
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...]
     echo: dict[str, Any]
     store: bool
-    compact: bool = False
+    compacts: bool = False
 
 
 FindItem = Callable[[str], "dict[str, Any] | None"]  # an item of a response that is kept, by its id
 
 
 def parse_response(
-    body: Mapping[str, Any], earlier: list[dict[str, Any]], find_item: FindItem, upload_by_url: bool
+    body: Mapping[str, Any],
+    earlier: list[dict[str, Any]],
+    find_item: FindItem,
+    upload_by_url: bool,
+    counted: bool = False,
 ) -> ResponseRequest:
-    """A request of the Responses API that goes on from the items of an earlier one; 400 names what is wrong."""
+    """A request of the Responses API that goes on from the items of an earlier one; 400 names what is wrong. `counted`: its
+    tokens alone are wanted."""
     model = model_of(body)
     _check_response(body)
     kept = ItemReader("previous_response_id")
     said = ItemReader("input", find_item, upload_by_url, kept.calls)
-    messages = (*kept.merged(earlier), *said.merged(body.get("input")))
+    without = counted and body.get("input") is None
+    messages = (*kept.merged(earlier), *(() if without else said.merged(body.get("input"))))
     system = (Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()
-    if not messages and not said.compact:
+    if not counted and all(isinstance(part, Thought) for message in messages for part in message.parts):
         raise unfit("input", "must have at least one message.")
     text = said.told_later("text", body)
     reasoning = said.told_later("reasoning", body)
@@ -9097,13 +9201,16 @@ def parse_response(
     left_out = (*tools.left_out, *said.left_out)
     limit = _limit(body, "max_output_tokens")
     turn = Turn(question, bool(body.get("stream")), limit, left_out=left_out)
-    if said.compact:
+    if said.compacts:
         turn = replace(turn, question=compacting(question), limit=None)
     store = body.get("store") is not False
     echo = _echo(body, text, reasoning)
     facts = {"type": "additional_tools", "role": "developer"}
+    brought = (
+        brought[-1:] if all(item["tools"] == brought[-1][1]["tools"] for _, item in brought) else brought
+    )
     items = tuple(facts | {"tools": item["tools"]} for _, item in brought)
-    return ResponseRequest(turn, messages, items, echo, store, said.compact)
+    return ResponseRequest(turn, messages, items, echo, store, said.compacts)
 
 
 def _check_response(body: Mapping[str, Any]) -> None:
@@ -9125,7 +9232,7 @@ def _check_response(body: Mapping[str, Any]) -> None:
 
 
 MAX_ECHO = 64 << 10  # characters of JSON
-_LEFT_OUT = {"tools": [], "metadata": {}, "text": {"format": {"type": "text"}}, "tool_choice": "auto"}
+_ECHO_DEFAULTS = {"tools": [], "metadata": {}, "text": {"format": {"type": "text"}}, "tool_choice": "auto"}
 
 
 def _echo(body: Mapping[str, Any], text: dict[str, Any], reasoning: dict[str, Any]) -> dict[str, Any]:
@@ -9146,7 +9253,7 @@ def _echo(body: Mapping[str, Any], text: dict[str, Any], reasoning: dict[str, An
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         if sum(sizes.values()) <= MAX_ECHO:
             break
-        echo[name] = _LEFT_OUT.get(name)
+        echo[name] = _ECHO_DEFAULTS.get(name)
         sizes[name] = 0
     return echo
 
@@ -9170,7 +9277,7 @@ class ItemReader:
         self.calls: Calls = {} if calls is None else calls
         self.tools: list[tuple[str, dict[str, Any]]] = []  # the items that bring tools, and where they stand
         self.left_out: dict[str, None] = {}  # types of items that mean nothing here
-        self.compact = False  # whether the conversation is to be made shorter
+        self.compacts = False  # whether the conversation is to be made shorter
         self._updates: dict[str, dict[str, Any]] = {}  # of the request's own fields
 
     def merged(self, value: Any) -> list[Message]:
@@ -9195,7 +9302,7 @@ class ItemReader:
             raise unfit(self._field, "must be a string or a list of at least one item.")
         for i, item in enumerate(value):
             where = self._field if self._ours else f"{self._field}[{i}]"
-            kind = item.get("type", "message") if isinstance(item, dict) else None
+            kind = _item_type(item) if isinstance(item, dict) else None
             if not isinstance(kind, str):
                 raise unfit(where, "must be an item, an object with a `type`.")
             if kind == "item_reference":
@@ -9208,7 +9315,7 @@ class ItemReader:
             if read := self.READS.get(kind):
                 yield from read(self, item, where)
             else:
-                self.left_out[f"{kind[:50]} item"] = None
+                self.left_out[f"{named_kind(kind)} item"] = None
 
     def _required(self, item: Mapping[str, Any], name: str, where: str) -> str:
         return str(item.get(name) or "") if self._ours else required(item, name, f"{where}.")
@@ -9218,7 +9325,7 @@ class ItemReader:
 
     # -- calls --
 
-    def _called(self, call: FunctionCall) -> Iterable[Message]:
+    def _made(self, call: FunctionCall) -> Iterable[Message]:
         if call.id:
             self.calls[call.id] = call
         yield Message("assistant", (call,))
@@ -9228,20 +9335,24 @@ class ItemReader:
         custom = item["type"] == "custom_tool_call"
         arguments = input_arguments(item.get("input")) if custom else as_json(item.get("arguments"))
         namespace = str(item.get("namespace") or "")
-        return self._called(
+        return self._made(
             FunctionCall(_call_id(item), name, arguments, CUSTOM if custom else FUNCTION, namespace)
         )
 
     def _fixed_call(self, item: dict[str, Any], where: str) -> Iterable[Message]:
         kind = item["type"].removesuffix("_call")
-        given = item.get("operation" if kind == APPLY_PATCH else "action")
+        field = "operation" if kind == APPLY_PATCH else "action"
+        given = item.get(field)
         if not isinstance(given, dict):
-            raise unfit(f"{where}.{'operation' if kind == APPLY_PATCH else 'action'}", "must be an object.")
-        known = FIXED_FORMS[kind].parameters["properties"] if kind in FIXED_FORMS else given
+            raise unfit(f"{where}.{field}", "must be an object.")
+        known = FIXED_FORMS[kind].parameters["properties"]
         arguments = {name: given[name] for name in known if given.get(name) is not None}
-        arguments = {"operation": given} if kind == APPLY_PATCH else arguments
-        kind_of_call = kind if kind in FIXED_FORMS else FUNCTION
-        return self._called(FunctionCall(_call_id(item), kind, compact(arguments), kind_of_call))
+        arguments = {field: given} if kind == APPLY_PATCH else arguments
+        return self._made(FunctionCall(_call_id(item), kind, as_json(arguments), kind))
+
+    def _computer_call(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        actions = item.get("actions") or [item.get("action")]
+        return self._made(FunctionCall(_call_id(item), "computer", as_json({"actions": actions})))
 
     def _call_output(self, item: dict[str, Any], where: str) -> Iterable[Message]:
         id = self._required(item, "call_id", where) if "call_id" in item or "id" not in item else item["id"]
@@ -9252,7 +9363,7 @@ class ItemReader:
             output = "\n".join(filter(None, (str(item.get("status") or ""), str(output or ""))))
         elif item["type"] == "computer_call_output":
             output = [output]
-        yield result(str(id), _content(output, f"{where}.output"), self.calls, item.get("name"))
+        yield result_message(str(id), _content(output, f"{where}.output"), self.calls, item.get("name"))
 
     # -- what upstreams elsewhere did --
 
@@ -9263,15 +9374,15 @@ class ItemReader:
             as_json(item.get("arguments")),
             namespace=str(item.get("server_label") or ""),
         )
-        yield from self._called(call)
+        yield from self._made(call)
         said = item.get("output") if item.get("error") is None else item["error"]
         if said is not None:
-            yield result(call.id, (Text(said if isinstance(said, str) else compact(said)),), self.calls)
+            yield result_message(call.id, (Text(as_json(said)),), self.calls)
 
     def _approval(self, item: dict[str, Any], where: str) -> Iterable[Message]:
         told = "approved" if item.get("approve") else "refused"
         told = ": ".join(filter(None, (told, str(item.get("reason") or ""))))
-        yield result(str(item.get("approval_request_id") or ""), (Text(told),), self.calls)
+        yield result_message(str(item.get("approval_request_id") or ""), (Text(told),), self.calls)
 
     def _file_search(self, item: dict[str, Any], where: str) -> Iterable[Message]:
         found = [
@@ -9281,11 +9392,12 @@ class ItemReader:
         if found:
             yield Message("tool", (ToolResult("", "file_search", (Text("\n\n".join(found)),)),))
 
-    def _drawn(self, item: dict[str, Any], where: str) -> Iterable[Message]:
-        if drawn := item.get("result"):
+    def _drawing(self, item: dict[str, Any], where: str) -> Iterable[Message]:
+        if item.get("result"):
+            where = f"{where}.result"
             form = str(item.get("output_format") or "png")
-            url = f"data:image/{form};base64,{required(item, 'result', f'{where}.')}" if drawn else ""
-            image = _from_url(url, f"{where}.result", image=True)
+            blob = _unbased(str(item["result"]), 0, where)
+            image = Attachment(where, image=True, mime=f"image/{form}", blob=blob)
             yield Message("tool", (ToolResult("", DRAWING, (image,)),))
 
     def _ran(self, item: dict[str, Any], where: str) -> Iterable[Message]:
@@ -9296,12 +9408,12 @@ class ItemReader:
         yield Message("assistant", tuple(told))
 
     def _program(self, item: dict[str, Any], where: str) -> Iterable[Message]:
-        return self._called(
+        return self._made(
             FunctionCall(_call_id(item), "program", compact({"code": str(item.get("code") or "")}))
         )
 
     def _program_output(self, item: dict[str, Any], where: str) -> Iterable[Message]:
-        yield result(_call_id(item), (Text(str(item.get("result") or "")),), self.calls)
+        yield result_message(_call_id(item), (Text(str(item.get("result") or "")),), self.calls)
 
     # -- what is about the conversation --
 
@@ -9326,11 +9438,12 @@ class ItemReader:
             yield Message("system", (Text(f"{SUMMARY_LINE}\n{summary}"),))
 
     def _trigger(self, item: dict[str, Any], where: str) -> Iterable[Message]:
-        self.compact = True
+        self.compacts = True
         return ()
 
     def _update(self, item: dict[str, Any], where: str) -> Iterable[Message]:
         check_types(item, {"text": _OBJECT, "reasoning": _OBJECT}, f"{where}.")
+        check_types(item.get("text") or {}, {"format": _OBJECT}, f"{where}.text.")
         self._updates |= {name: item[name] for name in ("text", "reasoning") if item.get(name)}
         return ()
 
@@ -9341,7 +9454,7 @@ class ItemReader:
         "local_shell_call": _fixed_call,
         "shell_call": _fixed_call,
         "apply_patch_call": _fixed_call,
-        "computer_call": _fixed_call,
+        "computer_call": _computer_call,
         "function_call_output": _call_output,
         "custom_tool_call_output": _call_output,
         "local_shell_call_output": _call_output,
@@ -9354,7 +9467,7 @@ class ItemReader:
         "mcp_list_tools": lambda reader, item, where: (),  # it offers what nobody here can call
         "file_search_call": _file_search,
         "web_search_call": lambda reader, item, where: (),  # the answer has what was found
-        "image_generation_call": _drawn,
+        "image_generation_call": _drawing,
         "code_interpreter_call": _ran,
         "program": _program,
         "program_output": _program_output,
@@ -9366,6 +9479,12 @@ class ItemReader:
         "compaction_trigger": _trigger,
         "configuration_update": _update,
     }
+
+
+def _item_type(item: Mapping[str, Any]) -> Any:
+    """The type of an item; messages and references need not say it."""
+    untyped = "item_reference" if "id" in item and "role" not in item else "message"
+    return item.get("type") or untyped
 
 
 def _call_id(item: Mapping[str, Any]) -> str:
@@ -9422,14 +9541,16 @@ def as_items(messages: Iterable[Message], place: Callable[[Attachment], str]) ->
     """Messages as items that an ItemReader reads again; `place` gives the id under which a file is kept."""
     items: list[dict[str, Any]] = []
     for message in messages:
-        content = [
-            _content_part(part, message.role, place)
-            for part in message.parts
-            if isinstance(part, (Text, Attachment))
-        ]
-        if content or not message.parts:
-            items.append({"type": "message", "role": message.role, "content": content})
-        items += [AS_ITEM[type(part)](part, place) for part in message.parts if type(part) in AS_ITEM]
+        for is_item, run in itertools.groupby(message.parts, lambda part: type(part) in AS_ITEM):
+            if is_item:
+                items += [AS_ITEM[type(part)](part, place) for part in run]
+            else:
+                content = [
+                    _content_part(cast("Text | Attachment", part), message.role, place) for part in run
+                ]
+                items.append({"type": "message", "role": message.role, "content": content})
+        if not message.parts:
+            items.append({"type": "message", "role": message.role, "content": []})
     return items
 
 
@@ -9441,7 +9562,7 @@ def _content_part(part: Text | Attachment, role: str, place: Callable[[Attachmen
 
 
 def _call_item(call: FunctionCall, place: Callable[[Attachment], str]) -> dict[str, Any]:
-    told = CALLS_TOLD[call.kind]
+    told = CALL_SHAPES[call.kind]
     return {"type": told.type} | told.fields(call)
 
 
@@ -9485,7 +9606,7 @@ ItemEvent = tuple[
 ]  # the name of an event of an item's, and its fields but for the item's place
 
 
-def _in_pieces(event: str, field: str, text: str) -> list[ItemEvent]:
+def _growth_of(event: str, field: str, text: str) -> list[ItemEvent]:
     """The events of an item's text that grows, and of its end."""
     pieces = [(f"{event}.delta", {"delta": piece}) for piece in in_pieces(text)]
     return [*pieces, (f"{event}.done", {field: text})]
@@ -9511,10 +9632,10 @@ def _commands(item: Mapping[str, Any]) -> list[ItemEvent]:
 
 # The events between the begin and the end of an item, by its type; of those that are told when they are whole.
 ITEM_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], list[ItemEvent]]] = {
-    "function_call": lambda item: _in_pieces(
+    "function_call": lambda item: _growth_of(
         "response.function_call_arguments", "arguments", item["arguments"]
     ),
-    "custom_tool_call": lambda item: _in_pieces("response.custom_tool_call_input", "input", item["input"]),
+    "custom_tool_call": lambda item: _growth_of("response.custom_tool_call_input", "input", item["input"]),
     "shell_call": _commands,
     "image_generation_call": lambda item: _steps(
         "image_generation_call", "in_progress", "generating", "completed"
@@ -9522,7 +9643,7 @@ ITEM_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], list[ItemEvent]]] = {
     "web_search_call": lambda item: _steps("web_search_call", "in_progress", "searching", "completed"),
     "code_interpreter_call": lambda item: [
         *_steps("code_interpreter_call", "in_progress"),
-        *_in_pieces("response.code_interpreter_call_code", "code", item["code"]),
+        *_growth_of("response.code_interpreter_call_code", "code", item["code"]),
         *_steps("code_interpreter_call", "interpreting", "completed"),
     ],
 }
@@ -9530,7 +9651,7 @@ ITEM_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], list[ItemEvent]]] = {
 _BEGINNINGS = {"arguments": "", "input": "", "code": "", "outputs": None, "result": None}
 
 
-class CallTold(NamedTuple):
+class CallShape(NamedTuple):
     """How the calls of a kind of function are told: the prefix of the item's id, its type and its own fields."""
 
     prefix: str
@@ -9558,12 +9679,12 @@ def _fixed_fields(call: FunctionCall) -> dict[str, Any]:
     return {"call_id": call.id, "action": {"commands": []} | given, "environment": {"type": "local"}}
 
 
-CALLS_TOLD = {
-    FUNCTION: CallTold("fc", "function_call", _named_fields),
-    CUSTOM: CallTold("ctc", "custom_tool_call", _named_fields),
-    LOCAL_SHELL: CallTold("lsh", "local_shell_call", _fixed_fields),
-    SHELL: CallTold("sh", "shell_call", _fixed_fields),
-    APPLY_PATCH: CallTold("apc", "apply_patch_call", _fixed_fields),
+CALL_SHAPES = {
+    FUNCTION: CallShape("fc", "function_call", _named_fields),
+    CUSTOM: CallShape("ctc", "custom_tool_call", _named_fields),
+    LOCAL_SHELL: CallShape("lsh", "local_shell_call", _fixed_fields),
+    SHELL: CallShape("sh", "shell_call", _fixed_fields),
+    APPLY_PATCH: CallShape("apc", "apply_patch_call", _fixed_fields),
 }
 
 
@@ -9602,10 +9723,11 @@ class ResponseEvents:
     """The events of a response: items open, grow and close one after the other, and every event has the next sequence
     number."""
 
-    def __init__(self, id: str) -> None:
+    def __init__(self, id: str, put: Callable[[str], None]) -> None:
+        """`put` takes an event as text."""
         self.id = id
+        self._put = put
         self.items: list[dict[str, Any]] = []
-        self.pieces: list[str] = []  # the events that were told, as bytes to be
         self._open: _Growth | None = None  # what the last item is, while it grows
         self._grown: list[str] = []
         self.number = -1  # of the last event
@@ -9615,7 +9737,7 @@ class ResponseEvents:
         """Tells an event."""
         self.number += 1
         event = {"type": kind, "sequence_number": self.number} | facts
-        self.pieces.append(f"event: {kind}\ndata: {compact(event)}\n\n")
+        self._put(f"event: {kind}\ndata: {compact(event)}\n\n")
 
     def _place(self) -> dict[str, Any]:
         """The place of the last item."""
@@ -9646,7 +9768,7 @@ class ResponseEvents:
         self.number += 1
         self._grown.append(text)
         quoted = json.encoder.encode_basestring(text)
-        self.pieces.append(f'{self._ahead}{self.number},"delta":{quoted}}}\n\n')
+        self._put(f'{self._ahead}{self.number},"delta":{quoted}}}\n\n')
 
     def _begin(self, kind: _Growth, id: str = "") -> None:
         """Opens an item that grows."""
@@ -9677,7 +9799,8 @@ class ResponseEvents:
 
 def replayed(response: Mapping[str, Any]) -> list[str]:
     """The events of a response that is kept; each of its texts in one piece."""
-    events = ResponseEvents(response["id"])
+    told: list[str] = []
+    events = ResponseEvents(response["id"], told.append)
     begun: dict[str, Any] = {**response, "status": "in_progress", "output": []}
     begun |= {"usage": None, "incomplete_details": None}
     events.tell("response.created", response=begun)
@@ -9690,7 +9813,7 @@ def replayed(response: Mapping[str, Any]) -> list[str]:
         else:
             events.add_whole(item)
     events.tell(f"response.{response['status']}", response=response)
-    return events.pieces
+    return told
 
 
 # The codes of OpenAI's for a response that failed; other failures are server_error.
@@ -9713,7 +9836,7 @@ class ModelResponse(Rendering):
         super().__init__(request.turn, tokens)
         self.request, self._keep, self._inline = request, keep, inline
         self.id = f"resp_{secrets.token_hex(24)}"  # who has it, has the response
-        self._events = ResponseEvents(self.id)
+        self._events = ResponseEvents(self.id, self.pieces.append)
         self._status = "in_progress"
         self._error: dict[str, Any] | None = None
         self._runs = False  # whether the output of Python is what comes next
@@ -9753,36 +9876,19 @@ class ModelResponse(Rendering):
             "total_tokens": prompt + answer,
         }
 
-    def feed(self, events: list[Event]) -> tuple[bytes, int]:
-        """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
-        self._events.pieces = []
-        for event in self.take(events):
-            kind = type(event)
-            self._begin()
-            if kind is Text:  # once per token
-                self._take_text(event[0])
-            else:
-                self.TAKES[kind](self, event)
-        return self._told()
-
-    def _begin(self) -> None:
-        if self._events.number < 0:
-            self._events.tell("response.created", response=self.whole())
-            self._events.tell("response.in_progress", response=self.whole())
-
-    def _told(self) -> tuple[bytes, int]:
-        pieces = self._events.pieces
-        return "".join(pieces).encode("utf-8", "replace"), len(pieces)
+    def begin(self) -> None:
+        self._events.tell("response.created", response=self.whole())
+        self._events.tell("response.in_progress", response=self.whole())
 
     def failed(self, error: ApiError) -> bytes:
         """The last event of an answer that broke off: it has the error twice, since clients look in either place."""
-        self._events.pieces = []
-        self._begin()
+        if not self.begun:
+            self.begin()
         self._status = "failed"
         code = _FAILURE_CODES.get(error.code, "server_error")
         self._error = {"code": code, "message": error.message}
         self._events.tell("response.failed", response=self.whole(), **error.body())
-        return self._told()[0]
+        return self.told()[0]
 
     def has_place(self, event: Event) -> bool:
         """Whether what the upstream's own tools did is an item: when the request offers them."""
@@ -9811,7 +9917,7 @@ class ModelResponse(Rendering):
             container = f"cntr_{self.id.removeprefix('resp_')}"
             self._add("ci", "code_interpreter_call", code=code, container_id=container, outputs=outputs)
 
-    def _take_text(self, text: str) -> None:
+    def take_text(self, text: str) -> None:
         if self._code is not None:
             self._end_code()
         self._events.grow(_MESSAGE, text)
@@ -9827,17 +9933,19 @@ class ModelResponse(Rendering):
         elif event.language:
             action = {"type": "search", "query": event.text, "queries": [event.text]}
             self._add("ws", "web_search_call", action=action)
-        else:
+        elif self._code is not None:
             self._end_code(event.text)
+        else:  # something came in between
+            self.take_text(_fenced(event).text)
 
     def _take_image(self, event: Image) -> None:
         if data := self._inline(event.url):
             self._add("ig", "image_generation_call", result=data)
         else:
-            self._take_text(AS_TEXT[Image](event).text)
+            self.take_text(AS_TEXT[Image](event).text)
 
     def _take_call(self, call: FunctionCall) -> None:
-        told = CALLS_TOLD[call.kind]
+        told = CALL_SHAPES[call.kind]
         self._add(told.prefix, told.type, **told.fields(call))
 
     def _take_finish(self, event: Finish) -> None:
@@ -9850,8 +9958,7 @@ class ModelResponse(Rendering):
         self._keep(self, response)
         self._events.tell(f"response.{self._status}", response=response)
 
-    # How each kind of event is told, but for text and what is told as text.
-    TAKES: Mapping[type, Callable[[Any, Any], None]] = {
+    TAKES = {
         Begin: lambda self, event: None,  # which `feed` sees to
         Reasoning: _take_reasoning,
         ToolUse: _take_tool_use,
@@ -9864,7 +9971,7 @@ class ModelResponse(Rendering):
 class Compaction(ModelResponse):
     """An answer that is the earlier conversation made shorter: one item, whose content nobody but this server reads."""
 
-    def _take_text(self, text: str) -> None:
+    def take_text(self, text: str) -> None:
         """It comes when it is whole."""
 
     def _take_reasoning(self, event: Reasoning) -> None:
@@ -9947,6 +10054,8 @@ def parse_message_request(body: Mapping[str, Any], counted: bool = False) -> Mes
     messages = reader.system(body.get("system"), "system")
     for i, message in enumerate(body["messages"]):
         messages += reader.message(message, f"messages[{i}]")
+    if not counted and not any(message.parts for message in messages if message.role != "system"):
+        raise unfit("messages", "must have something to be answered.")
     offered = _offered_of(body, reader.tools)
     config = body.get("output_config") or {}
     thinking = body.get("thinking") or {}
@@ -9988,7 +10097,7 @@ def _offered_of(body: Mapping[str, Any], tools: Tools) -> Offered:
     """What the tools of a request let the model use."""
     tools.add_all(body.get("tools") or [], "tools", _add_tool)
     choice = body.get("tool_choice") or {}
-    kind = choice.get("type", "auto")
+    kind = str(choice.get("type", "auto"))
     wanted: Any = {"auto": "auto", "any": "required", "none": "none"}.get(kind)
     if kind == "tool":
         wanted = {"type": FUNCTION, "name": choice.get("name")}
@@ -10014,7 +10123,7 @@ def _add_tool(tools: Tools, tool: Any, where: str) -> None:
         tools.function({"name": tool.get("name"), "description": description, "parameters": schema}, where)
     else:
         kind = PYTHON if kind.startswith("code_execution") else kind
-        tools.add({"type": kind}, where)
+        tools.add({"type": kind, "name": tool.get("name")}, where)
 
 
 class BlockReader:
@@ -10054,7 +10163,7 @@ class BlockReader:
             if read := self.READS.get(kind):
                 found += read(self, block, here)
             elif not kind.startswith(_DONE_THERE):
-                self.tools.left_out[f"{kind[:50]} block"] = None
+                self.tools.left_out[f"{named_kind(kind)} block"] = None
         return found
 
     def _content(self, content: Any, where: str) -> tuple[Text | Attachment, ...]:
@@ -10080,7 +10189,7 @@ class BlockReader:
             data = source.get("data")
             if not isinstance(data, str):
                 raise unfit(f"{where}.data", "must be base64.")
-            blob = data.blob if isinstance(data, InlineFile) else _unbased(data, 0, f"{where}.data")
+            blob = _unbased(data, 0, f"{where}.data")
             return Attachment(where, image, name, str(source.get("media_type") or ""), blob)
         if kind == "url":
             return replace(_from_url(required(source, "url", f"{where}."), f"{where}.url", image), name=name)
@@ -10114,7 +10223,7 @@ class BlockReader:
         id = required(block, "tool_use_id", f"{where}.")
         content = self._content(block.get("content"), f"{where}.content")
         failed = (Text("The call failed:"),) if block.get("is_error") else ()
-        return list(result(id, (*failed, *content), self._calls).parts)
+        return list(result_message(id, (*failed, *content), self._calls).parts)
 
     def _upload(self, block: dict[str, Any], where: str) -> list[MessagePart]:
         return [Attachment(where, file=required(block, "file_id", f"{where}."))]
@@ -10151,12 +10260,9 @@ class ModelMessage(Rendering):
         super().__init__(request.turn, tokens)
         self.id = f"msg_{random.getrandbits(96):024x}"
         self._thinks = request.thinks
-        self._prompt = 0  # tokens of the question
-        self._begun = False
-        self._blocks: list[dict[str, Any]] = []
-        self._open: type[Event] | None = None  # what the last block is of, while it grows
+        self._content: list[dict[str, Any]] = []  # the blocks that the client has been given
+        self._open: type[Event] | None = None  # what the last one is of, while it grows
         self._grown: list[str] = []
-        self._pieces: list[str] = []
         self._ahead = ""
 
     def whole(self) -> dict[str, Any]:
@@ -10166,9 +10272,9 @@ class ModelMessage(Rendering):
             "type": "message",
             "role": "assistant",
             "model": self.model,
-            "content": self._blocks,
+            "content": self._content,
             **self._ending(),
-            "usage": {"input_tokens": self._prompt} | _NO_CACHE | {"output_tokens": self._answered()},
+            "usage": {"input_tokens": self.prompt} | _NO_CACHE | {"output_tokens": self.counted()[1]},
         }
 
     def _ending(self) -> dict[str, Any]:
@@ -10177,29 +10283,11 @@ class ModelMessage(Rendering):
         reason = "stop_sequence" if sequence else _STOP_REASONS[self._reason]
         return {"stop_reason": reason, "stop_sequence": sequence}
 
-    def _answered(self) -> int:
-        return self.counted()[1]
-
-    def feed(self, events: list[Event]) -> tuple[bytes, int]:
-        """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
-        self._pieces = []
-        for event in self.take(events):
-            kind = type(event)
-            if not self._begun:
-                self._begin()
-            if kind is Text:  # once per token
-                self._grow(Text, event[0])
-            else:
-                self.TAKES[kind](self, event)
-        return "".join(self._pieces).encode("utf-8", "replace"), len(self._pieces)
-
     def _tell(self, kind: str, **facts: Any) -> None:
-        self._pieces.append(f"event: {kind}\ndata: {compact({'type': kind} | facts)}\n\n")
+        self.pieces.append(f"event: {kind}\ndata: {compact({'type': kind} | facts)}\n\n")
 
-    def _begin(self) -> None:
-        self._begun = True
-        self._prompt = prompt_tokens(self.turn.question, self._tokens.count)
-        usage = {"input_tokens": self._prompt} | _NO_CACHE | {"output_tokens": 0}
+    def begin(self) -> None:
+        usage = {"input_tokens": self.prompt} | _NO_CACHE | {"output_tokens": 0}
         nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
         message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
         self._tell("message_start", message=message | nothing)
@@ -10207,12 +10295,12 @@ class ModelMessage(Rendering):
     def _start(self, block: dict[str, Any]) -> None:
         """Begins a block."""
         self._stop()
-        self._blocks.append(block)
-        self._tell("content_block_start", index=len(self._blocks) - 1, content_block=block)
+        self._content.append(block)
+        self._tell("content_block_start", index=len(self._content) - 1, content_block=block)
 
     def _delta(self, kind: str, field: str, text: str) -> None:
         delta = {"type": kind, field: text}
-        self._tell("content_block_delta", index=len(self._blocks) - 1, delta=delta)
+        self._tell("content_block_delta", index=len(self._content) - 1, delta=delta)
 
     def _grow(self, kind: type[Event], text: str) -> None:
         """Text for the block of this kind; once per token."""
@@ -10221,23 +10309,26 @@ class ModelMessage(Rendering):
             self._start({"type": name, field: ""} | ({"signature": ""} if kind is Reasoning else {}))
             self._open = kind
             self._grown = []
-            event = {"type": "content_block_delta", "index": len(self._blocks) - 1}
+            event = {"type": "content_block_delta", "index": len(self._content) - 1}
             head = f'{compact(event)[:-1]},"delta":{{"type":"{delta}","{field}":'
             self._ahead = f"event: content_block_delta\ndata: {head}"
         self._grown.append(text)
-        self._pieces.append(f"{self._ahead}{json.encoder.encode_basestring(text)}}}}}\n\n")
+        self.pieces.append(f"{self._ahead}{json.encoder.encode_basestring(text)}}}}}\n\n")
 
     def _stop(self) -> None:
         """Ends the block that grows."""
         if self._open is None:
             return
-        block = self._blocks[-1]
+        block = self._content[-1]
         block[_BLOCKS[self._open][2]] = "".join(self._grown)
         if self._open is Reasoning:
             block["signature"] = SIGNATURE
             self._delta("signature_delta", "signature", SIGNATURE)
         self._open = None
-        self._tell("content_block_stop", index=len(self._blocks) - 1)
+        self._tell("content_block_stop", index=len(self._content) - 1)
+
+    def take_text(self, text: str) -> None:
+        self._grow(Text, text)
 
     def _take_reasoning(self, event: Reasoning) -> None:
         if self._thinks:
@@ -10247,16 +10338,15 @@ class ModelMessage(Rendering):
         self._start({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
         for piece in in_pieces(call.arguments):
             self._delta("input_json_delta", "partial_json", piece)
-        self._blocks[-1]["input"] = json.loads(call.arguments or "{}")
-        self._tell("content_block_stop", index=len(self._blocks) - 1)
+        self._content[-1]["input"] = json.loads(call.arguments or "{}")
+        self._tell("content_block_stop", index=len(self._content) - 1)
 
     def _take_finish(self, event: Finish) -> None:
         self._stop()
-        self._tell("message_delta", delta=self._ending(), usage={"output_tokens": self._answered()})
+        self._tell("message_delta", delta=self._ending(), usage={"output_tokens": self.counted()[1]})
         self._tell("message_stop")
 
-    # How each kind of event is told, but for text and what is told as text.
-    TAKES: Mapping[type, Callable[[Any, Any], None]] = {
+    TAKES = {
         Begin: lambda self, event: None,  # which `feed` sees to
         Reasoning: _take_reasoning,
         FunctionCall: _take_call,
@@ -10298,15 +10388,15 @@ _THINKING = ("low", "medium", "high", "max")
 def ollama_model(body: Mapping[str, Any]) -> str:
     """The model that a request names; all of them are the latest."""
     name = body.get("model") or body.get("name")
-    return model_of({"model": name}).removesuffix(":latest")
+    return model_of({"model": name.removesuffix(":latest") if isinstance(name, str) else name})
 
 
-def parse_ollama(body: Mapping[str, Any]) -> Turn | None:
-    """A request of Ollama's for a chat or a completion; None for one that only has a model loaded. 400 names what is
-    wrong."""
+def parse_ollama(body: Mapping[str, Any], chats: bool) -> Turn | None:
+    """A request of Ollama's for a chat, else for a completion; None for one that only has a model loaded. 400 names what
+    is wrong."""
     check_types(body, OLLAMA_FIELDS)
     model = ollama_model(body)
-    messages = _ollama_messages(body)
+    messages = _ollama_messages(body, chats)
     if not messages:
         return None
     options = body.get("options") or {}
@@ -10316,26 +10406,33 @@ def parse_ollama(body: Mapping[str, Any]) -> Turn | None:
     tools.add_all(body.get("tools") or [], "tools")
     offered = tools.offered(None, True)
     think = body.get("think")
-    form = body.get("format")
     question = Question(
         tuple(messages),
         model,
         effort=think if think in _THINKING else "none" if think is False else "",
         hosted=offered.hosted,
         offer=offered.offer,
-        shape=Shape(form if isinstance(form, dict) else None) if form else None,
+        shape=_ollama_shape(body.get("format")),
     )
     stops = _stops(options.get("stop"), "options.stop")
     streams = body.get("stream") is not False
     return Turn(question, streams, most if most and most > 0 else None, stops, left_out=tuple(tools.left_out))
 
 
-def _ollama_messages(body: Mapping[str, Any]) -> list[Message]:
+def _ollama_shape(form: Any) -> Shape | None:
+    if isinstance(form, dict):
+        return parse_shape({"type": "json_schema", "schema": form}, "format")
+    if form not in (None, "", "json"):
+        raise unfit("format", "must be json or a JSON Schema.")
+    return Shape(None) if form else None
+
+
+def _ollama_messages(body: Mapping[str, Any], chats: bool) -> list[Message]:
     """The messages of a chat, or of a completion."""
     if body.get("suffix"):
         raise unfit("suffix", "cannot be had: the model does not fill gaps.")
-    values = body.get("messages")
-    if values is None:
+    values = body.get("messages") or []
+    if not chats:
         prompt = {"role": "user", "content": body.get("prompt"), "images": body.get("images")}
         values = [prompt] if prompt["content"] or prompt["images"] else []
         if values and body.get("system"):
@@ -10344,7 +10441,7 @@ def _ollama_messages(body: Mapping[str, Any]) -> list[Message]:
     unanswered: list[str] = []  # names of functions that were called
     messages = []
     for i, value in enumerate(values):
-        message = _ollama_message(value, f"messages[{i}]", calls, unanswered)
+        message = _ollama_message(value, f"messages[{i}]." if chats else "", calls, unanswered)
         unanswered += [part.name for part in message.parts if isinstance(part, FunctionCall)]
         messages.append(message)
     return messages
@@ -10353,23 +10450,28 @@ def _ollama_messages(body: Mapping[str, Any]) -> list[Message]:
 def _ollama_message(value: Any, where: str, calls: Calls, unanswered: list[str]) -> Message:
     """A message; a result that does not say of what it is, is of the first call without one."""
     if not isinstance(value, dict):
-        raise unfit(where, "must be an object with `role` and `content`.")
+        raise unfit(where[:-1], "must be an object with `role` and `content`.")
     given = {name: one for name, one in value.items() if name in ("role", "tool_calls", "tool_call_id")}
     given |= {"content": value.get("content") or "", "name": value.get("tool_name") or value.get("name")}
-    if value.get("role") == "tool" and unanswered:
-        called = unanswered.pop(0)
-        given["name"] = given["name"] or (None if given.get("tool_call_id") else called)
-    message = _message(given, where, calls, False)
+    if value.get("role") == "tool" and not given["name"] and not given.get("tool_call_id"):
+        given["name"] = next(iter(unanswered), None)
+    with contextlib.suppress(ValueError):
+        unanswered.remove(given["name"])
+    message = _message(given, where[:-1], calls, False)
     images = value.get("images") or []
     if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
-        raise unfit(f"{where}.images", "must be a list of images in base64.")
+        raise unfit(f"{where}images", "must be a list of images in base64.")
     found = []
     for i, image in enumerate(images):
-        here = f"{where}.images[{i}]"
+        here = f"{where}images[{i}]"
         if image.startswith("data:"):
             found.append(_from_url(image, here, image=True))
         else:
             found.append(Attachment(here, image=True, blob=_unbased(image, 0, here)))
+    if message.role == "tool":
+        (part,) = message.parts
+        answered = cast(ToolResult, part)
+        return Message("tool", (replace(answered, parts=(*answered.parts, *found)),))
     thought = [Thought(value["thinking"])] if isinstance(value.get("thinking"), str) else []
     return Message(message.role, (*thought, *found, *message.parts))
 
@@ -10377,48 +10479,40 @@ def _ollama_message(value: Any, where: str, calls: Calls, unanswered: list[str])
 class OllamaAnswer(Rendering):
     """An answer as Ollama gives it: JSON objects, a line each."""
 
-    def __init__(self, turn: Turn, tokens: Tokens, chats: bool, thinks: bool) -> None:
-        """`chats`: whether it is a chat's, else a completion's; `thinks`: whether the client is told what the model
-        thought."""
+    def __init__(self, turn: Turn, tokens: Tokens, name: str, chats: bool, thinks: bool) -> None:
+        """`name` is the client's for the model; `chats`: whether it is a chat's, else a completion's; `thinks`: whether the
+        client is told what the model thought."""
         super().__init__(turn, tokens)
-        self._chats, self._thinks = chats, thinks
-        self._start = self._first = time.monotonic()
-        self._answered = False
-        self._called = 0
-        self._lines: list[str] = []
+        self._name, self._chats, self._thinks = name, chats, thinks
+        self._asked_at = time.monotonic()
+        self._answered_at = 0.0
+        self._told_calls = 0
 
     def _object(self, text: str, done: bool = False, **more: Any) -> dict[str, Any]:
         """A piece of the answer; `more` belongs to its message."""
-        told: dict[str, Any] = {"model": self.turn.question.model, "created_at": iso(time.time())}
+        told: dict[str, Any] = {"model": self._name, "created_at": iso(time.time())}
         if self._chats:
             told["message"] = {"role": "assistant", "content": text} | more
         else:
             told |= {"response": text} | more
         return told | {"done": done}
 
-    def feed(self, events: list[Event]) -> tuple[bytes, int]:
-        """The bytes for a batch of events, all in one piece, and how many lines they are."""
-        self._lines = []
-        for event in self.take(events):
-            self.TAKES[type(event)](self, event)
-        return "".join(self._lines).encode("utf-8", "replace"), len(self._lines)
-
     def _tell(self, told: dict[str, Any]) -> None:
-        self._lines.append(f"{compact(told)}\n")
+        self.pieces.append(f"{compact(told)}\n")
 
-    def _take_text(self, event: Text) -> None:
-        if not self._answered:
-            self._answered = True
-            self._first = time.monotonic()
-        self._tell(self._object(event.text))
+    def begin(self) -> None:
+        self._answered_at = time.monotonic()
+
+    def take_text(self, text: str) -> None:
+        self._tell(self._object(text))
 
     def _take_reasoning(self, event: Reasoning) -> None:
         if self._thinks:
             self._tell(self._object("", thinking=event.text))
 
     def _take_call(self, call: FunctionCall) -> None:
-        self._tell(self._object("", tool_calls=[self._call(call, self._called)]))
-        self._called += 1
+        self._tell(self._object("", tool_calls=[self._call(call, self._told_calls)]))
+        self._told_calls += 1
 
     @staticmethod
     def _call(call: FunctionCall, index: int) -> dict[str, Any]:
@@ -10433,8 +10527,9 @@ class OllamaAnswer(Rendering):
         """What the last object has more: why it ended, tokens, and nanoseconds."""
         prompt, answer, _ = self.counted()
         now = time.monotonic()
-        spans = {"total_duration": now - self._start, "load_duration": 0.0}
-        spans |= {"prompt_eval_duration": self._first - self._start, "eval_duration": now - self._first}
+        waited = self._answered_at - self._asked_at
+        spans = {"total_duration": now - self._asked_at, "load_duration": 0.0}
+        spans |= {"prompt_eval_duration": waited, "eval_duration": now - self._answered_at}
         counts = {"prompt_eval_count": prompt, "eval_count": answer}
         reason = "length" if self._reason == "length" else "stop"
         return {"done_reason": reason} | {name: int(span * 1e9) for name, span in spans.items()} | counts
@@ -10448,10 +10543,8 @@ class OllamaAnswer(Rendering):
             more["tool_calls"] = [self._call(call, i) for i, call in enumerate(self._calls)]
         return self._object(self.text, True, **more) | self._end()
 
-    # How each kind of event is told, but for what is told as text.
-    TAKES: Mapping[type, Callable[[Any, Any], None]] = {
-        Begin: lambda self, event: None,
-        Text: _take_text,
+    TAKES = {
+        Begin: lambda self, event: None,  # which `feed` sees to
         Reasoning: _take_reasoning,
         FunctionCall: _take_call,
         Finish: _take_finish,
@@ -11738,7 +11831,7 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
     def _read(self, request: Request, most: int, share: Share) -> None:
         """Reads the body of a request, of up to `most` bytes."""
         headers = request.headers
-        if headers.get("content-encoding", "identity").lower() != "identity":
+        if headers.get("content-encoding", "identity").lower() != "identity" and not request.key:
             text = "The body has a Content-Encoding, which is not read here; send it as it is."
             raise ApiError("unsupported_encoding", text)
         fits = int(headers.get("content-length", 0)) <= most
@@ -11855,25 +11948,27 @@ class Router:
         self._patterns: list[tuple[re.Pattern[str], dict[str, Endpoint]]] = []
 
     def on(
-        self, method: str, *paths: str, access: str = "caller", also: Iterable[str] = ()
+        self, method: str, *paths: str, access: str = "caller", also: Iterable[str] = (), id: str = "[^/]+"
     ) -> Callable[[Respond], Any]:
-        """Decorates the function that answers a method on some paths; those with `also` before them are not listed."""
+        """Decorates the function that answers a method on some paths; those with `also` before them are not listed. `id` is
+        what `{id}` may be: other paths are not there."""
 
         def add(function: Respond) -> Any:
             for path in paths:
                 endpoint = Endpoint(method, path, access, function)
                 self.endpoints.append(endpoint)
                 for place in (path, *(before + path for before in also)):
-                    self._place(place, endpoint)
+                    self._place(place, endpoint, id)
             return function
 
         return add
 
-    def _place(self, path: str, endpoint: Endpoint) -> None:
+    def _place(self, path: str, endpoint: Endpoint, id: str) -> None:
         if "{" not in path:
             self._plain.setdefault(path, {})[endpoint.method] = endpoint
             return
-        pattern = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path)))
+        named = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
+        pattern = re.compile(named.replace("(?P<id>[^/]+)", f"(?P<id>{id})"))
         for known, methods in self._patterns:
             if known.pattern == pattern.pattern:
                 methods[endpoint.method] = endpoint
@@ -11896,10 +11991,6 @@ class Router:
         endpoint = methods.get(method)
         request.route = next(iter(methods.values())).path
         if endpoint is None:
-            if request.params and not any(map(str.isdigit, "".join(request.params.values()))):
-                # No id is without digits: it is a path that is not there, below one that is.
-                request.route = "none"
-                raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
             allowed = sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set()))
             text = f"Use {' or '.join(sorted(methods))} here."
             headers = {"Allow": ", ".join(allowed)}
@@ -11926,6 +12017,8 @@ MAX_WAITING = 4  # wrong keys of one address that wait; further ones are refused
 MAX_STRANGERS = 16
 ADMIN_COOKIE = "chatproxy_admin_{}"  # and the port: browsers send a host's cookies to all of its ports
 MAX_REMEMBERED = 10_000  # addresses, sessions, tokens
+# What is answered here alone: an API user's limit is for what the upstream is asked.
+ASKS_NOBODY = ("/v1/messages/count_tokens", "/v1/responses/input_tokens", "/api/show")
 # Headers by which a server in front of this one tells for whom it asks: what they are, or begin with.
 _FRONT_NAMES = {
     "via", "cdn-loop", "client-ip", "true-client-ip", "x-client-ip", "x-cluster-client-ip", "x-host", "x-url-scheme",
@@ -12047,7 +12140,8 @@ class Keys:
     def given(request: Request) -> str:
         """The API key of a request, "" for none: `Authorization: Bearer X`, or bare `X`, else `x-api-key: X`."""
         value = request.headers.get("authorization", "")
-        if not value or value[:6].lower() == "basic ":  # for a reverse proxy in front
+        nothing = value.strip().lower() in ("", "bearer")
+        if nothing or value[:6].lower() == "basic ":  # which is for a reverse proxy in front
             return request.headers.get("x-api-key", "").strip()
         return value[7:].strip() if value[:7].lower() == "bearer " else value.strip()
 
@@ -12087,7 +12181,7 @@ class Keys:
         request.asker = f"user {user.name or user.id}"
         request.scope = Scope(user.id)
         request.user = user.id
-        if request.method not in ("POST", "PATCH"):
+        if request.method not in ("POST", "PATCH") or request.path in ASKS_NOBODY:
             self.ledger.count(user.id)
         elif left := self.ledger.admit(user.id, user.limit):
             text = f"The {user.limit} requests that this API user has a day are used up; come back tomorrow."
@@ -12098,7 +12192,7 @@ class Keys:
         what is none of these. A stranger's body is not read before that, and nothing is kept for one."""
         if key.startswith("sk-"):
             if key.startswith("sk-ant-") or self._foreign_path(request.path):
-                text = "An `sk-` key works only under /v1, which is passed on to OpenAI's API."
+                text = "An `sk-` key is passed on to OpenAI's API, which has no such path or key."
                 raise ApiError("invalid_api_key", text)
             request.key = key
             request.asker = f"key {masked(key)}"
@@ -12503,8 +12597,15 @@ class App(Application):
 
 def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
     """Passes a request with an `sk-` key on to OPENAI_API_URL, unchanged, and its answer back as it comes."""
-    passed = ("content-type", "accept", "user-agent", "openai-organization", "openai-project", "openai-beta")
-    given = {name: request.headers.get(name) for name in (*passed, "idempotency-key")}
+    passed = (
+        "content-type",
+        "content-encoding",
+        "accept",
+        "user-agent",
+        "openai-organization",
+        "openai-project",
+    )
+    given = {name: request.headers.get(name) for name in (*passed, "openai-beta", "idempotency-key")}
     lines = [f"{name}: {value}".encode("latin-1") for name, value in given.items() if value is not None]
     lines += [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
     request.route = request.route if request.route != "none" else "/v1/…"
@@ -12591,9 +12692,7 @@ def _relayed(call: Call, writer: Writer) -> None:
 class Streamed(Sink):
     """An answer for a client that gets it as it comes."""
 
-    def __init__(
-        self, rendering: CompletionStream | ModelResponse | ModelMessage | OllamaAnswer, writer: Writer
-    ) -> None:
+    def __init__(self, rendering: Rendering, writer: Writer) -> None:
         self.outlet: Writer = writer
         self._rendering, self.careful = rendering, rendering.trims
 
@@ -12672,6 +12771,15 @@ def _holders(order: list[Upstream], conversation: str, scope: Scope) -> list[Ups
     return []
 
 
+def _as_it_comes(app: App, request: Request, asked: Asked, rendering: Rendering, **facts: Any) -> Stream:
+    """The answer to a question as it comes; `facts` are fields of the Stream."""
+
+    def write(writer: Writer) -> None:
+        _ask(app, request, asked, Streamed(rendering, writer), rendering)
+
+    return Stream(write, **facts)
+
+
 def _all(app: App, request: Request, asked: Asked) -> Collected:
     """A whole answer of the pool's that is used here, counted for the API user who asked."""
     answer = Collected()
@@ -12708,26 +12816,31 @@ def chat_completions(app: App, request: Request) -> Reply | Stream | Upgrade:
     asked = _asked(request, turn.question)
     if turn.stream:
         stream = CompletionStream(turn, app.tokens, extras, bool(request.user))
-
-        def write(writer: Writer) -> None:
-            _ask(app, request, asked, Streamed(stream, writer), stream)
-
-        return Stream(write, opens=True)
+        return _as_it_comes(app, request, asked, stream, opens=True)
     completion = Completion(turn, app.tokens, extras)
     _ask(app, request, asked, Whole(completion, completion.take), completion)
     return json_reply(completion.whole())
 
 
+RESPONSE_ID = "resp_[^/]+"
+
+
+def _wanted(app: App, request: Request, body: dict[str, Any], counted: bool = False) -> ResponseRequest:
+    """What a body of the Responses API asks for."""
+    check_types(body, RESPONSE_FIELDS)
+    kept = KeptItems(app, request)
+    earlier = _earlier(app, request, body.get("previous_response_id"), kept)
+    wanted = parse_response(body, earlier, kept.find, app.settings.upload_by_url, counted)
+    _tell_left_out(app, wanted.turn)
+    return wanted
+
+
 def _response(
     app: App, request: Request, body: dict[str, Any], kept: bool = True
 ) -> tuple[ModelResponse, Callable[[Sink], None]]:
-    """What a body of the Responses API asks for: the response to be, and what has a sink filled with it. `kept`: whether
-    it is stored, if the body does not say otherwise."""
-    check_types(body, RESPONSE_FIELDS)
-    earlier = _earlier(app, request, body.get("previous_response_id"))
-    find = KeptItems(app, request).find
-    wanted = parse_response(body, earlier, find, app.settings.upload_by_url)
-    _tell_left_out(app, wanted.turn)
+    """The response to be that a body asks for, and what has a sink filled with it. `kept`: whether it is stored, if the
+    body does not say otherwise."""
+    wanted = _wanted(app, request, body)
     asked = _asked(request, wanted.turn.question)
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
@@ -12747,7 +12860,7 @@ def _response(
             log(logging.WARNING, "a drawing of an answer cannot be had", code=error.code)
             return ""
 
-    make = Compaction if wanted.compact else ModelResponse
+    make = Compaction if wanted.compacts else ModelResponse
     response = make(wanted, app.tokens, keep, inline)
     return response, lambda sink: _ask(app, request, asked, sink, response)
 
@@ -12766,9 +12879,11 @@ def responses_create(app: App, request: Request) -> Reply | Stream | Upgrade:
 def responses_compact(app: App, request: Request) -> Reply:
     """makes a conversation shorter: one item to go on from"""
     body = request.json()
-    said = body.get("input")
+    said = body.get("input") or []
     said = [{"role": "user", "content": said}] if isinstance(said, str) else said
-    body["input"] = [*(said if isinstance(said, list) else ()), {"type": "compaction_trigger"}]
+    if not isinstance(said, list):
+        raise unfit("input", "must be a string or a list of items.")
+    body["input"] = [*said, {"type": "compaction_trigger"}]
     response, ask = _response(app, request, body, kept=False)
     ask(Whole(response, response.feed))
     return json_reply(cast(Compaction, response).compacted())
@@ -12778,10 +12893,7 @@ def responses_compact(app: App, request: Request) -> Reply:
 def responses_input_tokens(app: App, request: Request) -> Reply:
     """how many tokens a request has, without asking it"""
     body = {"model": "auto"} | {name: value for name, value in request.json().items() if value is not None}
-    check_types(body, RESPONSE_FIELDS)
-    earlier = _earlier(app, request, body.get("previous_response_id"))
-    find = KeptItems(app, request).find
-    wanted = parse_response(body, earlier, find, app.settings.upload_by_url)
+    wanted = _wanted(app, request, body, counted=True)
     count = prompt_tokens(wanted.turn.question, app.tokens.count)
     return json_reply({"object": "response.input_tokens", "input_tokens": count})
 
@@ -12798,20 +12910,30 @@ MAX_LEFT_OUT = 100  # kinds that are named in the log
 MAX_EARLIER = 4 << 20  # characters
 
 
-def _earlier(app: App, request: Request, id: Any) -> list[dict[str, Any]]:
-    """The items that a response can be gone on from."""
+def _earlier(app: App, request: Request, id: Any, drawings: KeptItems) -> list[dict[str, Any]]:
+    """The items that a response can be gone on from, with what was drawn."""
     if id is None:
         return []
     where = "previous_response_id"
-    items = _kept_response(app, request, str(id), where)[1]
-    if not items or len(items) > MAX_EARLIER:
-        raise ApiError(
-            "request_too_large", "The earlier conversation has become too long; begin a new one.", where
-        )
-    kept = json.loads(items)
-    if not isinstance(kept, list):  # as an earlier version kept it
+    items = _items_of(_kept_response(app, request, str(id), where)[1], where)
+    drawn = [item for item in items if item["type"] == "image_generation_call" and not item.get("result")]
+    for item in drawn[-MAX_DRAWINGS:]:
+        item |= drawings.find(item["id"]) or {}
+    return items
+
+
+def _items_of(kept: str, where: str | None = None) -> list[dict[str, Any]]:
+    """The items that were kept of a response: what it was made from, and its own."""
+    if not kept or len(kept) > MAX_EARLIER:
+        text = "The earlier conversation has become too long; begin a new one."
+        raise ApiError("request_too_large", text, where)
+    items = json.loads(kept)
+    if not isinstance(items, list):  # as an earlier version kept it
         raise _no_response(where)
-    return dicts(kept)
+    return dicts(items)
+
+
+MAX_DRAWINGS = 5  # of an earlier conversation that are shown the model again
 
 
 def _no_response(where: str | None = None) -> ApiError:
@@ -12829,7 +12951,7 @@ MAX_REFERENCES = 100  # items of kept responses that a request may name
 
 class KeptItems:
     """The items of kept responses that one request names: each response is read once, and what they say together has
-    the limit of what was said before."""
+    the limit of what was said before. A drawing is not counted, of which a response has few."""
 
     def __init__(self, app: App, request: Request) -> None:
         self._app, self._request = app, request
@@ -12838,14 +12960,20 @@ class KeptItems:
 
     def find(self, id: str) -> dict[str, Any] | None:
         """An item by its id, which begins with the response's."""
-        response = f"resp_{id.partition('_')[2][:-2]}"
-        if response not in self._items:
+        listed = id.startswith("item_")  # as `listed_items` has it: of what the response was made from
+        response = f"resp_{id.partition('_')[2][: -4 if listed else -2]}"
+        place = f"{response} {listed}"
+        if place not in self._items:
             kept = self._app.store.response(response, self._request.scope, time.time())
-            items = json.loads(kept[0])["output"] if kept else []
-            self._items[response] = {item["id"]: item for item in items}
-        item = self._items[response].get(id)
+            items: list[dict[str, Any]] = []
+            if kept:
+                items = (
+                    listed_items(_items_of(kept[1]), response) if listed else json.loads(kept[0])["output"]
+                )
+            self._items[place] = {item["id"]: item for item in items}
+        item = self._items[place].get(id)
         self._found += 1
-        self._size += len(compact(item)) if item else 0
+        self._size += len(compact(item | {"result": None})) if item else 0
         if self._found > MAX_REFERENCES or self._size > MAX_EARLIER:
             raise ApiError(
                 "request_too_large",
@@ -12864,36 +12992,43 @@ def _kept_items(app: App, asked: Asked, rendering: ModelResponse) -> list[dict[s
         return app.files.owned(asked.account, asked.materials[attachment][0], asked.scope.owner).id
 
     items = rendering.items
-    if not rendering.request.compact:  # which stands for everything before
+    if not rendering.request.compacts:  # which stands for everything before
         items = [*rendering.request.tools, *as_items(rendering.request.messages, place), *items]
-    # Reasoning that only its upstream can read is for that one; other reasoning is for nobody.
-    return [item for item in items if item["type"] != "reasoning" or item.get("encrypted_content")]
+    # Reasoning that only its upstream can read is for that one; other reasoning is for nobody. A drawing stands in the
+    # response itself, and is as large as all else together.
+    kept = [item for item in items if item["type"] != "reasoning" or item.get("encrypted_content")]
+    return [item | {"result": None} if item.get("result") else item for item in kept]
 
 
-@ROUTER.on("GET", "/v1/responses/{id}", access=OR_ADMIN)
+@ROUTER.on("GET", "/v1/responses/{id}", access=OR_ADMIN, id=RESPONSE_ID)
 def responses_retrieve(app: App, request: Request) -> Reply | Stream | Upgrade:
     """a response that is kept; with `stream=true` as events, from behind `starting_after` on"""
     kept = _kept_response(app, request, request.params["id"])[0]
-    if request.query.get("stream", "false") == "false":
+    if request.query.get("stream", "false") in ("false", "0"):
         return Reply(body=kept.encode())
     start = _query_number(request, "starting_after", -1, -1, 1 << 30) + 1
     pieces = replayed(json.loads(kept))[start:]
     return streamed((piece.encode(), 1) for piece in pieces)
 
 
-@ROUTER.on("GET", "/v1/responses/{id}/input_items", access=OR_ADMIN)
+@ROUTER.on("GET", "/v1/responses/{id}/input_items", access=OR_ADMIN, id=RESPONSE_ID)
 def responses_input_items(app: App, request: Request) -> Reply:
     """what a kept response was made from, the last first, or with `order=asc` the first"""
     id = request.params["id"]
     whole, kept = _kept_response(app, request, id)
-    items = dicts(json.loads(kept or "[]"))
+    items = _items_of(kept)
     answer = {item.get("id") for item in json.loads(whole)["output"]}
     data = listed_items([item for item in items if item.get("id") not in answer], id)
-    if request.query.get("order", "desc") != "asc":
+    order = request.query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise unfit("order", "must be asc or desc.")
+    if order == "desc":
         data.reverse()
-    ids = [item["id"] for item in data]
+    ids = ["", *(item["id"] for item in data)]
     after = request.query.get("after", "")
-    start = ids.index(after) + 1 if after in ids else 0
+    if after not in ids:
+        raise unfit("after", "must be the id of one of the items.")
+    start = ids.index(after)
     page = data[start : start + _query_number(request, "limit", 20, 1, 100)]
     facts = {"object": "list", "data": page, "has_more": start + len(page) < len(data)}
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
@@ -12908,7 +13043,7 @@ def _query_number(request: Request, name: str, usual: int, least: int, most: int
     return int(text)
 
 
-@ROUTER.on("DELETE", "/v1/responses/{id}", access=OR_ADMIN)
+@ROUTER.on("DELETE", "/v1/responses/{id}", access=OR_ADMIN, id=RESPONSE_ID)
 def responses_delete(app: App, request: Request) -> Reply:
     """forgets a response"""
     id = request.params["id"]
@@ -12928,11 +13063,7 @@ def messages_create(app: App, request: Request) -> Reply | Stream | Upgrade:
     asked = _asked(request, wanted.turn.question)
     message = ModelMessage(wanted, app.tokens)
     if wanted.turn.stream:
-
-        def write(writer: Writer) -> None:
-            _ask(app, request, asked, Streamed(message, writer), message)
-
-        return Stream(write, opens=True, failed=event_of_failed_message)
+        return _as_it_comes(app, request, asked, message, opens=True, failed=event_of_failed_message)
     _ask(app, request, asked, Whole(message, message.feed), message)
     return json_reply(message.whole())
 
@@ -12950,21 +13081,18 @@ def messages_count_tokens(app: App, request: Request) -> Reply:
 def _ollama(app: App, request: Request, chats: bool) -> Reply | Stream | Upgrade:
     """The answer to a chat or a completion; a request without a question only has the model loaded, as it always is."""
     body = request.json(app.known_tools)
-    turn = parse_ollama(body)
+    turn = parse_ollama(body, chats)
     if turn is None:
         unloads = body.get("keep_alive") in (0, "0", "0s")
         return json_reply(ollama_loaded(ollama_model(body), chats, "unload" if unloads else "load"))
     _tell_left_out(app, turn)
     asked = _asked(request, turn.question)
-    answer = OllamaAnswer(turn, app.tokens, chats, body.get("think") is not False)
+    name = str(body.get("model") or body.get("name"))
+    answer = OllamaAnswer(turn, app.tokens, name, chats, body.get("think") is not False)
     if turn.stream:
-
-        def write(writer: Writer) -> None:
-            _ask(app, request, asked, Streamed(answer, writer), answer)
-
-        kind = "application/x-ndjson"
-        return Stream(write, content_type=kind, signs=False, failed=line_of_failure, end=b"\n")
-    _ask(app, request, asked, Whole(answer, answer.take), answer)
+        facts = {"content_type": "application/x-ndjson", "signs": False, "end": b"\n"}
+        return _as_it_comes(app, request, asked, answer, failed=line_of_failure, **facts)
+    _ask(app, request, asked, Whole(answer, answer.feed), answer)
     return json_reply(answer.whole())
 
 
