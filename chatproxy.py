@@ -652,9 +652,8 @@ def _second(moment: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
-_PLAIN = re.compile(
-    r"[!#-~]+"
-)  # what cannot be taken for a line or a fact of its own, nor change what a terminal shows
+# What cannot be taken for a line or a fact of its own, nor change what a terminal shows.
+_PLAIN = re.compile(r"[!#-~]+")
 LOG = logging.getLogger("chatproxy")
 
 
@@ -12597,15 +12596,9 @@ class App(Application):
 
 def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
     """Passes a request with an `sk-` key on to OPENAI_API_URL, unchanged, and its answer back as it comes."""
-    passed = (
-        "content-type",
-        "content-encoding",
-        "accept",
-        "user-agent",
-        "openai-organization",
-        "openai-project",
-    )
-    given = {name: request.headers.get(name) for name in (*passed, "openai-beta", "idempotency-key")}
+    passed = ["content-type", "content-encoding", "accept", "user-agent", "idempotency-key"]
+    passed += ["openai-organization", "openai-project", "openai-beta"]
+    given = {name: request.headers.get(name) for name in passed}
     lines = [f"{name}: {value}".encode("latin-1") for name, value in given.items() if value is not None]
     lines += [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]
     request.route = request.route if request.route != "none" else "/v1/…"

@@ -26,6 +26,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -5249,6 +5250,13 @@ def test_a_model_that_no_account_lists_is_refused_when_asked_for(
 
 RESPONSE_TOOL: Any = {"type": "function", "name": "get_weather", "parameters": WEATHER_SCHEMA, "strict": True}
 SAID_HI = {"role": "user", "content": "hi"}
+EXEC: Any = {"type": "custom", "name": "exec", "description": "Runs JavaScript."}
+IN_NAMESPACE: Any = {
+    "type": "namespace",
+    "name": "functions",
+    "description": "",
+    "tools": [EXEC, RESPONSE_TOOL],
+}
 BROWSER = {"Accept": "text/html,application/xhtml+xml"}
 THOUGHT = {
     "author": {"role": "assistant"},
@@ -5511,6 +5519,17 @@ def test_a_response_that_breaks_off_ends_in_an_error_event(
         ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
         ({"tools": [{"type": "custom", "name": "c", "format": {"type": "grammar"}}]}, "tools[0].format"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": []}}, "tool_choice"),
+        (
+            {"input": [SAID_HI, {"type": "configuration_update", "text": {"format": "x"}}]},
+            "input[1].text.format",
+        ),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input"),
+        ({"temperature": math.inf}, None),
+        (
+            {"tools": [IN_NAMESPACE, {"type": "function", "name": "functions.exec"}]},
+            "tools[1].name",
+        ),
         ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "custom", "name": "x"}}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
@@ -5533,9 +5552,9 @@ def test_a_response_that_breaks_off_ends_in_an_error_event(
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
-def test_a_wrong_field_of_a_response_is_named(proxy: Proxy, body: dict[str, Any], param: str) -> None:
-    asked = {"model": "gpt-4o", "input": "hi"} | body
-    refused = httpx.post(f"{proxy.url}/v1/responses", json=asked, headers={"Authorization": KEY})
+def test_a_wrong_field_of_a_response_is_named(proxy: Proxy, body: dict[str, Any], param: str | None) -> None:
+    asked = json.dumps({"model": "gpt-4o", "input": "hi"} | body).replace("Infinity", "1e999")
+    refused = httpx.post(f"{proxy.url}/v1/responses", content=asked, headers={"Authorization": KEY})
     assert error_of(refused) == (400, "invalid_request_error") and refused.json()["error"]["param"] == param
 
 
@@ -5544,13 +5563,6 @@ def test_a_wrong_field_of_a_response_is_named(proxy: Proxy, body: dict[str, Any]
 
 ITEM_LIST: Any = pydantic.TypeAdapter(openai.types.responses.ResponseItemList)
 MESSAGE_EVENT: Any = pydantic.TypeAdapter(anthropic.types.RawMessageStreamEvent)
-EXEC: Any = {"type": "custom", "name": "exec", "description": "Runs JavaScript."}
-IN_NAMESPACE: Any = {
-    "type": "namespace",
-    "name": "functions",
-    "description": "",
-    "tools": [EXEC, RESPONSE_TOOL],
-}
 
 
 def call_of(name: str, arguments: Any) -> list[str]:
@@ -5559,6 +5571,8 @@ def call_of(name: str, arguments: Any) -> list[str]:
 
 
 PATCH = {"operation": {"type": "create_file", "path": "a.txt", "diff": "+hi"}}
+TIME_FUNCTION: Any = {"type": "function", "name": "get_time"}
+SHAPES_OF_CALLS: Any = {"get_weather": {"city": "Paris"}, "shell": {"commands": ["ls"]}}
 
 
 @pytest.mark.parametrize(
@@ -5866,6 +5880,9 @@ def test_a_history_that_began_elsewhere_goes_on_here(proxy: Proxy, weather: Weat
     offered = [json.loads(one)["name"] for one in told.split(cp.FUNCTIONS_LINE)[1].strip().splitlines()[:2]]
     assert offered == ["get_weather", "exec"]
     assert weather.asked()["thinking_effort"] == "extended"
+    messages = weather.asked()["messages"]
+    roles = "system user assistant tool assistant tool assistant tool tool" + " assistant tool" * 6 + " user"
+    assert [one["author"]["role"] for one in messages] == roles.split()
     assert sum("attachments" in one["metadata"] for one in weather.asked()["messages"]) == 1
     # It goes on from here, with the tools that came on the way.
     id = events[-1]["response"]["id"]
@@ -5882,7 +5899,13 @@ def test_what_a_response_was_made_from_is_listed(proxy: Proxy, weather: Weather)
     whole = web(proxy, "GET", f"{path}?order=asc&limit=100").json()
     ITEM_LIST.validate_python(whole)
     kinds = [item["type"] for item in whole["data"]]
-    assert {"message", "function_call", "custom_tool_call", "shell_call", "additional_tools"} <= set(kinds)
+    assert kinds == [
+        *["additional_tools"] * 2, "message", "reasoning", "message", "function_call", "function_call_output",
+        *["function_call", "function_call_output"] * 2, "function_call_output", "function_call", "function_call_output",
+        "local_shell_call", "function_call_output", "shell_call", "function_call_output", "apply_patch_call",
+        "function_call_output", "custom_tool_call", "custom_tool_call_output", "function_call", "function_call_output",
+        "message",
+    ]  # fmt: skip
     assert whole["first_id"] == whole["data"][0]["id"] and not whole["has_more"]
     page = web(proxy, "GET", f"{path}?limit=2").json()
     assert page["data"] == whole["data"][:-3:-1] and page["has_more"]
@@ -5890,7 +5913,8 @@ def test_what_a_response_was_made_from_is_listed(proxy: Proxy, weather: Weather)
     assert after["data"] == whole["data"][-3:-5:-1]
     listed = proxy.client().responses.input_items.list(id)
     assert len(list(listed)) == len(whole["data"])
-    assert error_of(web(proxy, "GET", f"{path}?limit=0")) == (400, "invalid_request_error")
+    for wrong in ("limit=0", "order=up", "after=item_1"):
+        assert error_of(web(proxy, "GET", f"{path}?{wrong}")) == (400, "invalid_request_error")
     assert error_of(web(proxy, "GET", "/v1/responses/resp_1/input_items")) == (404, "not_found")
 
 
@@ -5948,6 +5972,9 @@ def test_a_conversation_is_made_shorter_and_gone_on_with(proxy: Proxy, weather: 
     weather.words = [" "]
     answer = web(proxy, "POST", "/v1/responses/compact", json={"model": "gpt-4o", "input": "x"})
     assert error_of(answer) == (502, "upstream_error")
+    for said in (None, 5, []):
+        answer = web(proxy, "POST", "/v1/responses/compact", json={"model": "gpt-4o", "input": said})
+        assert error_of(answer) == (400, "invalid_request_error")
 
 
 def test_the_tokens_of_a_response_are_counted_without_asking(proxy: Proxy, weather: Weather) -> None:
@@ -6050,6 +6077,10 @@ def test_a_message_is_answered_whole_and_streamed(proxy: Proxy, weather: Weather
         "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop",
     ]  # fmt: skip
     assert weather.asked()["thinking_effort"] == "standard"
+    message_events(proxy, thinking={"type": "disabled"})
+    assert weather.asked()["thinking_effort"] == "standard"
+    message_events(proxy)
+    assert "thinking_effort" not in weather.asked()
     for thinking in ({"type": "disabled"}, {"type": "adaptive", "display": "omitted"}):
         events = message_events(proxy, thinking=thinking, output_config={"effort": "max"})
         assert not any(event.get("content_block", {}).get("type") == "thinking" for event in events)
@@ -6193,6 +6224,8 @@ def test_messages_fail_in_anthropics_shape(start: Callable[..., Proxy], weather:
         ({"tools": [{"name": "x y", "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [5]}, "tools[0]"),
         ({"tool_choice": {"type": "perhaps"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": []}}, "tool_choice.type"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages"),
         ({"output_config": {"effort": "some"}}, "output_config.effort"),
         ({"stop_sequences": [5]}, "stop_sequences"),
     ):
@@ -6311,6 +6344,14 @@ def test_ollamas_clients_call_tools_and_send_pictures(proxy: Proxy, weather: Wea
     assert "Result of get_weather:\nsunny in Paris" in weather.told() and GOOD_CALL[:30] in weather.told()
     client.chat("gpt-4o", messages=[*said[:2], {"role": "tool", "content": "dry"}])  # as some clients have it
     assert "Result of get_weather:\ndry" in weather.told()
+    functions: Any = [{"function": {"name": name, "arguments": {}}} for name in ("f", "g")]
+    results: Any = [
+        {"role": "tool", "content": "2", "tool_name": "g", "images": [picture()]},
+        {"role": "tool", "content": "1"},
+    ]
+    client.chat("gpt-4o", messages=[SAID_HI, {"role": "assistant", "tool_calls": functions}, *results])
+    assert "Result of g:\n2" in weather.told() and "Result of f:\n1" in weather.told()
+    assert weather.asked()["messages"][2]["metadata"]["attachments"]
 
 
 def test_ollamas_clients_complete_prompts(proxy: Proxy, weather: Weather) -> None:
@@ -6326,6 +6367,7 @@ def test_ollamas_clients_complete_prompts(proxy: Proxy, weather: Weather) -> Non
     assert weather.count("/conversation") == asked
     with pytest.raises(ollama.ResponseError, match="suffix"):
         client.generate("gpt-4o", "hi", suffix="x")
+    assert client.generate("gpt-4o:latest", "hi").model == "gpt-4o:latest"
 
 
 def test_ollamas_clients_look_around(proxy: Proxy) -> None:
@@ -6361,6 +6403,9 @@ def test_an_answer_of_ollamas_that_breaks_off_says_so(proxy: Proxy, weather: Wea
         ({"messages": [{"role": "user", "content": "x", "images": ["-"]}]}, "base64"),
         ({"messages": [SAID_HI], "options": {"num_predict": "x"}}, "num_predict"),
         ({"messages": [SAID_HI], "tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"messages": [SAID_HI], "format": {"type": 7}}, "format"),
+        ({"messages": [SAID_HI], "format": "yaml"}, "format"),
+        ({"model": ":latest", "messages": [SAID_HI]}, "model"),
         ({"model": None, "messages": [SAID_HI]}, "model"),
     ):
         answer = web(proxy, "POST", "/api/chat", json={"model": "gpt-4o"} | body)
@@ -6531,6 +6576,164 @@ def test_the_same_tools_mean_what_their_api_has_them_mean(proxy: Proxy, weather:
         assert events[-2]["delta"]["stop_reason"] == "tool_use"
         proxy.say(tools=[long_tool("look")])
         assert '"required":["a"]' not in weather.told()
+
+
+def test_output_that_comes_late_is_told_all_the_same(proxy: Proxy, weather: Weather) -> None:
+    python = {"author": {"role": "assistant"}, "recipient": "python"}
+    weather.before = [
+        python | {"content": {"content_type": "code", "language": "unknown", "text": "first()"}},
+        THOUGHT,
+        {"author": {"role": "tool"}, "content": {"content_type": "execution_output", "text": "late!"}},
+        python | {"content": {"content_type": "code", "language": "unknown", "text": "second()"}},
+        {"author": {"role": "tool"}, "content": {"content_type": "execution_output", "text": "in time"}},
+    ]
+    tools: Any = [{"type": "code_interpreter", "container": {"type": "auto"}}]
+    output = response_events(proxy, tools=tools)[-1]["response"]["output"]
+    kinds = [item["type"] for item in output]
+    assert kinds == ["code_interpreter_call", "reasoning", "message", "code_interpreter_call", "message"]
+    assert output[0]["outputs"] == [] and "late!" in output[2]["content"][0]["text"]
+    assert output[3]["code"] == "second()" and output[3]["outputs"][0]["logs"] == "in time"
+
+
+def test_text_that_may_begin_a_stop_sequence_stays_before_a_call(proxy: Proxy, weather: Weather) -> None:
+    weather.words = in_pieces(f"Let me look.\n\n{GOOD_CALL}")
+    asked: Any = {"model": "gpt-4o", "max_tokens": 100, "messages": [SAID_HI], "tools": [CLAUDE_TOOL]}
+    answer = claude(proxy).messages.create(**asked, stop_sequences=["\n\nHuman:"])
+    assert [block.type for block in answer.content] == ["text", "tool_use"]
+    assert answer.content[0].to_dict()["text"] == "Let me look.\n\n" and answer.stop_reason == "tool_use"
+
+
+def test_nothing_is_lost_in_a_large_body(proxy: Proxy, weather: Weather) -> None:
+    pad = {"role": "user", "content": "x" * (1 << 20)}
+    data = "QUJD" * 30
+    document = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": data}}
+    message_events(proxy, messages=[pad, {"role": "user", "content": [document]}])
+    assert data in weather.told()
+    inner = {"data": data, "url": f"data:text/plain;base64,{data}"}
+    response_events(
+        proxy,
+        input=[
+            pad,
+            {
+                "type": "mcp_call",
+                "id": "m",
+                "name": "n",
+                "server_label": "s",
+                "arguments": inner,
+                "output": inner,
+            },
+            {"type": "local_shell_call", "call_id": "c", "action": {"command": ["x"], "env": inner}},
+            {"type": "computer_call", "call_id": "d", "action": inner},
+            {"type": "apply_patch_call", "call_id": "e", "operation": inner},
+        ],
+    )
+    assert weather.told().count(data) == 10
+
+
+def test_choosing_among_many_functions_takes_linear_time(proxy: Proxy) -> None:
+    many: Any = [{"type": "function", "name": f"f{i}"} for i in range(2000)]
+    named = [{"type": "function", "name": f"f{i}"} for i in range(0, 2000, 2)] + [{}] * 20_000
+    body = {"model": "auto", "input": "hi", "tools": many}
+    body |= {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": named}}
+    begun = time.process_time()
+    counted = web(proxy, "POST", "/v1/responses/input_tokens", json=body).json()["input_tokens"]
+    assert time.process_time() - begun < 3 and 10_000 < counted < 60_000
+    many.append({"type": "function", "name": "more"})
+    answer = web(proxy, "POST", "/v1/responses/input_tokens", json=body)
+    assert error_of(answer) == (400, "invalid_request_error") and "tools[2000]" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "offered", "told"),
+    [
+        ([RESPONSE_TOOL, EXEC], {"mode": "auto", "tools": [{"type": "custom", "name": "exec"}]}, ["exec"], "Call one"),
+        ([IN_NAMESPACE, TIME_FUNCTION], {"mode": "required", "tools": [{"type": "namespace", "name": "functions"}]},
+         ["functions.exec", "functions.get_weather"], "at least one"),
+        ([RESPONSE_TOOL, {"type": "web_search"}, {"type": "image_generation"}],
+         {"mode": "auto", "tools": [{"type": "function", "name": "get_weather"}, {"type": "image_generation"}]},
+         ["get_weather"], "own tools as always: drawing images."),
+        ([RESPONSE_TOOL, {"type": "shell"}], {"mode": "auto", "tools": [{"type": "shell"}, {"type": "mcp"}]},
+         ["shell"], "Call one"),
+    ],
+)  # fmt: skip
+def test_only_allowed_tools_are_offered(
+    proxy: Proxy, weather: Weather, tools: Any, choice: Any, offered: list[str], told: str
+) -> None:
+    weather.words = call_of(offered[0], SHAPES_OF_CALLS.get(offered[0], {"input": "x"}))
+    response_events(proxy, tools=tools, tool_choice={"type": "allowed_tools", **choice})
+    lines = weather.told().split(cp.FUNCTIONS_LINE)[1].strip().splitlines()[: len(offered)]
+    assert [json.loads(line)["name"] for line in lines] == offered and told in weather.told()
+
+
+def test_a_function_with_the_name_of_a_hosted_tool_is_a_function(proxy: Proxy, weather: Weather) -> None:
+    function = RESPONSE_TOOL | {"name": "web_search"}
+    weather.words = call_of("web_search", {"city": "Paris"})
+    for choice, hints in (
+        ({"type": "function", "name": "web_search"}, []),
+        ({"type": "web_search_preview"}, ["search"]),
+    ):
+        events = response_events(proxy, tools=[function, {"type": "web_search"}], tool_choice=choice)
+        assert weather.asked()["system_hints"] == hints
+        kinds = {item["type"] for item in events[-1]["response"]["output"]}
+        assert ("function_call" in kinds) == (not hints)
+    for tool in (
+        {"type": "computer_20250124", "name": "computer"},
+        {"type": "code_execution_20250825", "name": "run"},
+    ):
+        choice = {"type": "tool", "name": tool["name"]}
+        assert message_events(proxy, tools=[tool], tool_choice=choice)[-1]["type"] == "message_stop"
+
+
+def test_what_was_drawn_is_kept_once_and_shown_again(proxy: Proxy, weather: Weather) -> None:
+    weather.obeys = True
+    tools: Any = [{"type": "image_generation"}]
+    first = response_events(proxy, input="Draw a cat", tools=tools)[-1]["response"]
+    weather.obeys = False
+    _, items = proxy.store.response(first["id"], cp.Scope("x", everyone=True), 0.0) or ("", "")
+    assert first["output"][0]["result"] not in items and first["output"][0]["id"] in items
+    second = response_events(proxy, input="make it blue", previous_response_id=first["id"])[-1]["response"]
+    assert weather.asked()["messages"][1]["metadata"]["attachments"][0]["mime_type"] == "image/png"
+    response_events(proxy, input="and red", previous_response_id=second["id"])
+    assert weather.asked()["messages"][1]["metadata"]["attachments"]
+    listed = web(proxy, "GET", f"/v1/responses/{second['id']}/input_items?order=asc").json()["data"]
+    referred: Any = [{"type": "item_reference", "id": listed[0]["id"]}, {"id": first["output"][0]["id"]}]
+    response_events(proxy, input=[*referred, SAID_HI])
+    assert (
+        weather.told().startswith("Draw a cat") and weather.asked()["messages"][1]["metadata"]["attachments"]
+    )
+
+
+def test_the_same_tools_on_every_turn_are_kept_once(proxy: Proxy, weather: Weather) -> None:
+    brought = {"type": "additional_tools", "role": "developer", "tools": [RESPONSE_TOOL]}
+    id = None
+    for _ in range(3):
+        id = response_events(proxy, input=[brought, SAID_HI], previous_response_id=id)[-1]["response"]["id"]
+    listed = web(proxy, "GET", f"/v1/responses/{id}/input_items").json()["data"]
+    assert sum(item["type"] == "additional_tools" for item in listed) == 1
+
+
+def test_counting_uses_up_nobodys_day(start: Callable[..., Proxy]) -> None:
+    proxy = start("alice")
+    user, token = cp.issue_user(proxy.store, "bob", 1)
+    proxy.app.keys.reload()
+    counted = {"model": "gpt-4o", "messages": [SAID_HI]}
+    for path, body in (
+        ("/v1/messages/count_tokens", counted),
+        ("/v1/responses/input_tokens", {"model": "gpt-4o", "instructions": "Be brief."}),
+        ("/api/show", {"model": "auto"}),
+    ):
+        assert web(proxy, "POST", path, token, json=body).status_code == 200, path
+    assert web(proxy, "POST", "/v1/messages", token, json=counted | {"max_tokens": 9}).status_code == 200
+    assert web(proxy, "POST", "/v1/messages", token, json=counted | {"max_tokens": 9}).status_code == 429
+
+
+def test_an_empty_bearer_is_no_key(proxy: Proxy) -> None:
+    body = {"model": "gpt-4o", "max_tokens": 9, "messages": [SAID_HI]}
+    for empty in ("Bearer", "bearer", ""):
+        headers = {"Authorization": empty, "x-api-key": KEY}
+        assert httpx.post(f"{proxy.url}/v1/messages", json=body, headers=headers).status_code == 200
+    headers = {"Authorization": "Bearer wrong", "x-api-key": KEY}
+    assert httpx.post(f"{proxy.url}/v1/messages", json=body, headers=headers).status_code == 401
 
 
 # --- coding agents, for real --------------------------------------------------------------------------------------------
@@ -12596,6 +12799,99 @@ def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ('what was sent is taken for the answer',
+     'if self.id in self.ours or _at(', 'if _at(',
+     'test_a_picture_that_was_sent_is_not_the_answers'),
+    ('a picture that was sent is taken for a drawing',
+     'if pointer not in self.shown and pointer not in self.ours:', 'if pointer not in self.shown:',
+     'test_a_picture_that_was_sent_is_not_the_answers'),
+    ("a custom tool's call is a function's",
+     'CUSTOM: CallShape("ctc", "custom_tool_call"', 'CUSTOM: CallShape("fc", "function_call"',
+     'test_a_tool_of_every_kind_is_called_in_its_own_shape'),
+    ('the namespace of a call is not told',
+     '({"namespace": call.namespace} if call.namespace else {})', '{}',
+     'test_a_tool_of_every_kind_is_called_in_its_own_shape'),
+    ("a grammar is not checked",
+     '        and fits_grammar(function.grammar, arguments["input"]) is False', "        and False",
+     "test_an_input_that_does_not_fit_its_grammar_is_asked_for_again"),
+    ('grammars of any kind are matched',
+     '    if ways > MAX_MATCHING:', '    if False:',
+     'test_a_simple_grammar_is_checked_and_no_other'),
+    ('groups of a grammar are repeated',
+     'if re.search(r"\\)[*+?{]", operators):', 'if False:',
+     'test_a_simple_grammar_is_checked_and_no_other'),
+    ('a search is forced beside functions',
+     'if not meant and question.offer is None and len(question.hosted) == 1:', 'if not meant and question.hosted:',
+     'test_the_sites_own_tools_are_hinted_at_alone_and_offered_beside_functions'),
+    ('output that comes late is lost',
+     '        else:  # something came in between\n            self.take_text(_fenced(event).text)', '        else:\n            pass',
+     'test_output_that_comes_late_is_told_all_the_same'),
+    ('text before a call is told behind it',
+     'if self._held and type(event) is FunctionCall:', 'if False:',
+     'test_text_that_may_begin_a_stop_sequence_stays_before_a_call'),
+    ('what a model said is kept out of order',
+     'for is_item, run in itertools.groupby(message.parts, lambda part: type(part) in AS_ITEM):', 'for is_item, run in [(flag, [p for p in message.parts if (type(p) in AS_ITEM) is flag]) for flag in (False, True)]:',
+     'test_a_history_that_began_elsewhere_goes_on_here'),
+    ('a compaction is told before it is whole',
+     '        """It comes when it is whole."""\n', '        super().take_text(text)\n',
+     'test_a_conversation_is_made_shorter_and_gone_on_with'),
+    ('what a compaction stands for is kept beside it',
+     'if not rendering.request.compacts:', 'if True:',
+     'test_a_conversation_is_made_shorter_and_gone_on_with'),
+    ("somebody else's compaction is read",
+     'if not isinstance(content, str) or not content.startswith(_SEAL):', 'if not isinstance(content, str):',
+     'test_a_history_that_began_elsewhere_goes_on_here'),
+    ('a response that failed has no error beside it',
+     'response=self.whole(), **error.body())', 'response=self.whole())',
+     'test_a_response_that_breaks_off_says_so_where_clients_look'),
+    ('a response that failed before it began has no begin',
+     '        if not self.begun:\n            self.begin()\n        self._status', '        self._status',
+     'test_a_response_that_breaks_off_says_so_where_clients_look'),
+    ('Responses pretend to speak WebSocket',
+     'raise ApiError("upgrade_required", text, headers={"Upgrade": "HTTP/1.1"})', 'pass',
+     'test_a_websocket_where_none_is_spoken_is_refused_at_once'),
+    ('thinking is told unasked',
+     '        if self._thinks:\n            self._grow(Reasoning, event.text)', '        if True:\n            self._grow(Reasoning, event.text)',
+     'test_a_message_is_answered_whole_and_streamed'),
+    ('a failed call is told as any other',
+     'failed = (Text("The call failed:"),) if block.get("is_error") else ()', 'failed = ()',
+     'test_tools_are_called_in_messages_and_their_results_told'),
+    ('no parallel calls are many',
+     'return tools.offered(wanted, not choice.get("disable_parallel_tool_use"))', 'return tools.offered(wanted, True)',
+     'test_a_tool_choice_of_messages_is_kept'),
+    ("an error of Messages has OpenAI's shape",
+     'return "anthropic"\n', 'return "openai"\n',
+     'test_messages_fail_in_anthropics_shape'),
+    ("a key of Anthropic's is passed on to OpenAI",
+     'if key.startswith("sk-ant-") or self._foreign_path(request.path):', 'if False:',
+     'test_messages_fail_in_anthropics_shape'),
+    ('x-api-key is no key',
+     'return request.headers.get("x-api-key", "").strip()', 'return ""',
+     'test_a_message_is_answered_whole_and_streamed'),
+    ('results are taken for the first call',
+     '        unanswered.remove(given["name"])', '        pass',
+     'test_ollamas_clients_call_tools_and_send_pictures'),
+    ('a compressed body is read as it is',
+     'if headers.get("content-encoding", "identity").lower() != "identity" and not request.key:', 'if False:',
+     'test_a_compressed_body_is_refused_as_what_it_is'),
+    ('known tools are those that begin alike',
+     'if tools is None or not data.startswith(json_of, start):', 'if tools is None:',
+     'test_tools_that_were_sent_before_are_read_as_what_they_are'),
+    ("tools that stand elsewhere are the request's",
+     'if tools is not None and value.get("tools") != mark:', 'if False:',
+     'test_tools_that_were_sent_before_are_read_as_what_they_are'),
+    ('tools mean the same in every API',
+     'found = known[add] = Tools()', "found = known[add] = known.setdefault('', Tools())",
+     'test_the_same_tools_mean_what_their_api_has_them_mean'),
+    ("counting tokens uses up a user's day",
+     'if request.method not in ("POST", "PATCH") or request.path in ASKS_NOBODY:', 'if request.method not in ("POST", "PATCH"):',
+     'test_counting_uses_up_nobodys_day'),
+    ('a list makes a store',
+     'return opened(settings) if (pathlib.Path(settings.data_dir) / STORE_FILE).exists() else None', 'return opened(settings)',
+     'test_lists_have_a_header_at_a_terminal_and_make_no_store'),
+    ('a terminal cuts long lines',
+     'raw[3] &= ~(termios.ICANON | termios.ECHO)', 'raw[3] &= ~termios.ECHO',
+     'test_a_long_line_can_be_pasted_at_a_terminal'),
     ("the server imports from the working directory",
      "sys.path = [sys.argv.pop(1), *filter(None, sys.path)]", "sys.path.append(sys.argv.pop(1))",
      "test_the_server_goes_on_as_a_module"),
@@ -12613,7 +12909,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "inner = part.parts if isinstance(part, ToolResult) else (part,)", "inner = (part,)",
      "test_calls_and_results_in_the_history_reach_the_model"),
     ("responses of an earlier version are gone on from without what was said",
-     "if not isinstance(kept, list):", "if False:",
+     "if not isinstance(items, list):  # as", "if False:  # as",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("somebody else's conversation ends the search for its upstream",
      "        except ApiError as error:\n            refused = error\n    if refused:", "        except ApiError as error:\n            raise error\n    if refused:",
@@ -12689,7 +12985,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "else json.dumps(str(value))}", "else value}",
      "test_a_log_line_cannot_be_forged"),
     ("a fact's line separators of Unicode are not quoted",
-     '_PLAIN = re.compile(r"[^\\s\\x00', '_PLAIN = re.compile(r"[^\\x00',
+     '_PLAIN = re.compile(r"[!#-~]+")', '_PLAIN = re.compile(r"[!#-~\\x80-\\uffff]+")',
      "test_a_fact_is_one_word_or_quoted"),
     ("a counter has no lock",
      "with self._values_lock:\n            series", "if True:\n            series",
@@ -13759,13 +14055,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'raise unfit(f"{where}.parameters"', '(f"{where}.parameters"',
      "test_a_wrong_field_of_a_response_is_named"),
     ("functions that are not allowed are told",
-     "functions = Functions({name: functions[name] for name in named if name in functions})", "pass",
+     "functions = Functions({name: functions[name] for name in names})", "pass",
      "test_only_allowed_functions_are_told"),
     ("a required call is left to the model",
      'choice = _at(allowed, ("mode",))', 'choice = "auto"',
      "test_only_allowed_functions_are_told"),
     ("a function that is not offered may be demanded",
-     "if name in self.functions or name in self.hosted:", "if True:",
+     "if not found and not forced and other not in self.left_out:", "if False:",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("an unknown tool_choice is auto",
      'elif choice not in (None, "auto", "none", "required"):', "elif False:",
@@ -13873,10 +14169,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "for message in in_prose(question).messages) + 3", "for message in in_prose(question).messages)",
      "test_every_token_is_counted_where_it_belongs"),
     ("reasoning is free",
-     "return prompt, answer + calls + reasoning, reasoning", "return prompt, answer + calls, reasoning",
+     "return self.prompt, answer + calls + reasoning, reasoning", "return self.prompt, answer + calls, reasoning",
      "test_every_token_is_counted_where_it_belongs"),
     ("calls are free",
-     "return prompt, answer + calls + reasoning, reasoning", "return prompt, answer + reasoning, reasoning",
+     "return self.prompt, answer + calls + reasoning, reasoning", "return self.prompt, answer + reasoning, reasoning",
      "test_every_token_is_counted_where_it_belongs"),
     ("all completions have one id",
      'f"chatcmpl-{random.getrandbits(112):028x}"', '"chatcmpl-1"',
@@ -13888,7 +14184,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if self._reason == "tool_calls" and self.turn.legacy else', "if False else",
      "test_the_older_functions_are_called_too"),
     ("half a character in an answer breaks its stream",
-     'self.TAKES[kind](self, event, pieces)\n        return "".join(pieces).encode("utf-8", "replace")', 'self.TAKES[kind](self, event, pieces)\n        return "".join(pieces).encode("utf-8")',
+     '"".join(self.pieces).encode("utf-8", "replace")', '"".join(self.pieces).encode("utf-8")',
      "test_an_answer_names_the_model_that_gave_it"),
     ("the role comes with no chunk",
      'pieces.append(self._chunk({"role": "assistant", "content": content}, None))', "pass",
@@ -13897,7 +14193,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if part is first else {}", "if True else {}",
      "test_calls_stream_as_standard_deltas"),
     ("usage comes unasked",
-     "if self.turn.include_usage:\n            pieces", "if True:\n            pieces",
+     "if self.turn.include_usage:\n            self.pieces", "if True:\n            self.pieces",
      "test_usage_is_told_when_asked_for"),
     ("a stream has no [DONE]",
      'pieces.append("data: [DONE]\\n\\n")', "pass",
@@ -13921,7 +14217,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "isinstance(one, str) and len(one) <= 512", "isinstance(one, str)",
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("instructions go on with the next response",
-     "    messages = (*kept.merged(earlier), *said", '    messages = (*((Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()), *kept.merged(earlier), *said',
+     "    messages = (*kept.merged(earlier), *(", '    messages = (*((Message("system", (Text(body["instructions"]),)),) if body.get("instructions") else ()), *kept.merged(earlier), *(',
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("a response says that calls may be parallel",
      'echo["parallel_tool_calls"] = body.get("parallel_tool_calls") is not False', 'echo["parallel_tool_calls"] = True',
@@ -13944,9 +14240,6 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("usage is told before there is any",
      'self.usage() if self._status in ("completed", "incomplete") else None', "self.usage()",
      "test_a_response_repeats_what_was_asked"),
-    ("half a character in an answer breaks a response",
-     '"".join(self._pieces).encode("utf-8", "replace")', '"".join(self._pieces).encode("utf-8")',
-     "test_an_answer_names_the_model_that_gave_it"),
     ("events of a response share a number",
      "self.number += 1\n        event = {", "event = {",
      "test_a_streamed_response_has_its_events_in_order"),
@@ -14191,7 +14484,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "self.guesses.slow_down(request, wrong=True)\n        return", "self.guesses.slow_down(request)\n        return",
      "test_guesses_of_one_address_are_looked_at"),
     ("a PATCH is not counted for an API user",
-     'if request.method not in ("POST", "PATCH"):', 'if request.method not in ("POST",):',
+     'if request.method not in ("POST", "PATCH") or', 'if request.method not in ("POST",) or',
      "test_every_call_that_changes_something_is_counted_for_an_api_user"),
     ("strangers are served without a question",
      "if not proved and not pooled:", "if False:",
@@ -14345,7 +14638,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "self.site.sweep_spares()", "pass",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("the administrator's cookie is passed on to OpenAI",
-     'passed = ("content-type",', 'passed = ("cookie", "content-type",',
+     'passed = ["content-type", "content-encoding",', 'passed = ["cookie", "content-type", "content-encoding",',
      "test_nothing_but_what_openai_needs_is_passed_on_with_an_sk_key"),
     ("every header is passed on to OpenAI",
      "request.headers.get(name) for name in (*passed,",
@@ -14386,7 +14679,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'whole["store"] = wanted.echo["store"] = False', "pass",
      "test_a_full_disk_stops_only_what_must_be_kept"),
     ("what was said before has no limit",
-     "if not items or len(items) > MAX_EARLIER:", "if False:",
+     "if not kept or len(kept) > MAX_EARLIER:", "if False:",
      "test_a_kept_response_is_given_whole_and_not_gone_on_from"),
     ("what an earlier response called is forgotten",
      "self.calls: Calls = {} if calls is None else calls", "self.calls: Calls = {}",
@@ -14398,7 +14691,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "*as_items(rendering.request.messages, place), *items]", "*as_items(rendering.request.messages, place)]",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
     ("a kept response is streamed as JSON",
-     'if request.query.get("stream", "false") == "false":', "if True:",
+     'if request.query.get("stream", "false") in ("false", "0"):', "if True:",
      "test_a_kept_response_is_told_again_as_events"),
     ("a deleted response is still there",
      "app.store.remove_response(id)", "pass",
