@@ -5306,11 +5306,8 @@ def call_fault(offer: Offer, call: Mapping[str, Any], budget: Budget) -> str:
     function = offer.functions[name]
     if fault := Schema(function.parameters, budget).fault(arguments):
         return f"the arguments for {name} do not fit its schema: {fault}"
-    if (
-        function.grammar
-        and function.kind == CUSTOM
-        and fits_grammar(function.grammar, arguments["input"]) is False
-    ):
+    grammar = function.grammar
+    if grammar and fits_grammar(grammar, arguments["input"]) is False:
         return f"the input for {name} does not fit its grammar"
     return ""
 

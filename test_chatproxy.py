@@ -6736,6 +6736,57 @@ def test_an_empty_bearer_is_no_key(proxy: Proxy) -> None:
     assert httpx.post(f"{proxy.url}/v1/messages", json=body, headers=headers).status_code == 401
 
 
+def validated(kind: Any, value: Any) -> Any:
+    """A value that is of a package's type, nested ones too."""
+    pydantic.TypeAdapter(kind).validate_python(value)
+    return value
+
+
+def test_answers_are_of_the_newest_packages_types(proxy: Proxy, weather: Weather) -> None:
+    weather.before = [THOUGHT]
+    said = {"model": "gpt-4o", "messages": [SAID_HI]}
+    for words, tools in (
+        (weather.words, []),
+        (in_pieces(f"So: {GOOD_CALL}{GOOD_CALL}"), [WEATHER_TOOL]),
+        (call_of("exec", {"input": "x"}), [{"type": "custom", "custom": {"name": "exec"}}]),
+    ):
+        weather.words = words
+        body: Any = said | {"tools": tools}
+        validated(
+            openai.types.chat.ChatCompletion, web(proxy, "POST", "/v1/chat/completions", json=body).json()
+        )
+        streamed = web(proxy, "POST", "/v1/chat/completions", json=body | {"stream": True}).text
+        for line in streamed.split("\n\n")[:-2]:
+            chunk = json.loads(
+                line.removeprefix("data: ").replace('"type":"custom",', "")
+            )  # which the type has not yet
+            validated(openai.types.chat.ChatCompletionChunk, chunk)
+    weather.words = in_pieces(GOOD_CALL)
+    asked = said | {"max_tokens": 50, "tools": [CLAUDE_TOOL], "thinking": {"type": "adaptive"}}
+    validated(anthropic.types.Message, web(proxy, "POST", "/v1/messages", json=asked).json())
+    counted = web(proxy, "POST", "/v1/messages/count_tokens", json=asked).json()
+    validated(anthropic.types.MessageTokensCount, counted)
+    for kind, body in (
+        (ollama.ChatResponse, said),
+        (ollama.GenerateResponse, {"model": "gpt-4o", "prompt": "hi"}),
+    ):
+        path = "/api/chat" if kind is ollama.ChatResponse else "/api/generate"
+        validated(kind, web(proxy, "POST", path, json=body | {"stream": False}).json())
+        for line in web(proxy, "POST", path, json=body).text.splitlines():
+            validated(kind, json.loads(line))
+    validated(ollama.ListResponse, web(proxy, "GET", "/api/tags").json())
+    validated(ollama.ShowResponse, web(proxy, "POST", "/api/show", json={"model": "gpt-4o"}).json())
+    response = web(
+        proxy, "POST", "/v1/responses", json={"model": "gpt-4o", "input": "hi", "tools": [RESPONSE_TOOL]}
+    ).json()
+    validated(openai.types.responses.Response, response)
+    validated(openai.types.responses.Response, web(proxy, "GET", f"/v1/responses/{response['id']}").json())
+    compact = web(proxy, "POST", "/v1/responses/compact", json={"model": "gpt-4o", "input": "hi"}).json()
+    validated(openai.types.responses.CompactedResponse, compact)
+    models = web(proxy, "GET", "/v1/models").json()
+    validated(list[openai.types.Model], models["data"])
+
+
 # --- coding agents, for real --------------------------------------------------------------------------------------------
 
 # Where `make agents` installs them; those that are not there are skipped.
@@ -7045,6 +7096,47 @@ def test_aider_edits_a_file(coder: Coder, tmp_path: pathlib.Path) -> None:
             assert (tmp_path / "work" / "hello.txt").read_text().strip() == text, done.stdout + done.stderr
     finally:
         proxy.close()
+
+
+def test_a_program_with_ollamas_package_does_its_work(coder: Coder, tmp_path: pathlib.Path) -> None:
+    coder.folder = tmp_path
+
+    def write_file(path: str, content: str) -> str:
+        return str(pathlib.Path(path).write_text(content))
+
+    def read_file(path: str) -> str:
+        return pathlib.Path(path).read_text()
+
+    def edit(path: str, old_string: str, new_string: str) -> str:
+        return write_file(path, read_file(path).replace(old_string, new_string))
+
+    def bash(command: str) -> str:
+        return subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True).stdout
+
+    tools = {one.__name__: one for one in (write_file, read_file, edit, bash)}
+    proxy = Proxy(tmp_path / "data", coder.url, [cp.demo_token("alice")])
+    said: list[Any] = [{"role": "user", "content": TASK}]
+    try:
+        for streams in itertools.cycle((False, True)):
+            if streams:
+                parts = [
+                    one.message
+                    for one in llama(proxy).chat("gpt-4o", said, tools=list(tools.values()), stream=True)
+                ]
+                calls = [call for part in parts for call in part.tool_calls or ()]
+                text = "".join(part.content or "" for part in parts)
+            else:
+                message = llama(proxy).chat("gpt-4o", messages=said, tools=list(tools.values())).message
+                calls, text = list(message.tool_calls or ()), message.content or ""
+            said.append({"role": "assistant", "content": text, "tool_calls": calls})
+            if not calls:
+                break
+            for call in calls:
+                output = tools[call.function.name](**call.function.arguments)
+                said.append({"role": "tool", "tool_name": call.function.name, "content": output})
+    finally:
+        proxy.close()
+    assert (tmp_path / "hello.txt").read_text().strip() == NEW and text == "All done." and coder.made == 5
 
 
 FIELD_NAMES = sorted(
@@ -12812,7 +12904,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '({"namespace": call.namespace} if call.namespace else {})', '{}',
      'test_a_tool_of_every_kind_is_called_in_its_own_shape'),
     ("a grammar is not checked",
-     '        and fits_grammar(function.grammar, arguments["input"]) is False', "        and False",
+     'if grammar and fits_grammar(grammar, arguments["input"]) is False:', "if False:",
      "test_an_input_that_does_not_fit_its_grammar_is_asked_for_again"),
     ('grammars of any kind are matched',
      '    if ways > MAX_MATCHING:', '    if False:',
@@ -14641,8 +14733,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'passed = ["content-type", "content-encoding",', 'passed = ["cookie", "content-type", "content-encoding",',
      "test_nothing_but_what_openai_needs_is_passed_on_with_an_sk_key"),
     ("every header is passed on to OpenAI",
-     "request.headers.get(name) for name in (*passed,",
-     "request.headers.get(name) for name in (*set(request.headers) - {'host', 'authorization'}, *passed,",
+     "request.headers.get(name) for name in passed}", "request.headers.get(name) for name in (*set(request.headers) - {'host', 'authorization'}, *passed)}",
      "test_nothing_but_what_openai_needs_is_passed_on_with_an_sk_key"),
     ("the gateway's key is told to OpenAI",
      'lines += [f"Authorization: Bearer {request.key}".encode("latin-1"), b"Expect:"]',
