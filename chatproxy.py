@@ -4695,7 +4695,8 @@ class Message:
 
     @property
     def text(self) -> str:
-        return "\n".join(part.text for part in self.parts if isinstance(part, Text))
+        texts = [part.text for part in self.parts if isinstance(part, Text)]
+        return texts[0] if len(texts) == 1 else "\n".join(texts)
 
     @property
     def attachments(self) -> list[Attachment]:
@@ -4823,20 +4824,9 @@ class Functions(dict[str, Function]):
         return found
 
     @functools.cached_property
-    def told(self) -> str:
-        """What a model is told of them, a JSON object a line."""
-        return "\n".join(map(_function_told, self.values()))
-
-
-def _function_told(function: Function) -> str:
-    told: dict[str, Any] = {"name": full_name(function.name, function.namespace)}
-    told["description"] = function.description
-    if function.kind == CUSTOM:
-        told["description"] += "\nIts input is one text, to be given as the string `input`."
-    if function.grammar:
-        told["description"] += f" It must fit this grammar ({function.grammar.syntax}):\n"
-        told["description"] += function.grammar.definition
-    return compact(told | {"parameters": function.parameters})
+    def made(self) -> dict[Any, Any]:
+        """What was made of them, by whoever makes it: the same ones may be offered with many questions."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -5233,9 +5223,38 @@ SCHEMA_LINE = "It must fit this JSON Schema:"
 _HOSTED_TOLD = {WEB_SEARCH: "searching the web", DRAWING: "drawing images", PYTHON: "running Python"}
 
 
-def _offer_told(offer: Offer, hosted: Iterable[str]) -> str:
+class Told(str):
+    """A text at the head of many questions, whose JSON is made once."""
+
+    @functools.cached_property
+    def quoted(self) -> str:
+        """It as JSON."""
+        return json.encoder.encode_basestring(self)
+
+
+def _function_told(function: Function) -> str:
+    """A function as a model is told of it."""
+    told: dict[str, Any] = {"name": full_name(function.name, function.namespace)}
+    told["description"] = function.description
+    if function.kind == CUSTOM:
+        told["description"] += "\nIts input is one text, to be given as the string `input`."
+    if function.grammar:
+        told["description"] += f" It must fit this grammar ({function.grammar.syntax}):\n"
+        told["description"] += function.grammar.definition
+    return compact(told | {"parameters": function.parameters})
+
+
+def _offer_told(offer: Offer, hosted: tuple[str, ...]) -> Told:
     """The instructions by which a model that knows nothing of functions learns of them; what the upstream has itself
     (`hosted`) it knows."""
+    made = offer.functions.made
+    key = (offer.choice, offer.parallel, hosted)
+    if (told := made.get(key)) is None:
+        told = made[key] = Told(_instructions(offer, hosted))
+    return told
+
+
+def _instructions(offer: Offer, hosted: tuple[str, ...]) -> str:
     must = {
         "auto": "Call one whenever it helps to answer; otherwise answer as usual.",
         "required": "You must call at least one of them now, and write nothing else.",
@@ -5250,7 +5269,7 @@ def _offer_told(offer: Offer, hosted: Iterable[str]) -> str:
     ]
     if own := ", ".join(_HOSTED_TOLD[one] for one in hosted):
         lines.append(f"{OWN_TOOLS_LINE} {own}.")
-    return "\n".join([*lines, FUNCTIONS_LINE, offer.functions.told])
+    return "\n".join([*lines, FUNCTIONS_LINE, *map(_function_told, offer.functions.values())])
 
 
 def _shape_told(shape: Shape) -> str:
@@ -5272,9 +5291,9 @@ def result_heading(name: str, id: str) -> str:
 def in_prose(question: Question) -> Question:
     """The question for a model that knows neither functions nor shapes: it is told of them first, and calls and results
     are the text that it would write and read."""
-    told = [_offer_told(question.offer, question.hosted)] if question.offer else []
+    told: list[str] = [_offer_told(question.offer, question.hosted)] if question.offer else []
     told += [_shape_told(question.shape)] if question.shape else []
-    messages = [Message("system", (Text("\n\n".join(told)),))] if told else []
+    messages = [Message("system", (Text(told[0] if len(told) == 1 else "\n\n".join(told)),))] if told else []
     for message in question.messages:
         parts = tuple(itertools.chain(*(IN_PROSE[type(part)](part) for part in message.parts)))
         if parts or not message.parts:  # else it was nothing but thoughts
@@ -5381,10 +5400,17 @@ class CallScanner:
 
     def light(self, events: list[Event]) -> bool:
         """Whether `feed` does nothing with these but to hold or to pass them on: no call ends in them."""
-        return not self._calls and not any(">" in event[0] for event in events)
+        text = events[0][0] if len(events) == 1 else "".join(event[0] for event in events)
+        return not self._calls and ">" not in text
 
     def feed(self, events: list[Event]) -> list[Event]:
         """The events of a batch that can be passed on."""
+        plain = not (self._patient or self._start or self._raw or self.over)
+        if (
+            plain and len(events) == 1 and type(events[0]) is Text and "<" not in events[0][0]
+        ):  # once per token
+            self._text.append(events[0][0])
+            return events
         out: list[Event] = []
         for event in events:
             if self.over:
@@ -5620,7 +5646,10 @@ class Scanned(Sink):
         self.outlet, self.careful = sink.outlet, True
 
     def light(self, events: list[Event]) -> bool:
-        return all(one.light(events) for one in self._scanners) and self._sink.light(events)
+        for one in self._scanners:
+            if not one.light(events):
+                return False
+        return self._sink.light(events)
 
     def take(self, events: list[Event]) -> None:
         if self._words_only:
@@ -5767,6 +5796,19 @@ def conversation_body(
     if question.effort:
         body["thinking_effort"] = _THINKING_EFFORTS[question.effort]
     return body
+
+
+def encoded(body: Mapping[str, Any]) -> str:
+    """A conversation body as JSON; what stands at its head and was encoded before is not encoded again."""
+    first: dict[str, Any] = next(iter(dicts(body.get("messages"))), {})
+    parts: Any = inner(first, "content").get("parts")
+    told = parts[0] if isinstance(parts, list) and parts else None
+    if not isinstance(told, Told):
+        return compact(body)
+    mark = f"@{random.getrandbits(64):016x}"
+    first = first | {"content": first["content"] | {"parts": [mark, *parts[1:]]}}
+    head, tail = compact({**body, "messages": [first, *body["messages"][1:]]}).split(f'"{mark}"')
+    return head + told.quoted + tail
 
 
 def continued(body: Mapping[str, Any], cut: Finish) -> dict[str, Any]:
@@ -6042,7 +6084,7 @@ class ChatGPT:
         self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
     ) -> Call:
         url = self._base(account) + path
-        data = compact(body).encode("utf-8", "replace")
+        data = encoded(body).encode("utf-8", "replace")
         headers = self._headers(account, *extra, accept=b"text/event-stream")
         with contextlib.ExitStack() as guard:
             call = guard.enter_context(self.connections.call(account, "POST", url, headers, data, watch))
