@@ -22,7 +22,7 @@ lint: .venv/test
 	$(BIN)/mypy --strict-optional --disallow-untyped-defs --warn-unused-ignores chatproxy.py test_chatproxy.py
 
 # The coding agents that the tests have at work, in the versions that were tried: 3 GB. Without them those are skipped.
-agents: .agents/done
+agents: .agents/npm .agents/old .agents/aider
 
 clean:
 	rm -rf .venv .agents
@@ -35,10 +35,18 @@ STYLE := --isolated --config 'line-length = 110' --config 'target-version = "py3
 	$(BIN)/pip install -q 'curl_cffi>=0.16,<0.17' 'click>=8.1'
 	touch $@
 
-.agents/done:
-	npm install --prefix .agents --no-fund --no-audit --loglevel=error node@24 @openai/codex@0.169.0 @github/copilot@1.0.102 \
-		cline@3.0.65 opencode-ai@1.18.33 @anthropic-ai/claude-code@2.1.330 @qwen-code/qwen-code@0.24.4 @continuedev/cli@1.5.47
-	npm install --prefix .agents/old --no-fund --no-audit --loglevel=error @openai/codex@0.145.0
+NPM := npm install --no-fund --no-audit --loglevel=error
+
+.agents/npm:
+	$(NPM) --prefix .agents node@24 @openai/codex@0.169.0 @github/copilot@1.0.102 cline@3.0.65 opencode-ai@1.18.33 \
+		@anthropic-ai/claude-code@2.1.330 @qwen-code/qwen-code@0.24.4 @continuedev/cli@1.5.47
+	touch $@
+
+.agents/old:
+	$(NPM) --prefix $@.installed @openai/codex@0.145.0
+	mv $@.installed $@
+
+.agents/aider:
 	$(PYTHON) -m venv .agents/venv
 	.agents/venv/bin/pip install -q aider-chat==0.86.2
 	touch $@
