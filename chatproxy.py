@@ -65,7 +65,7 @@ import uuid
 import webbrowser
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -6564,14 +6564,45 @@ def _markdown_link(source: Mapping[str, Any]) -> str:
     return "[" + re.sub(r"([\[\]\\])", r"\\\1", unmarked(title)) + f"]({url})"
 
 
+class Replayed:
+    """What was sent with a question, which the upstream may repeat before its answer: by the messages' ids, by the texts of
+    what the model is told that it said, and by pointers to images."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        """`body` is the conversation body."""
+        self._ids: set[str] = set()
+        self._said: set[str] = set()
+        self.pointers: set[str] = set()
+        for message in dicts(body.get("messages")):
+            self._ids.add(str(message.get("id")))
+            if _at(message, ("author", "role")) == "assistant":
+                self._said.add(_text_of_parts(message))
+            for part in dicts(_at(message, ("content", "parts"))):
+                self.pointers.add(str(part.get("asset_pointer")))
+
+    def repeated(self, id: str, message: Mapping[str, Any]) -> bool:
+        """Whether a message that begins is one that was sent: under its id or, complete at once, with its text."""
+        if id in self._ids:
+            return True
+        whole = message.get("status") == "finished_successfully"
+        said = whole and self._said and _at(message, ("author", "role")) == "assistant"
+        return bool(said) and _text_of_parts(message) in self._said
+
+
+def _text_of_parts(message: Mapping[str, Any]) -> str:
+    """The text of a message of the upstream's."""
+    parts = _at(message, ("content", "parts"))
+    return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
+
+
 class _Growing:
     """A message under way: who it is for, and how much of its text has been passed on."""
 
-    def __init__(self, message: dict[str, Any], ours: Set[str]) -> None:
-        """`ours` is what was sent: ids of messages, and pointers to images."""
+    def __init__(self, message: dict[str, Any], sent: Replayed) -> None:
         self.raw = message
         self.id = identifier(message.get("id"))
-        self.ours = ours
+        self.pointers = sent.pointers  # to images that are not the answer's
+        self.echo = sent.repeated(self.id, message)  # whether it is no part of the answer either
         self.sent = 0
         self.prose = Prose(message)
         self.shown: set[str] = set()  # what has been passed on that comes whole
@@ -6612,7 +6643,10 @@ class _Growing:
         kind = _at(self.raw, ("content", "content_type"))
         role = _at(message, ("author", "role"))
         recipient = message.get("recipient", "all")
-        if self.id in self.ours or _at(message, ("metadata", "is_visually_hidden_from_conversation")):
+        hidden = (
+            _at(message, ("metadata", "is_visually_hidden_from_conversation")) or message.get("weight") == 0
+        )
+        if self.echo or hidden:
             return None
         if role == "tool":
             return ToolUse if kind == "execution_output" else Drawing if kind == "multimodal_text" else None
@@ -6656,7 +6690,7 @@ class _Growing:
             kind = part.get("content_type")
             if kind != "image_asset_pointer" or not isinstance(pointer, str):
                 continue
-            if pointer not in self.shown and pointer not in self.ours:
+            if pointer not in self.shown and pointer not in self.pointers:
                 self.shown.add(pointer)
                 out.append(Drawing(pointer))
 
@@ -6665,14 +6699,9 @@ class _Growing:
         if not self.changed:
             return ""
         self.changed = False
-        text = self._text()[self.sent :]
+        text = _text_of_parts(self.raw)[self.sent :]
         self.sent += len(text)
         return text
-
-    def _text(self) -> str:
-        """The whole text so far."""
-        parts = self.raw["content"].get("parts")
-        return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
 
     def _thought(self, over: bool) -> str:
         """The growth of thoughts, or of a recap of them; a mark that may still be cut waits for its end."""
@@ -6703,6 +6732,7 @@ class _Growing:
 
 
 _ANSWER_PATH = "/message/content/parts/0"
+_CONTENT = {Text, ToolUse, Drawing, SandboxLink}  # what an answer may consist of; thoughts alone are none
 
 
 class Decoder:
@@ -6715,7 +6745,8 @@ class Decoder:
 
     def __init__(self, sent: Mapping[str, Any] | None = None) -> None:
         """`sent` is the conversation body."""
-        self._ours = set(_sent_ids(sent or {}))
+        self._sent = Replayed(sent or {})
+        self.content = False  # whether there was anything of an answer
         self.conversation = self.message = self.model = ""
         self.failure: Refusal | None = None  # that came behind events of the same batch
         self._begun = False
@@ -6725,6 +6756,8 @@ class Decoder:
     def renew(self) -> None:
         """Gets ready for the bytes of the call that goes on with this answer."""
         self.lines = EventStream()
+        self._channel: int | str = 0  # whose message the next delta is for
+        self._channels: dict[int | str, _Growing] = {}
         self._current: _Growing | None = None
         self.failure = None
         self._path, self._op = "", "add"
@@ -6757,13 +6790,15 @@ class Decoder:
                 break
         if self._current is not None and self._current.sent > MAX_MESSAGE:
             raise Refusal("broken", "The upstream's answer is too long; it was abandoned.")
+        self.content = self.content or not _CONTENT.isdisjoint(map(type, out))
         return out
 
     def rest(self) -> list[Found]:
         """The events that were still held back, once nothing more comes."""
         out: list[Found] = []
-        if self._current is not None:
-            self._current.grow(out, over=True)
+        for message in self._channels.values():
+            message.grow(out, over=True)
+        self.content = self.content or not _CONTENT.isdisjoint(map(type, out))
         return out
 
     def finish(self) -> Finish | None:
@@ -6776,6 +6811,7 @@ class Decoder:
         """One event of any kind."""
         self._hot = False
         if "v" in value or "p" in value or "o" in value:
+            self._turn_to(value.get("c"))
             self._path = str(value.get("p", self._path))
             self._op = str(value.get("o", self._op))
             self._apply(self._path, self._op, value.get("v"), out)
@@ -6791,22 +6827,33 @@ class Decoder:
         if self._current is not None:
             self._pass_on(self._current, out)
 
+    def _turn_to(self, channel: Any) -> None:
+        """Turns to the message that a delta is for, by its `c`; without one it is for the same as the delta before."""
+        if isinstance(channel, (int, str)) and channel != self._channel:
+            self._channel = channel
+            self._current = self._channels.get(channel)
+
     def _appendable(self) -> _Growing | None:
         return self._current if self._current is not None and self._current.appendable() else None
 
     def _begin(self, value: dict[str, Any], out: list[Found]) -> None:
         """A message, new or (in the cumulative encoding) known and grown."""
-        if value.get("error"):
-            raise Refusal("broken", "The upstream broke off its answer with an error; try again.")
+        told = value.get("message")
+        failed = _at(told, ("content", "content_type")) == "system_error"
+        if failed or value.get("error") or value.get("error_code"):
+            raise broken_off(value)
         self.conversation = identifier(value.get("conversation_id")) or self.conversation
-        if not isinstance(value.get("message"), dict):
+        if not isinstance(told, dict):
             return
-        message = _Growing(value["message"], self._ours)
+        message = _Growing(told, self._sent)
         known = self._messages.get(message.id)
         if self._current is not None and self._current is not known:
             self._current.grow(out, over=True)
         message.follows = message.kind is Reasoning and any(one.thoughts for one in self._messages.values())
         if known is not None:
+            if known.echo:
+                message.echo = True
+                message.kind = None
             message.sent, message.prose, message.shown = known.sent, known.prose, known.shown
             message.thoughts, message.unended = known.thoughts, known.unended
             message.prose.message = message.raw
@@ -6816,7 +6863,9 @@ class Decoder:
             self._messages[message.id] = message
             if len(self._messages) > MAX_MESSAGES:
                 raise Refusal("broken", "The upstream's answer has too many messages; it was abandoned.")
-        self._current = message
+        self._current = self._channels[self._channel] = message
+        if len(self._channels) > MAX_MESSAGES:
+            raise Refusal("broken", "The upstream's answer has too many channels; it was abandoned.")
 
     def _apply(self, path: str, op: str, value: Any, out: list[Found]) -> None:
         """One operation of the v1 encoding; paths that lead nowhere are passed over."""
@@ -6857,12 +6906,16 @@ class Decoder:
                 self._reason = message.ending() or self._reason
 
 
-def _sent_ids(body: Mapping[str, Any]) -> Iterator[str]:
-    """The ids of the messages of a conversation body, and the pointers to the images in them."""
-    for message in dicts(body.get("messages")):
-        yield str(message.get("id"))
-        for part in dicts(_at(message, ("content", "parts"))):
-            yield str(part.get("asset_pointer"))
+def broken_off(value: Mapping[str, Any]) -> Refusal:
+    """What it means that the upstream says within its answer that it failed."""
+    content = _at(value, ("message", "content"))
+    said = compact([value.get("error"), value.get("error_code"), content])
+    if "unusual activity" in said[:20_000].lower():
+        text = "The upstream refused to go on with its answer: it sees unusual activity."
+        return Refusal(
+            "blocked", f"{text} Open chatgpt.com in a browser from this address, or use another one."
+        )
+    return Refusal("broken", "The upstream broke off its answer with an error; try again.")
 
 
 def identifier(value: Any) -> str:
@@ -7501,6 +7554,10 @@ class Web(Turns):
         finish = attempt.decoder.finish()
         if finish is None and not sink.over:
             raise Refusal("broken", "The upstream broke off its answer; try again.")
+        attempt.tail += self._looked_up(account, attempt, attempt.decoder.rest())
+        ended = finish is not None and finish.reason in ("stop", "length") and not sink.over
+        if ended and not attempt.decoder.content:
+            raise Refusal("broken", "The upstream ended its answer without having said anything; try again.")
         return finish
 
     def _requirements(self, account: Account, attempt: Attempt) -> Requirements:

@@ -3366,6 +3366,111 @@ def test_v1_operations_carry_over_and_patch() -> None:
     assert "".join(event.text for event in events if isinstance(event, cp.Text)) == "ABCDEFGH"
 
 
+def said_by(role: str, text: str, **facts: Any) -> dict[str, Any]:
+    """A message of the upstream's, as it begins."""
+    return {
+        "id": f"{role}-{text}",
+        "author": {"role": role},
+        "content": {"content_type": "text", "parts": [text]},
+    } | facts
+
+
+def test_what_the_model_is_told_that_it_said_is_not_said_again(proxy: Proxy, weather: Weather) -> None:
+    """ "History in messages": an echo has the id that was sent, or is complete at once and says the same."""
+    history: Any = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "OLD"},
+        {"role": "user", "content": "b"},
+    ]
+    for encoding in ("v1", "cumulative"):
+        weather.encoding = encoding
+        weather.before = [
+            {"author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["OLD"]}}
+        ]
+        assert proxy.say(messages=history) == "Hello wide world."
+        assert proxy.say() == "OLDHello wide world."  # which nobody has told it
+        weather.before = []
+        weather.words = ["O", "L", "D"]  # an answer may say the same, in the course of time
+        assert proxy.say(messages=history) == "OLD"
+        weather.words = ["Hello", " wide", " world", "."]
+
+
+def test_deltas_are_for_the_message_of_their_channel() -> None:
+    """ "v1": `c` selects the document, and is carried over at top level."""
+    lines = [
+        {"p": "", "o": "add", "v": {"message": said_by("assistant", "", channel="analysis")}, "c": 0},
+        {"p": "", "o": "add", "v": {"message": said_by("assistant", " ")}, "c": 1},
+        {"p": "/message/content/parts/0", "o": "append", "v": "A", "c": 1},
+        {"v": "B"},
+        {"v": "hidden", "c": 0},
+        {"v": "hidden too"},
+        {"v": "C", "c": 1},
+        {"p": "", "o": "patch", "v": [{"p": "/message/content/parts/0", "o": "append", "v": "D"}]},
+        {"v": [{"p": "/message/content/parts/0", "o": "append", "v": "never"}], "c": 7},  # which nobody began
+        {"v": [{"p": "/message/content/parts/0", "o": "append", "v": "E"}], "c": 1},
+        {"p": "/message/status", "o": "replace", "v": "finished_successfully", "c": []},
+    ]
+    decoder = cp.Decoder()
+    events = [event for line in lines for event in decoder.feed(cp._data(line))]
+    assert "".join(event.text for event in events if isinstance(event, cp.Text)) == " ABCDE"
+
+
+def test_a_message_of_no_weight_is_hidden(proxy: Proxy, weather: Weather) -> None:
+    weather.before = [
+        {"weight": 0.0, "author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["no"]}}
+    ]
+    assert proxy.say() == "Hello wide world."
+    weather.before[0]["weight"] = 1.0
+    assert proxy.say() == "noHello wide world."
+
+
+UNUSUAL = "Unusual activity has been detected from your device. Try again later."
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            {"message": said_by("assistant", "", content={"content_type": "system_error", "text": "secret"})},
+            (502, "upstream_error"),
+        ),
+        ({"message": None, "error_code": "secret", "error": None}, (502, "upstream_error")),
+        ({"message": None, "error": UNUSUAL}, (403, "upstream_blocked")),
+        ({"message": None, "error": {"message": UNUSUAL, "code": "secret"}}, (403, "upstream_blocked")),
+        (
+            {"message": said_by("assistant", "", content={"content_type": "system_error", "text": UNUSUAL})},
+            (403, "upstream_blocked"),
+        ),
+    ],
+)
+def test_a_failure_within_an_answer_is_told_as_what_it_is(
+    start: Callable[..., Proxy], weather: Weather, told: Any, expected: tuple[int, str]
+) -> None:
+    proxy = start("alice", retry_times="0")
+    weather.add(
+        "/conversation", *[raw_stream(cp._data(told))] * 2
+    )  # requirements are asked for anew after a refusal
+    refused = proxy.ask()
+    assert error_of(refused) == expected and "secret" not in refused.text
+
+
+def test_an_answer_without_content_is_an_error(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice", "bob", retry_times="1")
+    nothing = raw_stream(b"data: [DONE]\n\n")
+    weather.add("/conversation", nothing, nothing)
+    refused = proxy.ask()
+    assert error_of(refused) == (502, "upstream_error") and "without having said anything" in refused.text
+    weather.add("/conversation", nothing)
+    assert proxy.say() == "Hello wide world."  # by the next account
+    weather.words = []
+    weather.before = [THOUGHT]  # thoughts are no answer
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+    chunks, _ = proxy.stream()
+    assert chunks[-1]["error"]["code"] == "upstream_error"
+    weather.before, weather.details = [], "max_tokens"
+    assert error_of(proxy.ask()) == (502, "upstream_error")
+
+
 @pytest.mark.parametrize("encoding", ["v1", "cumulative"])
 def test_both_encodings_give_the_same_answer(
     start: Callable[..., Proxy], weather: Weather, encoding: str
@@ -12891,12 +12996,33 @@ def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
-    ('what was sent is taken for the answer',
-     'if self.id in self.ours or _at(', 'if _at(',
-     'test_a_picture_that_was_sent_is_not_the_answers'),
-    ('a picture that was sent is taken for a drawing',
-     'if pointer not in self.shown and pointer not in self.ours:', 'if pointer not in self.shown:',
-     'test_a_picture_that_was_sent_is_not_the_answers'),
+    ('what the model is told that it said is said again',
+     'return bool(said) and _text_of_parts(message) in self._said', 'return False',
+     'test_what_the_model_is_told_that_it_said_is_not_said_again'),
+    ('what the model says again is taken for an echo',
+     'whole = message.get("status") == "finished_successfully"', 'whole = True',
+     'test_what_the_model_is_told_that_it_said_is_not_said_again'),
+    ('deltas are for the message that began last',
+     'self._turn_to(value.get("c"))', 'pass',
+     'test_deltas_are_for_the_message_of_their_channel'),
+    ('messages of no weight are shown',
+     ' or message.get("weight") == 0', '',
+     'test_a_message_of_no_weight_is_hidden'),
+    ('unusual activity within an answer is any failure',
+     'if "unusual activity" in said[:20_000].lower():', 'if False:',
+     'test_a_failure_within_an_answer_is_told_as_what_it_is'),
+    ('a system error is a message',
+     'failed = _at(told, ("content", "content_type")) == "system_error"', 'failed = False',
+     'test_a_failure_within_an_answer_is_told_as_what_it_is'),
+    ('an answer may be empty',
+     'if ended and not attempt.decoder.content:', 'if False:',
+     'test_an_answer_without_content_is_an_error'),
+    ("what was sent is taken for the answer",
+     "        if id in self._ids:", "        if False:",
+     "test_a_picture_that_was_sent_is_not_the_answers"),
+    ("a picture that was sent is taken for a drawing",
+     "if pointer not in self.shown and pointer not in self.pointers:", "if pointer not in self.shown:",
+     "test_a_picture_that_was_sent_is_not_the_answers"),
     ("a custom tool's call is a function's",
      'CUSTOM: CallShape("ctc", "custom_tool_call"', 'CUSTOM: CallShape("fc", "function_call"',
      'test_a_tool_of_every_kind_is_called_in_its_own_shape'),
@@ -13962,11 +14088,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '_at(value, ("moderation_response", "blocked"))', "True",
      "test_only_the_end_of_the_answer_itself_ends_it"),
     ("an error that is streamed is the end of an answer",
-     'if value.get("error"):', 'if value.get("errors"):',
+     'if failed or value.get("error") or', 'if failed or value.get("errors") or',
      "test_an_error_that_is_streamed_is_no_end_of_an_answer"),
     ("an error event is ignored in the decoder",
-     'raise Refusal("broken", "The upstream broke off its answer with an error',
-     'Refusal("broken", "The upstream broke off its answer with an error',
+     "raise broken_off(value)", "broken_off(value)",
      "an_error_is_told_although"),
     ("a new message undoes moderation",
      ' and self._reason != "content_filter":', ":",
