@@ -464,6 +464,7 @@ CAUSES = {
         "files, images and speech need a signed-in account, and there are only login-free ones",
     ),
     "invalid_api_key": (401, "no or wrong key"),
+    "token_not_credited": (401, "the upstream takes the caller's own token for nobody's; sign in again"),
     "invalid_credentials": (401, "wrong user name, password or one-time code"),
     "mfa_required": (401, "the account needs a one-time code: send it as `code`"),
     "not_found": (404, "route, conversation or file that does not exist"),
@@ -486,6 +487,10 @@ CAUSES = {
         "wrong keys came from this address; `Retry-After`",
     ),
     "upstream_blocked": (403, "the upstream refuses this address (Cloudflare page, unusual activity)"),
+    "human_check_required": (
+        403,
+        "the upstream wants a human check for this account, which is not made here: another kind of account, an agent",
+    ),
     "challenge_required": (403, "the sign-in page asks for a human; sign in with `chatproxy.py login`"),
     "arkose_required": (403, "the upstream wants an Arkose token and no service provides one"),
     "proof_of_work_too_hard": (
@@ -586,6 +591,8 @@ class Refusal(ApiError):
     REASONS = {
         "expired": "invalid_api_key",  # 401
         "blocked": "upstream_blocked",  # 403 and human-verification pages
+        "uncredited": "token_not_credited",  # 403 after requirements for nobody, although a token was sent
+        "human": "human_check_required",  # 403 after requirements that want one
         "limited": "rate_limit_exceeded",  # 429
         "broken": "upstream_error",  # 5xx, a cut answer
         "unreachable": "upstream_error",  # no connection
@@ -4152,7 +4159,9 @@ def _meaning(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
         return Refusal("expired", "The upstream says that this account's token expired or was revoked.")
     if status == 403 or (page and _BLOCK_MARKS.search(text)):
         advice = "open chatgpt.com in a browser from this address, or set PROXY_URL to another one"
-        return Refusal("blocked", f"The upstream refuses this server's address ({status}); {advice}.")
+        return Refusal(
+            "blocked", f"The upstream refuses this server's address ({status}{said[:200]}); {advice}."
+        )
     if status >= 500 or status < 400 or page:
         return Refusal("broken", f"The upstream failed with status {status}; try again.")
     if "file" in code or (status == 404 and said.lower().startswith(": file")):
@@ -5716,12 +5725,15 @@ _URL_TEXT = re.compile(r"https?://[\x21-\x7e]{1,8000}")
 @dataclass(frozen=True)
 class Requirements:
     """The tokens and proofs that a conversation call needs besides its body: good for one call, until `expires`
-    (monotonic seconds)."""
+    (monotonic seconds). `persona` is whose call the upstream believes it to be, and `wants` is what it asks for that is
+    not given here."""
 
     token: str = ""
     proof: str = ""
     arkose: str = ""
     expires: float = math.inf
+    persona: str = ""
+    wants: tuple[str, ...] = ()
 
     def headers(self) -> list[bytes]:
         """The `openai-sentinel-…` header lines."""
@@ -5883,6 +5895,28 @@ def use_case(file: File) -> str:
     return "multimodal" if file.width else "my_files" if _DOCUMENTS.match(file.mime) else "ace_upload"
 
 
+def why(refused: Refusal, account: Account, needs: Requirements) -> Refusal:
+    """What is behind a refusal that could have three causes: the address, a token that is not credited, or a human check
+    that is wanted. The requirements that went before tell them apart."""
+    status, kind, body = refused.said or (0, "", b"")
+    page = "text/html" in kind or body.lstrip()[:1] == b"<"
+    if refused.reason != "blocked" or page:
+        return refused
+    checks = [name for name in needs.wants if name != "sign-in"]
+    detail = re.search(r"\(403(: .*)\);", refused.message)
+    said = f" The upstream's words{detail[1]}" if detail else ""
+    if needs.persona == "chatgpt-noauth" and account.row.kind != LOGIN_FREE:
+        text = "The upstream takes this account's token and does not credit it; sign in to the account again."
+        found = Refusal("uncredited", text + said)
+    elif checks:
+        text = f"The upstream wants a human check ({', '.join(checks)}) for this account, and none is made here: use another "
+        found = Refusal("human", f"{text}kind of account, an agent, or your own browser.{said}")
+    else:
+        return refused
+    found.said = refused.said
+    return found
+
+
 class ChatGPT:
     """The web API of chatgpt.com for any account: turns, and what they need beforehand."""
 
@@ -6012,10 +6046,13 @@ class ChatGPT:
     def _satisfied(
         self, account: Account, page: Page, asked: Mapping[str, Any], watch: Watch
     ) -> Requirements:
-        """Solves what an answer to chat-requirements asks for. Turnstile is left to the upstream to decide."""
+        """Solves what an answer to chat-requirements asks for. Human checks are left to the upstream to insist on, and so is
+        a sign-in."""
         expires = _expiry(asked)
-        if asked.get("force_login") and account.row.kind == LOGIN_FREE:
-            raise Refusal("blocked", "The upstream wants a signed-in account here; add one to the pool.")
+        wants = tuple(name for name in ("turnstile", "so") if inner(asked, name).get("required"))
+        wants += ("sign-in",) if asked.get("force_login") else ()
+        persona = str(asked.get("persona") or "")[:50]
+        log(logging.DEBUG, "requirements", account=account.name, persona=persona, wants=" ".join(wants))
         proof = inner(asked, "proofofwork")
         arkose = inner(asked, "arkose")
         solution = token = ""
@@ -6025,7 +6062,7 @@ class ChatGPT:
             solution = self._proof(account, page, seed, difficulty, watch)
         if arkose.get("required"):
             token = self._arkose(str(arkose.get("dx") or ""), watch)
-        return Requirements(granted(asked, "token"), solution, token, expires)
+        return Requirements(granted(asked, "token"), solution, token, expires, persona, wants)
 
     def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> str:
         if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty) or not _SEED.fullmatch(seed):
@@ -6062,6 +6099,12 @@ class ChatGPT:
         self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch
     ) -> Call:
         """Steps 4 and 5 of "One turn": the call whose bytes are the answer, begun; for a `with` block."""
+        try:
+            return self._begun(account, body, needs, watch)
+        except Refusal as refused:
+            raise why(refused, account, needs) from None
+
+    def _begun(self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch) -> Call:
         newer = (account.gateway, "conversation")
         if newer not in self._newer:
             try:
@@ -6073,8 +6116,9 @@ class ChatGPT:
         try:
             answer = self._object("conduit", account, "/f/conversation/prepare", watch, bare)
             self._newer.add(newer)
-            conduit = f"x-conduit-token: {granted(answer, 'conduit_token')}".encode()
-            return self._converse(account, "/f/conversation", body, [*needs.headers(), conduit], watch)
+            token = granted(answer, "conduit_token")  # often there is none
+            conduit = [f"x-conduit-token: {token}".encode()] if token else []
+            return self._converse(account, "/f/conversation", body, [*needs.headers(), *conduit], watch)
         except Refusal as refused:
             if refused.reason == "missing":
                 self._newer.discard(newer)
@@ -6759,6 +6803,7 @@ class Decoder:
         self._channel: int | str = 0  # whose message the next delta is for
         self._channels: dict[int | str, _Growing] = {}
         self._current: _Growing | None = None
+        self._latest: _Growing | None = None  # the message that began last
         self.failure = None
         self._path, self._op = "", "add"
         self._hot = False  # the last event appended to part 0 of an answering message
@@ -6847,8 +6892,8 @@ class Decoder:
             return
         message = _Growing(told, self._sent)
         known = self._messages.get(message.id)
-        if self._current is not None and self._current is not known:
-            self._current.grow(out, over=True)
+        if self._latest is not None and self._latest is not known:
+            self._latest.grow(out, over=True)
         message.follows = message.kind is Reasoning and any(one.thoughts for one in self._messages.values())
         if known is not None:
             if known.echo:
@@ -6863,7 +6908,7 @@ class Decoder:
             self._messages[message.id] = message
             if len(self._messages) > MAX_MESSAGES:
                 raise Refusal("broken", "The upstream's answer has too many messages; it was abandoned.")
-        self._current = self._channels[self._channel] = message
+        self._current = self._latest = self._channels[self._channel] = message
         if len(self._channels) > MAX_MESSAGES:
             raise Refusal("broken", "The upstream's answer has too many channels; it was abandoned.")
 
@@ -7119,6 +7164,8 @@ NEXT = "next"
 REMEDIES: dict[str, tuple[str, ...]] = {
     "expired": ("renew_token", NEXT),
     "blocked": ("require_anew", NEXT),
+    "uncredited": ("renew_token", NEXT),
+    "human": ("require_anew", NEXT),
     "limited": (NEXT,),
     "broken": (NEXT,),
     "unreachable": (NEXT,),
@@ -7130,7 +7177,11 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "dead": (),
 }
 # Those that an account is told to have had, as its failures.
-_FAILURES = ("expired", "blocked", "limited", "broken", "unreachable", "unlisted", "silent", "dead")
+_FAILURES = (
+    "expired", "blocked", "uncredited", "human", "limited", "broken", "unreachable", "unlisted", "silent", "dead",
+)  # fmt: skip
+# Those that are about an account's token.
+_OF_TOKEN = ("expired", "uncredited")
 _LIGHT = {Text, Reasoning}  # the events that the loop passes on; everything else is for the request's thread
 MAX_LIGHT = 1 << 16  # bytes that come together which the loop decodes
 MAX_ASKED_FOR_MODELS = 20  # accounts
@@ -7296,9 +7347,10 @@ class Attempts:
         try:
             other = self.lease(attempt)
         except ApiError as none:
-            raise (none if reason in ("expired", "limited") else refused) from None
+            own = attempt.guest is not None and reason == "uncredited"  # which the caller is to know
+            raise (none if reason in (*_OF_TOKEN, "limited") and not own else refused) from None
         if other in attempt.tried:
-            if reason in ("blocked", "unlisted") or (refused.about and reason == "limited"):
+            if reason in ("blocked", "human", "unlisted") or (refused.about and reason == "limited"):
                 raise refused
             # The same one again: a quarter of a second later, twice as long each time, at most 4 s.
             attempt.watch.pause(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0))
@@ -7392,17 +7444,23 @@ class Turns(Attempts):
             attempt.failed = True
             self._count(attempt, failures=1)
         model = refused.about or attempt.question.model
-        expired = refused.reason == "expired" and account.row.state == "ready"
+        expired = refused.reason in _OF_TOKEN and account.row.state == "ready"
         if refused.reason == "limited" or (expired and (account.renewable or account.row.kind == LOGIN_FREE)):
             # A token that is refused although it was just renewed: the account is not dead, but left alone a while.
             pause = self.pool.told_to_wait(account, model, refused.wait)
             refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
             log(logging.INFO, "account told to wait", account=account.name, model=model, seconds=round(pause))
         elif expired:
-            self.pool.set_aside(account, "expired", "the upstream refused its token (401)", attempt.token)
+            credited = refused.reason == "expired"
+            reason = (
+                "the upstream refused its token (401)"
+                if credited
+                else "the upstream does not credit its token"
+            )
+            self.pool.set_aside(account, "expired", reason, attempt.token)
 
     def last(self, attempt: Attempt, refused: Refusal) -> ApiError:
-        if refused.reason != "expired" or attempt.guest:
+        if refused.reason not in _OF_TOKEN or attempt.guest:
             return refused
         text = "The upstream refused the tokens of all accounts that were tried; see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "1"})
@@ -7515,8 +7573,16 @@ class Web(Turns):
         return {name: int(account.models[0]) for account in able for name in account.models[1]}
 
     def check(self, account: Account, watch: Watch) -> None:
-        """Makes the cheapest call that only a working account answers."""
-        self.do("check", None, functools.partial(self.site.me, watch=watch), watch, account.id)
+        """Makes the calls that a chat needs, but for the turn itself."""
+
+        def ask(account: Account) -> None:
+            self.site.me(account, watch)
+            needs = self.site.requirements(account, watch)
+            if needs.persona == "chatgpt-noauth" and account.row.kind != LOGIN_FREE:
+                text = "The upstream takes its token and does not credit it: sign in again."
+                raise Refusal("uncredited", text)
+
+        self.do("check", None, ask, watch, account.id)
 
     def require_anew(self, account: Account, attempt: Attempt) -> bool:
         """A remedy: requirements of this moment, where those that were prepared ahead may have been forgotten."""
@@ -7547,10 +7613,10 @@ class Web(Turns):
         try:
             with self.site.conversation(account, body, needs, attempt.watch) as call:
                 self._pass_on(call, account, attempt, sink)
-        except Refusal:
+        except Refusal as refused:
             if attempt.begun and (finish := attempt.decoder.finish()):
                 return finish  # only a second saying so is missing
-            raise
+            raise why(refused, account, needs) from None
         finish = attempt.decoder.finish()
         if finish is None and not sink.over:
             raise Refusal("broken", "The upstream broke off its answer; try again.")

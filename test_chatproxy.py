@@ -94,6 +94,9 @@ hypothesis_settings.load_profile("here")
 Fault = Callable[[cp.Request], "cp.Reply | cp.Stream | cp.Upgrade | None"]
 
 
+UNUSUAL = "Unusual activity has been detected from your device. Try again later."
+
+
 @dataclasses.dataclass
 class SignInUnderWay:
     """A sign-in with a password that is under way."""
@@ -127,7 +130,11 @@ class StandIn(cp.Demo):
         self.algorithm = "sha3"
         self.encoding = "v1"  # or "cumulative"
         self.newer = False  # only the newer generation of calls
+        self.conduit = True  # whether a turn of the newer generation has a conduit
         self.arkose = False
+        self.persona = ""  # whose call it is taken for, when that is not the usual one
+        self.checks: tuple[str, ...] = ()  # human checks that are wanted
+        self.force_login = False
         self.rotate = True  # refresh tokens are replaced when used
         self.refresh_tokens: dict[str, str] = {}  # token → name of its account
         self.session_tokens: dict[str, str] = {}
@@ -147,7 +154,10 @@ class StandIn(cp.Demo):
     # -- one turn ------------------------------------------------------------------------------------------------------
 
     def _requirements(self, request: cp.Request) -> dict[str, Any]:
-        return super()._requirements(request) | {"arkose": {"required": self.arkose, "dx": "demo-blob"}}
+        asked = super()._requirements(request) | {"arkose": {"required": self.arkose, "dx": "demo-blob"}}
+        asked |= {name: {"required": True, "dx": "demo-dx"} for name in self.checks}
+        asked |= {"persona": self.persona} if self.persona else {}
+        return asked | ({"force_login": True} if self.force_login else {})
 
     def _decoded(self, answer: str) -> list[Any] | None:
         return super()._decoded(answer.removesuffix("~S") if self.algorithm == "fnv" else answer)
@@ -184,7 +194,8 @@ class StandIn(cp.Demo):
         """A conduit for the conversation to come."""
         if "messages" in json.loads(request.body.read()):
             return cp._detail(422, "messages are not expected")
-        return cp.json_reply({"status": "ok", "conduit_token": secrets.token_urlsafe(12)})
+        token = secrets.token_urlsafe(12) if self.conduit else None
+        return cp.json_reply({"status": "ok", "conduit_token": token})
 
     @router.on("POST", "/{api}/conversation", "/{api}/f/conversation")
     def conversation(self, request: cp.Request) -> cp.Reply | cp.Stream | cp.Upgrade:
@@ -192,8 +203,8 @@ class StandIn(cp.Demo):
         headers = request.headers
         if self.arkose and headers.get("openai-sentinel-arkose-token") != "arkose-for-demo-blob":
             return cp._detail(403, "Unusual activity has been detected from your device.")
-        if self.newer and "x-conduit-token" not in headers:
-            return cp._detail(422, "x-conduit-token is missing")
+        if self.newer and ("x-conduit-token" in headers) is not self.conduit:
+            return cp._detail(422, "x-conduit-token is missing, or not expected")
         return super().conversation(request)
 
     def encoded(
@@ -2829,6 +2840,8 @@ def test_both_generations_and_both_proofs_are_spoken(start: Callable[..., Proxy]
     assert weather.count("/backend-api/f/conversation") == 2
     assert weather.count("/backend-api/conversation") == 1  # tried once, then remembered
     assert "messages" not in weather.last("/f/conversation/prepare").json()
+    weather.conduit = False  # as is usual
+    assert proxy.say() == "Hello wide world."
 
 
 def test_an_arkose_token_comes_from_the_service_or_is_missed(
@@ -3424,9 +3437,6 @@ def test_a_message_of_no_weight_is_hidden(proxy: Proxy, weather: Weather) -> Non
     assert proxy.say() == "noHello wide world."
 
 
-UNUSUAL = "Unusual activity has been detected from your device. Try again later."
-
-
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
@@ -3465,8 +3475,8 @@ def test_an_answer_without_content_is_an_error(start: Callable[..., Proxy], weat
     weather.words = []
     weather.before = [THOUGHT]  # thoughts are no answer
     assert error_of(proxy.ask()) == (502, "upstream_error")
-    chunks, _ = proxy.stream()
-    assert chunks[-1]["error"]["code"] == "upstream_error"
+    streamed = proxy.ask(stream=True)  # which may have begun
+    assert '"code":"upstream_error"' in streamed.text and "[DONE]" not in streamed.text
     weather.before, weather.details = [], "max_tokens"
     assert error_of(proxy.ask()) == (502, "upstream_error")
 
@@ -12055,12 +12065,74 @@ def test_what_the_upstream_wants_beforehand_is_met_or_named(
     weather.difficulty = "zz"
     assert error_of(start("alice", folder="unknown", retry_times="0").ask()) == (502, "upstream_error")
     weather.difficulty = "0fffff"
-    weather.add("/chat-requirements", status(200, {"token": "t", "force_login": True}))
+    weather.force_login = True  # a hint: it came with answers as well
+    weather.checks = ("turnstile", "so")  # likewise
     free = start(cp.LOGIN_FREE, folder="free", retry_times="0")
-    turns = weather.count("/conversation")
-    assert error_of(free.ask(model="auto")) == (403, "upstream_blocked")
-    assert weather.count("/conversation") == turns  # it would be in vain
     assert free.ask(model="auto").status_code == 200
+
+
+UNUSUAL_403: Any = {"detail": UNUSUAL + " (reference 7)" + "x" * 300}
+CLOUDFLARE = "<html>Just a moment...</html>"
+
+
+@pytest.mark.parametrize(
+    ("persona", "checks", "body", "code", "advice"),
+    [
+        ("", (), UNUSUAL_403, "upstream_blocked", "PROXY_URL"),
+        ("", ("turnstile",), UNUSUAL_403, "human_check_required", "(turnstile)"),
+        ("chatgpt-freeaccount", ("turnstile", "so"), UNUSUAL_403, "human_check_required", "(turnstile, so)"),
+        ("", ("so",), CLOUDFLARE, "upstream_blocked", "PROXY_URL"),
+        ("chatgpt-noauth", (), CLOUDFLARE, "upstream_blocked", "PROXY_URL"),
+    ],
+)
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_403_is_told_by_its_cause(
+    start: Callable[..., Proxy],
+    weather: Weather,
+    newer: bool,
+    persona: str,
+    checks: Any,
+    body: Any,
+    code: str,
+    advice: str,
+) -> None:
+    weather.persona, weather.checks, weather.newer = persona, checks, newer
+    proxy = start("alice", retry_times="0")
+    kind = "text/html" if body is CLOUDFLARE else "application/json"
+    weather.add("/f/conversation" if newer else "/conversation", *[status(403, body, kind)] * 3)
+    refused = proxy.ask()
+    assert error_of(refused) == (403, code) and advice in refused.text
+    assert ("(reference 7)" in refused.text) == (body is UNUSUAL_403) and "x" * 200 not in refused.text
+    assert proxy.app.pool.accounts()[0].state(time.time()) == "ready"
+
+
+def test_a_token_that_is_not_credited_is_set_aside(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.persona, weather.checks = "chatgpt-noauth", ("turnstile",)
+    proxy = start("alice", "bob", retry_times="3")
+    weather.add("/conversation", *[status(403, UNUSUAL_403)] * 9)
+    assert error_of(proxy.ask()) == (503, "no_account")
+    facts = [one.told(time.time()) for one in proxy.app.pool.accounts()]
+    assert len(facts) == 2 and all("does not credit its token" in one for one in facts)
+    own = proxy.ask(key=cp.demo_token("carol"))
+    assert error_of(own) == (401, "token_not_credited") and "sign in" in own.text
+
+
+def test_a_failure_within_an_answer_has_its_cause_too(start: Callable[..., Proxy], weather: Weather) -> None:
+    weather.checks = ("turnstile",)
+    proxy = start("alice", retry_times="0")
+    weather.add("/conversation", *[raw_stream(cp._data({"message": None, "error": UNUSUAL}))] * 2)
+    assert error_of(proxy.ask()) == (403, "human_check_required")
+
+
+def test_a_check_asks_for_what_a_chat_needs(start: Callable[..., Proxy], weather: Weather) -> None:
+    proxy = start("alice")
+    account = proxy.app.pool.accounts()[0]
+    assert cp.checked(proxy.app, account, cp.Watch()) == (account.id, "")
+    assert weather.count("/chat-requirements") == 1
+    weather.persona = "chatgpt-noauth"
+    id, told = cp.checked(proxy.app, account, cp.Watch())
+    assert id == account.id and "does not credit its token" in (told or "")
+    assert account.row.state == "expired"
 
 
 def test_the_start_page_is_read_once(start: Callable[..., Proxy], weather: Weather) -> None:
@@ -12996,6 +13068,21 @@ def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ('a token that is not credited blames the address',
+     '    if needs.persona == "chatgpt-noauth" and account.row.kind != LOGIN_FREE:\n        text = "The upstream takes this', '    if False:\n        text = "The upstream takes this',
+     'test_a_token_that_is_not_credited_is_set_aside'),
+    ('a human check that is wanted blames the address',
+     '    elif checks:', '    elif False:',
+     'test_a_403_is_told_by_its_cause'),
+    ('a page that blocks the address blames the token',
+     'if refused.reason != "blocked" or page:', 'if refused.reason != "blocked":',
+     'test_a_403_is_told_by_its_cause'),
+    ('accounts whose token is not credited stay',
+     '_OF_TOKEN = ("expired", "uncredited")', '_OF_TOKEN = ("expired",)',
+     'test_a_token_that_is_not_credited_is_set_aside'),
+    ('a check asks for less than a chat needs',
+     '            needs = self.site.requirements(account, watch)\n            if', '            needs = Requirements()\n            if',
+     'test_a_check_asks_for_what_a_chat_needs'),
     ('what the model is told that it said is said again',
      'return bool(said) and _text_of_parts(message) in self._said', 'return False',
      'test_what_the_model_is_told_that_it_said_is_not_said_again'),
@@ -13842,9 +13929,6 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("the newer generation's token is not taken",
      "return replace(ready, token=", "return ready or replace(ready, token=",
      "both_generations_and_both_proofs"),
-    ("login-free goes on where a sign-in is wanted",
-     'asked.get("force_login") and', "False and",
-     "what_the_upstream_wants_beforehand"),
     ("a proof is made where none is wanted",
      'if proof.get("required"):', "if True:",
      "what_the_upstream_wants_beforehand"),
@@ -13864,7 +13948,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if name != "messages"}\n        try:', "if True}\n        try:",
      "both_generations_and_both_proofs"),
     ("the newer generation is not remembered for turns",
-     "            self._newer.add(newer)\n            conduit", "            conduit",
+     "            self._newer.add(newer)\n            token = granted", "            token = granted",
      "both_generations_and_both_proofs"),
     ("an upload goes wherever its id leads",
      "if not _FILE_ID.fullmatch(id) or", "if",
@@ -14190,7 +14274,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "an_account_told_to_wait_is_skipped"),
     ("a 429 has no Retry-After", 'refused.headers["Retry-After"] = ', "_ = ", "the_shortest_wait_is_told"),
     ("a revoked token's account stays in turn",
-     'self.pool.set_aside(account, "expired", "the upstream refused its token (401)", attempt.token)', "pass",
+     'self.pool.set_aside(account, "expired", reason, attempt.token)', "pass",
      "a_revoked_token_sets_its_account_aside"),
     ("RETRY_TIMES is one more",
      "len(attempt.tried) > most:", "len(attempt.tried) > most + 1:",
