@@ -4216,6 +4216,9 @@ def with_cookies(cookies: Mapping[str, str], headers: Mapping[str, str]) -> dict
     return {key: value for key, value in kept.items() if value}
 
 
+DEVICE_COOKIE = "oai-did"  # which equals the header `oai-device-id`, whatever the site sets
+
+
 def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
     return [("Cookie: " + "; ".join(f"{k}={v}" for k, v in cookies.items())).encode()] if cookies else []
 
@@ -4407,7 +4410,9 @@ class Renewals:
         size = 3900  # what a browser's cookie holds; longer ones are split
         pieces = [secret[i : i + size] for i in range(0, len(secret), size)]
         names = [f"{SESSION_COOKIE}.{i}" if len(pieces) > 1 else SESSION_COOKIE for i in range(len(pieces))]
-        cookies = account.cookies | dict(zip(names, pieces, strict=True))
+        cookies = (
+            account.cookies | {DEVICE_COOKIE: account.row.device} | dict(zip(names, pieces, strict=True))
+        )
         url = f"{account.gateway}/api/auth/session"
         headers = [b"Expect:", *_cookie_line(cookies)]
         answer = self.connections.answer("session", account, "GET", url, headers, None, Watch())
@@ -5951,7 +5956,7 @@ class ChatGPT:
             f"Referer: {gateway}/".encode(),
             f"oai-device-id: {row.device}".encode(),
             f"oai-language: {self.settings.oai_language}".encode(),
-            *_cookie_line(cookies),
+            *_cookie_line(cookies | {DEVICE_COOKIE: row.device}),
         ]
         if row.access_token and row.kind != LOGIN_FREE:
             lines.append(f"Authorization: Bearer {row.access_token}".encode())

@@ -2674,10 +2674,13 @@ def test_an_account_keeps_its_identity_for_life(start: Callable[..., Proxy], wea
     for _ in range(8):
         proxy.ask()
     seen: dict[str, set[str]] = defaultdict(set)
+    jars = set()
     for request in weather.seen:
         if "authorization" in request.headers:
-            seen[request.headers["chatgpt-account-id"]].add(request.headers["oai-device-id"])
-            assert "oai-sc=demo" in request.headers.get("cookie", "oai-sc=demo")
+            device = request.headers["oai-device-id"]
+            seen[request.headers["chatgpt-account-id"]].add(device)
+            jars.add(request.headers["cookie"].replace(device, "ID"))
+    assert jars <= {"oai-did=ID", "oai-sc=demo; oai-did=ID"} and max(jars, key=len) != "oai-did=ID"
     assert len(seen) == 2 and all(len(devices) == 1 for devices in seen.values())
     assert len(set.union(*seen.values())) == 2
 
@@ -12071,6 +12074,23 @@ def test_what_the_upstream_wants_beforehand_is_met_or_named(
     assert free.ask(model="auto").status_code == 200
 
 
+@pytest.mark.parametrize("account", ["alice", cp.LOGIN_FREE])
+def test_the_device_cookie_is_the_device_header_in_every_call(
+    start: Callable[..., Proxy], weather: Weather, account: str
+) -> None:
+    proxy = start(account)
+    answers = status(200, {"token": "t"}, set_cookie="oai-did=another; Path=/")
+    weather.add("/chat-requirements", lambda request: answers(request) if len(weather.seen) < 5 else None)
+    for _ in range(3):
+        proxy.ask(model="auto")
+    wait_until(lambda: weather.count("/chat-requirements") > 3)
+    calls = [one for one in weather.seen if "/backend-a" in one.path]
+    assert len(calls) > 5
+    for one in calls:
+        cookies = dict(part.split("=", 1) for part in one.headers["cookie"].split("; "))
+        assert cookies["oai-did"] == one.headers["oai-device-id"], one.path
+
+
 UNUSUAL_403: Any = {"detail": UNUSUAL + " (reference 7)" + "x" * 300}
 CLOUDFLARE = "<html>Just a moment...</html>"
 
@@ -13068,6 +13088,12 @@ def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ("the device's cookie is what the site sets",
+     'cookies | {DEVICE_COOKIE: row.device}', '{DEVICE_COOKIE: row.device} | cookies',
+     'test_the_device_cookie_is_the_device_header_in_every_call'),
+    ('calls have no device cookie',
+     '*_cookie_line(cookies | {DEVICE_COOKIE: row.device})', '*_cookie_line(cookies)',
+     'test_the_device_cookie_is_the_device_header_in_every_call'),
     ('a token that is not credited blames the address',
      '    if needs.persona == "chatgpt-noauth" and account.row.kind != LOGIN_FREE:\n        text = "The upstream takes this', '    if False:\n        text = "The upstream takes this',
      'test_a_token_that_is_not_credited_is_set_aside'),
