@@ -6996,7 +6996,7 @@ class Coder(Weather):
             add, change = (run(f"text(await tools.apply_patch({json.dumps(one)}));") for one in PATCHES)
             return [[add], [cat], [change], [cat, cat]]
         shell = first(
-            "Bash", "bash", "run_shell_command", "exec_command", "shell_command", "run_commands", "shell", "execute_command"
+            "Bash", "bash", "run_shell_command", "exec_command", "shell_command", "run_commands", "shell", "local_shell"
         )  # fmt: skip
         cat = fill(shell, run="cat hello.txt")
         if patch := first("apply_patch"):
