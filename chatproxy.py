@@ -608,6 +608,7 @@ class Refusal(ApiError):
         super().__init__(code or self.REASONS[reason], message)
         self.reason, self.wait, self.about = reason, wait, about
         self.unsent = False  # whether the call cannot have arrived
+        self.detail = ""  # the upstream's own words about a 403
         self.said: tuple[int, str, bytes] | None = None  # the upstream's own status, content type and body
 
 
@@ -4159,9 +4160,10 @@ def _meaning(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
         return Refusal("expired", "The upstream says that this account's token expired or was revoked.")
     if status == 403 or (page and _BLOCK_MARKS.search(text)):
         advice = "open chatgpt.com in a browser from this address, or set PROXY_URL to another one"
-        return Refusal(
-            "blocked", f"The upstream refuses this server's address ({status}{said[:200]}); {advice}."
-        )
+        text = f"The upstream refuses this server's address ({status}{said[:200]}); {advice}."
+        refused = Refusal("blocked", text)
+        refused.detail = said[:200]
+        return refused
     if status >= 500 or status < 400 or page:
         return Refusal("broken", f"The upstream failed with status {status}; try again.")
     if "file" in code or (status == 404 and said.lower().startswith(": file")):
@@ -4819,23 +4821,23 @@ class Functions(dict[str, Function]):
         meant = [] if namespace else self._inner.get(name, [])
         return meant[0] if len(meant) == 1 else ""
 
-    @functools.cached_property
-    def _inner(self) -> dict[str, list[str]]:
-        """The full names of those in namespaces, by the name that they have there."""
+    def _grouped(self, key: Callable[[Function], str]) -> dict[str, list[str]]:
+        """The full names of those in namespaces, by what they have in common."""
         found: dict[str, list[str]] = {}
         for full, function in self.items():
             if function.namespace:
-                found.setdefault(function.name, []).append(full)
+                found.setdefault(key(function), []).append(full)
         return found
+
+    @functools.cached_property
+    def _inner(self) -> dict[str, list[str]]:
+        """The full names of those in namespaces, by the name that they have there."""
+        return self._grouped(lambda function: function.name)
 
     @functools.cached_property
     def within(self) -> dict[str, list[str]]:
         """The full names of those in namespaces, by the namespace."""
-        found: dict[str, list[str]] = {}
-        for full, function in self.items():
-            if function.namespace:
-                found.setdefault(function.namespace, []).append(full)
-        return found
+        return self._grouped(lambda function: function.namespace)
 
     @functools.cached_property
     def made(self) -> dict[Any, Any]:
@@ -5908,8 +5910,7 @@ def why(refused: Refusal, account: Account, needs: Requirements) -> Refusal:
     if refused.reason != "blocked" or page:
         return refused
     checks = [name for name in needs.wants if name != "sign-in"]
-    detail = re.search(r"\(403(: .*)\);", refused.message)
-    said = f" The upstream's words{detail[1]}" if detail else ""
+    said = f" The upstream's words{refused.detail}" if refused.detail else ""
     if needs.persona == "chatgpt-noauth" and account.row.kind != LOGIN_FREE:
         text = "The upstream takes this account's token and does not credit it; sign in to the account again."
         found = Refusal("uncredited", text + said)
@@ -10135,7 +10136,7 @@ class ModelResponse(Rendering):
 
 
 class Compaction(ModelResponse):
-    """An answer that is the earlier conversation made shorter: one item, whose content nobody but this server reads."""
+    """An answer that is the earlier conversation made shorter: one item, which this program reads again."""
 
     def take_text(self, text: str) -> None:
         """It comes when it is whole."""

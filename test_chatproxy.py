@@ -5383,18 +5383,24 @@ THOUGHT = {
 STREAM_EVENT: Any = pydantic.TypeAdapter(openai.types.responses.ResponseStreamEvent)
 
 
-def response_events(proxy: Proxy, **body: Any) -> list[dict[str, Any]]:
-    """The events of a streamed response, each checked against the openai package's type, numbers and nesting too."""
-    body = {"model": "gpt-4o", "input": "hi", "stream": True} | body
-    answer = httpx.post(f"{proxy.url}/v1/responses", json=body, headers={"Authorization": KEY}, timeout=30)
+def events_of(answer: httpx.Response, kind: Any) -> list[dict[str, Any]]:
+    """The events of a stream, each named as its type says, and of this kind."""
     assert answer.status_code == 200, answer.text
     events = []
     for block in answer.text.strip().split("\n\n"):
         name, _, data = block.partition("\n")
         value = json.loads(data.removeprefix("data: "))
         assert name == f"event: {value['type']}"
-        STREAM_EVENT.validate_python(value)
+        kind.validate_python(value)
         events.append(value)
+    return events
+
+
+def response_events(proxy: Proxy, **body: Any) -> list[dict[str, Any]]:
+    """The events of a streamed response, each checked against the openai package's type, numbers and nesting too."""
+    body = {"model": "gpt-4o", "input": "hi", "stream": True} | body
+    answer = httpx.post(f"{proxy.url}/v1/responses", json=body, headers={"Authorization": KEY}, timeout=30)
+    events = events_of(answer, STREAM_EVENT)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     last = events[-1]["response"]
     assert last["output"] == [
@@ -6156,15 +6162,7 @@ def message_events(proxy: Proxy, **body: Any) -> list[dict[str, Any]]:
     """The events of a streamed message, each checked against the anthropic package's type."""
     body = {"model": "gpt-4o", "max_tokens": 1000, "messages": [SAID_HI], "stream": True} | body
     answer = httpx.post(f"{proxy.url}/v1/messages", json=body, headers={"x-api-key": KEY}, timeout=30)
-    assert answer.status_code == 200, answer.text
-    events = []
-    for block in answer.text.strip().split("\n\n"):
-        name, _, data = block.partition("\n")
-        value = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {value['type']}"
-        MESSAGE_EVENT.validate_python(value)
-        events.append(value)
-    return events
+    return events_of(answer, MESSAGE_EVENT)
 
 
 def test_a_message_is_answered_whole_and_streamed(proxy: Proxy, weather: Weather) -> None:
