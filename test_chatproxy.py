@@ -7598,9 +7598,9 @@ class Site(cp.Application):
         self.end, self.trust = functools.partial(self.ends.get, timeout=20), None
         settings = cp.resolve(cp.gather({}, {}))
         if folder:
-            authority, self.trust = trustme.CA(), ssl.create_default_context()
-            authority.configure_trust(self.trust)
-            issued, path = authority.issue_cert("127.0.0.1"), str(folder / "both.pem")
+            self.authority, self.trust = trustme.CA(), ssl.create_default_context()
+            self.authority.configure_trust(self.trust)
+            issued, path = self.authority.issue_cert("127.0.0.1"), str(folder / "both.pem")
             issued.private_key_and_cert_chain_pem.write_to_path(path)
             settings = dataclasses.replace(settings, tls_cert=path, tls_key=path)
         self.server = cp.Server(("127.0.0.1", 0), self, settings, cp.Metrics(), quiet=True)
@@ -7638,13 +7638,12 @@ class Site(cp.Application):
 
     def client(self, **options: Any) -> websockets.sync.client.ClientConnection:
         url = f"ws{'s' * bool(self.trust)}://127.0.0.1:{self.address[1]}/web"
-        options |= {"ssl": self.trust, "proxy": None, "max_size": None, "open_timeout": 5}
-        for _ in range(
-            3
-        ):  # over TLS the library reads and writes at once, and loses one handshake in some hundred
-            with contextlib.suppress(TimeoutError):
-                return websockets.sync.client.connect(url, **options)
-        return websockets.sync.client.connect(url, **options)
+        # The library reads and writes at once, which OpenSSL survives only while nothing but data comes: no tickets.
+        context = self.trust and ssl.create_default_context()
+        if context:
+            self.authority.configure_trust(context)
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+        return websockets.sync.client.connect(url, ssl=context, proxy=None, max_size=None, **options)
 
 
 @pytest.fixture
