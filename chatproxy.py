@@ -30,6 +30,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import html
 import http
 import http.server
 import importlib.util
@@ -48,6 +49,7 @@ import re
 import resource
 import secrets
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -65,7 +67,7 @@ import uuid
 import webbrowser
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -698,6 +700,7 @@ class Metrics:
         "chatproxy_agents": "Agents connected.",
         "chatproxy_loop_seconds": "The longest that the loop was busy at a time, in the last minute.",
         "chatproxy_proof_seconds": "Time to solve a proof of work.",
+        "chatproxy_smaller_model_total": "Answers of a smaller model than was asked for, by the one that answered.",
         "chatproxy_retries_total": "Attempts that went on to the next account or agent, by reason.",
     }
 
@@ -942,6 +945,14 @@ class Blob:
             log(logging.ERROR, "no room for a temporary file", reason=error.strerror)
             raise overloaded("The server has no room for files just now", 30) from None
         self.size += len(data)
+
+    @classmethod
+    def of_file(cls, path: pathlib.Path) -> Blob:
+        """The bytes of a file, which may be removed meanwhile; OSError when there is none."""
+        blob = cls()
+        blob._file = path.open("rb", buffering=0)
+        blob.size = os.fstat(blob._file.fileno()).st_size
+        return blob
 
     def part(self, start: int, size: int) -> Blob:
         """Some of the bytes, not copied."""
@@ -1556,7 +1567,11 @@ MAX_ATTEMPTS = 500_000
 EASY_ATTEMPTS = 2_000
 REQUIREMENTS_DIFFICULTY = "0fffff"
 SOLVER_PATIENCE = 60.0  # seconds before a proof is solved without the solver processes
-_SCREENS = (3000, 3016, 2624, 2520, 4000, 3120)
+# Width + height of a screen, and the two.
+_SCREENS = {
+    3000: (1920, 1080), 3016: (1936, 1080), 2624: (1600, 1024), 2520: (1440, 1080), 4000: (2560, 1440),
+    3120: (1920, 1200),
+}  # fmt: skip
 _CORES = (4, 8, 10, 12, 16)
 _NAVIGATOR = (
     "webdriver−false",
@@ -1577,17 +1592,19 @@ _WINDOW = (
     "screen",
     "scheduler",
 )
-# The clock that the fingerprint claims and the conversation body repeats as timezone_offset_min.
+# The clock that the fingerprint claims and the conversation body repeats.
 TIMEZONE_OFFSET_MIN = 300
+TIMEZONE = "America/Panama"  # which has no summer time
 
 
 class Page(NamedTuple):
-    """Facts of the site's start page for a fingerprint: the `src` of its scripts, its data-build, and when it was
-    read."""
+    """Facts of the site's start page for a fingerprint: the `src` of its scripts, its data-build, when it was read, and its
+    build's number."""
 
     scripts: tuple[str, ...] = ()
     build: str | None = None
     read: float = 0.0
+    number: str = ""
 
 
 @functools.lru_cache(10_000)
@@ -1595,7 +1612,7 @@ def _device_facts(device: str) -> tuple[int, int, str, str, str]:
     """Facts that a device keeps for life, derived from its id: screen, cores, navigator property, document and window
     key."""
     choose = random.Random(device).choice
-    return choose(_SCREENS), choose(_CORES), choose(_NAVIGATOR), choose(_DOCUMENT), choose(_WINDOW)
+    return choose(tuple(_SCREENS)), choose(_CORES), choose(_NAVIGATOR), choose(_DOCUMENT), choose(_WINDOW)
 
 
 @functools.lru_cache(16)
@@ -1605,8 +1622,11 @@ def _browser_date(now: int) -> str:
     return local.strftime("%a %b %d %Y %H:%M:%S GMT-0500 (Eastern Standard Time)")
 
 
-def fingerprint(device: str, agent: str, language: str, page: Page, now: float) -> list[Any]:
-    """The configuration array of "Proof of work"."""
+def fingerprint(
+    device: str, agent: str, language: str, page: Page, now: float, algorithm: str = "sha3"
+) -> list[Any]:
+    """The configuration array of "Proof of work": of 18 elements, for the algorithm `fnv` of 25, the last of which tell
+    that the browser has none of seven oddities."""
     screen, cores, navigator, document, window = _device_facts(device)
     since = min(max(now - page.read, 1.0), 3600.0) * 1000  # performance.now(), in ms
     script = page.scripts[int(now) % len(page.scripts)] if page.scripts else None
@@ -1614,7 +1634,13 @@ def fingerprint(device: str, agent: str, language: str, page: Page, now: float) 
     date = _browser_date(int(now))
     origin = round(now * 1000 - since, 1)
     head = [screen, date, 4294705152, 0, agent, script, page.build, language, languages, 0]
-    return [*head, navigator, document, window, since, new_id(), "", cores, origin]
+    probes = [0] * 7 if algorithm == "fnv" else []
+    return [*head, navigator, document, window, since, new_id(), "", cores, origin, *probes]
+
+
+def screen_size(device: str) -> tuple[int, int]:
+    """Width and height of a device's screen, in pixels; the sum is what its fingerprint has."""
+    return _SCREENS[_device_facts(device)[0]]
 
 
 class _Sha3:
@@ -3281,6 +3307,11 @@ class WebSocket:
 # ============================================================================================================
 
 SESSION_COOKIE = "__Secure-next-auth.session-token"
+DEVICE_COOKIE = "oai-did"  # which equals the header `oai-device-id`, whatever the site sets
+COOKIES_ALONG = ("cf_clearance", "_puid", DEVICE_COOKIE, "oai-sc")  # kept when they come with a session token
+_SESSION_PART = re.compile(
+    rf"{re.escape(SESSION_COOKIE)}(?:\.(\d))?[=\s]\s*\"?([\x21\x23-\x2b\x2d-\x3a\x3c-\x7e]{{20,16384}})"
+)
 DISABLED = "disabled"  # the state of an account that the administrator has taken out
 # Seconds; a 429 that names no time doubles its account's wait each time.
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
@@ -3335,16 +3366,21 @@ def recognise(line: str) -> AccountRow:
     """A token as an account without identity yet; a team workspace may follow it after a comma. ValueError if unknown.
 
     Known are access tokens (JWTs, also within what the site's session page shows), refresh tokens (`rt_…`, or 45
-    characters in the iOS generation), session tokens (encrypted JWTs), lines of `accounts export`, and the word
+    characters in the iOS generation), session tokens (encrypted JWTs, also as cookies), lines of `accounts export`, and the word
     `login-free`, which stands for no token at all.
     """
     line = line.strip("\ufeff \t\r\n")
     said = Answer(200, {}, line.encode("utf-8", "replace")).object() if line[:1] == "{" else None
     if said is not None:  # what /api/auth/session shows, whole, or what was exported
-        line = str(said.get("accessToken") or f"{said.get('token')},{said.get('account_id') or ''}")
-        return replace(recognise(line), **_identity(said))
+        token = said.get("sessionToken") or said.get("accessToken") or said.get("token")
+        return replace(recognise(f"{token},{said.get('account_id') or ''}"), **_identity(said))
+    if SESSION_COOKIE in line:
+        line, cookies = _of_cookies(line)
+        return replace(
+            recognise(line), **_identity({"cookies": cookies, "device": cookies.get(DEVICE_COOKIE)})
+        )
     token, _, workspace = (part.strip(" \"'") for part in line.partition(","))
-    token = token.removeprefix("Bearer ").removeprefix(f"{SESSION_COOKIE}=")
+    token = token.removeprefix("Bearer ")
     if workspace and not _WORKSPACE.fullmatch(workspace):
         raise ValueError("what follows the comma is not a workspace id")
     if token == LOGIN_FREE:
@@ -3369,13 +3405,45 @@ def recognise(line: str) -> AccountRow:
     return replace(row, id=f"{row.kind[:3]}-{digest[:10]}")
 
 
+def _of_cookies(line: str) -> tuple[str, dict[str, str]]:
+    """A session token in cookies as browsers show them, whole or in numbered parts, with the workspace that may follow it
+    after a comma; and the cookies that are kept beside it. ValueError when a part is missing."""
+    parts = {int(match[1] or 0): match[2] for match in _SESSION_PART.finditer(line)}
+    if sorted(parts) != list(range(len(parts))) or not parts:
+        raise ValueError("a part of the session cookie is missing")
+    token = "".join(parts[number] for number in range(len(parts)))
+    workspace = re.search(r"\A[^;]*,\s*([0-9A-Za-z_-]{1,64})\Z", line)  # which no line of several cookies has
+    pairs = (one.strip().partition("=") for one in re.sub(r"(?i)\A\s*cookie:", "", line).split(";"))
+    cookies = {name: value for name, _, value in pairs if name in COOKIES_ALONG and value}
+    return token + (f",{workspace[1]}" if workspace else ""), cookies
+
+
+def with_parts_joined(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The lines with their numbers; the parts of a session cookie that follow its first one on lines of their own belong to
+    that line."""
+    held, first, parts = list[str](), 0, 0
+    for number, line in enumerate(lines, 1):
+        match = re.search(rf"{re.escape(SESSION_COOKIE)}\.(\d)", line)
+        if held and match and int(match[1]) == parts:
+            held.append(line)
+            parts += 1
+            continue
+        if held:
+            yield first, "; ".join(held)
+        held, first, parts = [line], number, int(bool(match and match[1] == "0"))
+    if held:
+        yield first, "; ".join(held)
+
+
 def callers_token(key: str) -> AccountRow:
-    """A token that a caller brings as API key: an access token or a refresh token as it is, a workspace's id may follow
-    after a comma. ValueError for anything else, such as what people paste when they add an account."""
-    token = key.partition(",")[0]
-    if not (_JWT.fullmatch(token) or _REFRESH_TOKEN.fullmatch(token)):
+    """A token that a caller brings as API key: an access, refresh or session token in any of their forms, a workspace's id may
+    follow after a comma. ValueError for anything else, such as a line of `accounts export`."""
+    row = recognise(key)
+    if row.kind == LOGIN_FREE or (key.lstrip()[:1] == "{" and '"accessToken"' not in key):
         raise ValueError("not a caller's token")
-    return recognise(key)
+    if row.kind == ACCESS and not _JWT.fullmatch(row.secret):
+        raise ValueError("not a caller's token")
+    return replace(row, browser="", state="ready")
 
 
 def _identity(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -3441,6 +3509,16 @@ def _cookies_of(row: AccountRow) -> dict[str, str]:
     return {name: value for name, value in (kept or {}).items() if isinstance(value, str)}
 
 
+class DrawingsLeft(NamedTuple):
+    """How many images the site lets an account make, when it said so and when it counts anew (Unix seconds), and whether
+    some have been made since."""
+
+    read: float
+    images: float = math.inf
+    reset: float = 0.0
+    counted: bool = False
+
+
 class Account:
     """An account at work: its row of the store and what only the running process knows of it."""
 
@@ -3449,8 +3527,8 @@ class Account:
         self.waits: dict[str, Wait] = {}
         # Replaced, never changed: others may be reading it.
         self.cookies = _cookies_of(row)
-        # The header lines of its calls, and the row and the cookies that they are made of.
-        self.lines: tuple[AccountRow | None, dict[str, str], list[bytes]] = (None, {}, [])
+        # The header lines of its calls, and the row, the cookies and the page that they are made of.
+        self.lines: tuple[AccountRow | None, dict[str, str], Page | None, list[bytes]] = (None, {}, None, [])
         self.renewal: Future[None] | None = None  # the exchange under way
         self.accepted = False  # whether the upstream has accepted the token of a guest
         self.unstored: tuple[str, str | None] | None = (
@@ -3460,8 +3538,11 @@ class Account:
         self.renewed_ahead = RENEWAL_AHEAD + stable_number(row.id) % int(RENEWAL_SPREAD)
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
         self.spare: Future[Any] | None = None  # the requirements prepared for its next turn
-        self.requirements_token = ("", 0.0)  # REQ, and the reading of the page that it was made for
+        # REQ, the reading of the page that it was made for, and its algorithm.
+        self.requirements_token = ("", 0.0, "")
         self.models: tuple[float, tuple[str, ...]] = (0.0, ())  # when read (Unix seconds), slugs
+        self.drawings: DrawingsLeft | None = None
+        self.demands: tuple[str, tuple[str, ...]] = ("", ())  # `persona` and `wants` of its last requirements
         self._owner: tuple[str, tuple[str, str] | None] = ("", None)  # of an access token
         self.unreached = 0  # how many calls in a row did not get through its proxy
         self.answered = False
@@ -3649,6 +3730,8 @@ class Pool:
                     if account is None and not row.guest:  # a caller's own until now: one object an account
                         account = self._guests.pop(row.id, None)
                 if account:
+                    if row.cookies != account.row.cookies:  # some came with a token that was added anew
+                        account.cookies = account.cookies | _cookies_of(row)
                     account.row = row
                 elif not row.guest:
                     account = self._configured(row, load)
@@ -3692,9 +3775,11 @@ class Pool:
         faults = list[str]()
         given = 0
         before = set[str]()
-        for number, line in enumerate(lines, 1):
+        for number, line in with_parts_joined(lines):
             text = line.strip()
-            if not (text := text if text[:1] == "{" else text.partition("#")[0].strip()):
+            comment = text[:1] == "#" and not text.startswith("#HttpOnly_")
+            whole = text[:1] == "{" or (SESSION_COOKIE in text and not comment)
+            if not (text := text if whole else text.partition("#")[0].strip()):
                 continue
             try:
                 row = recognise(text)
@@ -3743,11 +3828,12 @@ class Pool:
                 "browser": row.browser or self.settings.impersonate,
             }
             return replace(row, **fresh, added=time.time())
+        cookies = json.dumps(_cookies_of(old) | _cookies_of(row))
         usable = old.state in ("ready", DISABLED)
         if usable and (old.kind in (REFRESH, SESSION) or (old.kind == ACCESS and old.expires > row.expires)):
-            return replace(old, guest=0)
-        names = ("id", "device", "browser", "proxy", "cookies", "added")
-        kept: dict[str, Any] = {name: getattr(old, name) for name in names}
+            return replace(old, guest=0, cookies=cookies)
+        names = ("id", "device", "browser", "proxy", "added")
+        kept: dict[str, Any] = {name: getattr(old, name) for name in names} | {"cookies": cookies}
         row = replace(row, **kept)
         row = replace(row, email=row.email or old.email, plan=row.plan or old.plan)
         return replace(row, state=DISABLED) if old.state == DISABLED else row
@@ -4127,6 +4213,10 @@ class Pool:
 REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
 REFRESH_REDIRECT = "com.openai.chat://auth0.openai.com/ios/com.openai.chat/callback"
 BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
+# What the token endpoint says of a refresh token that is no good any more, whatever its status.
+DEAD_SIGN_INS = (
+    "invalid_grant", "access_denied", "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated",
+)  # fmt: skip
 EXCHANGE_PATIENCE = 10.0  # seconds that an exchange waits for another process that makes it
 _JSON_HEADERS = [b"Content-Type: application/json", b"Expect:"]
 _BLOCK_MARKS = re.compile(r"just a moment|cf-spinner|cf-chl|challenge-platform|unusual activity", re.I)
@@ -4216,9 +4306,6 @@ def with_cookies(cookies: Mapping[str, str], headers: Mapping[str, str]) -> dict
             ended = not value or re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I)
             kept[key] = "" if ended else value
     return {key: value for key, value in kept.items() if value}
-
-
-DEVICE_COOKIE = "oai-did"  # which equals the header `oai-device-id`, whatever the site sets
 
 
 def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
@@ -4402,7 +4489,10 @@ class Renewals:
                 return str(said["access_token"]), str(said.get("refresh_token") or "") or None
             error = said.get("error")
             error = error.get("code") if isinstance(error, dict) else error
-            if error in ("invalid_grant", "access_denied"):
+            if error == "unsupported_country_region_territory":
+                text = "The token endpoint refuses the country that it is asked from; give the account a proxy elsewhere."
+                raise Refusal("blocked", text)
+            if error in DEAD_SIGN_INS:
                 dead = dead or str(error)
             elif not dead or answer.status >= 500:
                 raise Refusal("broken", f"The token endpoint answered with status {answer.status}.")
@@ -4419,7 +4509,7 @@ class Renewals:
         headers = [b"Expect:", *_cookie_line(cookies)]
         answer = self.connections.answer("session", account, "GET", url, headers, None, Watch())
         said = answer.object()
-        if answer.status == 200 and said == {}:
+        if answer.status == 200 and (said == {} or (said or {}).get("error") == "RefreshAccessTokenError"):
             raise Refusal("dead", "the session is over")
         if answer.status != 200 or not said or not said.get("accessToken"):
             raise refusal(answer.status, answer.headers, answer.body)
@@ -5712,6 +5802,19 @@ def ask_in_prose(question: Question, ask: Callable[[Question, Sink], None], sink
 # ============================================================================================================
 
 PAGE_LIFE = 900.0  # seconds between two readings of the start page
+STREAM_SILENCE = (
+    60.0  # seconds without a byte after which the rest of an answer is asked for, where it can be
+)
+BELIEVED = 3600.0  # seconds that what was found out about an upstream is believed
+MAX_TOLD_SMALLER, MAX_LABELS = 1000, 50  # pairs of models; models that are counted by name
+SENTINEL = "/sentinel/chat-requirements"
+NDJSON = b"application/vnd.openai.conversation-source+ndjson, application/x-ndjson"
+MOBILE = "/unauth-mweb"  # where the page for phones has its calls, which needs no sign-in
+MAX_UPLOAD_NEWS = 1 << 20  # bytes that are read of what the site tells while it takes in a file
+ROOT = "client-created-root"  # what the present page gives as the parent of a conversation's first message
+DRAWINGS = "image_gen"  # what the limit of images is counted under, and the site's name for it
+MAX_ERASED = 5  # times that deleting a conversation is tried again
+DRAWINGS_LIFE = 600.0  # seconds that the site's count of images that are left is used
 MODELS_LIFE = 600.0  # seconds that an account's list of models is used
 MODELS_SILENCE = 10.0  # seconds that it is waited for
 PAGE_SILENCE = 5.0  # seconds that a turn waits for it
@@ -5725,6 +5828,8 @@ _SCRIPT_HEADERS = (
     b"Sec-Fetch-Dest: empty", b"Sec-Fetch-User:", b"Upgrade-Insecure-Requests:", b"Expect:",
 )  # fmt: skip
 _FILE_ID = re.compile(r"[0-9A-Za-z_.-]{1,128}")
+# A step of a path that is a parameter: a UUID, a file, a GPT.
+_ID_STEP = re.compile(r"/(?:[0-9a-f]{8}-[0-9a-f-]{27,40}|file[-_][^/]+|g-[^/]+)(?=/|\Z)")
 _SEED = re.compile(r"[\x20-\x7e]{1,64}")
 _URL_TEXT = re.compile(r"https?://[\x21-\x7e]{1,8000}")
 
@@ -5741,6 +5846,8 @@ class Requirements:
     expires: float = math.inf
     persona: str = ""
     wants: tuple[str, ...] = ()
+    algorithm: str = ""  # that a proof was made with of which nobody has said yet whether it is right
+    mobile: bool = False  # whether they are for the mobile page's calls
 
     def headers(self) -> list[bytes]:
         """The `openai-sentinel-…` header lines."""
@@ -5775,10 +5882,11 @@ def upstream_model(model: str, login_free: bool) -> str:
     return "auto" if plain else ALIASES.get(model, model)
 
 
-# How hard to think: the site has three steps. And what it calls its own tools.
-_THINKING_EFFORTS = dict.fromkeys(("none", "minimal", "low", "medium"), "standard")
-_THINKING_EFFORTS |= {"high": "extended", "xhigh": "max", "max": "max"}
-_SYSTEM_HINTS = {WEB_SEARCH: "search", DRAWING: "picture_v2"}
+# How hard to think, as the site calls it. And what it calls its own tools.
+_THINKING_EFFORTS = dict.fromkeys(("none", "minimal"), "min") | dict.fromkeys(("low", "medium"), "standard")
+_THINKING_EFFORTS |= {"high": "extended", "xhigh": "xhigh", "max": "max"}
+DRAWS = "picture_v2"
+_SYSTEM_HINTS = {WEB_SEARCH: "search", DRAWING: DRAWS}
 
 
 def _hints(question: Question) -> list[str]:
@@ -5799,7 +5907,7 @@ def conversation_body(
         "action": "next",
         "messages": [_message_body(message, files) for message in question.messages],
         "model": upstream_model(question.model, login_free),
-        "parent_message_id": question.parent or new_id(),
+        "parent_message_id": question.parent or ROOT,
         "conversation_mode": mode,
         "history_and_training_disabled": history_disabled,
         "force_use_sse": True,
@@ -5817,6 +5925,47 @@ def conversation_body(
     return body
 
 
+def _mobile_facts(page: Answer) -> list[bytes]:
+    """The header lines that the calls of the page for phones repeat of the page."""
+    text = page.body[:1_000_000].decode("utf-8", "replace")
+    names = {
+        "data-conversation-document-affinity": "x-web-mobile-conversation-document-affinity",
+        "data-worker-version-id": "x-web-mobile-document-worker-version",
+    }
+    found = {
+        header: re.search(rf'\s{name}="([\x21\x23-\x7e]{{1,2048}})"', text) for name, header in names.items()
+    }
+    lines = [f"{header}: {match[1]}" for header, match in found.items() if match]
+    lines += [f"{name}: {value}" for name, value in page.headers.items() if name.startswith("x-web-mobile-")]
+    return [line.encode("ascii", "replace") for line in lines[:10]]
+
+
+def in_one_text(said: list[tuple[str, str]]) -> str:
+    """The roles and texts of messages as one text, for those who take no more."""
+    if len(said) == 1:
+        return said[0][1]
+    return "\n\n".join(f"{role.capitalize()}: {text}" for role, text in said)
+
+
+def mobile_form(body: Mapping[str, Any], needs: Requirements) -> dict[str, str]:
+    """A conversation body as the form of the mobile page. "Login-free"."""
+    said = []
+    for message in dicts(body.get("messages")):
+        parts = inner(message, "content").get("parts")
+        text = "".join(one for one in parts if isinstance(one, str)) if isinstance(parts, list) else ""
+        said.append((str(inner(message, "author").get("role")), text))
+    return {
+        "conversationState": "",
+        "prompt": in_one_text(said),
+        "chatRequirementsToken": needs.token,
+        "proofToken": needs.proof,
+        "turnstileToken": "",
+        "timingToken": "[1,null]",
+        "assistantMessageId": f"pending-{new_id()}",
+        "userMessageId": new_id(),
+    }
+
+
 def encoded(body: Mapping[str, Any]) -> str:
     """A conversation body as JSON; what stands at its head and was encoded before is not encoded again."""
     first: dict[str, Any] = next(iter(dicts(body.get("messages"))), {})
@@ -5828,6 +5977,53 @@ def encoded(body: Mapping[str, Any]) -> str:
     first = first | {"content": first["content"] | {"parts": [mark, *parts[1:]]}}
     head, tail = compact({**body, "messages": [first, *body["messages"][1:]]}).split(f'"{mark}"')
     return head + told.quoted + tail
+
+
+def paged(account: Account, body: Mapping[str, Any], page: Page) -> dict[str, Any]:
+    """A conversation body with what the site's present page sends besides. "The turn"."""
+    width, height = screen_size(account.row.device)
+    context = {
+        "is_dark_mode": False,
+        "time_since_loaded": int(min(max(time.time() - page.read, 1.0), PAGE_LIFE)),
+        "page_height": height - 140,
+        "page_width": width,
+        "pixel_ratio": 1,
+        "screen_height": height,
+        "screen_width": width,
+        "app_name": "chatgpt.com",
+    }
+    more = {
+        "client_prepare_state": "success",
+        "timezone": TIMEZONE,
+        "client_contextual_info": context,
+        "enable_message_followups": True,
+        "supports_buffering": True,
+        "force_parallel_switch": "auto",
+        "paragen_cot_summary_display_override": "allow",
+    }
+    return more | dict(body)
+
+
+def smaller(asked: str, served: str) -> bool:
+    """Whether the model that answered is a lesser one than was asked for, by their slugs: of an earlier number in the same
+    line, or marked as small or quick where the other is not."""
+    if asked == served or asked == "auto" or _GPT.fullmatch(asked) or not served:
+        return False
+    (line, number, marks), (other, lower, fewer) = map(_rank, (asked, served))
+    return line == other and (lower < number or (lower == number and fewer < marks))
+
+
+def _rank(slug: str) -> tuple[str, tuple[int, ...], int]:
+    """A model's line, its number in it, and a mark: 2 for what thinks longer, 0 for what is small or quick, else 1."""
+    slug = slug.lower()
+    match = re.match(r"([a-z]*)-?(\d{1,3})(?:[.-](\d{1,2})(?!\d))?", slug)
+    number = tuple(int(one or 0) for one in match.groups()[1:]) if match else ()
+    small = re.search(r"mini|nano|small|lite|free", slug)
+    return (
+        match[1] if match else slug,
+        number,
+        0 if small else 2 if re.search(r"-(pro|thinking)\b", slug) else 1,
+    )
 
 
 def continued(body: Mapping[str, Any], cut: Finish) -> dict[str, Any]:
@@ -5842,7 +6038,7 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
     body: dict[str, Any] = {
         "action": "next",
         "model": "auto",
-        "parent_message_id": new_id(),
+        "parent_message_id": ROOT,
         "conversation_mode": {"kind": "primary_assistant"},
         "force_use_sse": True,
         "timezone_offset_min": TIMEZONE_OFFSET_MIN,
@@ -5881,7 +6077,8 @@ def _pointer(file: File) -> dict[str, Any] | None:
     """An image as a part of a message's content; other files are attachments only."""
     if not file.width:
         return None
-    pointer = {"content_type": "image_asset_pointer", "asset_pointer": f"file-service://{file.upstream}"}
+    scheme = "sediment" if file.upstream.startswith("file_") else "file-service"
+    pointer = {"content_type": "image_asset_pointer", "asset_pointer": f"{scheme}://{file.upstream}"}
     return pointer | {"size_bytes": file.size, "width": file.width, "height": file.height}
 
 
@@ -5902,12 +6099,25 @@ def use_case(file: File) -> str:
     return "multimodal" if file.width else "my_files" if _DOCUMENTS.match(file.mime) else "ace_upload"
 
 
+def is_page(refused: Refusal) -> bool:
+    """Whether a refusal came as HTML."""
+    _, kind, body = refused.said or (0, "", b"")
+    return "text/html" in kind or body.lstrip()[:1] == b"<"
+
+
+def gone(refused: Refusal) -> bool:
+    """Whether a refusal may mean that the upstream has no such call, or none with such a body."""
+    if refused.reason == "forgotten" or refused.code in ("not_found", "model_not_found"):
+        return False
+    status = refused.said[0] if refused.said else 0
+    page = is_page(refused) and status < 500 and status not in (401, 429)
+    return status in (400, 404, 405, 410, 422) or page
+
+
 def why(refused: Refusal, account: Account, needs: Requirements) -> Refusal:
     """What is behind a refusal that could have three causes: the address, a token that is not credited, or a human check
     that is wanted. The requirements that went before tell them apart."""
-    status, kind, body = refused.said or (0, "", b"")
-    page = "text/html" in kind or body.lstrip()[:1] == b"<"
-    if refused.reason != "blocked" or page:
+    if refused.reason != "blocked" or is_page(refused):
         return refused
     checks = [name for name in needs.wants if name != "sign-in"]
     said = f" The upstream's words{refused.detail}" if refused.detail else ""
@@ -5923,6 +6133,23 @@ def why(refused: Refusal, account: Account, needs: Requirements) -> Refusal:
     return found
 
 
+def as_form(
+    field: str, name: str, mime: str, blob: Blob, texts: Mapping[str, str] | None = None
+) -> tuple[str, Blob]:
+    """A file, and fields of text behind it, as a form: its content type and its bytes."""
+    mark = f"----chatproxy{secrets.token_hex(12)}"
+    body = Blob()
+    quoted = re.sub(r'[\x00-\x1f"\\]', "_", name)
+    head = f"--{mark}\r\nContent-Disposition: form-data; name="
+    body.write(f'{head}"{field}"; filename="{quoted}"\r\nContent-Type: {mime}\r\n\r\n'.encode())
+    for piece in blob.pieces():
+        body.write(piece)
+    for key, text in (texts or {}).items():
+        body.write(f'\r\n{head}"{key}"\r\n\r\n{text}'.encode())
+    body.write(f"\r\n--{mark}--\r\n".encode())
+    return f"multipart/form-data; boundary={mark}", body
+
+
 class ChatGPT:
     """The web API of chatgpt.com for any account: turns, and what they need beforehand."""
 
@@ -5931,27 +6158,43 @@ class ChatGPT:
         self.settings, self.pool, self.metrics = connections.settings, connections.pool, connections.metrics
         self.silence = connections.silence
         self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
+        self._erasing = ThreadPoolExecutor(4, thread_name_prefix="erase")
+        # Conversations to be deleted: whose, failures so far, and the time.monotonic() of the next try.
+        self._unerased: dict[str, tuple[Account, int, float]] = {}
         self._spares_lock = threading.Lock()  # guards the accounts' `spare`
         self._private_gateways: dict[str, bool] = {}  # whether a gateway's address is private
         self._pages: dict[tuple[str, str], Page] = {}
         self._agents: dict[str, str] = {}
-        self._newer: set[tuple[str, str]] = set()  # (gateway, call) known to speak the newer generation
+        # What is known of an upstream, by its address and a word, until a time.monotonic() at which it is tried anew: that it
+        # has the older generation of a call, that a turn needs no conduit, that another algorithm's proof was tried.
+        self._known: dict[tuple[str, str], float] = {}
+        self._algorithms: dict[str, str] = {}  # the one that an upstream accepts
+        self._mobile_lines: dict[str, list[bytes]] = {}  # what the mobile page's calls repeat of its headers
+        # Pairs of a model that was asked for and a smaller one that answered, and when that was logged.
+        self._told_smaller: dict[tuple[str, str], float] = {}
+        self._smaller: set[str] = set()  # models that have answered for larger ones
 
     # -- calls -----------------------------------------------------------------------------------------------
 
     def _headers(
-        self, account: Account, *extra: bytes, accept: bytes = b"*/*", kind: str = "application/json"
-    ) -> list[bytes]:
-        """The header lines of every call of the site's own scripts."""
-        row, cookies, lines = account.lines
-        if row is not account.row or cookies is not account.cookies:
-            lines = self._lasting_headers(account)
-        return [b"Accept: " + accept, f"Content-Type: {kind}".encode(), *lines, *extra]
+        self, account: Account, path: str, *extra: bytes, accept: bytes = b"*/*", kind: str = "application/json",
+        area: str = "",
+    ) -> list[bytes]:  # fmt: skip
+        """The header lines of a call of the site's own scripts, to a path below its `area`."""
+        row, cookies, page, lines = account.lines
+        now = self._pages.get((account.gateway, account.egress.browser))
+        if row is not account.row or cookies is not account.cookies or page is not now:
+            lines = self._lasting_headers(account, now)
+        path = (area or self._area(account)) + path.partition("?")[0]
+        target = f"x-openai-target-path: {path}", f"x-openai-target-route: {_ID_STEP.sub('/{id}', path)}"
+        ours = [f"Content-Type: {kind}".encode(), *(line.encode("ascii", "replace") for line in target)]
+        return [b"Accept: " + accept, *ours, *lines, *extra]
 
-    def _lasting_headers(self, account: Account) -> list[bytes]:
-        """The header lines that stay the same until the account's row or cookies are replaced."""
+    def _lasting_headers(self, account: Account, page: Page | None) -> list[bytes]:
+        """The header lines that stay the same until the account's row or cookies are replaced, or the page is read anew."""
         row, cookies, gateway = account.row, account.cookies, account.gateway
         lines = [
+            f"oai-session-id: {new_id()}".encode(),
             *_SCRIPT_HEADERS,
             f"Origin: {gateway}".encode(),
             f"Referer: {gateway}/".encode(),
@@ -5963,21 +6206,65 @@ class ChatGPT:
             lines.append(f"Authorization: Bearer {row.access_token}".encode())
             if row.workspace:
                 lines.append(f"chatgpt-account-id: {row.workspace}".encode())
+        if page and page.build:
+            lines.append(f"oai-client-version: {page.build}".encode())
+        if page and page.number:
+            lines.append(f"oai-client-build-number: {page.number}".encode())
         if self.settings.auth_key:
             lines.append(f"authkey: {self.settings.auth_key}".encode())
-        account.lines = (row, cookies, lines)
+        account.lines = (row, cookies, page, lines)
         return lines
 
+    @staticmethod
+    def _area(account: Account) -> str:
+        return "/backend-anon" if account.row.kind == LOGIN_FREE else "/backend-api"
+
     def _base(self, account: Account) -> str:
-        return account.gateway + ("/backend-anon" if account.row.kind == LOGIN_FREE else "/backend-api")
+        return account.gateway + self._area(account)
+
+    def _is_known(self, account: Account, word: str) -> bool:
+        return time.monotonic() < self._known.get((account.gateway, word), 0.0)
+
+    def _learn(self, account: Account, word: str, holds: bool = True) -> None:
+        """Remembers something of an upstream for as long as that is believed."""
+        self._known[account.gateway, word] = time.monotonic() + BELIEVED if holds else 0.0
+
+    def _either(
+        self,
+        account: Account,
+        call: str,
+        newer: Callable[[], T],
+        older: Callable[[], T],
+        as_before: bool = False,
+    ) -> T:
+        """The result of a call of the page's generation, or of the one before it where that is gone. Which of the two an
+        upstream has is remembered; `as_before` begins with the older one all the same."""
+        believed = as_before or self._is_known(account, call)
+        first, second = (older, newer) if believed else (newer, older)
+        try:
+            return first()
+        except Refusal as refused:
+            if not gone(refused):
+                raise
+            told = refused
+        try:
+            result = second()
+        except Refusal as refused:
+            # What is wrong with a body is told rather than what another call with it was taken for.
+            first_tells = gone(refused) or (
+                told.reason == "rejected" and refused.reason in ("blocked", "human")
+            )
+            raise (told if first_tells and told.reason != "missing" else refused) from None
+        self._learn(account, call, second is older)
+        return result
 
     def _object(
         self, name: str, account: Account, path: str, watch: Watch, body: Mapping[str, Any] | Blob | None = None,
-        kind: str = "application/json", silence: float | None = None,
+        kind: str = "application/json", silence: float | None = None, extra: Iterable[bytes] = (), area: str = "",
     ) -> dict[str, Any]:  # fmt: skip
         """A call that answers with a JSON object, GET without a body and POST with one; Refusal for anything but 2xx."""
-        url = self._base(account) + path
-        headers = self._headers(account, kind=kind)
+        url = account.gateway + (area or self._area(account)) + path
+        headers = self._headers(account, path, *extra, kind=kind, area=area)
         method = "GET" if body is None else "POST"
         data = compact(body).encode() if isinstance(body, Mapping) else body
         answer = self.connections.answer(name, account, method, url, headers, data, watch, silence)
@@ -5997,7 +6284,7 @@ class ChatGPT:
             return known
         # Others go on with what is known meanwhile; a failure, or a client that leaves, is made up for in a minute.
         self._pages[key] = (known or Page())._replace(read=now - PAGE_LIFE + 60)
-        headers = [b"Expect:", *_cookie_line(account.cookies)]
+        headers = [b"Expect:", *_cookie_line(account.cookies | {DEVICE_COOKIE: account.row.device})]
         url = account.gateway + "/"
         call = self.connections.call(
             account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence)
@@ -6006,51 +6293,104 @@ class ChatGPT:
         with call, contextlib.suppress(Refusal):
             answer = call.whole()
             self.connections.heard("page", account, answer.status, answer.headers)
+            self._mobile_lines[account.gateway] = _mobile_facts(answer)
             if answer.status == 200:
                 text = answer.body[:1_000_000].decode("utf-8", "replace")
                 build = re.search(r'<html[^<>]{0,1000}\sdata-build="([\x20-\x7e]{0,200}?)"', text)
+                number = re.search(r'<html[^<>]{0,1000}\sdata-seq="(\d{1,20})"', text)
                 found = re.finditer(r'<script[^<>]{0,1000}?\ssrc="([\x21-\x7e]{1,500}?)"', text)
                 scripts = tuple(match[1] for match in itertools.islice(found, 50))
-                self._pages[key] = Page(scripts, build[1] if build else None, now)
+                self._pages[key] = Page(
+                    scripts, build[1] if build else None, now, number[1] if number else ""
+                )
         return self._pages[key]
 
-    def _fingerprint(self, account: Account, page: Page) -> list[Any]:
+    def _fingerprint(self, account: Account, page: Page, algorithm: str) -> list[Any]:
         agent = self._agents.get(account.egress.browser, UNKNOWN_AGENT)
-        return fingerprint(account.row.device, agent, self.settings.oai_language, page, time.time())
+        if algorithm == "fnv":
+            scripts = tuple(urllib.parse.urljoin(f"{account.gateway}/", one) for one in page.scripts)
+            page = page._replace(scripts=scripts)
+        return fingerprint(
+            account.row.device, agent, self.settings.oai_language, page, time.time(), algorithm
+        )
 
-    def requirements(self, account: Account, watch: Watch) -> Requirements:
-        """Requirements token and proofs for one conversation call; either generation, steps 1 to 3 of "One turn"."""
+    def _algorithm(self, account: Account, other: bool = False) -> str:
+        """The algorithm of an upstream's proofs, as far as is known, or the `other` one."""
+        known = self._algorithms.get(account.gateway, self.settings.pow_algorithm)
+        return next(one for one in ALGORITHMS if one != known) if other else known
+
+    def requirements(
+        self, account: Account, watch: Watch, other: bool = False, mobile: bool | None = None
+    ) -> Requirements:
+        """Requirements token and proofs for one conversation call; either generation, steps 1 to 3 of "One turn". `other`: the
+        proof is made with the algorithm that is not the usual one; `mobile`: they are for the page for phones, None where
+        that is known to answer and the other is not."""
         if self.settings.conversation_only:
             return Requirements()
         page = self.page(account, watch)
-        token, made = account.requirements_token
-        if not token or made != page.read:
-            token = requirements_token(self._fingerprint(account, page), self.settings.pow_algorithm)
-            account.requirements_token = (token, page.read)
-        path = "/sentinel/chat-requirements"
-        newer = (account.gateway, "sentinel")
-        asked = {"p": token}
-        if newer not in self._newer:
-            try:
-                answer = self._object("requirements", account, path, watch, asked)
-                return self._satisfied(account, page, answer, watch)
-            except Refusal as refused:
-                if refused.reason != "missing":
-                    raise
+        if mobile is None:
+            mobile = self._is_known(account, f"{MOBILE} {account.id}")
+        ask = functools.partial(self._object, "requirements", account, area=MOBILE if mobile else "")
+
+        def newer(algorithm: str) -> Requirements:
+            asked = {"p": self._requirements_token(account, page, algorithm)}
+            answer = ask(f"{SENTINEL}/prepare", watch, asked)
+            ready = self._satisfied(account, page, answer, algorithm, watch)
+            final = {"prepare_token": granted(answer, "prepare_token")}
+            if ready.proof:
+                final["proofofwork"] = ready.proof
+            answer = ask(f"{SENTINEL}/finalize", watch, final)
+            token = granted(answer, "token")
+            return replace(ready, token=token, expires=_expiry(answer), algorithm="", mobile=mobile)
+
+        def older(algorithm: str) -> Requirements:
+            asked = {"p": self._requirements_token(account, page, algorithm)}
+            answer = ask(SENTINEL, watch, asked)
+            return self._satisfied(account, page, answer, algorithm, watch)
+
+        first, second = (functools.partial(self._proving, account, other, one) for one in (newer, older))
+        if not mobile:
+            return self._either(account, "sentinel", first, second)
+        return self._as_mobile(account, first)
+
+    def _proving(self, account: Account, other: bool, ask: Callable[[str], Requirements]) -> Requirements:
+        """Requirements got with the usual algorithm (or the `other` one); where a proof may be what was refused, with the one
+        that was not tried."""
         try:
-            answer = self._object("requirements", account, f"{path}/prepare", watch, asked)
+            return ask(self._algorithm(account, other))
         except Refusal as refused:
-            if refused.reason == "missing":
-                self._newer.discard(newer)
-            raise
-        self._newer.add(newer)
-        ready = self._satisfied(account, page, answer, watch)
-        final = {"prepare_token": granted(answer, "prepare_token"), "proofofwork": ready.proof}
-        answer = self._object("requirements", account, f"{path}/finalize", watch, final)
-        return replace(ready, token=granted(answer, "token"), expires=_expiry(answer))
+            status = refused.said[0] if refused.said else 0
+            doubted = status in (400, 403, 422) and not is_page(refused)
+            if not doubted or not self.may_prove_otherwise(account):
+                raise
+            told = refused
+        second = self._algorithm(account, not other)
+        try:
+            ready = ask(second)
+        except Refusal:
+            raise told from None
+        self.proved(account, second)
+        return ready
+
+    def proved(self, account: Account, algorithm: str) -> None:
+        """An upstream has accepted a proof."""
+        self._algorithms[account.gateway] = algorithm
+
+    def may_prove_otherwise(self, account: Account) -> bool:
+        """Whether it is worth while to try the other algorithm with an upstream that may have refused a proof."""
+        first = not self._is_known(account, "proofs")
+        self._learn(account, "proofs")
+        return first
+
+    def _requirements_token(self, account: Account, page: Page, algorithm: str) -> str:
+        token, *made = account.requirements_token
+        if made != [page.read, algorithm]:
+            token = requirements_token(self._fingerprint(account, page, algorithm), algorithm)
+            account.requirements_token = (token, page.read, algorithm)
+        return token
 
     def _satisfied(
-        self, account: Account, page: Page, asked: Mapping[str, Any], watch: Watch
+        self, account: Account, page: Page, asked: Mapping[str, Any], algorithm: str, watch: Watch
     ) -> Requirements:
         """Solves what an answer to chat-requirements asks for. Human checks are left to the upstream to insist on, and so is
         a sign-in."""
@@ -6059,18 +6399,22 @@ class ChatGPT:
         wants += ("sign-in",) if asked.get("force_login") else ()
         persona = str(asked.get("persona") or "")[:50]
         log(logging.DEBUG, "requirements", account=account.name, persona=persona, wants=" ".join(wants))
+        account.demands = persona, wants
         proof = inner(asked, "proofofwork")
         arkose = inner(asked, "arkose")
         solution = token = ""
         if proof.get("required"):
             seed = str(proof.get("seed"))
             difficulty = str(proof.get("difficulty"))
-            solution = self._proof(account, page, seed, difficulty, watch)
+            solution = self._proof(account, page, seed, difficulty, algorithm, watch)
         if arkose.get("required"):
             token = self._arkose(str(arkose.get("dx") or ""), watch)
-        return Requirements(granted(asked, "token"), solution, token, expires, persona, wants)
+        made_with = algorithm if solution else ""
+        return Requirements(granted(asked, "token"), solution, token, expires, persona, wants, made_with)
 
-    def _proof(self, account: Account, page: Page, seed: str, difficulty: str, watch: Watch) -> str:
+    def _proof(
+        self, account: Account, page: Page, seed: str, difficulty: str, algorithm: str, watch: Watch
+    ) -> str:
         if not re.fullmatch(r"[0-9a-fA-F]{1,32}", difficulty) or not _SEED.fullmatch(seed):
             text = "The upstream asks for a proof of work of an unknown kind."
             raise Refusal("rejected", text, "upstream_error")
@@ -6078,8 +6422,8 @@ class ChatGPT:
             text = f"The upstream asks for a proof of work of difficulty {difficulty}, harder than POW_DIFFICULTY={limit} allows."
             raise Refusal("rejected", text, "proof_of_work_too_hard")
         start = time.monotonic()
-        configuration = self._fingerprint(account, page)
-        job = (seed, difficulty.lower(), configuration, self.settings.pow_algorithm)
+        configuration = self._fingerprint(account, page, algorithm)
+        job = (seed, difficulty.lower(), configuration, algorithm)
         token = self.solver.solved(job, watch)
         self.metrics.observe("chatproxy_proof_seconds", time.monotonic() - start)
         return token
@@ -6105,40 +6449,213 @@ class ChatGPT:
         self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch
     ) -> Call:
         """Steps 4 and 5 of "One turn": the call whose bytes are the answer, begun; for a `with` block."""
-        try:
-            return self._begun(account, body, needs, watch)
-        except Refusal as refused:
-            raise why(refused, account, needs) from None
+        if needs.mobile:
+            ask = functools.partial(self._converse_as_mobile, account, body, needs, watch)
+            return self._as_mobile(account, ask, True)
+        unspent = [needs]
+        trace = f"x-oai-turn-trace-id: {new_id()}".encode()
 
-    def _begun(self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch) -> Call:
-        newer = (account.gateway, "conversation")
-        if newer not in self._newer:
+        def begun(path: str, body: Mapping[str, Any], *more: bytes) -> Call:
+            # What a call was refused with may be spent: another one gets its own.
+            ready = unspent.pop() if unspent else self.requirements(account, watch)
             try:
-                return self._converse(account, "/conversation", body, needs.headers(), watch)
+                return self._converse(account, path, body, [*ready.headers(), trace, *more], watch)
             except Refusal as refused:
-                if refused.reason != "missing":
+                if refused.reason == "missing":  # nobody has looked at them
+                    unspent.append(ready)
+                raise
+
+        def newer() -> Call:
+            page = self._pages.get((account.gateway, account.egress.browser)) or Page()
+            whole = paged(account, body, page)
+            conduit = functools.partial(self._conduit, account, whole, trace, watch)
+            without = self._is_known(account, "conduit") and not self.settings.conversation_only
+            try:
+                return begun("/f/conversation", whole, *conduit())
+            except Refusal as refused:
+                if not without or not gone(refused):
                     raise
-        bare = {name: value for name, value in body.items() if name != "messages"}
+                self._learn(account, "conduit", False)
+                if not (line := conduit()):
+                    raise
+                return begun("/f/conversation", whole, *line)
+
+        def older() -> Call:
+            first = body.get("parent_message_id") == ROOT
+            return begun("/conversation", {**body, "parent_message_id": new_id()} if first else body)
+
+        call = self._either(account, "conversation", newer, older, self.settings.conversation_only)
+        if needs.algorithm and needs.algorithm != self._algorithm(account):
+            self.proved(account, needs.algorithm)
+        return call
+
+    def _converse_as_mobile(
+        self, account: Account, body: Mapping[str, Any], needs: Requirements, watch: Watch
+    ) -> Call:
+        """ "Login-free": a turn as the mobile page asks it, answered in lines of JSON."""
+        query = "lightweight_authenticated=0"
+        form = mobile_form(body, needs)
+        kind = "application/x-www-form-urlencoded"
+        data = Blob(urllib.parse.urlencode(form, errors="replace").encode())
+        path = f"/conversation/prepare?{query}"
         try:
-            answer = self._object("conduit", account, "/f/conversation/prepare", watch, bare)
-            self._newer.add(newer)
-            token = granted(answer, "conduit_token")  # often there is none
-            conduit = [f"x-conduit-token: {token}".encode()] if token else []
-            return self._converse(account, "/f/conversation", body, [*needs.headers(), *conduit], watch)
+            said = self._object("conduit", account, path, watch, data, kind, area=MOBILE)
+            conduit = granted(said, "conduit_token")
         except Refusal as refused:
-            if refused.reason == "missing":
-                self._newer.discard(newer)
+            if not gone(refused):
+                raise
+            conduit = ""
+        extra = [b"x-web-mobile-conversation-stream-protocol: 2", b"x-web-mobile-prepare-state: success"]
+        extra += self._mobile_lines.get(account.gateway, ())
+        extra += [f"x-conduit-token: {conduit}".encode()] if conduit else []
+        path = f"/conversation/updates?{query}&operationId={new_id()}"
+        headers = self._headers(account, path, *extra, accept=NDJSON, kind=kind, area=MOBILE)
+        return self._streaming(account, account.gateway + MOBILE + path, headers, data, watch)
+
+    def _as_mobile(self, account: Account, ask: Callable[[], T], last: bool = False) -> T:
+        """The result of a call of the page for phones: the `last` one that is answered shows that this account is to ask there,
+        one that is refused that it is not."""
+        word = f"{MOBILE} {account.id}"
+        try:
+            result = ask()
+        except Refusal as refused:
+            if refused.said:
+                self._learn(account, word, False)
             raise
+        if last and not self._is_known(account, word):
+            self._learn(account, word)
+        return result
+
+    def _conduit(self, account: Account, body: Mapping[str, Any], trace: bytes, watch: Watch) -> list[bytes]:
+        """The header line that a turn is to have from its `prepare`. An upstream that gives none is not asked again for a
+        while: that would be a round trip for nothing."""
+        if self.settings.conversation_only or self._is_known(account, "conduit"):
+            return []
+        bare = {name: value for name, value in body.items() if name != "messages"}
+        bare["client_prepare_state"] = "none"
+        try:
+            answer = self._object("conduit", account, "/f/conversation/prepare", watch, bare, extra=[trace])
+        except Refusal as refused:
+            if not gone(refused):
+                raise
+            answer = {}  # the turn may be there without it
+        token = granted(answer, "conduit_token")
+        self._learn(account, "conduit", not token)
+        return [f"x-conduit-token: {token}".encode()] if token else []
+
+    def resumed(self, account: Account, conversation: str, offset: int, token: str, watch: Watch) -> Call:
+        """ "Hand-off": the call that brings the rest of an answer, begun; for a `with` block."""
+        body = {"conversation_id": conversation, "offset": offset}
+        conduit = [f"x-conduit-token: {token}".encode()] if token else []
+        path = "/f/conversation/resume"
+        headers = self._headers(account, path, *conduit, accept=b"text/event-stream")
+        data = compact(body).encode()
+        silence = min(STREAM_SILENCE, self.silence)
+        return self._streaming(account, self._base(account) + path, headers, data, watch, silence=silence)
+
+    def turn(
+        self, account: Account, conversation: str, sent: Collection[str], watch: Watch
+    ) -> list[dict[str, Any]]:
+        """The messages of a conversation's last turn, as far as there are any; `sent` as `turn_of` has it."""
+        talk = urllib.parse.quote(conversation, safe="")
+
+        def newer() -> dict[str, Any]:
+            return self._object("conversation", account, f"/conversation/{talk}", watch)
+
+        def older() -> dict[str, Any]:
+            query = "include_has_versions=true&num_turns=20"
+            return self._object("conversation", account, f"/conversations/{talk}?{query}", watch)
+
+        return turn_of(self._either(account, "reading", newer, older), sent)
+
+    def is_streaming(self, account: Account, conversation: str, watch: Watch) -> bool | None:
+        """Whether an answer is still being made in a conversation; None where that is not told."""
+        talk = urllib.parse.quote(conversation, safe="")
+        try:
+            said = self._object("stream_status", account, f"/conversation/{talk}/stream_status", watch)
+        except Refusal:
+            return None
+        return said.get("status") == "IS_STREAMING"
+
+    def erase(self, account: Account, conversation: str) -> None:
+        """Deletes a conversation in the background, and tries that again for some minutes."""
+        self._unerased[conversation] = (account, 0, math.inf)
+        self._erasing.submit(self._erase, conversation)
+
+    def _erase(self, conversation: str) -> None:
+        account, failures, _ = self._unerased[conversation]
+        path = f"/conversation/{urllib.parse.quote(conversation, safe='')}"
+        body = Blob(b'{"is_visible":false}')
+        erased = False
+        with contextlib.suppress(ApiError):
+            erased = self.native(account, "PATCH", path, body, Watch()).status in (200, 404)
+        if not erased and failures < MAX_ERASED:
+            self._unerased[conversation] = (account, failures + 1, time.monotonic() + 10 * 3**failures)
+            return
+        del self._unerased[conversation]
+        if not erased:
+            log(logging.WARNING, "a conversation could not be deleted upstream", account=account.name)
+
+    def sweep_erasures(self, now: float) -> None:
+        """Begins what is due; `now` is a time.monotonic()."""
+        for talk, (account, failures, due) in list(self._unerased.items()):
+            if due <= now:
+                self._unerased[talk] = (account, failures, math.inf)
+                self._erasing.submit(self._erase, talk)
+
+    def finish_erasures(self, patience: float) -> None:
+        """Deletes what is left, for some seconds: the end."""
+        self.sweep_erasures(math.inf)
+        end = time.monotonic() + patience
+        while self._unerased and time.monotonic() < end:
+            time.sleep(0.05)
+        if left := len(self._unerased):
+            log(logging.WARNING, "conversations are left upstream that were to be deleted", count=left)
+
+    def served(self, account: Account, asked: str, served: str) -> None:
+        """Takes note of which model has answered: the page's way of asking may have to be followed more closely."""
+        if not smaller(upstream_model(asked, account.row.kind == LOGIN_FREE), served):
+            return
+        if not self._is_known(account, "smaller"):  # once a while a conduit is asked for again
+            self._learn(account, "smaller")
+            self._learn(account, "conduit", False)
+        name = re.sub(r"[^\w.-]", "_", served)
+        if len(self._smaller) < MAX_LABELS:
+            self._smaller.add(name)
+        name = name if name in self._smaller else "other"
+        self.metrics.add("chatproxy_smaller_model_total", labels=f'served="{name}"')
+        now = time.monotonic()
+        if now - self._told_smaller.get((asked, served), -BELIEVED) >= BELIEVED:
+            if len(self._told_smaller) >= MAX_TOLD_SMALLER:
+                self._told_smaller.clear()
+            self._told_smaller[asked, served] = now
+            log(logging.WARNING, "a smaller model answered", asked=asked, served=served, account=account.name)
 
     def _converse(
         self, account: Account, path: str, body: Mapping[str, Any], extra: list[bytes], watch: Watch
     ) -> Call:
         url = self._base(account) + path
         data = encoded(body).encode("utf-8", "replace")
-        headers = self._headers(account, *extra, accept=b"text/event-stream")
+        headers = self._headers(account, path, *extra, accept=b"text/event-stream")
+        # What is said in a conversation is not to be said twice.
+        return self._streaming(account, url, headers, data, watch, "conversation_id" in body)
+
+    def _streaming(
+        self,
+        account: Account,
+        url: str,
+        headers: list[bytes],
+        data: bytes | Blob,
+        watch: Watch,
+        once: bool = False,
+        silence: float | None = None,
+    ) -> Call:
+        """A call whose answer is a stream, begun; for a `with` block. `once`: it must not be made twice."""
         with contextlib.ExitStack() as guard:
-            call = guard.enter_context(self.connections.call(account, "POST", url, headers, data, watch))
-            if "conversation_id" in body:  # what is said in it is not to be said twice
+            call = guard.enter_context(
+                self.connections.call(account, "POST", url, headers, data, watch, silence)
+            )
+            if once:
                 call.handle.sent_once()
             call.begin()
             if account.answered:
@@ -6155,6 +6672,38 @@ class ChatGPT:
             guard.pop_all()
         return call
 
+    def check_drawings(self, account: Account, watch: Watch) -> None:
+        """ "Images": Refusal when an account has no image left, for as long as the site says. Where it does not say, its own
+        refusal of a turn decides."""
+        now = time.time()
+        left = account.drawings
+        if not left or now - left.read > DRAWINGS_LIFE or (left.images <= 0 and left.counted):
+            left = account.drawings = self._drawings_left(account, now, watch)
+        says = math.isfinite(left.images)
+        wait = (left.reset - now if left.images <= 0 else 0.0) if says else account.wait_for(DRAWINGS, now)
+        if wait > 0 and self.settings.enable_limit:
+            raise Refusal("limited", "The upstream's limit for images is reached.", wait=wait, about=DRAWINGS)
+
+    @staticmethod
+    def count_drawing(account: Account) -> None:
+        """An image was made, or begun."""
+        if left := account.drawings:
+            account.drawings = left._replace(images=left.images - 1, counted=True)
+
+    def _drawings_left(self, account: Account, now: float, watch: Watch) -> DrawingsLeft:
+        body = {"gizmo_id": None, "conversation_id": None, "timezone_offset_min": TIMEZONE_OFFSET_MIN}
+        try:
+            said = self._object("init", account, "/conversation/init", watch, body)
+        except Refusal as refused:
+            if refused.reason == "expired":
+                raise
+            return DrawingsLeft(now)
+        for one in dicts(said.get("limits_progress")):
+            left = one.get("remaining")
+            if one.get("feature_name") == DRAWINGS and isinstance(left, (int, float)):
+                return DrawingsLeft(now, left, _moment(one.get("reset_after"), now))
+        return DrawingsLeft(now)
+
     # -- files and voice ---------------------------------------------------------------------------------------
 
     def upload(self, account: Account, file: File, blob: Blob, watch: Watch) -> str:
@@ -6162,24 +6711,81 @@ class ChatGPT:
         case = use_case(file)
         asked = {"file_name": file.name, "file_size": blob.size, "use_case": case}
         asked |= {"timezone_offset_min": TIMEZONE_OFFSET_MIN, "reset_rate_limits": False}
+        asked["entry_surface"] = "chat_composer"
         made = self._object("files", account, "/files", watch, asked)
         id = str(made.get("file_id") or "")
-        url = str(made.get("upload_url") or "")
-        if not _FILE_ID.fullmatch(id) or not _URL_TEXT.fullmatch(url):
+        url = self._whole_url(account, made.get("upload_url"))
+        if not _FILE_ID.fullmatch(id) or not url:
             raise Refusal("broken", "The upstream did not say where to upload a file; try again.")
-        place = self.named_place(account, url, watch)
-        headers = [b"x-ms-blob-type: BlockBlob", b"x-ms-version: 2020-04-08", b"Expect:"]
-        headers += [f"Content-Type: {file.mime}".encode(), f"Origin: {account.gateway}".encode()]
-        answer = self.connections.answer("upload", account, "PUT", url, headers, blob, watch, place=place)
-        if not 200 <= answer.status < 300:
-            raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
-        # What is uploaded is not sent again for a hiccup of these two calls.
-        self._insistently(
-            functools.partial(self._object, "uploaded", account, f"/files/{id}/uploaded", watch, {}), watch
-        )
-        if case == "my_files":
+        self._send_bytes(account, url, file, blob, watch)
+
+        def uploaded() -> bool:
+            self._object("uploaded", account, f"/files/{id}/uploaded", watch, {})
+            return False
+
+        def processed() -> bool:
+            self._process_upload(account, id, file, case, watch)
+            return True
+
+        # What is uploaded is not sent again for a hiccup of these calls.
+        confirm = functools.partial(self._either, account, "uploaded", uploaded, processed)
+        read = self._insistently(confirm, watch)
+        if case == "my_files" and not read:
             self._indexed(account, id, watch)
         return id
+
+    @staticmethod
+    def _whole_url(account: Account, said: Any) -> str:
+        """A URL that the upstream names, which may be relative to it; "" for what is none."""
+        if isinstance(said, str) and said.startswith("/") and not said.startswith("//"):
+            said = account.gateway + said
+        return said if isinstance(said, str) and _URL_TEXT.fullmatch(said) else ""
+
+    def is_own(self, account: Account, url: str) -> bool:
+        """Whether a URL leads to what the site gives its account alone."""
+        return url.startswith(f"{account.gateway}/backend-")
+
+    def _send_bytes(self, account: Account, url: str, file: File, blob: Blob, watch: Watch) -> None:
+        """Uploads a file's bytes to where the site wants them: to itself as a form, or to a store at Azure or AWS."""
+        if self.is_own(account, url):
+            query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
+            further = {name: query[name] for name in ("upload_url",) if name in query}
+            kind, form = as_form("file", file.name, file.mime, blob, further)
+            path = url[len(account.gateway) :].removeprefix(self._area(account))
+            headers = self._headers(account, path, kind=kind)
+            answer = self.connections.answer("upload", account, "POST", url, headers, form, watch)
+        else:
+            place = self.named_place(account, url, watch)
+            headers = [
+                f"Content-Type: {file.mime}".encode(),
+                f"Origin: {account.gateway}".encode(),
+                b"Expect:",
+            ]
+            if not re.search(r"[?&]X-Amz-", url, re.I):
+                headers += [b"x-ms-blob-type: BlockBlob", b"x-ms-version: 2020-04-08"]
+            answer = self.connections.answer("upload", account, "PUT", url, headers, blob, watch, place=place)
+        if not 200 <= answer.status < 300:
+            raise Refusal("broken", f"The upstream's file store answered with status {answer.status}.")
+
+    def _process_upload(self, account: Account, id: str, file: File, case: str, watch: Watch) -> None:
+        """Has the site take in what was uploaded, and waits until it has: lines of JSON tell of it."""
+        path = "/files/process_upload_stream"
+        asked: dict[str, Any] = {"file_id": id, "file_name": file.name, "use_case": case}
+        asked |= {"index_for_retrieval": case == "my_files", "entry_surface": "chat_composer"}
+        url = self._base(account) + path
+        headers = self._headers(account, path)
+        data = compact(asked).encode()
+        answer = self.connections.answer("uploaded", account, "POST", url, headers, data, watch)
+        if not 200 <= answer.status < 300:
+            raise refusal(answer.status, answer.headers, answer.body)
+        for line in answer.body[:MAX_UPLOAD_NEWS].decode("utf-8", "replace").split("\n"):
+            if line[:1] != "{":
+                continue
+            with contextlib.suppress(ValueError, RecursionError):
+                said = decode(line)[0]
+                if re.search(r"(?:^|\.)(?:error|failed|cancelled)$", str(said.get("event"))):
+                    text = "The upstream cannot take in this file; send it in another format."
+                    raise Refusal("rejected", text)
 
     @staticmethod
     def _insistently(ask: Callable[[], T], watch: Watch) -> T:
@@ -6211,27 +6817,46 @@ class ChatGPT:
         raise Refusal("silent", "The upstream took too long to read the document; try again.")
 
     def file_url(self, account: Account, id: str, watch: Watch, conversation: str = "") -> str:
-        """A short-lived URL for a file that the account holds; for `sediment` files the conversation's."""
+        """A short-lived URL for a file that the account holds; `conversation` is the one that a `sediment` file is of."""
         talk = urllib.parse.quote(conversation, safe="", errors="replace")
-        place = f"/conversation/{talk}/attachment" if conversation else "/files"
-        return self._url("download", account, f"{place}/{id}/download", watch)
+
+        def newer() -> str:
+            query = f"conversation_id={talk}&inline=true"
+            return self._url("download", account, f"/files/download/{id}?{query}", watch)
+
+        def older() -> str:
+            place = f"/conversation/{talk}/attachment" if conversation else "/files"
+            return self._url("download", account, f"{place}/{id}/download", watch)
+
+        ask = functools.partial(self._either, account, "download", newer, older) if conversation else older
+        return self._found(ask)
+
+    @staticmethod
+    def _found(ask: Callable[[], str]) -> str:
+        """The result of a call for a file's URL; a file of which the upstream does not know is forgotten."""
+        try:
+            return ask()
+        except Refusal as refused:
+            if refused.reason == "missing":
+                raise Refusal("forgotten", "The upstream does not have this file any more.") from None
+            raise
 
     def sandbox_url(self, account: Account, conversation: str, message: str, path: str, watch: Watch) -> str:
         """A short-lived URL for a file that the model made at `/mnt/data/…`."""
         query = urllib.parse.urlencode({"message_id": message, "sandbox_path": path}, errors="replace")
         talk = urllib.parse.quote(conversation, safe="", errors="replace")
         address = f"/conversation/{talk}/interpreter/download?{query}"
-        return self._url("interpreter", account, address, watch)
+        return self._found(functools.partial(self._url, "interpreter", account, address, watch))
 
     def _url(self, name: str, account: Account, path: str, watch: Watch) -> str:
-        gone = Refusal("forgotten", "The upstream does not have this file any more.")
-        try:
+        for pause in (0.0, 0.5, 1.0, 2.0):
+            watch.pause(pause)
             said = self._object(name, account, path, watch)
-        except Refusal as refused:
-            raise gone if refused.reason == "missing" else refused from None
-        url = said.get("download_url")
-        if not isinstance(url, str) or not _URL_TEXT.fullmatch(url):
-            raise gone
+            if said.get("status") != "retry":
+                break
+        url = self._whole_url(account, said.get("download_url"))
+        if not url:
+            raise Refusal("forgotten", "The upstream does not have this file any more.")
         return url
 
     def named_place(self, account: Account, url: str, watch: Watch) -> str:
@@ -6268,18 +6893,26 @@ class ChatGPT:
 
     def content(self, account: Account, url: str, watch: Watch) -> Call:
         """The call that gets a file's bytes, begun; its own files the site gives to the account alone."""
-        place = self.named_place(account, url, watch)
-        own = url.startswith(account.gateway + "/")
-        headers = self._headers(account) if own else [b"Expect:"]
-        with contextlib.ExitStack() as guard:
-            call = guard.enter_context(
-                self.connections.call(account, "GET", url, headers, None, watch, place=place)
-            )
-            call.start()
-            if call.status != 200:
-                raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
-            guard.pop_all()
-        return call
+        for _ in range(MAX_REDIRECTS):
+            place = self.named_place(account, url, watch)
+            own = url.startswith(account.gateway + "/")
+            path = url[len(account.gateway) :].removeprefix(self._area(account))
+            headers = self._headers(account, path) if own else [b"Expect:"]
+            with contextlib.ExitStack() as guard:
+                call = guard.enter_context(
+                    self.connections.call(account, "GET", url, headers, None, watch, place=place)
+                )
+                call.start()
+                if call.status == 200:
+                    guard.pop_all()
+                    return call
+            if call.status not in (301, 302, 303, 307, 308) or not call.headers.get("location"):
+                break
+            with contextlib.suppress(ValueError):
+                url = urllib.parse.urljoin(url, call.headers["location"])
+            if not _URL_TEXT.fullmatch(url):
+                break
+        raise Refusal("broken", f"The upstream's file store answered with status {call.status}.")
 
     def downloaded(self, account: Account, url: str, watch: Watch) -> Blob:
         """A file's bytes."""
@@ -6300,7 +6933,7 @@ class ChatGPT:
         """ "Conversations": a call of the site's own scripts, with its own answer. Refusal where another attempt can do no
         harm: the call was not taken up (401, 429), never arrived, or changes nothing."""
         url = self._base(account) + path
-        headers = self._headers(account)
+        headers = self._headers(account, path)
         reads = method == "GET"
         try:
             answer = self.connections.answer(
@@ -6339,7 +6972,7 @@ class ChatGPT:
         """ "Voice": a message read aloud."""
         query = {"message_id": message, "conversation_id": conversation, "voice": voice, "format": form}
         url = f"{self._base(account)}/synthesize?{urllib.parse.urlencode(query)}"
-        headers = self._headers(account)
+        headers = self._headers(account, "/synthesize")
         answer = self.connections.answer("synthesize", account, "GET", url, headers, None, watch)
         kind = answer.headers.get("content-type", "")
         if answer.status != 200 or not kind.startswith(("audio/", "application/oct")):
@@ -6350,17 +6983,7 @@ class ChatGPT:
         self, account: Account, audio: Blob, name: str, mime: str, language: str, watch: Watch
     ) -> str:
         """ "Voice": what is said in a recording."""
-        mark = f"----chatproxy{secrets.token_hex(12)}"
-        body = Blob()
-        quoted = re.sub(r'[\x00-\x1f"\\]', "_", name)
-        head = f"--{mark}\r\nContent-Disposition: form-data; name="
-        body.write(f'{head}"file"; filename="{quoted}"\r\nContent-Type: {mime}\r\n\r\n'.encode())
-        for piece in audio.pieces():
-            body.write(piece)
-        if language:
-            body.write(f'\r\n{head}"language"\r\n\r\n{language}'.encode())
-        body.write(f"\r\n--{mark}--\r\n".encode())
-        kind = f"multipart/form-data; boundary={mark}"
+        kind, body = as_form("file", name, mime, audio, {"language": language} if language else {})
         said = self._object("transcribe", account, "/transcribe", watch, body, kind)
         return str(said.get("text") or "")
 
@@ -6414,6 +7037,18 @@ class ChatGPT:
                 in_use = time.time() - account.used < SPARE_IDLE and account.row.state == "ready"
                 if needs is not None and in_use:
                     self.prepare(account)
+
+
+def _moment(said: Any, now: float) -> float:
+    """A time that the upstream gives, as ISO 8601 or in seconds from now, as Unix seconds; in an hour when it is neither,
+    and in a month at the latest."""
+    moment = now + 3600
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(said, (int, float)) and math.isfinite(said):
+            moment = now + said
+        elif isinstance(said, str):
+            moment = datetime.datetime.fromisoformat(said.replace("Z", "+00:00")).timestamp()
+    return min(moment, now + 31 * 86400)
 
 
 def _expiry(answer: Mapping[str, Any]) -> float:
@@ -6620,11 +7255,13 @@ class Replayed:
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """`body` is the conversation body."""
-        self._ids: set[str] = set()
+        self.ids: set[str] = set()
         self._said: set[str] = set()
         self.pointers: set[str] = set()
+        self.by_text = True  # whether a text tells a repetition
+        self.into = bool(body.get("conversation_id"))  # whether they were sent into a known conversation
         for message in dicts(body.get("messages")):
-            self._ids.add(str(message.get("id")))
+            self.ids.add(str(message.get("id")))
             if _at(message, ("author", "role")) == "assistant":
                 self._said.add(_text_of_parts(message))
             for part in dicts(_at(message, ("content", "parts"))):
@@ -6632,9 +7269,9 @@ class Replayed:
 
     def repeated(self, id: str, message: Mapping[str, Any]) -> bool:
         """Whether a message that begins is one that was sent: under its id or, complete at once, with its text."""
-        if id in self._ids:
+        if id in self.ids:
             return True
-        whole = message.get("status") == "finished_successfully"
+        whole = self.by_text and message.get("status") == "finished_successfully"
         said = whole and self._said and _at(message, ("author", "role")) == "assistant"
         return bool(said) and _text_of_parts(message) in self._said
 
@@ -6654,6 +7291,7 @@ class _Growing:
         self.pointers = sent.pointers  # to images that are not the answer's
         self.echo = sent.repeated(self.id, message)  # whether it is no part of the answer either
         self.sent = 0
+        self.again = 0  # characters of it that come a second time
         self.prose = Prose(message)
         self.shown: set[str] = set()  # what has been passed on that comes whole
         self.thoughts: dict[tuple[int, str], int] = {}  # how much of each thought's summary and content
@@ -6666,6 +7304,11 @@ class _Growing:
     def append(self, more: str, out: list[Found]) -> None:
         """Appends to part 0, in constant time, and passes it on; once per token."""
         self._tail.write(more)
+        if self.again:
+            had = min(self.again, len(more))
+            self.again -= had
+            if not (more := more[had:]):
+                return
         self.sent += len(more)
         if self.prose.held or (("(" in more or not more.isascii()) and _MARK.search(more)):
             self.prose.add(more, self.sent, out)
@@ -6791,6 +7434,9 @@ class Decoder:
     `feed` takes bytes however they are cut; `finish` tells afterwards how the answer ended, `done` already when the
     last event was there. One decoder lives through a continued answer, so that nothing of it is passed on twice. What
     was `sent`, which the upstream repeats before its answer, is none of that.
+
+    An answer may go on elsewhere ("Hand-off"): `unfinished` tells so, `seen` and `resume_token` are what asks for the rest,
+    and `go_on` gets ready for it. `awaits_drawing` tells that an image is being made behind the answer's end.
     """
 
     def __init__(self, sent: Mapping[str, Any] | None = None) -> None:
@@ -6799,6 +7445,11 @@ class Decoder:
         self.content = False  # whether there was anything of an answer
         self.conversation = self.message = self.model = ""
         self.failure: Refusal | None = None  # that came behind events of the same batch
+        self.failed = False  # whether nothing more is to be had of this answer
+        self.resume_token = ""
+        self.seen = 0  # events
+        self.follows = 0  # times that the rest was asked for elsewhere
+        self._drawings = 0
         self._begun = False
         self._messages: dict[str, _Growing] = {}
         self.renew()
@@ -6806,6 +7457,8 @@ class Decoder:
     def renew(self) -> None:
         """Gets ready for the bytes of the call that goes on with this answer."""
         self.lines = EventStream()
+        self.seen, self.resume_token = 0, ""
+        self._sent.by_text = True
         self._channel: int | str = 0  # whose message the next delta is for
         self._channels: dict[int | str, _Growing] = {}
         self._current: _Growing | None = None
@@ -6813,12 +7466,59 @@ class Decoder:
         self.failure = None
         self._path, self._op = "", "add"
         self._hot = False  # the last event appended to part 0 of an answering message
-        self._reason, self.done = "", False
+        self._reason, self.done, self.handed_off = "", False, False
+        self._resumed = False  # whether what came already may come again
+
+    def go_on(self, whole: bool = False) -> None:
+        """Gets ready for the rest of the answer, from the event after the last one or (after a hand-off) from the first one
+        on. With `whole` it comes as messages of which each is the answer's."""
+        self.seen = 0 if self.handed_off else self.seen
+        self.follows += 1
+        self.lines = EventStream()
+        self.failure = None
+        self._hot = self.done = self.handed_off = False
+        self._resumed = True
+        self._sent.by_text = not whole
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the end of the answer has not come."""
+        return not self._reason and (self.handed_off or not self.done)
+
+    @property
+    def awaits_drawing(self) -> bool:
+        """Whether the model has an image made that has not come."""
+        tasks = {_drawing_task(one.raw) for one in self._messages.values()} - {""}
+        return len(tasks) > self._drawings
+
+    @property
+    def drew(self) -> bool:
+        """Whether the model has an image made."""
+        return self._drawings > 0 or self.awaits_drawing
+
+    @property
+    def sent_ids(self) -> Collection[str]:
+        """The ids of the messages that were sent into a conversation that there was before."""
+        return self._sent.ids if self._sent.into else ()
+
+    @property
+    def pending(self) -> int:
+        """Bytes of an event that has not come whole."""
+        return self.lines.size
 
     def feed(self, data: bytes) -> list[Found]:
-        """The events that have become whole; Refusal when the upstream says that it failed."""
+        """The events that have become whole; Refusal when the upstream says that it failed, or cannot be followed."""
+        try:
+            return self._fed(data)
+        except Refusal:
+            self.failed = True
+            raise
+
+    def _fed(self, data: bytes) -> list[Found]:
         out: list[Found] = []
-        for text in self.lines.feed(data):
+        events = self.lines.feed(data)
+        self.seen += len(events)
+        for text in events:
             if text[:1] != "{":
                 self.done = self.done or text == "[DONE]"
                 continue
@@ -6837,19 +7537,25 @@ class Decoder:
             except Refusal as refused:
                 if not out:
                     raise
-                self.failure = refused
+                self.failure, self.failed = refused, True
                 break
         if self._current is not None and self._current.sent > MAX_MESSAGE:
             raise Refusal("broken", "The upstream's answer is too long; it was abandoned.")
-        self.content = self.content or not _CONTENT.isdisjoint(map(type, out))
+        self._noted(out)
         return out
+
+    def _noted(self, out: list[Found]) -> None:
+        """Takes note of what of an answer there is."""
+        kinds = list(map(type, out))
+        self.content = self.content or not _CONTENT.isdisjoint(kinds)
+        self._drawings += kinds.count(Drawing)
 
     def rest(self) -> list[Found]:
         """The events that were still held back, once nothing more comes."""
         out: list[Found] = []
         for message in self._channels.values():
             message.grow(out, over=True)
-        self.content = self.content or not _CONTENT.isdisjoint(map(type, out))
+        self._noted(out)
         return out
 
     def finish(self) -> Finish | None:
@@ -6871,6 +7577,15 @@ class Decoder:
             self._begin(value, out)
         elif value.get("type") == "message_stream_complete":
             self.conversation = identifier(value.get("conversation_id")) or self.conversation
+            return
+        elif value.get("type") == "resume_conversation_token":
+            token = value.get("token")
+            usable = isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]{1,16384}", token)
+            self.resume_token = str(token) if usable else self.resume_token
+            self.conversation = identifier(value.get("conversation_id")) or self.conversation
+            return
+        elif value.get("type") == "stream_handoff":
+            self.handed_off = True
             return
         elif value.get("type") == "moderation" and _at(value, ("moderation_response", "blocked")):
             self._reason = "content_filter"
@@ -6906,6 +7621,7 @@ class Decoder:
                 message.echo = True
                 message.kind = None
             message.sent, message.prose, message.shown = known.sent, known.prose, known.shown
+            message.again = max(0, known.sent - len(_text_of_parts(told))) if self._resumed else 0
             message.thoughts, message.unended = known.thoughts, known.unended
             message.prose.message = message.raw
         elif message.kind is Text and self._reason != "content_filter":
@@ -6946,7 +7662,9 @@ class Decoder:
         kind = message.kind
         if kind is None:
             return
-        self.model = identifier(_at(message.raw, ("metadata", "model_slug"))) or self.model
+        told = message.raw.get("metadata")
+        for name in ("model_slug", "resolved_model_slug"):
+            self.model = identifier(_at(told, (name,))) or self.model
         if not self._begun:
             self._begun = True
             out.insert(0, Begin(self.model, self.conversation, message.id))
@@ -6955,6 +7673,111 @@ class Decoder:
             self.message = message.id or self.message
             if self._reason != "content_filter":
                 self._reason = message.ending() or self._reason
+
+
+class MobileDecoder(Decoder):
+    """The same for the mobile page's answers, lines of JSON: the whole text so far, or what is new of it."""
+
+    def renew(self) -> None:
+        super().renew()
+        self._parts: list[bytes] = []  # of a line that has not ended
+        self._size = 0
+        self._texts = dict[str, int]()  # characters of each message that were passed on
+
+    @property
+    def pending(self) -> int:
+        return self._size
+
+    def _fed(self, data: bytes) -> list[Found]:
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > MAX_EVENT:
+            raise Refusal("broken", "The upstream sent a line that does not end; its answer was abandoned.")
+        if b"\n" not in data:
+            return []
+        whole, _, rest = b"".join(self._parts).rpartition(b"\n")
+        self._parts = [rest]
+        self._size = len(rest)
+        out: list[Found] = []
+        for line in whole.split(b"\n"):
+            if line[:1] != b"{":
+                continue
+            try:
+                self._say(decode(line.decode("utf-8", "replace"))[0], out)
+            except (ValueError, RecursionError):
+                continue
+            except Refusal as refused:
+                if not out:
+                    raise
+                self.failure, self.failed = refused, True
+                break
+        self._noted(out)
+        return out
+
+    def rest(self) -> list[Found]:
+        return []
+
+    def _say(self, value: dict[str, Any], out: list[Found]) -> None:
+        kind = value.get("type")
+        text = value.get("markdown")
+        for place in (value, inner(value, "detail")):
+            self.conversation = identifier(place.get("conversationId")) or self.conversation
+        if kind == "error":
+            raise broken_off({"error": value})
+        if kind == "end":
+            self.done = True
+        elif kind == "content" and isinstance(text, str):
+            if not self._begun:
+                self._begun = True
+                self.message = identifier(value.get("messageId"))
+                out.append(Begin("", self.conversation, self.message))
+            id = identifier(value.get("messageId"))
+            had = self._texts.get(id, 0)
+            more = text if value.get("mode") in ("append", "delta") else text[had:]
+            self._texts[id] = had + len(more)
+            if sum(self._texts.values()) > MAX_MESSAGE or len(self._texts) > MAX_MESSAGES:
+                raise Refusal("broken", "The upstream's answer is too long; it was abandoned.")
+            if more:
+                out.append(Text(unmarked(more)))
+
+
+def _drawing_task(message: Mapping[str, Any]) -> str:
+    """The task of a message which tells that an image is being made, or has one; "" for others. "Images"."""
+    metadata = message.get("metadata")
+    task = _at(metadata, ("image_gen_task_id",))
+    told = _at(metadata, ("image_gen_async",)) or _at(metadata, ("async_task_type",)) == "image_gen"
+    return str(task) if task else "image" if told else ""
+
+
+def turn_of(conversation: Mapping[str, Any], sent: Collection[str]) -> list[dict[str, Any]]:
+    """The messages of a conversation behind the last one of its user, oldest first, as `GET B/conversation/ID` has them; none
+    where that one is not among the ids that were `sent`, if any were: then what stands there answers something else."""
+    nodes = inner(conversation, "mapping")
+    id: Any = conversation.get("current_node")
+    found: list[dict[str, Any]] = []
+    for _ in range(MAX_MESSAGES):
+        node = nodes.get(id) if isinstance(id, str) else None
+        message = _at(node, ("message",))
+        if node is None:
+            break
+        if _at(message, ("author", "role")) == "user":
+            found = found if not sent or _at(message, ("id",)) in sent else []
+            break
+        if isinstance(message, dict):
+            found.append(message)
+        id = _at(node, ("parent",))
+    return found[::-1]
+
+
+def is_last(message: Mapping[str, Any], with_text: bool = False, settled: bool = False) -> bool:
+    """Whether a message of the upstream's is the end of an answer. `with_text`: not one that says nothing; `settled`: nobody
+    is at work on another one."""
+    text = _text_of_parts(message).strip()
+    answers = _at(message, ("author", "role")) == "assistant" and message.get("recipient", "all") == "all"
+    if not answers or message.get("status") != "finished_successfully" or (with_text and not text):
+        return False
+    end = message.get("end_turn")
+    return bool(end or (settled and end is None and text))
 
 
 def broken_off(value: Mapping[str, Any]) -> Refusal:
@@ -7160,6 +7983,107 @@ class Files:
         return self.site.downloaded(account, url, watch)
 
 
+LINK_LIFE = 3600.0  # seconds that a link to a file of an answer is good for
+MAX_LINKED, MAX_LINKED_FILE = 512 << 20, 64 << 20  # bytes of all such files, and of one
+_LINKED_ID = re.compile(r"answer-[0-9a-f]{32}")
+
+
+class Links:
+    """Files of answers that only an account may fetch, kept here for LINK_LIFE for whoever has their link.
+
+    A link is the path `/v1/files/ID/content` with `name`, `type`, `until` (Unix seconds) and `signature`, an HMAC of the rest
+    with a key of this server's. The files lie in the folder `links` beside the store; the oldest go for want of room.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._folder_lock = threading.Lock()
+
+    @functools.cached_property
+    def _key(self) -> bytes:
+        """The key of this server's links, made with the first one; it goes where it belongs whole, or not at all."""
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        path = self._folder / "key"
+        if not path.exists():
+            with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+                file.write(secrets.token_bytes(32))
+                file.flush()
+                try:
+                    os.link(file.name, path)
+                except FileExistsError:  # another process was quicker
+                    pass
+                except OSError:  # not every disk knows links
+                    os.rename(shutil.copyfile(file.name, f"{file.name}.key"), path)
+        return path.read_bytes()
+
+    def kept(self, pieces: Iterable[bytes], name: str, mime: str) -> str:
+        """The link to a file of these bytes, "" when it is too large or there is no room for it."""
+        id = f"answer-{secrets.token_hex(16)}"
+        path = self._folder / id
+        size = 0
+        facts = {"name": name, "type": mime, "until": str(int(time.time() + LINK_LIFE))}
+        try:
+            query = urllib.parse.urlencode(
+                facts | {"signature": self._signature(id, facts)}, errors="replace"
+            )
+            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                    size += len(piece)
+                    if size > MAX_LINKED_FILE:
+                        raise OSError(errno.EFBIG, "it is too large")
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            if not isinstance(error, OSError):
+                raise
+            log(logging.WARNING, "a file of an answer cannot be kept", reason=error.strerror)
+            return ""
+        self.sweep(time.time())
+        return f"/v1/files/{id}/content?{query}"
+
+    def file(self, id: str, query: Mapping[str, str]) -> tuple[Blob, str, str] | None:
+        """Bytes, name and type of a file, for who has its link; None for a link that is none, or not any more."""
+        facts = {name: query.get(name, "") for name in ("name", "type", "until")}
+        given = query.get("signature", "").encode("utf-8", "replace")
+        if not given or not _LINKED_ID.fullmatch(id) or not self._folder.exists():
+            return None
+        try:
+            if not hmac.compare_digest(self._signature(id, facts).encode(), given):
+                return None
+            if int(facts["until"]) < time.time():
+                return None
+            return Blob.of_file(self._folder / id), facts["name"], facts["type"]
+        except OSError:
+            return None
+
+    def of(self, url: str) -> Blob | None:
+        """The bytes that a URL of such a link leads to."""
+        parts = urllib.parse.urlsplit(url)
+        match = re.search(r"/v1/files/([^/]+)/content\Z", parts.path)
+        found = match and self.file(match[1], dict(urllib.parse.parse_qsl(parts.query)))
+        return found[0] if found else None
+
+    def _signature(self, id: str, facts: Mapping[str, str]) -> str:
+        text = compact([id, dict(facts)]).encode("utf-8", "replace")
+        return hmac.new(self._key, text, hashlib.sha256).hexdigest()
+
+    def sweep(self, now: float) -> None:
+        """Removes what no link leads to any more, and the oldest while all are too large."""
+        with self._folder_lock, contextlib.suppress(OSError):
+            files = []
+            for one in os.scandir(self._folder):
+                with contextlib.suppress(OSError):
+                    if _LINKED_ID.fullmatch(one.name):
+                        files.append((one.stat().st_mtime, one.stat().st_size, one.path))
+            total = sum(size for _, size, _ in files)
+            for made, size, path in sorted(files):
+                if made + LINK_LIFE < now or total > MAX_LINKED:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+                    total -= size
+
+
 # ============================================================================================================
 # turns: a question becomes events, whichever account and however many attempts it takes
 # ============================================================================================================
@@ -7168,17 +8092,17 @@ NEXT = "next"
 # What is done about a refusal, by its reason: of these methods of an `Attempts`, in their order, the first that can help.
 # Each is tried once on whoever was asked; then the next one is asked, if that is among them.
 REMEDIES: dict[str, tuple[str, ...]] = {
-    "expired": ("renew_token", NEXT),
-    "blocked": ("require_anew", NEXT),
+    "expired": ("renew_token", "go_mobile", NEXT),
+    "blocked": ("require_anew", "prove_otherwise", "go_mobile", NEXT),
     "uncredited": ("renew_token", NEXT),
-    "human": ("require_anew", NEXT),
+    "human": ("require_anew", "go_mobile", NEXT),
     "limited": (NEXT,),
     "broken": (NEXT,),
     "unreachable": (NEXT,),
     "unlisted": (NEXT,),
     "forgotten": ("upload_anew",),
     "silent": (),
-    "missing": (),
+    "missing": ("go_mobile",),
     "rejected": (),
     "dead": (),
 }
@@ -7192,21 +8116,29 @@ _LIGHT = {Text, Reasoning}  # the events that the loop passes on; everything els
 MAX_LIGHT = 1 << 16  # bytes that come together which the loop decodes
 MAX_ASKED_FOR_MODELS = 20  # accounts
 MAX_LINKS = 20  # different files of one answer that are looked up
+MAX_RESUMED = 12  # times that the rest of an answer is asked for as a stream
+RESUME_PAUSE = 0.3  # seconds between the first and the second time; they grow to 5
+POLL_PAUSE = 2.0  # seconds between the first two looks into a conversation; they grow to 10
+ANSWER_PATIENCE, DRAWING_PATIENCE = 3600.0, 150.0  # seconds that an answer, or an image, is looked for there
+MAX_STILL = 4  # looks in a row at which nobody is at work on it
 
 
 class Asked:
     """A question that somebody asks, whoever answers it in the end, and what of it is done once."""
 
     def __init__(
-        self, question: Question, watch: Watch, guest: Account | None, scope: Scope, signed_in: bool = False
-    ) -> None:
+        self, question: Question, watch: Watch, guest: Account | None, scope: Scope, signed_in: bool = False,
+        base: str = "",
+    ) -> None:  # fmt: skip
         """`guest` is the one account that is to answer, None the pool; `scope` is whose conversations and files the
-        question may use, and `signed_in` whether a login-free account will not do."""
+        question may use, `signed_in` whether a login-free account will not do, and `base` the URL of this server as the
+        caller has it, for links."""
         self.question = question
         self.watch = watch
         self.guest = guest
         self.scope = scope
         self.signed_in = signed_in
+        self.base = base
         self.keeps = False  # whether its conversation is remembered although HISTORY_DISABLED
         self.materials: dict[
             Attachment, tuple[File, Blob | None]
@@ -7254,10 +8186,19 @@ class Attempt:
         self.tried: list[Any] = []  # the accounts that were, or agents
         self.leased: Any = None  # the account that is asked, or the agent
         self.remedies: set[str] = set()  # that were tried with it
-        self.token = self.refused_token = (
-            ""  # the access token of the call under way, and of the one before it
-        )
+        # The access token of the call under way, and of the one before it.
+        self.token = self.refused_token = ""
         self.spare = False  # whether that has requirements which were prepared ahead
+        self.refused: Refusal | None = None  # what it was refused with
+        self.otherwise = False  # whether its proof is to be made with the other algorithm
+        self.mobile = False  # whether it is to be asked as the page for phones asks
+        # What it was refused with when another way of asking is tried, whose own refusal is not told.
+        self.doubted: Refusal | None = None
+        # Whether the conversation is kept upstream, where the rest of its answer can be had.
+        self.resumable = False
+        self.enough = False  # whether nobody wants more of the answer
+        self.lasting = False  # whether it is to be kept although HISTORY_DISABLED, until it is answered
+        self.to_erase: dict[str, Account] = {}  # conversations that were kept so, and by whom
         self.held: dict[Attachment, File] = {}  # the question's files as the account holds them
         self.forgotten = False  # whether it turned out not to hold one any more
         self.decoder = Decoder()  # of the answer under way
@@ -7270,6 +8211,14 @@ class Attempt:
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+def data_event(value: Any) -> bytes:
+    """One server-sent event without a name."""
+    return b"data: " + compact(value).encode("utf-8", "surrogatepass") + b"\n\n"
+
+
+_EVENT_ENDS = re.compile(rb"\n\n|\r\n\r\n|\r\r")
 _DONE_LINES = re.compile(rb"(?m)^data: ?\[DONE\]\r?\n(?:\r?\n)?")
 
 
@@ -7336,6 +8285,7 @@ class Attempts:
         for name in REMEDIES[refused.reason]:
             if again and name != NEXT and name not in attempt.remedies:
                 attempt.remedies.add(name)
+                attempt.refused = refused
                 if getattr(self, name)(one, attempt):
                     return True
         return False
@@ -7362,6 +8312,7 @@ class Attempts:
             attempt.watch.pause(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0))
         self.metrics.add("chatproxy_retries_total", labels=f'reason="{reason}"')
         attempt.failed, attempt.refused_token = False, ""
+        attempt.otherwise, attempt.mobile, attempt.doubted = False, False, None
         attempt.remedies.clear()
         attempt.held.clear()
         return other
@@ -7434,10 +8385,11 @@ class Turns(Attempts):
             with contextlib.suppress(ApiError):
                 return self.pool.lease(model, (), attempt.preferred, attempt.asked.signed_in)
         uploads = UPLOADS if any(blob for _, blob in attempt.materials.values()) else ""
+        besides = uploads or (DRAWINGS if DRAWS in _hints(attempt.question) else "")
         signed_in = attempt.asked.signed_in
         if not signed_in and (upstream_model(model, False) != "auto" or _GPT.fullmatch(model)):
             signed_in = self.pool.has_signed_in()  # login-free accounts have no model but one
-        return self.pool.lease(model, attempt.tried, attempt.holder, signed_in, uploads)
+        return self.pool.lease(model, attempt.tried, attempt.holder, signed_in, besides)
 
     def ready(self, account: Account, attempt: Attempt) -> None:
         """Sees to it that it has a token that the upstream may take."""
@@ -7500,9 +8452,9 @@ class Web(Turns):
 
     name = "pool"
 
-    def __init__(self, site: ChatGPT, renewals: Renewals, files: Files, ledger: Ledger) -> None:
+    def __init__(self, site: ChatGPT, renewals: Renewals, files: Files, ledger: Ledger, links: Links) -> None:
         super().__init__(site.connections, renewals, ledger)
-        self.site, self.files = site, files
+        self.site, self.files, self.links = site, files, links
 
     # -- what is asked ------------------------------------------------------------------------------------------
 
@@ -7532,10 +8484,14 @@ class Web(Turns):
             self._give(sink, self._rest(attempt))
             return not sink.over
 
-        finish = self.to_the_end(attempt, ask, self.settings.auto_continue, going_on)
-        if not sink.over:
-            finish = finish or Finish("stop")
-            self._give(sink, [*self._rest(attempt), finish])
+        try:
+            finish = self.to_the_end(attempt, ask, self.settings.auto_continue, going_on)
+            if not sink.over:
+                finish = finish or Finish("stop")
+                self._give(sink, [*self._rest(attempt), finish])
+        finally:
+            for talk, account in attempt.to_erase.items():
+                self.site.erase(account, talk)
 
     def native(
         self, asked: Asked, body: Mapping[str, Any], holder: str | None, again: int, outlet: Outlet
@@ -7594,6 +8550,19 @@ class Web(Turns):
         """A remedy: requirements of this moment, where those that were prepared ahead may have been forgotten."""
         return attempt.spare
 
+    def prove_otherwise(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: a proof made with the other algorithm."""
+        attempt.otherwise = attempt.doubted is not None and self.site.may_prove_otherwise(account)
+        return attempt.otherwise
+
+    def go_mobile(self, account: Account, attempt: Attempt) -> bool:
+        """A remedy: what login-free visitors of the mobile page ask, instead of those of the desktop's."""
+        attempt.doubted = attempt.refused
+        attempt.otherwise = False
+        fit = not attempt.held and not attempt.question.conversation
+        attempt.mobile = fit and account.row.kind == LOGIN_FREE
+        return attempt.mobile
+
     def upload_anew(self, account: Account, attempt: Attempt) -> bool:
         """A remedy: files that the account turned out not to hold any more are uploaded once more."""
         attempt.forgotten = bool(attempt.held)
@@ -7608,21 +8577,36 @@ class Web(Turns):
             if self.settings.check_model:
                 self._check_model(account, question.model, attempt.watch)
             self._place(account, attempt)
-        needs = self._requirements(account, attempt)
         login_free = account.row.kind == LOGIN_FREE
-        body = conversation_body(question, self.settings.history_disabled, login_free, attempt.held)
+        draws = DRAWS in _hints(question)
+        temporary = self.settings.history_disabled and not draws and not attempt.lasting
+        body = conversation_body(question, temporary, login_free, attempt.held)
+        if draws and not cut:
+            self.site.check_drawings(account, attempt.watch)
+        needs = self._requirements(account, attempt)
         if cut:
             attempt.decoder.renew()
             body = continued(body, cut)
         else:
-            attempt.decoder = Decoder(body)
+            attempt.decoder = MobileDecoder() if needs.mobile else Decoder(body)
+            attempt.tail = []
+        take, feed = self._taker(account, attempt, sink)
         try:
-            with self.site.conversation(account, body, needs, attempt.watch) as call:
-                self._pass_on(call, account, attempt, sink)
+            self._heard_out(account, attempt, body, needs, take, feed)
         except Refusal as refused:
-            if attempt.begun and (finish := attempt.decoder.finish()):
-                return finish  # only a second saying so is missing
-            raise why(refused, account, needs) from None
+            words = refused.said[2][:2000].lower() if refused.said else b""
+            if draws and refused.reason == "limited" and re.search(rb"\bimages?|image_gen", words):
+                refused.about = DRAWINGS
+            raise
+        finally:
+            talk = attempt.decoder.conversation
+            if attempt.decoder.drew:
+                self.site.count_drawing(account)
+            # There is more help for the answer of a conversation that is kept.
+            attempt.lasting = attempt.lasting or bool(talk and not attempt.decoder.content)
+            ours = self.settings.history_disabled and not temporary and not login_free
+            if ours and talk and not question.conversation and not attempt.asked.keeps:
+                attempt.to_erase[talk] = account
         finish = attempt.decoder.finish()
         if finish is None and not sink.over:
             raise Refusal("broken", "The upstream broke off its answer; try again.")
@@ -7630,23 +8614,157 @@ class Web(Turns):
         ended = finish is not None and finish.reason in ("stop", "length") and not sink.over
         if ended and not attempt.decoder.content:
             raise Refusal("broken", "The upstream ended its answer without having said anything; try again.")
+        self.site.served(account, question.model, attempt.decoder.model)
         return finish
+
+    def _heard_out(
+        self,
+        account: Account,
+        attempt: Attempt,
+        body: Mapping[str, Any],
+        needs: Requirements,
+        take: Callable[[Call], None],
+        feed: Callable[[bytes], bool],
+    ) -> None:
+        """One conversation call, and whatever its answer goes on in. `take` is for the bytes of a call, `feed` for others and
+        tells whether no more are wanted. Refusal when the answer could not be had."""
+        decoder = attempt.decoder
+        doubted, attempt.doubted = attempt.doubted, None
+        attempt.resumable = not needs.mobile and not body.get("history_and_training_disabled")
+        try:
+            with self.site.conversation(account, body, needs, attempt.watch) as call:
+                take(call)
+            if needs.mobile and decoder.pending:
+                feed(b"\n")  # which its last line may lack
+        except Refusal as refused:
+            if attempt.begun and decoder.finish():
+                return  # only a second saying so is missing
+            if not self._goes_on(attempt, refused):
+                refused = doubted if doubted and gone(refused) else why(refused, account, needs)
+                if needs.algorithm and refused.reason == "blocked" and not is_page(refused):
+                    attempt.doubted = refused
+                raise refused from None
+        if not decoder.conversation or decoder.failed or attempt.enough:
+            return
+        if decoder.unfinished and (attempt.resumable or decoder.resume_token):
+            self._resume(account, attempt, take)
+        finish = decoder.finish()
+        empty = not decoder.content and (finish is None or finish.reason != "content_filter")
+        goes_on = decoder.awaits_drawing or (attempt.resumable and (decoder.unfinished or empty))
+        if goes_on and not attempt.enough:
+            self._poll(account, attempt, feed)
+
+    @staticmethod
+    def _goes_on(attempt: Attempt, refused: Refusal) -> bool:
+        """Whether the rest of an answer that broke off may be had elsewhere."""
+        decoder = attempt.decoder
+        cut = refused.reason in ("broken", "unreachable", "silent") and refused.said is None
+        place = decoder.conversation and (attempt.resumable or decoder.resume_token)
+        return bool(cut and place and not decoder.failed)
+
+    def _resume(self, account: Account, attempt: Attempt, take: Callable[[Call], None]) -> None:
+        """ "Hand-off": gets the rest of an answer as a stream, while there is one."""
+        decoder, watch = attempt.decoder, attempt.watch
+        pause = 0.0
+        for _ in range(MAX_RESUMED):
+            if not decoder.unfinished or decoder.failed or attempt.enough:
+                return
+            watch.pause(pause)
+            pause = min(max(pause * 1.6, RESUME_PAUSE), 5.0)
+            decoder.go_on()
+            seen = decoder.seen
+            try:
+                with self.site.resumed(
+                    account, decoder.conversation, seen, decoder.resume_token, watch
+                ) as call:
+                    take(call)
+            except Refusal as refused:
+                status = refused.said[0] if refused.said else 0
+                again = status in (408, 409, 425, 429) or status >= 500 or self._goes_on(attempt, refused)
+                if not again and not self._renewed(account, attempt, refused):
+                    return
+
+    def _poll(self, account: Account, attempt: Attempt, feed: Callable[[bytes], bool]) -> None:
+        """Looks into a conversation until the answer in it, or the image that is being made, is there."""
+        decoder, watch = attempt.decoder, attempt.watch
+        draws = decoder.awaits_drawing
+        end = time.monotonic() + (DRAWING_PATIENCE if draws else ANSWER_PATIENCE)
+        decoder.go_on(whole=True)
+        talk = decoder.conversation
+        still = 0.0  # looks in a row at which nobody was at work
+        pause = POLL_PAUSE
+        seen = dict[str, bytes]()  # messages as they were
+        while still < MAX_STILL:
+            working = draws or self.site.is_streaming(account, talk, watch)
+            # Where it is not told whether somebody works, patience is ten times as long.
+            still = 0.0 if working else still + (0.1 if working is None else 1.0)
+            messages = self._looked_into(account, attempt)
+            for message in messages:
+                id = str(message.get("id"))
+                message.setdefault("status", "finished_successfully")
+                data = data_event({"message": message, "conversation_id": talk, "error": None})
+                if seen.get(id) == data:
+                    continue
+                seen[id] = data
+                if sum(map(len, seen.values())) > MAX_ANSWER:
+                    raise Refusal("broken", "The upstream's answer is too long; it was abandoned.")
+                if feed(data):
+                    return
+            over = draws and not decoder.awaits_drawing
+            if over or (messages and is_last(messages[-1], draws, working is False)):
+                feed(DONE)
+                return
+            if time.monotonic() > end:
+                raise Refusal("silent", "The upstream took too long to finish its answer; try again.")
+            watch.pause(pause)
+            pause = min(pause * 1.3, 10.0)
+
+    def _looked_into(self, account: Account, attempt: Attempt) -> list[dict[str, Any]]:
+        """The messages of a turn; none where they cannot be had just now."""
+        decoder = attempt.decoder
+        try:
+            return self.site.turn(account, decoder.conversation, decoder.sent_ids, attempt.watch)
+        except Refusal as refused:
+            passes = refused.reason in ("broken", "unreachable", "silent", "limited")
+            if passes or self._renewed(account, attempt, refused):
+                return []
+            if refused.code != "not_found" and refused.reason != "missing":
+                raise
+            raise Refusal("broken", "The rest of the upstream's answer cannot be found; try again.") from None
+
+    def _renewed(self, account: Account, attempt: Attempt, refused: Refusal) -> bool:
+        """Whether there is another token after one was refused in the midst of an answer."""
+        if refused.reason != "expired" or not account.renewable:
+            return False
+        before, attempt.token = attempt.token, account.row.access_token
+        if attempt.token == before:
+            self.renewals.token(account, attempt.watch, before)
+            attempt.token = account.row.access_token
+        return attempt.token != before
 
     def _requirements(self, account: Account, attempt: Attempt) -> Requirements:
         ahead = None
-        if "require_anew" not in attempt.remedies:
+        if not {"require_anew", "prove_otherwise", "go_mobile"} & attempt.remedies:
             ahead = self.site.spare(account, attempt.watch)
+        desktop = bool(attempt.held or attempt.question.conversation)  # the page for phones has neither
+        if ahead and ahead.mobile and desktop:
+            ahead = None
         attempt.spare = ahead is not None
-        return ahead or self.site.requirements(account, attempt.watch)
+        mobile = True if attempt.mobile else False if desktop else None
+        try:
+            return ahead or self.site.requirements(account, attempt.watch, attempt.otherwise, mobile)
+        except Refusal as refused:
+            raise attempt.doubted or refused from None
 
-    def _pass_on(self, call: Call, account: Account, attempt: Attempt, sink: Sink) -> None:
+    def _taker(
+        self, account: Account, attempt: Attempt, sink: Sink
+    ) -> tuple[Callable[[Call], None], Callable[[bytes], bool]]:
         """Gives the sink what comes of an answer: the loop what is light, this thread everything else."""
         decoder = attempt.decoder
-        lines = decoder.lines
 
         def carried(data: bytes) -> bytes | list[Found] | None:
             """What is not for the loop, None when it is done; once per event."""
-            if len(data) + lines.size > MAX_LIGHT:
+            if len(data) + decoder.pending > MAX_LIGHT:
                 return data
             events = decoder.feed(data)
             if not events and not decoder.done and decoder.conversation == attempt.kept:
@@ -7663,26 +8781,40 @@ class Web(Turns):
 
         def handle(come: bytes | list[Found]) -> bool:
             found = decoder.feed(come) if isinstance(come, bytes) else come
-            self._known(account, attempt, bool(found))
-            events = self._looked_up(account, attempt, found)
-            if decoder.done:
+            # That an answer begins is no part of it yet: until there is more it may be asked for again.
+            begun = attempt.begun or any(type(event) is not Begin for event in found)
+            self._known(account, attempt, begun)
+            events = [*attempt.tail, *self._looked_up(account, attempt, found)]
+            attempt.tail = []
+            if not begun or (decoder.done and not decoder.handed_off):
                 attempt.tail = events
+            else:
+                self._give(sink, events)
+            if decoder.done:
                 return True
-            self._give(sink, events)
             if decoder.failure:
                 raise decoder.failure
             return sink.over
 
-        self._share(call, carried, handle, sink.outlet)
+        return functools.partial(self._share, attempt, carried, handle, sink.outlet), handle
 
     @staticmethod
     def _share(
-        call: Call, carried: Callable[[bytes], Any], handle: Callable[[Any], bool], outlet: Outlet | None
+        attempt: Attempt,
+        carried: Callable[[bytes], Any],
+        handle: Callable[[Any], bool],
+        outlet: Outlet | None,
+        call: Call,
     ) -> None:
         """Has the loop do with an answer what `carried` does with each piece; what that returns is for this thread to
         `handle`, which tells whether the rest is not wanted."""
         come: Any = call.read() or None
-        while come is not None and not handle(come):
+        while come is not None:
+            if handle(come):
+                attempt.enough = not attempt.decoder.done
+                return
+            if attempt.decoder.conversation and (attempt.resumable or attempt.decoder.resume_token):
+                call.handle.silence = min(call.handle.silence, STREAM_SILENCE)
             come = call.carry(carried, outlet)
 
     def _known(self, account: Account, attempt: Attempt, begun: bool) -> None:
@@ -7722,8 +8854,13 @@ class Web(Turns):
             body = continued(body, attempt.continues)
         if account.row.kind == LOGIN_FREE:
             body = {**body, "model": "auto"}
-        decoder = attempt.decoder = Decoder()
+        decoder = attempt.decoder = Decoder(body)
         noted: list[bytes] = []  # what is to be passed on once its conversation is remembered
+        without = WithoutDone()
+        held, follows = (
+            b"",
+            0,
+        )  # of an event that has not come whole; what follows elsewhere begins with another one
 
         def note(data: bytes) -> None:
             with contextlib.suppress(
@@ -7731,12 +8868,21 @@ class Web(Turns):
             ):  # a failure that is streamed is passed on in the upstream's own words
                 decoder.feed(data)
 
-        def write(data: bytes) -> None:
-            outlet.write(done.feed(data) if done else data, data.count(b"\n\n"))
+        def write(data: bytes, last: bool = False) -> None:
+            nonlocal held, follows
+            held, follows = held if follows == decoder.follows else b"", decoder.follows
+            data = held + data
+            ends = [match.end() for match in _EVENT_ENDS.finditer(data)]
+            cut = len(data) if last or len(data) > MAX_LIGHT else ends[-1] if ends else 0
+            data, held = data[:cut], data[cut:]
+            # A hand-off is not the end that the client is to see.
+            if filtering := done or (without if decoder.handed_off else None):
+                data = filtering.feed(data)
+            outlet.write(data, len(ends))
 
         def carried(data: bytes) -> bytes | None:
             """What is not for the loop, None when it is done; once per event."""
-            if len(data) + decoder.lines.size > MAX_LIGHT:
+            if len(data) + decoder.pending > MAX_LIGHT:
                 return data
             note(data)
             if decoder.conversation != attempt.kept:
@@ -7756,9 +8902,17 @@ class Web(Turns):
             outlet.drain()
             return False
 
+        take = functools.partial(self._share, attempt, carried, handle, outlet)
         needs = self._requirements(account, attempt)
-        with self.site.conversation(account, body, needs, attempt.watch) as call:
-            self._share(call, carried, handle, outlet)
+        if needs.mobile:
+            raise Refusal(
+                "missing", "Without a sign-in the upstream has no conversations of this kind just now."
+            )
+        try:
+            self._heard_out(account, attempt, body, needs, take, handle)
+        finally:
+            write(b"", last=True)
+        self.site.served(account, str(body.get("model") or "auto"), decoder.model)
         return decoder.finish()
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -7832,17 +8986,35 @@ class Web(Turns):
                 if event not in links and len(links) < MAX_LINKS:
                     made = (event.message, urllib.parse.unquote(event.path))
                     ask = functools.partial(site.sandbox_url, account, conversation, *made, watch)
-                    links[event] = self._url(account, ask, watch)
+                    url = self._url(account, ask, watch)
+                    links[event] = self._linked(account, attempt, url, made[1].rpartition("/")[2])
                 out.append(Text(links.get(event) or f"sandbox:{event.path}"))
             elif isinstance(event, Drawing):
                 scheme, _, id = event.pointer.partition("#")[0].partition("://")
                 place = conversation if scheme == "sediment" else ""
                 ask = functools.partial(site.file_url, account, id, watch, place)
-                if _FILE_ID.fullmatch(id) and (url := self._url(account, ask, watch)):
+                url = self._url(account, ask, watch) if _FILE_ID.fullmatch(id) else ""
+                if url := self._linked(account, attempt, url, ""):
                     out.append(Image(url))
             else:
                 out.append(event)
         return out
+
+    def _linked(self, account: Account, attempt: Attempt, url: str, name: str) -> str:
+        """A URL that any browser can open: of this server for what only the account may fetch, which is got at once, for its
+        conversation may soon be deleted; else the upstream's own. "" when it cannot be had."""
+        if not self.site.is_own(account, url):
+            return url
+        try:
+            with self.site.content(account, url, attempt.watch) as call:
+                mime = call.headers.get("content-type", "").partition(";")[0].strip().lower()
+                mime = mime if _MIME.fullmatch(mime) else "application/octet-stream"
+                name = name or "image" + (mimetypes.guess_extension(mime) or "")
+                link = self.links.kept(call.pieces(), name[-200:], mime)
+        except Refusal as refused:
+            log(logging.WARNING, "a file of an answer cannot be had", account=account.name, code=refused.code)
+            return ""
+        return attempt.asked.base + link if link else ""
 
     @staticmethod
     def _url(account: Account, ask: Callable[[], str], watch: Watch) -> str:
@@ -8019,8 +9191,7 @@ class Agents(Attempts):
         attempt = Attempt(asked, question)
         attempt.holder = held.account if held else self._only() if conversation else None
         # Whatever an agent knows already, it is told all messages, in one text.
-        lines = [f"{one.role.capitalize()}: {one.text}" for one in question.messages]
-        content = question.messages[0].text if len(lines) == 1 else "\n\n".join(lines)
+        content = in_one_text([(one.role, one.text) for one in question.messages])
         data = {"conversation_id": conversation, "parent_id": question.parent or new_id(), "content": content}
 
         def ask(leased: tuple[Agent, WebSocket | None]) -> list[Event]:
@@ -10791,6 +11962,7 @@ class Request:
     key: str = ""
     raw_query: str = ""
     port: int = 0  # that the server listens on
+    base: str = ""  # the URL of this server as the client has it, where that is known
     version: str = "1.1"
 
     def json(self, known: KnownTools | None = None) -> dict[str, Any]:
@@ -12581,6 +13753,7 @@ ROUTER = Router()
 
 
 OR_ADMIN = "caller or admin"  # the access of what belongs to somebody
+OR_LINK = "caller, admin or signed link"
 # The access of what takes a key of this server, and no caller's own token.
 SIGNS_IN = "caller; to store: admin"
 
@@ -12595,6 +13768,9 @@ def _named_key(request: Request) -> str:
 def _body(request: Request) -> dict[str, Any]:
     """A JSON body that may be left out."""
     return request.json() if request.body.size else {}
+
+
+_HOST_TEXT = re.compile(r"[0-9A-Za-z._-]{1,253}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
 
 
 class App(Application):
@@ -12615,7 +13791,8 @@ class App(Application):
         self.renewals = Renewals(self.connections)
         self.site = ChatGPT(self.connections, Fetcher(settings, self.loop), solver)
         self.files = Files(self.pool, self.site)
-        self.web = Web(self.site, self.renewals, self.files, self.ledger)
+        self.links = Links(self.store.path.parent / "links")
+        self.web = Web(self.site, self.renewals, self.files, self.ledger, self.links)
         self.agents = Agents(self.metrics)
         upstreams: tuple[Upstream, ...] = (self.web, self.agents)
         self.upstreams = {upstream.name: upstream for upstream in upstreams}
@@ -12658,6 +13835,7 @@ class App(Application):
         under_v1 = request.path.startswith("/v1/")
         whole = self.settings.max_body_mb << 20
         absent = request.path.startswith(ABSENT)
+        request.base = self._base(request.headers)
         given = Keys.given(request)
         if "websocket" in request.headers.get("upgrade", "").lower() and request.path == "/v1/responses":
             text = "The Responses API is spoken over HTTP here; send POST /v1/responses."
@@ -12675,6 +13853,8 @@ class App(Application):
             text = f"The ChatGPT web upstream has no {request.path}; requests with an `sk-` key go to OpenAI's API."
             raise ApiError("not_found", text) from None
         kind = endpoint.access
+        if kind == OR_LINK and self.links.file(request.params["id"], request.query):
+            return MAX_PUBLIC_BODY
         if kind.startswith("caller"):
             self.keys.admit(request, own=kind != SIGNS_IN, administers=kind != "caller")
             return MAX_PUBLIC_BODY if request.path.startswith("/auth/") else whole
@@ -12692,6 +13872,15 @@ class App(Application):
             return whole
         return MAX_PUBLIC_BODY
 
+    def _base(self, headers: Mapping[str, str]) -> str:
+        """The URL of this server as a client has it; only its path where that does not say."""
+        prefix = f"/{self.settings.api_prefix}" if self.settings.api_prefix else ""
+        host = headers.get("host", "")
+        if not _HOST_TEXT.fullmatch(host):
+            return prefix
+        secure = self.settings.tls_cert or headers.get("x-forwarded-proto") == "https"
+        return f"{'https' if secure else 'http'}://{host}{prefix}"
+
     def _prove(self, request: Request) -> None:
         """Has the upstream say whether it accepts the token that a caller brings, by the cheapest call."""
         account, watch = request.guest, request.watch
@@ -12701,7 +13890,7 @@ class App(Application):
 
         self.pool.lease_guest(account, "")
         self.renewals.token(account, watch)
-        if account.row.kind == REFRESH:  # which was exchanged just now, or earlier
+        if account.renewable:  # whose token was exchanged just now, or earlier
             return
         try:
             self.site.me(account, watch)
@@ -12720,6 +13909,7 @@ class App(Application):
             (10, self.ledger.save),
             (60, self.pool.keep_cookies),
             (3600, lambda: self.store.prune(time.time())),
+            (600, lambda: self.links.sweep(time.time())),
         )
         for second in itertools.count():
             if stop.wait(1.0):
@@ -12754,6 +13944,7 @@ class App(Application):
         """Lets go of what is old."""
         self.connections.sweep(time.monotonic())
         self.site.sweep_spares()
+        self.site.sweep_erasures(time.monotonic())
 
     def _retry_store(self) -> None:
         """Stores what could not be stored, once there is room again."""
@@ -12883,7 +14074,7 @@ class Whole(Sink):
 
 def _asked(request: Request, question: Question, signed_in: bool = False) -> Asked:
     """A question as the caller asks it."""
-    return Asked(question, request.watch, request.guest, request.scope, signed_in)
+    return Asked(question, request.watch, request.guest, request.scope, signed_in, request.base)
 
 
 def _ask(app: App, request: Request, asked: Asked, sink: Sink, rendering: Rendering) -> None:
@@ -12954,6 +14145,8 @@ def _all(app: App, request: Request, asked: Asked) -> Collected:
 
 def _image_data(app: App, request: Request, asked: Asked, url: str, watch: Watch) -> str:
     """The image at a URL of the upstream's in base64, got by the account that answered."""
+    if kept := app.links.of(url):
+        return base64.b64encode(kept.read()).decode()
     get = functools.partial(app.site.downloaded, url=url, watch=watch)
     holder = asked.account.id if asked.account else None
     blob = app.web.do("downloads", request.guest, get, watch, holder)
@@ -13438,9 +14631,19 @@ def files_retrieve(app: App, request: Request) -> Reply:
     return json_reply(_file_object(_listed_file(app, request)))
 
 
-@ROUTER.on("GET", "/v1/files/{id}/content", access=OR_ADMIN)
+@ROUTER.on("GET", "/v1/files/{id}/content", access=OR_LINK)
 def files_content(app: App, request: Request) -> Reply | Stream | Upgrade:
-    """a file's bytes, streamed from the upstream"""
+    """a file's bytes, streamed from the upstream; those of an answer's file for whoever has its signed link"""
+    if linked := app.links.file(request.params["id"], request.query):
+        blob, name, mime = linked
+        # Whatever the model made is no page of this server's.
+        shown = "inline" if mime in _SHOWN else "attachment"
+        headers = _as_file(name, shown) | {"Content-Security-Policy": "default-src 'none'; sandbox"}
+        if blob.size <= MAX_IN_MEMORY:
+            return Reply(body=blob.read(), content_type=mime, headers=headers)
+        return streamed(
+            ((piece, 0) for piece in blob.pieces()), content_type=mime, headers=headers, signs=False
+        )
     file = _listed_file(app, request)
     if request.method == "HEAD":
         return Reply(content_type=file.mime)
@@ -13455,9 +14658,17 @@ def files_content(app: App, request: Request) -> Reply | Stream | Upgrade:
         with call:
             call.carry(lambda data: writer.write(data, 0), writer)
 
-    place = f"attachment; filename*=UTF-8''{urllib.parse.quote(file.name)}"
-    headers = {"Content-Disposition": place, "X-Content-Type-Options": "nosniff"}
-    return Stream(write, content_type=file.mime, headers=headers, signs=False)
+    return Stream(write, content_type=file.mime, headers=_as_file(file.name, "attachment"), signs=False)
+
+
+# Kinds of files that a browser may show where it finds them.
+_SHOWN = ("image/png", "image/jpeg", "image/gif", "image/webp")
+
+
+def _as_file(name: str, shown: str) -> dict[str, str]:
+    """The headers of a file's bytes: `shown` is inline or attachment."""
+    place = f"{shown}; filename*=UTF-8''{urllib.parse.quote(name, errors='replace')}"
+    return {"Content-Disposition": place, "X-Content-Type-Options": "nosniff"}
 
 
 @ROUTER.on("DELETE", "/v1/files/{id}", access=OR_ADMIN)
@@ -13535,7 +14746,7 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     question = Question((Message("user", (*images, Text(text))),), model, hosted=(DRAWING,), forced=DRAWING)
 
     def draw(watch: Watch) -> list[dict[str, str]]:
-        asked = Asked(question, watch, request.guest, request.scope, signed_in=True)
+        asked = Asked(question, watch, request.guest, request.scope, True, request.base)
         urls = [event.url for event in _all(app, request, asked).events if isinstance(event, Image)]
         if form == "url":
             return [{"url": url} for url in urls]
@@ -13833,7 +15044,7 @@ def conversation_feedback(app: App, request: Request) -> Reply:
 
 @native("POST", "/conversation")
 def conversation_create(app: App, request: Request) -> Reply | Stream | Upgrade:
-    """a turn in the upstream's own words, its events byte for byte; `"auto_continue": true` goes on with what was cut"""
+    """a turn in the upstream's own words, its events byte for byte, those of a hand-off's rest too; `"auto_continue": true` goes on with what was cut"""
     given = request.json()
     check_types(given, {"messages": _LIST, "model": _TEXT, "conversation_id": _TEXT, "auto_continue": _FLAG})
     again = app.settings.auto_continue if given.pop("auto_continue", None) else 0
@@ -14045,7 +15256,9 @@ def account_facts(account: Account, ledger: Ledger, now: float) -> dict[str, Any
     facts = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan, "workspace": row.workspace}
     facts |= {"state": account.state(now), "told": account.told(now), "reason": row.reason}
     times = {"expires": iso(row.expires), "used": iso(today.used)}
-    return facts | times | {"answers": today.answers, "failures": today.failures}
+    persona, wants = account.demands
+    demands = {"persona": persona, "wants": list(wants)}  # what the upstream's requirements said last
+    return facts | times | demands | {"answers": today.answers, "failures": today.failures}
 
 
 def user_facts(user: User, ledger: Ledger) -> dict[str, Any]:
@@ -14580,10 +15793,11 @@ function accountRow({ id, email }) {
   arm(remove, () => act("remove", [id]), `Remove ${name}`);
   box.onchange = showPicked;
   row.update = (account) => {
-    const { told, answers, failures, plan } = account;
+    const { told, answers, failures, plan, wants } = account;
     const verb = account.state === "disabled" ? "Enable" : "Disable";
     put(who, name, { title: id });
-    const noted = row.note && row.note !== told ? `${told} – ${row.note}` : told;
+    const asks = wants.length ? `; the site may ask for ${wants.join(", ")}` : "";
+    const noted = (row.note && row.note !== told ? `${told} – ${row.note}` : told) + asks;
     put(state, noted, { className: `dot ${account.state}` });
     put(paid, plan || "–");
     put(kind, account.kind);
@@ -15301,13 +16515,29 @@ class DemoFile:
 
 @dataclass
 class DemoConversation:
-    """A conversation of the stand-in's; temporary ones are not `kept`, and so not listed."""
+    """A conversation of the stand-in's; temporary ones are not `kept`, and so neither listed nor remembered."""
 
     owner: str
     created: float
     kept: bool
     updated: float = 0.0
     title: str = "New chat"
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    drawn: tuple[float, dict[str, Any]] | None = None  # a message that comes later, and when (Unix seconds)
+
+    def mapping(self) -> dict[str, Any]:
+        """Its messages as a tree, and which of them is the last."""
+        if self.drawn and self.drawn[0] <= time.time():
+            self.messages.append(self.drawn[1])
+            self.drawn = None
+        nodes: dict[str, Any] = {"client-created-root": {"message": None, "parent": None, "children": []}}
+        before = "client-created-root"
+        for message in self.messages:
+            id = str(message["id"])
+            nodes[before]["children"].append(id)
+            nodes[id] = {"id": id, "message": message, "parent": before, "children": []}
+            before = id
+        return {"mapping": nodes, "current_node": before}
 
     def facts(self, id: str) -> dict[str, Any]:
         """Its row in a list."""
@@ -15319,13 +16549,18 @@ class DemoConversation:
 
 
 class Demo(Application):
-    """A stand-in for chatgpt.com, and api.openai.com in a nutshell, that speaks the real wire protocol.
+    """A stand-in for chatgpt.com, and api.openai.com in a nutshell, that speaks the real wire protocol in both generations.
 
     It is as strict as the original: proofs are checked, and a requirements token is good for one call. The attributes
     are its knobs; a subclass can replace its methods for other variants of the site, and for worse weather.
     """
 
-    MAX_FILES = 200  # kept at a time
+    MAX_FILES = MAX_TALKS = 200  # kept at a time
+    conduit = True  # whether turns are given one
+    estuary = True  # whether files are where only the account gets them
+    drawing_time: float | None = (
+        0.5  # seconds that a drawing takes behind the answer's end; None: it is in the answer
+    )
 
     router = Router()
 
@@ -15336,6 +16571,7 @@ class Demo(Application):
         self.dead: set[str] = set()  # tokens that are answered with 401
         self.conversations: dict[str, DemoConversation] = {}
         self.models = ["gpt-4o", "gpt-4o-mini", "o3"]
+        self.images_left = 40
         self.files: dict[str, DemoFile] = {}
         self.url = ""
         self.calls: list[str] = []  # "METHOD /path" of every request, in order
@@ -15372,11 +16608,10 @@ class Demo(Application):
         key = Keys.given(request)
         if api is None:
             return None
-        if api not in ("backend-api", "backend-anon"):
+        mobile = api == "unauth-mweb" and "/sentinel/" in request.path
+        if api not in ("backend-api", "backend-anon") and not mobile:
             return _detail(404, "Not Found")
-        if "oai-device-id" not in request.headers:
-            return _detail(403, "Missing oai-device-id")
-        if api == "backend-anon":
+        if api != "backend-api":
             return _detail(401, "Unauthorized") if key else None
         try:
             expired = claims(key)["exp"] < time.time()
@@ -15392,54 +16627,144 @@ class Demo(Application):
     @router.on("GET", "/")
     def start_page(self, request: Request) -> Reply:
         """The page whose scripts and build the fingerprint names."""
-        page = '<!DOCTYPE html><html data-build="prod-demo1"><head><script src="/_next/static/chunks/app.js"></script></head></html>'
+        facts = 'data-build="prod-demo1" data-conversation-document-affinity="demo-1" data-worker-version-id="demo.2"'
+        page = f'<!DOCTYPE html><html {facts}><head><script src="/_next/static/chunks/app.js"></script></head></html>'
         headers = {"Set-Cookie": "oai-sc=demo; Path=/; Secure"}
         return Reply(200, page.encode(), "text/html; charset=utf-8", headers)
 
     def _requirements(self, request: Request) -> dict[str, Any]:
-        """The answer to chat-requirements, for a client whose own proof is right."""
-        given = request.json().get("p")
-        if not isinstance(given, str) or not given.startswith("gAAAAAC") or not self._decoded(given[7:]):
+        """The answer to chat-requirements; a client need not give a proof of its own, but none that is wrong."""
+        given = (request.json() if request.body.size else {}).get("p")
+        proved = isinstance(given, str) and given.startswith("gAAAAAC") and self._decoded(given[7:])
+        if given is not None and not proved:
             raise ApiError("invalid_request_error", "p is not a requirements proof")
         token = secrets.token_urlsafe(24)
         seed = str(random.random())
         with self._issued_lock:
             self._issued[token] = (time.monotonic() + self.expire_after, seed, self.difficulty)
         return {
-            "persona": "chatgpt-noauth" if request.params["api"] == "backend-anon" else "chatgpt-paid",
+            "persona": "chatgpt-paid" if request.params["api"] == "backend-api" else "chatgpt-noauth",
             "token": token,
             "expire_after": self.expire_after,
             "proofofwork": {"required": bool(self.difficulty), "seed": seed, "difficulty": self.difficulty},
             "arkose": {"required": False, "dx": ""},
             "turnstile": {"required": False, "dx": ""},
+            "so": {"required": False, "collector_dx": "", "snapshot_dx": ""},
         }
 
     def _decoded(self, answer: str) -> list[Any] | None:
-        """A proof's configuration; None when it is none."""
+        """A proof's configuration, in the form of any year; None when it is none."""
         try:
-            value = json.loads(base64.b64decode(answer, validate=True))
+            value = json.loads(base64.b64decode(answer.removesuffix("~S"), validate=True))
         except (ValueError, RecursionError):
             return None
-        return value if isinstance(value, list) and len(value) >= 15 and isinstance(value[3], int) else None
+        known = isinstance(value, list) and 13 <= len(value) <= 25 and isinstance(value[3], (int, float))
+        return value if known else None
 
     @router.on("POST", "/{api}/sentinel/chat-requirements")
     def chat_requirements(self, request: Request) -> Reply:
         """Requirements, first generation."""
         return json_reply(self._requirements(request))
 
+    @router.on("POST", "/{api}/sentinel/chat-requirements/prepare")
+    def prepare_requirements(self, request: Request) -> Reply:
+        """Requirements, the page's generation: the token comes after the proof."""
+        asked = self._requirements(request)
+        return json_reply(asked | {"prepare_token": asked.pop("token")})
+
+    @router.on("POST", "/{api}/sentinel/chat-requirements/finalize")
+    def finalize_requirements(self, request: Request) -> Reply:
+        """Exchanges a prepare token and its proof for the token."""
+        body = request.json()
+        with self._issued_lock:
+            issued = self._issued.pop(str(body.get("prepare_token")), None)
+        if issued is None or not self._proved(issued, str(body.get("proofofwork"))):
+            return _detail(403, "Proof of work failed")
+        token = secrets.token_urlsafe(24)
+        with self._issued_lock:
+            self._issued[token] = (issued[0], "", "")
+        persona = "chatgpt-paid" if request.params["api"] == "backend-api" else "chatgpt-noauth"
+        granted = {"persona": persona, "token": token, "expire_after": self.expire_after}
+        return json_reply(granted | {"expire_at": time.time() + self.expire_after})
+
+    @router.on("POST", "/unauth-mweb/conversation/prepare")
+    def prepare_mobile(self, request: Request) -> Reply:
+        """A conduit for a turn of the page for phones."""
+        return json_reply({"conduit_token": secrets.token_urlsafe(12), "prepare_cadence_enabled": True})
+
+    @router.on("POST", "/unauth-mweb/conversation/updates")
+    def update_mobile(self, request: Request) -> Reply | Stream | Upgrade:
+        """A turn of the page for phones: lines of JSON, or pieces of HTML for those who know no other protocol."""
+        form = {name: parts[0].text() for name, parts in parse_form(request.headers, request.body).items()}
+        with self._issued_lock:
+            issued = self._issued.pop(form.get("chatRequirementsToken", ""), None)
+        if issued is None or not self._proved(issued, form.get("proofToken", "")):
+            return _detail(403, "Unusual activity has been detected from your device.")
+        words = re.findall(r"\s*\S+", DEMO_ANSWER.format(question=form.get("prompt", "")[:2000]))
+        if request.headers.get("x-web-mobile-conversation-stream-protocol") == "2":
+            kind = "application/vnd.openai.conversation-source+ndjson"
+            return streamed(self.frames(self._mobile_lines(words)), content_type=kind, signs=False)
+        kind = "text/vnd.openai.web-mobile-partial+html"
+        pieces = self._mobile_frames(words, form.get("assistantMessageId", ""))
+        return streamed(self.frames(pieces), content_type=kind, signs=False)
+
+    def _mobile_lines(self, words: list[str]) -> Iterator[bytes]:
+        message = {"type": "content", "messageId": new_id()}
+        begun = {"type": "control", "detail": {"kind": "conversation-id", "conversationId": new_id()}}
+        yield compact(begun).encode() + b"\n"
+        for number, word in enumerate(words):
+            mode = "append" if number else "replace"
+            yield compact(message | {"mode": mode, "markdown": word}).encode() + b"\n"
+            time.sleep(self.pace)
+        yield compact({"type": "end"}).encode() + b"\n"
+
+    def _mobile_frames(self, words: list[str], message: str) -> Iterator[bytes]:
+        def frame(number: int, place: str, apply: str, inside: str) -> bytes:
+            applied = f'<template for="{place}" data-web-mobile-dpu-apply="{apply}">{inside}</template>'
+            return f'<template data-web-mobile-dpu-frame="{number}">{applied}</template>'.encode()
+
+        for end in (len(words) // 2, len(words)):
+            text = html.escape("".join(words[:end]))
+            block = f'<p data-assistant-stream-block="" data-assistant-stream-block-index="0">{text}</p>'
+            yield frame(end, f"assistant-{message}-pending", "replace", block)
+        id = new_id()
+        state = {
+            "messages": [],
+            "parentMessageId": id,
+            "userMessageCount": 1,
+            "backendConversationId": new_id(),
+        }
+        facts = {"control": "complete", "id": state["backendConversationId"], "state": compact(state)}
+        attributes = " ".join(
+            f'data-conversation-{name}="{html.escape(str(one))}"' for name, one in facts.items()
+        )
+        end_of_it = f'<span {attributes} data-message-id="{id}"></span>'
+        yield frame(len(words) + 1, "conversation-control", "append", end_of_it)
+
+    @router.on("POST", "/{api}/f/conversation/prepare")
+    def prepare_conversation(self, request: Request) -> Reply:
+        """A conduit for the turn to come, or none."""
+        if "messages" in request.json():
+            return _detail(422, "messages are not expected")
+        token = secrets.token_urlsafe(12) if self.conduit else None
+        return json_reply({"status": "ok", "conduit_token": token})
+
     def _proved(self, issued: tuple[float, str, str], proof: str) -> bool:
         """Whether a proof is right, or the giving up that browsers are allowed."""
         end, seed, difficulty = issued
         if time.monotonic() > end:
             return False
-        if not difficulty or proof == GIVE_UP + base64.b64encode(f'"{seed}"'.encode()).decode():
+        given_up = GIVE_UP + base64.b64encode(f'"{seed}"'.encode()).decode()
+        if not difficulty or proof.removesuffix("~S") == given_up:
             return True
         answer = proof.removeprefix("gAAAAAB")
         if answer == proof or not self._decoded(answer):
             return False
-        return hashlib.sha3_512((seed + answer).encode()).hexdigest()[: len(difficulty)] <= difficulty
+        kind = ALGORITHMS["fnv" if answer.endswith("~S") else "sha3"][0]
+        bound = bytes.fromhex(difficulty + "f" * (len(difficulty) % 2))[: kind.digits // 2]
+        return kind(seed.encode()).first((answer.removesuffix("~S").encode(),), b"", bound) is not None
 
-    @router.on("POST", "/{api}/conversation")
+    @router.on("POST", "/{api}/conversation", "/{api}/f/conversation")
     def conversation(self, request: Request) -> Reply | Stream | Upgrade:
         """A turn, for a client that has met the requirements."""
         body = request.json()
@@ -15448,8 +16773,7 @@ class Demo(Application):
             issued = self._issued.pop(headers.get("openai-sentinel-chat-requirements-token", ""), None)
         if issued is None or not self._proved(issued, headers.get("openai-sentinel-proof-token", "")):
             return _detail(403, "Unusual activity has been detected from your device.")
-        whole = body.get("model") and body.get("parent_message_id")
-        if not whole or body.get("action") not in ("next", "continue", "variant"):
+        if not body.get("model") or body.get("action") not in ("next", "continue", "variant"):
             return _detail(422, [{"loc": ["body"], "msg": "field required", "input": body}])
         known = body.get("conversation_id")
         if known and known not in self.conversations:
@@ -15458,7 +16782,11 @@ class Demo(Application):
             for one in message.get("metadata", {}).get("attachments", ()):
                 if self._held(request, one.get("id")) is None:
                     return _detail(404, {"code": "file_not_found", "message": "File not found"})
-        return streamed(self.frames(self.answer(request, body)), signs=False)
+        return streamed(self.frames(self.turn(request, body)), signs=False)
+
+    def turn(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
+        """The bytes of a turn's stream."""
+        return self.answer(request, body)
 
     def frames(self, pieces: Iterable[bytes]) -> Sent:
         for piece in pieces:
@@ -15474,12 +16802,7 @@ class Demo(Application):
         told = texts[0][1] if texts else ""  # where functions and shapes are told
         role, asked = texts[-1] if texts else ("user", "go on")
         if "picture_v2" in body.get("system_hints", ()) or re.match(r"(?i)draw\b", asked):
-            drawn = DemoFile(owner, "drawing.png", demo_image(), "multimodal", 0, "image/png")
-            place = f"file-service://{self.keep(drawn)}"
-            part = {"content_type": "image_asset_pointer", "asset_pointer": place, "width": 64, "height": 64}
-            content = {"content_type": "multimodal_text", "parts": [part]}
-            drawing = {"author": {"role": "tool", "name": "dalle.text2im"}, "content": content}
-            return self.say(body, ["Here", " it", " is."], before=[drawing], owner=owner)
+            return self._drawn(body, owner)
         if role == "user" and re.match(r"(?i)run\b.*\bpython\b", asked):
             code = {"content_type": "code", "language": "unknown", "text": "print(6 * 7)"}
             python = {"author": {"role": "assistant"}, "recipient": "python", "content": code}
@@ -15496,7 +16819,7 @@ class Demo(Application):
         if told.startswith(("Repeat the next message", "Translate the next message")):
             return self.say(body, re.findall(r"\s*\S+", asked), owner=owner)
         came = [
-            f"{one['name']} ({one['size']:,} bytes, {one['mime_type']})"
+            f"{one.get('name')} ({one.get('size', 0):,} bytes, {one.get('mime_type') or one.get('mimeType')})"
             for message in body.get("messages") or ()
             for one in message.get("metadata", {}).get("attachments", ())
         ]
@@ -15504,6 +16827,43 @@ class Demo(Application):
             f" With it came {', '.join(came)}." if came else ""
         )
         return self.say(body, re.findall(r"\s*\S+", answer), owner=owner)
+
+    def _drawn(self, body: Mapping[str, Any], owner: str) -> Iterator[bytes]:
+        """An answer that is a drawing: made while it is given, or after its end."""
+        if self.drawing_time is not None and body.get("history_and_training_disabled"):
+            return self.say(
+                body, ["Images", " are", " not", " drawn", " in", " temporary", " chats."], owner=owner
+            )
+        drawn = DemoFile(owner, "drawing.png", demo_image(), "multimodal", 0, "image/png")
+        scheme = "file-service" if self.drawing_time is None else "sediment"
+        place = f"{scheme}://{self.keep(drawn)}"
+        part = {"content_type": "image_asset_pointer", "asset_pointer": place, "width": 64, "height": 64}
+        content = {"content_type": "multimodal_text", "parts": [part]}
+        drawing = {"author": {"role": "tool", "name": "dalle.text2im"}, "content": content}
+        if self.drawing_time is None:
+            return self.say(body, ["Here", " it", " is."], before=[drawing], owner=owner)
+        return self._drawn_later(body, drawing, self.drawing_time, owner)
+
+    def _drawn_later(
+        self, body: Mapping[str, Any], drawing: dict[str, Any], seconds: float, owner: str
+    ) -> Iterator[bytes]:
+        """A stream that ends with the news that a drawing is under way."""
+        conversation, talk = self._talk(body, owner)
+        task = {"image_gen_task_id": new_id(), "async_task_type": "image_gen"}
+        facts = {"status": "finished_successfully", "recipient": "all", "id": new_id()}
+        content = {"content_type": "text", "parts": ["Processing image"]}
+        notice = facts | {
+            "author": {"role": "tool", "name": "image_gen"},
+            "content": content,
+            "metadata": task,
+        }
+        talk.messages.append(notice)
+        talk.drawn = (time.time() + seconds, facts | drawing | {"id": new_id(), "metadata": task})
+        self.images_left = max(0, self.images_left - 1)
+        user = dict((body.get("messages") or [{"id": new_id(), "author": {"role": "user"}}])[-1])
+        encoded = self.encoded if "v1" in (body.get("supported_encodings") or ()) else self.cumulative
+        yield from encoded(conversation, [user], notice, (), {}, {})
+        yield data_event({"type": "message_stream_complete", "conversation_id": conversation}) + DONE
 
     @staticmethod
     def _call(told: str, texts: list[tuple[str, str]]) -> str:
@@ -15536,11 +16896,7 @@ class Demo(Application):
     ) -> Iterator[bytes]:
         """The events of an answer of these words; `details` is finish_details.type, `before`
         messages that come first, `metadata` what the answer has more at its end, `owner` whose conversation it is."""
-        conversation = str(body.get("conversation_id") or uuid.uuid4())
-        now = time.time()
-        kept = not body.get("history_and_training_disabled")
-        talk = self.conversations.setdefault(conversation, DemoConversation(owner, now, kept))
-        talk.updated = now
+        conversation, talk = self._talk(body, owner)
         user = dict((body.get("messages") or [{"id": new_id(), "author": {"role": "user"}}])[-1])
         message: dict[str, Any] = {
             "id": new_id(),
@@ -15549,7 +16905,7 @@ class Demo(Application):
             "content": {"content_type": "text", "parts": [""]},
             "status": "in_progress",
             "end_turn": None,
-            "metadata": {"model_slug": body["model"], "message_type": "next"},
+            "metadata": {"model_slug": body["model"], "message_type": "next", "parent_id": user.get("id")},
             "recipient": "all",
             "channel": "final",
         }
@@ -15557,17 +16913,57 @@ class Demo(Application):
         first = [user, *({"id": new_id()} | done | dict(one) for one in before)]
         end = {"status": "finished_successfully", "end_turn": details != "max_tokens"}
         end_metadata = {"finish_details": {"type": details}, "is_complete": True} | dict(metadata or {})
-        yield from self.encoded(conversation, first, message, words, end, end_metadata)
+        encoded = self.encoded if "v1" in (body.get("supported_encodings") or ()) else self.cumulative
+        said = list[str]()
+
+        def noted() -> Iterator[str]:
+            for word in words:
+                said.append(word)
+                yield word
+
+        yield from encoded(conversation, first, message, noted() if talk.kept else words, end, end_metadata)
+        if talk.kept:
+            content = {"content_type": "text", "parts": ["".join(said)]}
+            whole = message | end | {"content": content, "metadata": message["metadata"] | end_metadata}
+            talk.messages += [*first[1:], whole]
         complete = {"type": "message_stream_complete", "conversation_id": conversation}
-        yield _data(complete) + b"data: [DONE]\n\n"
+        yield data_event(complete) + DONE
+
+    def _talk(self, body: Mapping[str, Any], owner: str) -> tuple[str, DemoConversation]:
+        """The conversation of a turn, begun if there is none, with the turn's own messages in it."""
+        conversation = str(body.get("conversation_id") or uuid.uuid4())
+        now = time.time()
+        kept = not body.get("history_and_training_disabled")
+        talk = self.conversations.setdefault(conversation, DemoConversation(owner, now, kept))
+        talk.updated = now
+        if talk.kept:
+            talk.messages += body.get("messages") or ()
+        if len(self.conversations) > self.MAX_TALKS:
+            self.conversations.pop(next(iter(self.conversations)))
+        return conversation, talk
+
+    def cumulative(
+        self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
+    ) -> Iterator[bytes]:
+        """The messages of an answer in the cumulative encoding: each event has all of a message that there is."""
+        frame = {"conversation_id": conversation, "error": None}
+        text = ""
+        for one in first:
+            yield data_event({"message": one} | frame)
+        for word in words:
+            text += word
+            message = message | {"content": {"content_type": "text", "parts": [text]}}
+            yield data_event({"message": message} | frame)
+            time.sleep(self.pace)
+        yield data_event({"message": message | end | {"metadata": message["metadata"] | metadata}} | frame)
 
     def encoded(
         self, conversation: str, first: list[Any], message: Any, words: Iterable[str], end: Any, metadata: Any
     ) -> Iterator[bytes]:
-        """The messages of an answer in the v1 encoding: the `first` ones whole, then the last word by word."""
+        """The same in the v1 encoding: the `first` messages whole, then the last word by word."""
 
         def delta(value: Any) -> bytes:
-            return b"event: delta\n" + _data(value)
+            return b"event: delta\n" + data_event(value)
 
         yield b'event: delta_encoding\ndata: "v1"\n\n'
         where = {"p": "", "o": "add"}
@@ -15651,14 +17047,28 @@ class Demo(Application):
         return json_reply({"id": request.params["id"], "name": file.name, "retrieval_index_status": status})
 
     @router.on(
-        "GET", "/{api}/files/{id}/download", "/{api}/conversation/{conversation}/attachment/{id}/download"
+        "GET",
+        "/{api}/files/{id}/download",
+        "/{api}/files/download/{id}",
+        "/{api}/conversation/{conversation}/attachment/{id}/download",
     )
     @router.on("POST", "/{api}/files/{id}/uploaded")
     def file_download(self, request: Request) -> Reply:
         """A file's short-lived URL, once its bytes are there."""
         if self._held(request, id := request.params["id"]) is None:
             return _detail(404, "File not found")
-        return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}?sig=demo"})
+        return json_reply({"status": "success", "download_url": self._place(id)})
+
+    def _place(self, id: str) -> str:
+        """Where a file's bytes are for a while."""
+        own = f"{self.url}/backend-api/estuary/content?id={id}&sig=demo"
+        return own if self.estuary else f"{self.url}/blob/{id}?sig=demo"
+
+    @router.on("GET", "/{api}/estuary/content")
+    def estuary_content(self, request: Request) -> Reply | Stream | Upgrade:
+        """A file's bytes, for its account alone."""
+        file = self._held(request, request.query.get("id"))
+        return self._bytes(file)
 
     @router.on("GET", "/{api}/conversation/{conversation}/interpreter/download")
     def sandbox_download(self, request: Request) -> Reply:
@@ -15668,12 +17078,14 @@ class Demo(Application):
             return _detail(404, "File not found")
         data = Blob(f"made by {request.query.get('message_id')}".encode())
         id = self.keep(DemoFile(self._owner(request), path.rpartition("/")[2], data, "ace_upload"))
-        return json_reply({"status": "success", "download_url": f"{self.url}/blob/{id}?sig=demo"})
+        return json_reply({"status": "success", "download_url": self._place(id)})
 
     @router.on("GET", "/blob/{id}")
     def blob(self, request: Request) -> Reply | Stream | Upgrade:
         """A file's bytes, for whoever has the URL."""
-        file = self.files.get(request.params["id"])
+        return self._bytes(self.files.get(request.params["id"]))
+
+    def _bytes(self, file: DemoFile | None) -> Reply | Stream | Upgrade:
         if file is None or file.blob is None:
             return Reply(404)
         kind = file.mime or "application/octet-stream"
@@ -15716,7 +17128,9 @@ class Demo(Application):
     @router.on("GET", "/{api}/conversations")
     def list_conversations(self, request: Request) -> Reply:
         """The caller's conversations, the one changed last first."""
-        offset, limit = (int(request.query.get(name, "")) for name in ("offset", "limit"))
+        offset, limit = (
+            int(request.query.get(name, most)) for name, most in (("offset", "0"), ("limit", "28"))
+        )
         if not 0 < limit <= 100:
             return _detail(422, [{"loc": ["query", "limit"], "msg": "ensure this value is less than 101"}])
         owner = self._owner(request)
@@ -15734,12 +17148,27 @@ class Demo(Application):
         self.conversations = {id: talk for id, talk in self.conversations.items() if talk.owner != owner}
         return json_reply({"success": True, "message": None})
 
-    @router.on("GET", "/{api}/conversation/{id}")
+    @router.on("GET", "/{api}/conversation/{id}", "/{api}/conversations/{id}")
     def one_conversation(self, request: Request) -> Reply:
-        """A conversation; of its messages the stand-in keeps none."""
+        """A conversation with its messages."""
         id = request.params["id"]
         talk = self._own(request, id)
-        return json_reply(talk.facts(id) | {"conversation_id": id, "mapping": {}, "current_node": None})
+        if not talk.kept:
+            return _detail(404, {"code": "conversation_not_found", "message": "Can't load conversation"})
+        return json_reply(talk.facts(id) | {"conversation_id": id} | talk.mapping())
+
+    @router.on("GET", "/{api}/conversation/{id}/stream_status")
+    def stream_status(self, request: Request) -> Reply:
+        """Whether an answer is under way in it: never longer than the call that asked for it."""
+        self._own(request, request.params["id"])
+        return json_reply({"status": "NOT_STREAMING"})
+
+    @router.on("POST", "/{api}/conversation/init")
+    def init_conversation(self, request: Request) -> Reply:
+        """What a new conversation would find: how many images are left for today."""
+        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1)
+        limit = {"feature_name": "image_gen", "remaining": self.images_left, "reset_after": end.isoformat()}
+        return json_reply({"type": "conversation_detail_metadata", "limits_progress": [limit]})
 
     @router.on("PATCH", "/{api}/conversation/{id}")
     def change_conversation(self, request: Request) -> Reply:
@@ -15793,14 +17222,11 @@ def _detail(status: int, detail: Any) -> Reply:
     return json_reply({"detail": detail}, status)
 
 
-def _data(value: Any) -> bytes:
-    """One server-sent event without a name."""
-    return b"data: " + compact(value).encode("utf-8", "surrogatepass") + b"\n\n"
-
-
 # ============================================================================================================
 # cli: commands and the life of the process
 # ============================================================================================================
+
+LAST_PATIENCE = 5.0  # seconds that a server that ends goes on deleting conversations
 
 
 def fail(message: str) -> NoReturn:
@@ -16016,6 +17442,7 @@ class Daemon:
         self.stop.wait()
         log(logging.INFO, "stopping", open=server.connections())
         server.drain(settings.shutdown_grace)
+        app.site.finish_erasures(LAST_PATIENCE)
         app.pool.keep_cookies()
         app.ledger.save()
         store.close()
@@ -16127,7 +17554,7 @@ def accounts_add(
 
 
 # Names under which other programs keep a token; a refresh token is worth more than the access token beside it.
-_TOKEN_NAMES = ("refresh_token", "refreshToken", "token", "access_token", "accessToken")
+_TOKEN_NAMES = ("refresh_token", "refreshToken", "sessionToken", "token", "access_token", "accessToken")
 
 
 def tokens_in(value: Any) -> Iterator[str]:
@@ -16283,7 +17710,11 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
         result = results[account.id]
         told: dict[str, Any] = {"id": row.id, "kind": row.kind, "email": row.email}
         told |= {"works": None if result is None else not result, "reason": result or ""}
-        said = "not asked" if result is None else result or "works"
+        persona, wants = account.demands
+        told |= {"persona": persona, "wants": list(wants)}
+        demands = f", as {persona}" if persona else ""
+        demands += f", which may have to show: {', '.join(wants)}" if wants else ""
+        said = "not asked" if result is None else result or f"works{demands}"
         click.echo(compact(told) if as_json else f"{row.id}  {row.kind:10}  {row.email or '-':30}  {said}")
     if any(results.values()):
         raise SystemExit(1)
