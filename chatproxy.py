@@ -5802,9 +5802,8 @@ def ask_in_prose(question: Question, ask: Callable[[Question, Sink], None], sink
 # ============================================================================================================
 
 PAGE_LIFE = 900.0  # seconds between two readings of the start page
-STREAM_SILENCE = (
-    60.0  # seconds without a byte after which the rest of an answer is asked for, where it can be
-)
+# Seconds without a byte after which the rest of an answer is asked for, where it can be.
+STREAM_SILENCE = 60.0
 BELIEVED = 3600.0  # seconds that what was found out about an upstream is believed
 MAX_TOLD_SMALLER, MAX_LABELS = 1000, 50  # pairs of models; models that are counted by name
 SENTINEL = "/sentinel/chat-requirements"
@@ -6006,7 +6005,7 @@ def paged(account: Account, body: Mapping[str, Any], page: Page) -> dict[str, An
 
 def smaller(asked: str, served: str) -> bool:
     """Whether the model that answered is a lesser one than was asked for, by their slugs: of an earlier number in the same
-    line, or marked as small or quick where the other is not."""
+    line, or of the same number and marked as one that is smaller or thinks less."""
     if asked == served or asked == "auto" or _GPT.fullmatch(asked) or not served:
         return False
     (line, number, marks), (other, lower, fewer) = map(_rank, (asked, served))
@@ -6014,16 +6013,13 @@ def smaller(asked: str, served: str) -> bool:
 
 
 def _rank(slug: str) -> tuple[str, tuple[int, ...], int]:
-    """A model's line, its number in it, and a mark: 2 for what thinks longer, 0 for what is small or quick, else 1."""
+    """A model's line, its number in it, and a mark: 2 for what thinks longer, 0 for what is small, else 1."""
     slug = slug.lower()
     match = re.match(r"([a-z]*)-?(\d{1,3})(?:[.-](\d{1,2})(?!\d))?", slug)
     number = tuple(int(one or 0) for one in match.groups()[1:]) if match else ()
     small = re.search(r"mini|nano|small|lite|free", slug)
-    return (
-        match[1] if match else slug,
-        number,
-        0 if small else 2 if re.search(r"-(pro|thinking)\b", slug) else 1,
-    )
+    mark = 0 if small else 2 if re.search(r"-(pro|thinking)\b", slug) else 1
+    return match[1] if match else slug, number, mark
 
 
 def continued(body: Mapping[str, Any], cut: Finish) -> dict[str, Any]:
@@ -6599,7 +6595,7 @@ class ChatGPT:
     def sweep_erasures(self, now: float) -> None:
         """Begins what is due; `now` is a time.monotonic()."""
         for talk, (account, failures, due) in list(self._unerased.items()):
-            if due <= now:
+            if due < now:  # of those under way it is never
                 self._unerased[talk] = (account, failures, math.inf)
                 self._erasing.submit(self._erase, talk)
 
@@ -8244,6 +8240,22 @@ class WithoutDone:
         return b"" if rest.strip() == DONE.strip() else rest
 
 
+class WholeEvents:
+    """Bytes in whole events: of one that has not ended they are held back, up to MAX_LIGHT."""
+
+    def __init__(self) -> None:
+        self._held, self._stream = b"", 0
+
+    def feed(self, data: bytes, stream: int, last: bool = False) -> tuple[bytes, int]:
+        """What can be passed on now (with `last` all of it), and how many events end in it. What is held of an earlier
+        `stream` is dropped: the next one begins with a whole event."""
+        data = self._held + data if self._stream == stream else data
+        ends = [match.end() for match in _EVENT_ENDS.finditer(data)]
+        cut = len(data) if last or len(data) > MAX_LIGHT else ends[-1] if ends else 0
+        self._held, self._stream = data[cut:], stream
+        return data[:cut], len(ends)
+
+
 class Attempts:
     """The loop over attempts, which every upstream asks in: one of those that may answer after the other, with the remedies
     that there are for a refusal, until the work is done or is not to be tried again."""
@@ -8856,29 +8868,19 @@ class Web(Turns):
             body = {**body, "model": "auto"}
         decoder = attempt.decoder = Decoder(body)
         noted: list[bytes] = []  # what is to be passed on once its conversation is remembered
-        without = WithoutDone()
-        held, follows = (
-            b"",
-            0,
-        )  # of an event that has not come whole; what follows elsewhere begins with another one
+        events, without = WholeEvents(), WithoutDone()
 
         def note(data: bytes) -> None:
-            with contextlib.suppress(
-                Refusal
-            ):  # a failure that is streamed is passed on in the upstream's own words
+            # A failure that is streamed is passed on in the upstream's own words.
+            with contextlib.suppress(Refusal):
                 decoder.feed(data)
 
         def write(data: bytes, last: bool = False) -> None:
-            nonlocal held, follows
-            held, follows = held if follows == decoder.follows else b"", decoder.follows
-            data = held + data
-            ends = [match.end() for match in _EVENT_ENDS.finditer(data)]
-            cut = len(data) if last or len(data) > MAX_LIGHT else ends[-1] if ends else 0
-            data, held = data[:cut], data[cut:]
+            data, count = events.feed(data, decoder.follows, last)
             # A hand-off is not the end that the client is to see.
             if filtering := done or (without if decoder.handed_off else None):
                 data = filtering.feed(data)
-            outlet.write(data, len(ends))
+            outlet.write(data, count)
 
         def carried(data: bytes) -> bytes | None:
             """What is not for the loop, None when it is done; once per event."""
@@ -8905,9 +8907,8 @@ class Web(Turns):
         take = functools.partial(self._share, attempt, carried, handle, outlet)
         needs = self._requirements(account, attempt)
         if needs.mobile:
-            raise Refusal(
-                "missing", "Without a sign-in the upstream has no conversations of this kind just now."
-            )
+            text = "Without a sign-in the upstream has no conversations of this kind just now."
+            raise Refusal("missing", text)
         try:
             self._heard_out(account, attempt, body, needs, take, handle)
         finally:
@@ -17689,7 +17690,7 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
 @AS_JSON
 @setting_flags("data_dir", "impersonate", "proxy_url", "chatgpt_base_url", "openai_auth_url", "auth_key")
 def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
-    """Ask the upstream whether accounts work (all, or those named by ID): one cheap call each, several at a time.
+    """Ask the upstream whether accounts work (all, or those named by ID), by the calls that a chat begins with.
 
     What it says is kept, and a running server takes it in. Exit status 1 when one does not work.
     """
