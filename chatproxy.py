@@ -5939,6 +5939,12 @@ def _mobile_facts(page: Answer) -> list[bytes]:
     return [line.encode("ascii", "replace") for line in lines[:10]]
 
 
+def text_of_parts(message: Mapping[str, Any]) -> str:
+    """The text of a message in the upstream's shape."""
+    parts = inner(message, "content").get("parts")
+    return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
+
+
 def in_one_text(said: list[tuple[str, str]]) -> str:
     """The roles and texts of messages as one text, for those who take no more."""
     if len(said) == 1:
@@ -5948,11 +5954,8 @@ def in_one_text(said: list[tuple[str, str]]) -> str:
 
 def mobile_form(body: Mapping[str, Any], needs: Requirements) -> dict[str, str]:
     """A conversation body as the form of the mobile page. "Login-free"."""
-    said = []
-    for message in dicts(body.get("messages")):
-        parts = inner(message, "content").get("parts")
-        text = "".join(one for one in parts if isinstance(one, str)) if isinstance(parts, list) else ""
-        said.append((str(inner(message, "author").get("role")), text))
+    messages = dicts(body.get("messages"))
+    said = [(str(inner(one, "author").get("role")), text_of_parts(one)) for one in messages]
     return {
         "conversationState": "",
         "prompt": in_one_text(said),
@@ -7259,7 +7262,7 @@ class Replayed:
         for message in dicts(body.get("messages")):
             self.ids.add(str(message.get("id")))
             if _at(message, ("author", "role")) == "assistant":
-                self._said.add(_text_of_parts(message))
+                self._said.add(text_of_parts(message))
             for part in dicts(_at(message, ("content", "parts"))):
                 self.pointers.add(str(part.get("asset_pointer")))
 
@@ -7269,13 +7272,7 @@ class Replayed:
             return True
         whole = self.by_text and message.get("status") == "finished_successfully"
         said = whole and self._said and _at(message, ("author", "role")) == "assistant"
-        return bool(said) and _text_of_parts(message) in self._said
-
-
-def _text_of_parts(message: Mapping[str, Any]) -> str:
-    """The text of a message of the upstream's."""
-    parts = _at(message, ("content", "parts"))
-    return "".join(part for part in parts if isinstance(part, str)) if isinstance(parts, list) else ""
+        return bool(said) and text_of_parts(message) in self._said
 
 
 class _Growing:
@@ -7388,7 +7385,7 @@ class _Growing:
         if not self.changed:
             return ""
         self.changed = False
-        text = _text_of_parts(self.raw)[self.sent :]
+        text = text_of_parts(self.raw)[self.sent :]
         self.sent += len(text)
         return text
 
@@ -7617,7 +7614,7 @@ class Decoder:
                 message.echo = True
                 message.kind = None
             message.sent, message.prose, message.shown = known.sent, known.prose, known.shown
-            message.again = max(0, known.sent - len(_text_of_parts(told))) if self._resumed else 0
+            message.again = max(0, known.sent - len(text_of_parts(told))) if self._resumed else 0
             message.thoughts, message.unended = known.thoughts, known.unended
             message.prose.message = message.raw
         elif message.kind is Text and self._reason != "content_filter":
@@ -7768,7 +7765,7 @@ def turn_of(conversation: Mapping[str, Any], sent: Collection[str]) -> list[dict
 def is_last(message: Mapping[str, Any], with_text: bool = False, settled: bool = False) -> bool:
     """Whether a message of the upstream's is the end of an answer. `with_text`: not one that says nothing; `settled`: nobody
     is at work on another one."""
-    text = _text_of_parts(message).strip()
+    text = text_of_parts(message).strip()
     answers = _at(message, ("author", "role")) == "assistant" and message.get("recipient", "all") == "all"
     if not answers or message.get("status") != "finished_successfully" or (with_text and not text):
         return False
