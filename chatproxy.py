@@ -226,6 +226,10 @@ EXISTING = Kind(
 )
 FOLDER = Kind(lambda text: str(pathlib.Path(text).expanduser().absolute()), "a folder")
 LANGUAGE = Kind(_matching(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*"), "a language tag such as en-US")
+PROGRAM = Kind(
+    _matching(r"[A-Za-z][\w.-]{0,63}/[0-9][\w.+-]{0,31}( [\x20-\x7e]{1,200})?"),
+    "a program and its version, such as codex_cli_rs/0.146.0; the rest of a user agent may follow",
+)
 BROWSER = Kind(
     lambda text: browsers.BrowserType(browsers.resolve_latest_browser_type(text)).value,
     "a browser that curl_cffi knows, such as chrome, safari or firefox",
@@ -340,9 +344,19 @@ class Settings:
         "false", BOOLEAN, "whether URLs that clients name may lead to private addresses"
     )
     upstream_order: tuple[str, ...] = setting(
-        "pool",
-        _some_of("pool", "agents"),
-        "who answers chats; the next one is asked when the one before has nobody to answer",
+        "codex,pool",
+        _some_of("codex", "pool", "agents"),
+        "who answers: `codex` is the Codex backend, which takes accounts of a browser sign-in, `pool` the site's own API; the "
+        "next one is asked when the one before has nobody to answer",
+    )
+    codex_client: str = setting(
+        "codex_cli_rs/0.146.0", PROGRAM, "identity towards the Codex backend: originator and version"
+    )
+    codex_balance: str = setting(
+        "spread",
+        _one_of("spread", "drain"),
+        "which account the Codex backend is asked with: `spread` over all, those first whose allowance would be lost soonest, "
+        "or `drain` one after another",
     )
     agent_key: str | None = setting(
         "", KEY, "key that agents register with; when unset, the admin key", secret=True
@@ -474,6 +488,7 @@ CAUSES = {
     "method_not_allowed": (405, "known route, other method; `Allow` names those it has"),
     "request_timeout": (408, "client too slow to send its request"),
     "request_too_large": (413, "body over MAX_BODY_MB, or a prompt too long for the upstream"),
+    "context_length_exceeded": (400, "a prompt too long for the model, as the Codex backend says it"),
     "uri_too_long": (414, "URL over its limit"),
     "origin_refused": (
         403,
@@ -532,11 +547,19 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.headers = dict(headers or {})
+        self.words = (
+            ""  # the upstream's own about it: for the client alone, since they may repeat what that has sent
+        )
         self.shape = "openai"  # a key of SHAPES: the API that was called
 
     @property
     def status(self) -> int:
         return CAUSES[self.code][0]
+
+    @property
+    def text(self) -> str:
+        """What the client is told."""
+        return self.message + self.words
 
     def body(self) -> dict[str, Any]:
         """What is told, in its shape."""
@@ -546,13 +569,13 @@ class ApiError(Exception):
 def _openai_error(error: ApiError) -> dict[str, Any]:
     kind = "" if error.code in _OURS else KINDS.get(error.status, "")
     kind = kind or "invalid_request_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": error.text, "type": kind, "param": error.param, "code": error.code}}
 
 
 def _anthropic_error(error: ApiError) -> dict[str, Any]:
     usual = "invalid_request_error" if error.status < 500 else "api_error"
     kind = ANTHROPIC_KINDS.get(error.status, usual)
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    return {"type": "error", "error": {"type": kind, "message": error.text}}
 
 
 # The `type` of an error of Anthropic's by its status, where that is not invalid_request_error or api_error.
@@ -564,7 +587,7 @@ ANTHROPIC_KINDS |= {504: "timeout_error"}
 SHAPES: Mapping[str, Callable[[ApiError], dict[str, Any]]] = {
     "openai": _openai_error,
     "anthropic": _anthropic_error,
-    "plain": lambda error: {"error": error.message},
+    "plain": lambda error: {"error": error.text},
 }
 
 
@@ -600,7 +623,10 @@ class Refusal(ApiError):
         "unreachable": "upstream_error",  # no connection
         "silent": "upstream_timeout",
         "missing": "upstream_error",  # 404 or 405 of a call
-        "unlisted": "model_not_found",  # by CHECK_MODEL
+        "unlisted": "model_not_found",  # by CHECK_MODEL, or for this account
+        "excluded": "no_account",  # the account's plan is without it
+        "unsupported": "invalid_request_error",  # a part of the request that can be left out
+        "unreadable": "invalid_request_error",  # earlier reasoning that is not the account's
         "forgotten": "not_found",  # a file that it once had
         "rejected": "invalid_request_error",
         "dead": "invalid_api_key",
@@ -697,6 +723,7 @@ class Metrics:
         "chatproxy_first_byte_seconds": "Time from a request to the first byte of its answer, by route.",
         "chatproxy_upstream_responses_total": "Answers of the upstream, by call and status (0: none came).",
         "chatproxy_accounts": "Accounts in the pool, by state.",
+        "chatproxy_codex_used_percent": "Use of the windows of an account's Codex allowance.",
         "chatproxy_agents": "Agents connected.",
         "chatproxy_loop_seconds": "The longest that the loop was busy at a time, in the last minute.",
         "chatproxy_proof_seconds": "Time to solve a proof of work.",
@@ -826,6 +853,24 @@ class _Crew(Watch):
     def check(self) -> None:
         if self.over:
             raise ClientGone
+
+
+class Until(Watch):
+    """Who waits no longer than some seconds in all: then the operation ends, as after a silence."""
+
+    def __init__(self, watch: Watch, seconds: float) -> None:
+        super().__init__()
+        self._watch = watch
+        self._end = time.monotonic() + seconds
+
+    def check(self) -> None:
+        self._watch.check()
+        if time.monotonic() > self._end:
+            raise Refusal("silent", "The upstream took too long; try again.")
+
+    def look_after(self) -> float:
+        self.check()
+        return min(self.LOOK, self._watch.look_after())
 
 
 def side_by_side(jobs: Sequence[Callable[[Watch], T]], watch: Watch, most: int = 1000) -> list[T]:
@@ -1084,7 +1129,9 @@ class Scope(NamedTuple):
 @dataclass(frozen=True)
 class AccountRow:
     """An account as it is kept. `secret` is the token it was added with (or the newest refresh token), `access_token`
-    the current one; times are Unix seconds. `guest` accounts belong to a caller who brings the token, not to the pool."""
+    the current one; times are Unix seconds. `guest` accounts belong to a caller who brings the token, not to the pool.
+    `codex` and `web` are whether the Codex backend and the site's own API take its token: yes, no, or "" where that is not
+    known; `allowance` is what it may use of the former (see `Allowance`), as JSON."""
 
     id: str
     kind: str
@@ -1102,6 +1149,9 @@ class AccountRow:
     reason: str = ""
     guest: int = 0
     added: float = 0.0
+    codex: str = ""
+    web: str = ""
+    allowance: str = ""
 
 
 class File(NamedTuple):
@@ -1196,6 +1246,15 @@ MIGRATIONS = (
     UPDATE responses SET size = LENGTH(response) + LENGTH(items);
     CREATE INDEX responses_by_owner ON responses (owner, made, size);
     CREATE TABLE room (data BLOB NOT NULL);
+    """,
+    """
+    ALTER TABLE accounts ADD COLUMN codex TEXT NOT NULL DEFAULT '';
+    ALTER TABLE accounts ADD COLUMN web TEXT NOT NULL DEFAULT '';
+    ALTER TABLE accounts ADD COLUMN allowance TEXT NOT NULL DEFAULT '';
+    CREATE TABLE items (
+        id TEXT NOT NULL, response TEXT NOT NULL REFERENCES responses(id) ON DELETE CASCADE,
+        PRIMARY KEY (id, response)) WITHOUT ROWID;
+    CREATE INDEX items_by_response ON items (response);
     """,
 )
 TABLES = set(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS)))
@@ -1500,13 +1559,24 @@ class Store:
         rows = self._rows(query, id, now - RESPONSE_LIFE)
         return (rows[0][1], rows[0][2]) if rows and scope.covers(rows[0][0]) else None
 
-    def put_response(self, id: str, owner: str, response: str, items: str, now: float) -> None:
-        """Keeps a response; the oldest of its owner's go when they are too many together."""
+    def responses_with(self, item: str) -> list[str]:
+        """The ids of the responses that have an item under an id of the upstream's, the newest first."""
+        query = (
+            "SELECT responses.id FROM items JOIN responses ON responses.id=items.response WHERE items.id=?"
+        )
+        return [row[0] for row in self._rows(f"{query} ORDER BY made DESC LIMIT 10", item)]
+
+    def put_response(
+        self, id: str, owner: str, response: str, items: str, now: float, named: Iterable[str] = ()
+    ) -> None:
+        """Keeps a response; the oldest of its owner's go when they are too many together. `named` are its items' ids where
+        those are the upstream's."""
         with self.writing() as db:
             size = len(response) + len(items)
             db.execute(
                 "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", (id, owner, response, items, now, size)
             )
+            db.executemany("INSERT OR IGNORE INTO items VALUES (?, ?)", [(item, id) for item in named])
             self._shorten("owner=?", (owner,), MAX_RESPONSES_OF_ONE)
 
     def _shorten(self, where: str, values: tuple[str, ...], most: int) -> None:
@@ -3315,6 +3385,7 @@ _SESSION_PART = re.compile(
 DISABLED = "disabled"  # the state of an account that the administrator has taken out
 # Seconds; a 429 that names no time doubles its account's wait each time.
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
+MAX_WAIT = 40 * 86400.0  # whatever is named
 _WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 RENEWAL_AHEAD, RENEWAL_SPREAD = 600.0, 300.0  # seconds
 # What a new access token changes.
@@ -3373,7 +3444,11 @@ def recognise(line: str) -> AccountRow:
     said = Answer(200, {}, line.encode("utf-8", "replace")).object() if line[:1] == "{" else None
     if said is not None:  # what /api/auth/session shows, whole, or what was exported
         token = said.get("sessionToken") or said.get("accessToken") or said.get("token")
-        return replace(recognise(f"{token},{said.get('account_id') or ''}"), **_identity(said))
+        row = replace(recognise(f"{token},{said.get('account_id') or ''}"), **_identity(said))
+        if row.kind == REFRESH and isinstance(beside := said.get("access_token"), str):
+            with contextlib.suppress(ValueError):  # else it is exchanged for one that is good
+                row = with_access_token(row, beside)
+        return row
     if SESSION_COOKIE in line:
         line, cookies = _of_cookies(line)
         return replace(
@@ -3457,6 +3532,8 @@ def _identity(said: Mapping[str, Any]) -> dict[str, Any]:
         found["cookies"] = json.dumps({name: str(value) for name, value in cookies.items()})
     if said.get("disabled") is True:
         found["state"] = DISABLED
+    if said.get("codex") is True:
+        found["codex"] = "yes"
     return found
 
 
@@ -3466,6 +3543,18 @@ def owner_of(row: AccountRow) -> tuple[str, str] | None:
         user = (claims(row.access_token).get("https://api.openai.com/auth") or {}).get("user_id")
         return (str(user), row.workspace) if user else None
     return None
+
+
+# The clients that tokens are given to: of the Codex CLI, and of the app for iOS.
+BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
+REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
+
+
+def client_of(token: str) -> str:
+    """The client that an access token was given to, as it says; "" when it does not."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return str(claims(token).get("client_id") or "")
+    return ""
 
 
 def guest_id(row: AccountRow) -> str:
@@ -3509,6 +3598,82 @@ def _cookies_of(row: AccountRow) -> dict[str, str]:
     return {name: value for name, value in (kept or {}).items() if isinstance(value, str)}
 
 
+class Catalog(NamedTuple):
+    """The models that an account has at the Codex backend, best first, each as that tells it ({"slug", "context_window",
+    "supported_reasoning_levels", …}); when they were read (Unix seconds, 0 for never), and the list's ETag."""
+
+    read: float = 0.0
+    etag: str = ""
+    models: tuple[Mapping[str, Any], ...] = ()
+
+    def find(self, slug: str) -> Mapping[str, Any] | None:
+        return next((one for one in self.models if one["slug"] == slug), None)
+
+
+# The name of the Codex backend, and what the limits of all its models are counted under.
+CODEX = "codex"
+
+
+class Window(NamedTuple):
+    """One of the times that a plan's use of the Codex backend is counted over: how much of it is used (percent), how long it
+    is (seconds), and when it is counted anew (Unix seconds)."""
+
+    used: float
+    seconds: int
+    reset: float
+
+    @property
+    def name(self) -> str:
+        """Its length for people: a number of hours or days, or a week."""
+        hours = round(self.seconds / 3600)
+        return "week" if hours == 168 else f"{hours // 24} d" if hours % 24 == 0 and hours else f"{hours} h"
+
+    def left(self, now: float) -> float:
+        """The percentage that is left of it."""
+        return 100.0 if self.reset <= now else max(0.0, 100.0 - self.used)
+
+    def urgency(self, now: float) -> float:
+        """How much of it is lost by the hour if nothing of it is used (percent)."""
+        rest = self.reset - now if self.reset > now else self.seconds
+        return self.left(now) / max(rest, 60.0) * 3600
+
+
+class Allowance(NamedTuple):
+    """What an account's plan lets it use of the Codex backend, as that said at `read` (Unix seconds); `credits` are those
+    that are bought beside the plan, as text: a number, "unlimited", or "" for none."""
+
+    read: float
+    windows: tuple[Window, ...] = ()
+    credits: str = ""
+
+    def as_json(self) -> str:
+        return compact([self.read, [list(window) for window in self.windows], self.credits])
+
+    @classmethod
+    def of_json(cls, text: str) -> Allowance | None:
+        """The allowance that was kept; None for none."""
+        with contextlib.suppress(ValueError, TypeError):
+            read, windows, credits = json.loads(text)
+            kept = tuple(Window(float(one[0]), int(one[1]), float(one[2])) for one in windows)
+            return cls(float(read), kept, str(credits))
+        return None
+
+    def told(self, now: float) -> str:
+        """The same for people: how much of each window is used, and when it is counted anew (local time)."""
+        texts = []
+        for one in self.windows:
+            used = f"{one.name} {100 - one.left(now):.0f} %"
+            texts.append(f"{used} until {clock(one.reset, now)}" if one.reset > now else used)
+        texts += [f"credits {self.credits}"] if self.credits else []
+        return ", ".join(texts)
+
+
+def clock(moment: float, now: float) -> str:
+    """A time for people, with the day unless that is near (local time)."""
+    form = "%H:%M" if moment - now < 86400 else "%d %b %H:%M"
+    return time.strftime(form, time.localtime(min(max(moment, 0.0), LAST_MOMENT)))
+
+
 class DrawingsLeft(NamedTuple):
     """How many images the site lets an account make, when it said so and when it counts anew (Unix seconds), and whether
     some have been made since."""
@@ -3543,7 +3708,10 @@ class Account:
         self.models: tuple[float, tuple[str, ...]] = (0.0, ())  # when read (Unix seconds), slugs
         self.drawings: DrawingsLeft | None = None
         self.demands: tuple[str, tuple[str, ...]] = ("", ())  # `persona` and `wants` of its last requirements
-        self._owner: tuple[str, tuple[str, str] | None] = ("", None)  # of an access token
+        self._said: tuple[str, tuple[str, str] | None, str] = ("", None, "")  # by an access token
+        self.allowance = Allowance.of_json(row.allowance)
+        self.catalog = Catalog()  # the models that it has at the Codex backend
+        self.codex_cookies: dict[str, str] = {}  # of that, which are for another program than a browser
         self.unreached = 0  # how many calls in a row did not get through its proxy
         self.answered = False
         self.used = 0.0
@@ -3563,11 +3731,44 @@ class Account:
     def renewable(self) -> bool:
         return self.row.kind in (REFRESH, SESSION)
 
+    def _told_by_token(self) -> tuple[str, tuple[str, str] | None, str]:
+        """Its access token, `owner_of` that, and the client that it was given to."""
+        if self._said[0] != self.row.access_token:
+            self._said = (self.row.access_token, owner_of(self.row), client_of(self.row.access_token))
+        return self._said
+
     def owner(self) -> tuple[str, str] | None:
         """`owner_of` its access token."""
-        if self._owner[0] != self.row.access_token:
-            self._owner = (self.row.access_token, owner_of(self.row))
-        return self._owner[1]
+        return self._told_by_token()[1]
+
+    def speaks_codex(self) -> bool:
+        """Whether the Codex backend takes its token, as far as is known: that of a browser or device sign-in. The token says
+        whose client it was given to; one that does not is judged by how it is renewed."""
+        row = self.row
+        if row.codex or row.kind in (LOGIN_FREE, SESSION):
+            return row.codex == "yes"
+        client = self._told_by_token()[2]
+        return client == BROWSER_CLIENT if client else row.kind == REFRESH and row.secret.startswith("rt_")
+
+    def is_of_codex(self) -> bool:
+        """Whether its token is surely one that was given to the Codex CLI's sign-in."""
+        return self.row.codex == "yes" or (
+            self.row.codex == "" and self._told_by_token()[2] == BROWSER_CLIENT
+        )
+
+    def speaks_web(self) -> bool:
+        """Whether the site's own API may take its token."""
+        return self.row.web != "no"
+
+    def doubtful(self) -> bool:
+        """Whether it is not known that the site's own API takes its token, although it was given to another program."""
+        return self.row.web == "" and self.is_of_codex()
+
+    def paths(self) -> str:
+        """The upstreams that take its token, for people."""
+        if not self.speaks_codex():
+            return "web"
+        return "codex + web" if self.row.web == "yes" else CODEX
 
     def token_valid(self, now: float) -> bool:
         """Whether it can ask as it is; an access token without expiry counts until the upstream refuses it."""
@@ -3589,8 +3790,7 @@ class Account:
         if state == "waiting":
             waits = {model: wait.until for model, wait in self.waits.items() if wait.until > now}
             end = max(waits.values())
-            shown = time.strftime("%H:%M" if end - now < 86400 else "%d %b %H:%M", time.localtime(end))
-            return f"waiting until {shown} ({', '.join(sorted(waits))})"
+            return f"waiting until {clock(end, now)} ({', '.join(sorted(waits))})"
         reason = self.row.reason or ("its access token has expired" if state == "expired" else "")
         return f"{state}: {reason}" if reason and state != DISABLED else state
 
@@ -3704,8 +3904,9 @@ class Pool:
         self._changes_lock = threading.RLock()
         self._accounts_lock = threading.Lock()
         self._accounts: dict[str, Account] = {}
-        self._turn_order: list[Account] = []  # those not set aside
+        self._turn_order: list[Account] = []  # those not set aside that the site's own API may take
         self._signed_in: list[Account] = []  # those of them with a token
+        self._codex: list[Account] = []  # those not set aside that the Codex backend takes
         self._by_secret: dict[str, Account] = {}  # those that renew themselves, by their current token
         self._cursor = 0
         self._guests: OrderedDict[str, Account] = OrderedDict()
@@ -3720,7 +3921,7 @@ class Pool:
         with self._changes_lock:
             waits: dict[str, dict[str, Wait]] = {}
             for owner, model, until, strikes in self.store.waits():
-                waits.setdefault(owner, {})[model] = Wait(until, strikes)
+                waits.setdefault(owner, {})[model] = Wait(min(until, time.time() + MAX_WAIT), strikes)
             rows = self.store.accounts()
             load = Counter(row.proxy for row in rows)
             accounts = {}
@@ -3732,6 +3933,9 @@ class Pool:
                 if account:
                     if row.cookies != account.row.cookies:  # some came with a token that was added anew
                         account.cookies = account.cookies | _cookies_of(row)
+                    told = Allowance.of_json(row.allowance)
+                    if told and (account.allowance is None or account.allowance.read < told.read):
+                        account.allowance = told
                     account.row = row
                 elif not row.guest:
                     account = self._configured(row, load)
@@ -3761,7 +3965,9 @@ class Pool:
 
     def _order(self) -> None:
         with self._accounts_lock:
-            self._turn_order = [one for one in self._accounts.values() if one.row.state == "ready"]
+            ready = [one for one in self._accounts.values() if one.row.state == "ready"]
+            self._turn_order = [one for one in ready if one.speaks_web()]
+            self._codex = [one for one in ready if one.speaks_codex()]
             self._signed_in = [one for one in self._turn_order if one.row.kind != LOGIN_FREE]
             self._by_secret = {one.row.secret: one for one in self._accounts.values() if one.renewable}
 
@@ -3830,11 +4036,12 @@ class Pool:
             return replace(row, **fresh, added=time.time())
         cookies = json.dumps(_cookies_of(old) | _cookies_of(row))
         usable = old.state in ("ready", DISABLED)
+        codex = row.codex or old.codex
         if usable and (old.kind in (REFRESH, SESSION) or (old.kind == ACCESS and old.expires > row.expires)):
-            return replace(old, guest=0, cookies=cookies)
+            return replace(old, guest=0, cookies=cookies, codex=codex)
         names = ("id", "device", "browser", "proxy", "added")
         kept: dict[str, Any] = {name: getattr(old, name) for name in names} | {"cookies": cookies}
-        row = replace(row, **kept)
+        row = replace(row, **kept, codex=codex)
         row = replace(row, email=row.email or old.email, plan=row.plan or old.plan)
         return replace(row, state=DISABLED) if old.state == DISABLED else row
 
@@ -3971,7 +4178,8 @@ class Pool:
         """The account for the next attempt; ApiError rate_limit_exceeded, no_account or login_required when there is none.
 
         `holder` is the id of the one account that will do, `signed_in` leaves out login-free ones. Accounts already
-        tried, or waiting for what is wanted `besides` the model, come only when there are no others.
+        tried, waiting for what is wanted `besides` the model, or of which it is doubtful whether the site takes them, come
+        only when there are no others.
         """
         now = time.time()
         tried = list(tried)
@@ -3979,7 +4187,7 @@ class Pool:
             order = self._signed_in if signed_in else self._turn_order
             if holder is not None:
                 one = self._accounts.get(holder)
-                order = [one] if one and one.row.state == "ready" else []
+                order = [one] if one and one.row.state == "ready" and one.speaks_web() else []
             elif not order and self._turn_order:
                 raise login_required()
             usable = None
@@ -3996,14 +4204,45 @@ class Pool:
                 account = order[(first + step * stride) % size]
                 if self._usable(account, model, now):
                     able = account.token_valid(now) or account.retry_renewal[0] <= now
-                    if able and account not in tried and not account.wait_for(besides, now):
+                    sure = not account.wait_for(besides, now) and not account.doubtful()
+                    if able and account not in tried and sure:
                         self._cursor = (first + step + 1) % size
                         account.used = now
                         return account
                     usable = usable or account
             if usable is None:
-                raise self._none(order, model, now, holder is not None)
+                raise self._none(order, (model,), now, holder is not None)
             return usable
+
+    def lease_codex(
+        self, model: str, fit: list[Account], tried: Collection[Account], rank: Callable[[Account], Any]
+    ) -> Account:
+        """The account for the next attempt at the Codex backend: of those that fit, and that wait neither for this model nor
+        for all, the one of the lowest rank; those tried come after the others. ApiError as `lease` has it."""
+        now = time.time()
+        waits = (CODEX, f"{CODEX} {model}")
+        with self._accounts_lock:
+            usable = [one for one in fit if all(self._usable(one, wait, now) for wait in waits)]
+            if not usable:
+                raise self._none(fit, waits, now, False)
+
+            def place(account: Account) -> tuple[bool, bool, Any]:
+                late = not account.token_valid(now) and account.retry_renewal[0] > now
+                return account in tried, late, rank(account)
+
+            account = min(usable, key=place)
+            account.used = now
+            return account
+
+    def codex_accounts(self) -> list[Account]:
+        """Those that the Codex backend takes, ready ones alone."""
+        with self._accounts_lock:
+            return list(self._codex)
+
+    def has_sure(self) -> bool:
+        """Whether there is an account of which it is not doubtful whether the site takes it."""
+        with self._accounts_lock:
+            return any(not account.doubtful() for account in self._turn_order)
 
     def has_signed_in(self) -> bool:
         """Whether any account other than login-free ones can answer, be it after a wait."""
@@ -4035,15 +4274,20 @@ class Pool:
             return ApiError("invalid_api_key", "This account is disabled on this server.")
         return ApiError("invalid_api_key", "Your token has expired or was revoked; send a new one.")
 
-    def _none(self, order: list[Account], model: str, now: float, held: bool) -> ApiError:
-        """Why none of these accounts can answer; the lock is held."""
-        waits = [wait for account in order if (wait := account.wait_for(model, now))]
+    def _none(self, order: list[Account], names: Iterable[str], now: float, held: bool) -> ApiError:
+        """Why none of these accounts can answer, which may wait for any of these; the lock is held."""
+        longest = [max(account.wait_for(name, now) for name in names) for account in order]
+        waits = [wait for wait in longest if wait]
         if waits and self.settings.enable_limit:
             return self._limited(min(waits))
         if held:
             text = "The account that holds this conversation or file can no longer answer; start a new conversation, or upload the file again."
             return ApiError("no_account", text, headers={"Retry-After": "30"})
         found = "has no accounts" if not self._accounts else "has only expired, dead or disabled accounts"
+        if self._codex and not order:
+            found = (
+                "has no account but those that the Codex backend alone takes, which has no such call or model"
+            )
         text = f"The pool {found}; add one with `chatproxy.py accounts add`, and see `chatproxy.py accounts list`."
         return ApiError("no_account", text, headers={"Retry-After": "30"})
 
@@ -4066,6 +4310,7 @@ class Pool:
             old = account.waits.get(model, Wait(0.0, 0))
             strikes = old.strikes if old.until > now else old.strikes + 1
             pause = min(FIRST_WAIT * 2 ** min(strikes - 1, 10), LONGEST_WAIT) if seconds is None else seconds
+            pause = min(pause, MAX_WAIT)
             wait = Wait(max(now + pause, old.until), strikes)
             recent = {name: one for name, one in account.waits.items() if one.until > now - 86400}
             account.waits = recent | {model: wait}
@@ -4074,8 +4319,12 @@ class Pool:
         return wait.until - now
 
     def answered(self, account: Account, model: str) -> None:
-        """An answer came: strikes for the model are forgotten, but not a wait that another request was told."""
+        """An answer of the site's own API came."""
         account.answered = True
+        self.waited_out(account, model)
+
+    def waited_out(self, account: Account, model: str) -> None:
+        """Strikes for a model are forgotten, but not a wait that another request was told."""
         account.used = time.time()
         if (wait := account.waits.get(model)) and wait.until <= account.used:
             with self._changes_lock:
@@ -4088,6 +4337,27 @@ class Pool:
         with self._changes_lock:
             self.store.update_account(account.id, **columns)
             account.row = replace(account.row, **columns)
+
+    def learned(self, account: Account, **paths: str) -> None:
+        """Remembers whether `codex` or `web` takes an account's token: yes or no; `reason` is shown of it."""
+        if all(getattr(account.row, name) == said for name, said in paths.items()):
+            return
+        told = [name for name, said in paths.items() if said == "no"]
+        with self._changes_lock:
+            try:
+                if not account.row.guest:
+                    self.store.update_account(account.id, **paths)
+            except StoreUnavailable:  # it is found out again after the next start
+                pass
+            account.row = replace(account.row, **cast("dict[str, Any]", paths))
+            self._order()
+        if told:
+            log(
+                logging.INFO,
+                "an upstream does not take an account",
+                account=account.name,
+                upstream=told[0],
+            )
 
     def set_aside(self, account: Account, state: str, reason: str, token: str) -> bool:
         """Takes an account out for good, as `expired` or `dead`, until it gets a new token; False if it just got one.
@@ -4137,6 +4407,8 @@ class Pool:
                 self._change(account, secret=secret)
             row = with_access_token(account.row, token)
             first = not account.row.access_token
+            if row.plan != account.row.plan:  # another one may let it use what the old one did not
+                self._change(account, codex="", web="")
             if row.state != DISABLED:
                 row = replace(row, state="ready", reason="")
             self._change(account, **{name: getattr(row, name) for name in _TOKEN_COLUMNS})
@@ -4194,15 +4466,23 @@ class Pool:
             self.reload()
         return removed
 
-    def keep_cookies(self) -> None:
-        """Stores the cookies that changed since the last time."""
+    def keep_told(self) -> None:
+        """Stores the cookies and allowances that changed since the last time."""
         with self._changes_lock:
-            texts = {account: json.dumps(account.cookies) for account in self.accounts()}
-            changed = {account: text for account, text in texts.items() if text != account.row.cookies}
-            if changed:
-                self.store.update_accounts("cookies", {account.id: text for account, text in changed.items()})
-            for account, text in changed.items():
-                account.row = replace(account.row, cookies=text)
+            accounts = self.accounts()
+            self._keep("cookies", {account: json.dumps(account.cookies) for account in accounts})
+            self._keep(
+                "allowance",
+                {account: account.allowance.as_json() for account in accounts if account.allowance},
+            )
+
+    def _keep(self, column: str, texts: Mapping[Account, str]) -> None:
+        """Stores a column of accounts where it changed."""
+        changed = {account: text for account, text in texts.items() if text != getattr(account.row, column)}
+        if changed:
+            self.store.update_accounts(column, {account.id: text for account, text in changed.items()})
+        for account, text in changed.items():
+            account.row = replace(account.row, **cast("dict[str, Any]", {column: text}))
 
 
 # ============================================================================================================
@@ -4210,9 +4490,7 @@ class Pool:
 # ============================================================================================================
 
 
-REFRESH_CLIENT = "pdlLIX2Y72MIl2rhLhTE9VV9bN905kBh"
 REFRESH_REDIRECT = "com.openai.chat://auth0.openai.com/ios/com.openai.chat/callback"
-BROWSER_CLIENT = "app_EMoamEEZ73f0CkXaXp7hrann"
 # What the token endpoint says of a refresh token that is no good any more, whatever its status.
 DEAD_SIGN_INS = (
     "invalid_grant", "access_denied", "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated",
@@ -4323,15 +4601,16 @@ class Connections:
 
     def call(
         self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, watch: Watch,
-        silence: float | None = None, place: str = "",
+        silence: float | None = None, place: str = "", plain: bool = False,
     ) -> Call:  # fmt: skip
-        """A call on a connection of the account's own; a guest's is kept once the upstream has accepted its token."""
+        """A call on a connection of the account's own; a guest's is kept once the upstream has accepted its token. `plain`:
+        as a program that is no browser makes it."""
         guest = account.row.guest
         handles = self.guest_handles if guest else self.handles
         kept = not guest or self.pool.find(account.id) is account
         call = handles.call(
             account.id,
-            account.egress,
+            account.egress._replace(browser="") if plain else account.egress,
             method,
             url,
             headers,
@@ -4346,19 +4625,19 @@ class Connections:
 
     def answer(
         self, name: str, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None,
-        watch: Watch, silence: float | None = None, once: bool = False, place: str = "",
+        watch: Watch, silence: float | None = None, once: bool = False, place: str = "", plain: bool = False,
     ) -> Answer:  # fmt: skip
-        """The whole answer of a call; counted under `name`, its cookies kept if it is the site's. `once`: it must not be
-        made twice."""
+        """The whole answer of a call; counted under `name`, its cookies kept if it is the site's and a browser's. `once`: it
+        must not be made twice; `plain`: see `call`."""
         try:
-            with self.call(account, method, url, headers, body, watch, silence, place) as call:
+            with self.call(account, method, url, headers, body, watch, silence, place, plain) as call:
                 if once:
                     call.handle.sent_once()
                 answer = call.whole()
         except Refusal:
             self.heard(name, account, 0, {})
             raise
-        own = url.startswith(f"{account.gateway}/")
+        own = url.startswith(f"{account.gateway}/") and not plain
         self.heard(name, account, answer.status, answer.headers if own else {})
         return answer
 
@@ -4492,8 +4771,10 @@ class Renewals:
             if error == "unsupported_country_region_territory":
                 text = "The token endpoint refuses the country that it is asked from; give the account a proxy elsewhere."
                 raise Refusal("blocked", text)
-            if error in DEAD_SIGN_INS:
+            if error in DEAD_SIGN_INS or (answer.status == 401 and secret.startswith("rt_")):
                 dead = dead or str(error)
+                if dead.startswith("refresh_token_"):  # it is this client's, and no good to another
+                    break
             elif not dead or answer.status >= 500:
                 raise Refusal("broken", f"The token endpoint answered with status {answer.status}.")
         raise Refusal("dead", dead)
@@ -4770,6 +5051,13 @@ class FunctionCall(NamedTuple):
     namespace: str = ""
 
 
+def input_of(call: FunctionCall) -> str:
+    """The input of a custom function's call."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(call.arguments)["input"])
+    return call.arguments
+
+
 @dataclass(frozen=True)
 class ToolResult:
     """The result of a call: the call's id, the function's full name ("" when it is not known), the content, and the kind
@@ -4830,6 +5118,7 @@ class Function(NamedTuple):
     kind: str = FUNCTION
     namespace: str = ""
     grammar: Grammar | None = None
+    strict: bool = False  # whether calls must fit the parameters, where the upstream sees to that
 
 
 def full_name(name: str, namespace: str) -> str:
@@ -4946,12 +5235,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class Shape:
-    """The JSON that an answer is to be: any object, or what fits a schema."""
+    """The JSON that an answer is to be: any object, or what fits a schema, which has a name."""
 
     schema: Mapping[str, Any] | None
+    name: str = "answer"
+    strict: bool = False
 
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # how hard a model may think
+# How hard a model may think, from the least on.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 # Tools of the upstream's own that a question may offer, by OpenAI's names for them.
 WEB_SEARCH, DRAWING, PYTHON = "web_search", "image_generation", "code_interpreter"
 
@@ -4960,7 +5252,11 @@ WEB_SEARCH, DRAWING, PYTHON = "web_search", "image_generation", "code_interprete
 class Question:
     """A question, in no client's and no upstream's shape: the messages, the model by the client's name for it, a
     conversation to go on with, how hard to think (`effort`, in OpenAI's words), the upstream's own tools that may be used
-    (`hosted`) and the one that must be (`forced`), the client's functions, and the shape that the answer is to have."""
+    (`hosted`) and the one that must be (`forced`), the client's functions, and the shape that the answer is to have.
+
+    `native` is the same as a request of OpenAI's Responses API, where it was one: an upstream that speaks it is asked that,
+    and answers in its own words (see `Verbatim`). `options` are for such an upstream too: verbosity, service_tier,
+    prompt_cache_key, and what a drawing is to be like."""
 
     messages: tuple[Message, ...]
     model: str
@@ -4971,6 +5267,8 @@ class Question:
     forced: str = ""
     offer: Offer | None = None
     shape: Shape | None = None
+    native: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def attachments(self) -> list[Attachment]:
@@ -4994,6 +5292,12 @@ class Reasoning(NamedTuple):
     text: str
 
 
+class Encrypted(NamedTuple):
+    """What the model thought just now, in a form that only the upstream can read: to be sent back with the next question."""
+
+    content: str
+
+
 class ToolUse(NamedTuple):
     """The input or the output of one of the model's own tools, whole; `language` is "" for output."""
 
@@ -5007,6 +5311,35 @@ class Image(NamedTuple):
     url: str
 
 
+class CallPart(NamedTuple):
+    """A piece of the arguments of a function's call that is being made; the call itself comes when it is whole. The first
+    piece of a call, which may be empty, has its id and name."""
+
+    arguments: str
+    id: str = ""
+    name: str = ""
+    namespace: str = ""
+
+
+class Usage(NamedTuple):
+    """What an answer took, in tokens, as the upstream counts them: of the question those that it had `cached` too, of the
+    answer those of its reasoning too."""
+
+    prompt: int
+    cached: int
+    answer: int
+    reasoning: int
+
+
+class Verbatim(NamedTuple):
+    """Events of OpenAI's Responses API in the words of an upstream that speaks it: one as an object, or as bytes some that
+    nobody needs to look into, which add a piece of text to an item."""
+
+    event: dict[str, Any] | None
+    data: bytes = b""
+    events: int = 1
+
+
 class Finish(NamedTuple):
     """The end: `reason` is stop, length, content_filter or tool_calls; the ids are those to go on from."""
 
@@ -5015,7 +5348,38 @@ class Finish(NamedTuple):
     message: str = ""
 
 
-Event = Begin | Text | Reasoning | ToolUse | Image | FunctionCall | Finish
+Light = Text | Reasoning  # what answers are mostly made of
+Event = Light | Begin | Encrypted | ToolUse | Image | FunctionCall | CallPart | Usage | Verbatim | Finish
+
+
+class InlineFile(str):
+    """A file in a large body: the text ends before the base64, `blob` has the bytes."""
+
+    blob: Blob
+
+
+def changed(value: Any, change: Callable[[str], Any]) -> Any:
+    """Parsed JSON with its strings changed."""
+    if isinstance(value, dict):
+        return {str(change(name)): changed(one, change) for name, one in value.items()}
+    if isinstance(value, list):
+        return [changed(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def as_sent(text: str) -> str:
+    """A string that was taken for a file and is none."""
+    if not isinstance(text, InlineFile):
+        return text
+    return text + base64.b64encode(text.blob.read()).decode()
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A text within a native request that ends in the base64 of these bytes."""
+
+    head: str
+    blob: Blob
 
 
 class Sink:
@@ -5026,7 +5390,7 @@ class Sink:
     over = False  # whether no more is wanted
     careful = False  # whether `light` is to be asked
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         """Whether `take` is done with these at once, so that the loop may have it done."""
         return True
 
@@ -5504,7 +5868,7 @@ class CallScanner:
         """The whole answer as the model wrote it."""
         return "".join([*self._text, *self._raw])
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         """Whether `feed` does nothing with these but to hold or to pass them on: no call ends in them."""
         text = events[0][0] if len(events) == 1 else "".join(event[0] for event in events)
         return not self._calls and ">" not in text
@@ -5708,7 +6072,7 @@ class ShapeScanner:
         """The whole answer as the model wrote it."""
         return "".join(self._text)
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         """Whether `feed` does nothing with these but to hold or to pass them on."""
         return True
 
@@ -5751,7 +6115,7 @@ class Scanned(Sink):
         self._scanners, self._sink, self._words_only = scanners, sink, words_only
         self.outlet, self.careful = sink.outlet, True
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         for one in self._scanners:
             if not one.light(events):
                 return False
@@ -5883,7 +6247,7 @@ def upstream_model(model: str, login_free: bool) -> str:
 
 # How hard to think, as the site calls it. And what it calls its own tools.
 _THINKING_EFFORTS = dict.fromkeys(("none", "minimal"), "min") | dict.fromkeys(("low", "medium"), "standard")
-_THINKING_EFFORTS |= {"high": "extended", "xhigh": "xhigh", "max": "max"}
+_THINKING_EFFORTS |= {"high": "extended", "xhigh": "xhigh", "max": "max", "ultra": "max"}
 DRAWS = "picture_v2"
 _SYSTEM_HINTS = {WEB_SEARCH: "search", DRAWING: DRAWS}
 
@@ -8082,10 +8446,13 @@ class Links:
 # ============================================================================================================
 
 NEXT = "next"
-# What is done about a refusal, by its reason: of these methods of an `Attempts`, in their order, the first that can help.
-# Each is tried once on whoever was asked; then the next one is asked, if that is among them.
+# What is done about a refusal, by its reason: of these methods of an `Attempts`, in their order, the first that there is and
+# that can help. Each is tried once on whoever was asked; then the next one is asked, if that is among them.
 REMEDIES: dict[str, tuple[str, ...]] = {
     "expired": ("renew_token", "go_mobile", NEXT),
+    "excluded": (NEXT,),
+    "unsupported": ("leave_out",),
+    "unreadable": ("drop_reasoning", NEXT),
     "blocked": ("require_anew", "prove_otherwise", "go_mobile", NEXT),
     "uncredited": ("renew_token", NEXT),
     "human": ("require_anew", "go_mobile", NEXT),
@@ -8101,7 +8468,7 @@ REMEDIES: dict[str, tuple[str, ...]] = {
 }
 # Those that an account is told to have had, as its failures.
 _FAILURES = (
-    "expired", "blocked", "uncredited", "human", "limited", "broken", "unreachable", "unlisted", "silent", "dead",
+    "expired", "blocked", "uncredited", "human", "limited", "broken", "unreachable", "unlisted", "silent", "dead", "excluded",
 )  # fmt: skip
 # Those that are about an account's token.
 _OF_TOKEN = ("expired", "uncredited")
@@ -8143,6 +8510,7 @@ class Upstream(Protocol):
     """Somebody who answers questions. UPSTREAM_ORDER has the names."""
 
     name: str
+    has_conversations: bool  # whether one can be gone on with by its id
 
     @property
     def files(self) -> Files | None:
@@ -8157,6 +8525,15 @@ class Upstream(Protocol):
 
     def models(self, guest: Account | None, watch: Watch) -> dict[str, int]:
         """The models that it offers a caller, and when they were listed (Unix seconds)."""
+
+    def is_sure(self) -> bool:
+        """Whether there is somebody who surely is one of its own."""
+
+    def has(self, model: str, guest: Account | None, watch: Watch) -> bool:
+        """Whether it may have a model for a caller."""
+
+    def takes(self, account: Account) -> bool:
+        """Whether an account may be one of its own."""
 
     def check(self, account: Account, watch: Watch) -> None:
         """Asks whether an account works with it; ApiError when it does not."""
@@ -8295,7 +8672,8 @@ class Attempts:
             if again and name != NEXT and name not in attempt.remedies:
                 attempt.remedies.add(name)
                 attempt.refused = refused
-                if getattr(self, name)(one, attempt):
+                remedy = getattr(self, name, None)
+                if remedy and remedy(one, attempt):
                     return True
         return False
 
@@ -8315,7 +8693,9 @@ class Attempts:
             own = attempt.guest is not None and reason == "uncredited"  # which the caller is to know
             raise (none if reason in (*_OF_TOKEN, "limited") and not own else refused) from None
         if other in attempt.tried:
-            if reason in ("blocked", "human", "unlisted") or (refused.about and reason == "limited"):
+            if reason in ("blocked", "human", "unlisted", "unreadable", "excluded") or (
+                refused.about and reason == "limited"
+            ):
                 raise refused
             # The same one again: a quarter of a second later, twice as long each time, at most 4 s.
             attempt.watch.pause(min(0.25 * 2 ** (len(attempt.tried) - 1), 4.0))
@@ -8329,6 +8709,8 @@ class Attempts:
 
 class Turns(Attempts):
     """Attempts with accounts: those of the pool, or the one of a guest."""
+
+    files: Files
 
     def __init__(self, connections: Connections, renewals: Renewals, ledger: Ledger) -> None:
         super().__init__(connections.metrics)
@@ -8407,16 +8789,17 @@ class Turns(Attempts):
 
     def learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
         """Draws the consequences of a refusal for its account."""
-        if refused.reason in _FAILURES and attempt.continues is None:
-            attempt.failed = True
-            self._count(attempt, failures=1)
+        self._failed(attempt, refused)
         model = refused.about or attempt.question.model
         expired = refused.reason in _OF_TOKEN and account.row.state == "ready"
-        if refused.reason == "limited" or (expired and (account.renewable or account.row.kind == LOGIN_FREE)):
+        blocked = refused.reason in ("blocked", "human") and refused.said and not is_page(refused)
+        if (expired and account.is_of_codex()) or (blocked and account.doubtful()):
+            self.pool.learned(account, web="no")  # it may answer there all the same
+        elif refused.reason == "limited" or (
+            expired and (account.renewable or account.row.kind == LOGIN_FREE)
+        ):
             # A token that is refused although it was just renewed: the account is not dead, but left alone a while.
-            pause = self.pool.told_to_wait(account, model, refused.wait)
-            refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
-            log(logging.INFO, "account told to wait", account=account.name, model=model, seconds=round(pause))
+            self._wait(account, model, refused)
         elif expired:
             credited = refused.reason == "expired"
             reason = (
@@ -8425,6 +8808,30 @@ class Turns(Attempts):
                 else "the upstream does not credit its token"
             )
             self.pool.set_aside(account, "expired", reason, attempt.token)
+
+    def _failed(self, attempt: Attempt, refused: Refusal) -> None:
+        """Counts a refusal as a failure of the account's, if it is one."""
+        if refused.reason in _FAILURES and attempt.continues is None:
+            attempt.failed = True
+            self._count(attempt, failures=1)
+
+    def _wait(self, account: Account, name: str, refused: Refusal) -> None:
+        """Leaves an account alone for a model, or whatever else has the name."""
+        pause = self.pool.told_to_wait(account, name, refused.wait)
+        refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))
+        log(logging.INFO, "account told to wait", account=account.name, model=name, seconds=round(pause))
+
+    def gather(self, asked: Asked, attachments: Iterable[Attachment]) -> None:
+        """Makes ready files that come with a question, whichever account they are for."""
+        most = self.settings.max_body_mb
+        if len(every := asked.question.attachments) > MAX_ATTACHMENTS:
+            raise invalid(every[-1].where, f"A request may have at most {MAX_ATTACHMENTS} files.")
+        for one in attachments:
+            if one not in asked.materials:
+                asked.materials[one] = self.files.gathered(one, asked.scope, asked.watch)
+            if sum(file.size for given, (file, _) in asked.materials.items() if given.url) > most << 20:
+                text = f"The URLs of a request lead to more than MAX_BODY_MB ({most} MiB)."
+                raise invalid(one.where, text)
 
     def last(self, attempt: Attempt, refused: Refusal) -> ApiError:
         if refused.reason not in _OF_TOKEN or attempt.guest:
@@ -8447,6 +8854,8 @@ class Turns(Attempts):
         attempt.begun = True
         attempt.asked.account = account
         self.pool.answered(account, attempt.question.model)
+        if account.doubtful():
+            self.pool.learned(account, web="yes")
 
     def keep(self, account: Account, attempt: Attempt, conversation: str) -> None:
         """Remembers who holds a conversation before its id is given out."""
@@ -8460,6 +8869,7 @@ class Web(Turns):
     """The upstream `pool`: asks the web API, and goes on with what was cut."""
 
     name = "pool"
+    has_conversations = True
 
     def __init__(self, site: ChatGPT, renewals: Renewals, files: Files, ledger: Ledger, links: Links) -> None:
         super().__init__(site.connections, renewals, ledger)
@@ -8529,6 +8939,7 @@ class Web(Turns):
         """The models of the accounts, of a large pool at least one of every plan."""
         accounts = [guest] if guest else self.pool.accounts()
         able = [one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"]
+        able = [one for one in able if one.speaks_web()]
         plans = {one.row.plan: one for one in able}
         asked = list(dict.fromkeys([*plans.values(), *able]))[:MAX_ASKED_FOR_MODELS]
 
@@ -8543,6 +8954,22 @@ class Web(Turns):
             side_by_side([functools.partial(read, one) for one in asked], watch)
         return {name: int(account.models[0]) for account in able for name in account.models[1]}
 
+    def is_sure(self) -> bool:
+        return self.pool.has_sure()
+
+    def has(self, model: str, guest: Account | None, watch: Watch) -> bool:
+        """Whether an account lists a model, or none tells what it has."""
+        if upstream_model(model, False) == "auto":
+            return True
+        try:
+            listed = self.models(guest, watch)
+        except ApiError:
+            return False
+        return not listed or model in listed
+
+    def takes(self, account: Account) -> bool:
+        return True
+
     def check(self, account: Account, watch: Watch) -> None:
         """Makes the calls that a chat needs, but for the turn itself."""
 
@@ -8553,7 +8980,11 @@ class Web(Turns):
                 text = "The upstream takes its token and does not credit it: sign in again."
                 raise Refusal("uncredited", text)
 
+        if account.row.web == "no":  # which may be otherwise by now
+            self.pool.learned(account, web="")
         self.do("check", None, ask, watch, account.id)
+        if account.speaks_codex():
+            self.pool.learned(account, web="yes")
 
     def require_anew(self, account: Account, attempt: Attempt) -> bool:
         """A remedy: requirements of this moment, where those that were prepared ahead may have been forgotten."""
@@ -8782,10 +9213,10 @@ class Web(Turns):
             known = decoder.conversation == attempt.kept and _LIGHT.issuperset(map(type, events))
             if not settled or not known:
                 return events
-            light = cast("list[Event]", events)
+            light = cast("list[Light]", events)
             if sink.careful and not sink.light(light):
                 return events
-            sink.take(light)
+            sink.take(cast("list[Event]", light))
             return [] if sink.over else None
 
         def handle(come: bytes | list[Found]) -> bool:
@@ -8916,21 +9347,13 @@ class Web(Turns):
     # -- files ----------------------------------------------------------------------------------------------------
 
     def _gather(self, attempt: Attempt) -> None:
-        """Makes ready what comes with a question, whichever account it will be."""
-        attachments, fetched, most = attempt.question.attachments, 0, self.settings.max_body_mb
-        if len(attachments) > MAX_ATTACHMENTS:
-            raise invalid(attachments[-1].where, f"A request may have at most {MAX_ATTACHMENTS} files.")
+        """Makes ready what comes with a question, and says who will do for it."""
+        attachments = attempt.question.attachments
+        self.gather(attempt.asked, attachments)
         for one in attachments:
             attempt.asked.signed_in = True
-            if one not in attempt.materials:
-                attempt.materials[one] = self.files.gathered(one, attempt.scope, attempt.watch)
-            file = attempt.materials[one][0]
-            fetched += file.size if one.url else 0
-            if fetched > most << 20:
-                text = f"The URLs of a request lead to more than MAX_BODY_MB ({most} MiB)."
-                raise invalid(one.where, text)
             if attempt.guest is None:
-                attempt.holder = attempt.holder or file.account or None
+                attempt.holder = attempt.holder or attempt.materials[one][0].account or None
 
     def _place(self, account: Account, attempt: Attempt) -> None:
         """Has the account hold the question's files."""
@@ -8946,14 +9369,19 @@ class Web(Turns):
         file, blob = attempt.materials[attachment]
         if found := self.files.known(account, file):
             return found
-        if blob is None:
-            try:
-                get = functools.partial(self.files.content, file=file, watch=attempt.watch)
-                blob = self.do("downloads", None, get, attempt.watch, file.account)
-            except ApiError as error:  # what befell that account is not this one's fault
-                raise ApiError(error.code, error.message, attachment.where, error.headers) from None
-            attempt.materials[attachment] = file, blob
+        blob = blob or self.fetched(attempt.asked, attachment)
         return self.files.placed(account, file, blob, attempt.watch)
+
+    def fetched(self, asked: Asked, attachment: Attachment) -> Blob:
+        """The bytes of a question's file, got from the account that holds it."""
+        file = asked.materials[attachment][0]
+        try:
+            get = functools.partial(self.files.content, file=file, watch=asked.watch)
+            blob = self.do("downloads", None, get, asked.watch, file.account)
+        except ApiError as error:  # what befell that account is not another one's fault
+            raise ApiError(error.code, error.message, attachment.where, error.headers) from None
+        asked.materials[attachment] = file, blob
+        return blob
 
     def _check_model(self, account: Account, model: str, watch: Watch) -> None:
         """CHECK_MODEL: refuses what the account does not list, unless the list cannot be had."""
@@ -9031,10 +9459,1670 @@ class Web(Turns):
 
 
 # ============================================================================================================
+# codex: the Codex backend, which takes accounts of a browser sign-in and answers as OpenAI's Responses API does
+# ============================================================================================================
+
+CATALOG_LIFE = 3600.0  # seconds that a list of models is used
+CATALOG_SILENCE, CATALOG_PATIENCE = 5.0, 10.0  # seconds without a byte, and in all, that it is waited for
+CATALOG_PAUSE = 60.0  # seconds until a list that could not be had is asked for again
+MAX_CATALOG = 300  # models of a list
+MAX_HOMES = 10_000  # conversations whose accounts are remembered
+USUAL_CODEX_MODEL = "gpt-5.4-mini"  # the one that every plan has, where no list of models can be had
+MAX_NATIVE_EVENT = 64 << 20  # bytes of one event: a drawing is one
+MAX_NATIVE_ANSWER = 128 << 20  # bytes of all events but those of text
+MAX_NATIVE_HELD = 8 << 20  # of those before there is anything of the answer, which repeat the request
+# The fields of a request that the Codex backend takes as they are. Everything else it answers with 400.
+_PASSED = (
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "reasoning",
+    "include",
+    "text",
+    "service_tier",
+)
+ENCRYPTED = "reasoning.encrypted_content"  # what is to be included in answers
+_PLAIN_NAME = re.compile(r"[0-9A-Za-z_-]{1,64}")
+# Items whose `id` means something: to their other kinds it would be the place where the upstream has kept them, and it
+# keeps nothing.
+_WITH_ID = ("mcp_call", "mcp_list_tools", "mcp_approval_request", "computer_call")
+_NAMED_CALLS = ("function_call", "custom_tool_call", "custom_tool_call_output")
+_MADE_BY_MODEL = ("reasoning", "compaction")  # besides the calls and the assistant's messages
+
+
+class CallShape(NamedTuple):
+    """How the calls of a kind of function are told: the prefix of the item's id, its type and its own fields."""
+
+    prefix: str
+    type: str
+    fields: Callable[[FunctionCall], dict[str, Any]]
+
+
+def _named_fields(call: FunctionCall) -> dict[str, Any]:
+    fields = {"call_id": call.id, "name": call.name}
+    fields |= {"input": input_of(call)} if call.kind == CUSTOM else {"arguments": call.arguments}
+    return fields | ({"namespace": call.namespace} if call.namespace else {})
+
+
+def _fixed_fields(call: FunctionCall) -> dict[str, Any]:
+    """The fields of a call of a fixed form; of one that another model wrote, whatever it wrote."""
+    try:
+        given = json.loads(call.arguments)
+    except ValueError:
+        given = None
+    given = given if isinstance(given, dict) else {}
+    if call.kind == APPLY_PATCH:
+        return {"call_id": call.id, "operation": given.get("operation")}
+    if call.kind == LOCAL_SHELL:
+        return {"call_id": call.id, "action": {"type": "exec", "command": [], "env": {}} | given}
+    return {"call_id": call.id, "action": {"commands": []} | given, "environment": {"type": "local"}}
+
+
+CALL_SHAPES = {
+    FUNCTION: CallShape("fc", "function_call", _named_fields),
+    CUSTOM: CallShape("ctc", "custom_tool_call", _named_fields),
+    LOCAL_SHELL: CallShape("lsh", "local_shell_call", _fixed_fields),
+    SHELL: CallShape("sh", "shell_call", _fixed_fields),
+    APPLY_PATCH: CallShape("apc", "apply_patch_call", _fixed_fields),
+}
+Place = Callable[[Attachment], "dict[str, Any]"]  # the content part that stands for a file
+
+
+def as_items(messages: Iterable[Message], place: Place) -> list[dict[str, Any]]:
+    """Messages as items of the Responses API."""
+    items: list[dict[str, Any]] = []
+    for message in messages:
+        for is_item, run in itertools.groupby(message.parts, lambda part: type(part) in AS_ITEM):
+            if is_item:
+                items += [AS_ITEM[type(part)](part, place) for part in run]
+            else:
+                content = [
+                    _content_part(cast("Text | Attachment", part), message.role, place) for part in run
+                ]
+                items.append({"type": "message", "role": message.role, "content": content})
+        if not message.parts:
+            items.append({"type": "message", "role": message.role, "content": []})
+    return items
+
+
+def _content_part(part: Text | Attachment, role: str, place: Place) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"type": "output_text" if role == "assistant" else "input_text", "text": part.text}
+    return place(part)
+
+
+def _call_item(call: FunctionCall, place: Place) -> dict[str, Any]:
+    told = CALL_SHAPES[call.kind]
+    return {"type": told.type} | told.fields(call)
+
+
+def _result_item(result: ToolResult, place: Place) -> dict[str, Any]:
+    output = [_content_part(part, "tool", place) for part in result.parts]
+    kind = "custom_tool_call_output" if result.kind == CUSTOM else "function_call_output"
+    return {"type": kind, "call_id": result.id, "name": result.name, "output": output}
+
+
+def _reasoning_item(thought: Thought, place: Place) -> dict[str, Any]:
+    summary = [{"type": "summary_text", "text": thought.text}] if thought.text else []
+    return {"type": "reasoning", "summary": summary, "encrypted_content": thought.encrypted or None}
+
+
+# The parts that are an item each, not a part of a message's content.
+AS_ITEM: Mapping[type, Callable[[Any, Place], dict[str, Any]]] = {
+    FunctionCall: _call_item,
+    ToolResult: _result_item,
+    Thought: _reasoning_item,
+}
+
+
+def in_full(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An item with what may be left out of a message."""
+    if item.get("type", "message") != "message":
+        return item
+    kind = "output_text" if item.get("role") == "assistant" else "input_text"
+    content = item.get("content")
+    content = [{"type": kind, "text": content}] if isinstance(content, str) else content
+    return {"type": "message", **item, "content": content or []}
+
+
+# -- what is asked -----------------------------------------------------------------------------------------------------
+
+
+class Names:
+    """Names of functions as the backend takes them: those that it would refuse are changed, always in the same way, and
+    changed back in its answers."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, str] = {}  # names as they were, by the changed ones
+
+    def sent(self, name: str) -> str:
+        """The name that is sent for a client's."""
+        if _PLAIN_NAME.fullmatch(name):
+            return name
+        digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+        changed = f"{re.sub('[^0-9A-Za-z_-]', '_', name)[:55]}_{digest}"
+        self._given[changed] = name
+        return changed
+
+    def restore(self, item: dict[str, Any]) -> None:
+        """Gives an item of an answer its client's name back."""
+        if self._given and isinstance(name := item.get("name"), str):
+            item["name"] = self._given.get(name, name)
+
+
+def as_native(question: Question, place: Place) -> dict[str, Any]:
+    """A question as a request of the Responses API."""
+    messages = list(question.messages)
+    instructions = ""
+    if messages and messages[0].role == "system" and not messages[0].attachments:
+        instructions = messages.pop(0).text
+    if question.shape and question.shape.schema is None:
+        said = [instructions, *(message.text for message in messages)]
+        if not any("json" in text.lower() for text in said):  # which the API wants to be told
+            instructions = "\n\n".join(filter(None, (instructions, "Answer with a JSON object.")))
+    request: dict[str, Any] = {
+        "instructions": instructions,
+        "input": _matched(as_items(messages, place)),
+        "tools": _tools_of(question),
+        "reasoning": {"summary": "auto"} | ({"effort": question.effort} if question.effort else {}),
+    }
+    if question.forced:
+        request["tool_choice"] = {"type": question.forced}
+    elif question.offer:
+        request["tool_choice"] = _choice_of(question.offer)
+        request["parallel_tool_calls"] = question.offer.parallel
+    text: dict[str, Any] = {"format": _format_of(question.shape)} if question.shape else {}
+    if verbosity := question.options.get("verbosity"):
+        text["verbosity"] = verbosity
+    return request | {"text": text, "service_tier": question.options.get("service_tier")}
+
+
+def _tools_of(question: Question) -> list[dict[str, Any]]:
+    functions = question.offer.functions if question.offer else Functions()
+    tools = [_tool_of(full, function) for full, function in functions.items()]
+    for name in question.hosted:
+        options = question.options.get("drawing") or {}
+        more: dict[str, Any] = {"output_format": "png"} | dict(options) if name == DRAWING else {}
+        more = {"container": {"type": "auto"}} if name == PYTHON else more
+        tools.append({"type": name} | more)
+    return tools
+
+
+def _tool_of(full: str, function: Function) -> dict[str, Any]:
+    if function.kind not in (FUNCTION, CUSTOM):
+        return {"type": function.kind} | (
+            {"environment": {"type": "local"}} if function.kind == SHELL else {}
+        )
+    tool: dict[str, Any] = {"type": function.kind, "name": full, "description": function.description}
+    if function.kind == FUNCTION:
+        return tool | {"parameters": function.parameters, "strict": function.strict}
+    if grammar := function.grammar:
+        tool["format"] = {"type": "grammar", "syntax": grammar.syntax, "definition": grammar.definition}
+    return tool
+
+
+def _choice_of(offer: Offer) -> Any:
+    """`tool_choice`. That a function must be called, whichever, is told by its name where there is but one."""
+    names = [offer.choice] if offer.choice in offer.functions else []
+    if offer.choice == "required" and len(offer.functions) == 1:
+        names = list(offer.functions)
+    if not names:
+        return offer.choice
+    kind = offer.functions[names[0]].kind
+    return {"type": kind, "name": names[0]} if kind in (FUNCTION, CUSTOM) else {"type": kind}
+
+
+def _format_of(shape: Shape) -> dict[str, Any]:
+    if shape.schema is None:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "name": shape.name, "schema": shape.schema, "strict": shape.strict}
+
+
+def _matched(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Items in which every call has a result and every result a call, since the backend refuses any other: calls without an
+    id get one, a call that was given up is told so, and a result of no call is told in a message."""
+    # The names of calls that wait for a result, and the types of those, by their ids; and the ids by the names.
+    open_calls: dict[str, tuple[str, str]] = {}
+    alike: dict[str, deque[str]] = {}
+    out: list[dict[str, Any]] = []
+    for number, item in enumerate(items):
+        kind = item["type"]
+        if kind.endswith("_call_output"):
+            name = item.pop("name", "")
+            id = item["call_id"]
+            if not id and (named := alike.get(name)):
+                id = named.popleft()
+            elif not id and not name:
+                id = next(iter(open_calls), "")
+            if id in open_calls:
+                del open_calls[id]
+                out.append(item | {"call_id": id})
+            else:
+                heading = {"type": "input_text", "text": result_heading(name, item["call_id"])}
+                out.append({"type": "message", "role": "user", "content": [heading, *item["output"]]})
+            continue
+        if open_calls and kind == "message" and item["role"] != "assistant":
+            out += _given_up(open_calls)
+        if kind.endswith("_call"):
+            item["call_id"] = item["call_id"] or f"call_{number}"
+            open_calls[item["call_id"]] = item.get("name", kind), f"{kind}_output"
+            alike.setdefault(item.get("name", kind), deque()).append(item["call_id"])
+        out.append(item)
+    return [*out, *_given_up(open_calls)]
+
+
+def _given_up(open_calls: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """Results of the calls that have none."""
+    found = [
+        {"type": kind, "call_id": id, "output": "There is no result."} for id, (_, kind) in open_calls.items()
+    ]
+    open_calls.clear()
+    return found
+
+
+def fitted(given: Mapping[str, Any], names: Names) -> dict[str, Any]:
+    """A request of the Responses API as the Codex backend takes it, but for the model. "Body"."""
+    body: dict[str, Any] = {name: given[name] for name in _PASSED if given.get(name) not in (None, [], {})}
+    body |= {"instructions": given.get("instructions") or "", "stream": True, "store": False}
+    body["input"] = [item for one in given["input"] if (item := _fitted_item(one, names)) is not None]
+    # Tools that items bring are for a shape of requests that is not used here.
+    brought = [
+        tool for item in given["input"] if item.get("type") == "additional_tools" for tool in item["tools"]
+    ]
+    tools = [_fitted_tool(tool, names) for tool in [*brought, *body.get("tools", ())]]
+    body = with_tools(body, list({compact(tool): tool for tool in tools}.values()) if brought else tools)
+    if isinstance(choice := body.get("tool_choice"), dict):
+        body["tool_choice"] = _fitted_tool(choice, names)
+    if body.get("service_tier") != "priority":
+        body.pop("service_tier", None)
+    body["include"] = list(dict.fromkeys([*body.get("include", ()), ENCRYPTED]))
+    return body
+
+
+def _fitted_item(item: Mapping[str, Any], names: Names) -> dict[str, Any] | None:
+    """An item of `input`; None for what means nothing to the backend, which remembers nothing."""
+    kind = item.get("type") or "message"
+    if kind == "reasoning":
+        if not isinstance(item.get("encrypted_content"), str):
+            return None
+        kept = {name: item[name] for name in ("summary", "content") if item.get(name)}
+        return {"type": kind, "summary": [], "encrypted_content": item["encrypted_content"]} | kept
+    empty = kind == "image_generation_call" and not item.get("result")
+    if empty or kind in ("item_reference", "web_search_call", "additional_tools"):
+        return None
+    item = in_full(item)
+    dropped = ("status",) if kind in _WITH_ID else ("status", "id")
+    fit = {name: value for name, value in item.items() if name not in dropped and value is not None}
+    if fit.get("role") == "system":
+        fit["role"] = "developer"
+    says = "output_text" if item.get("role") == "assistant" else "input_text"
+    for field_name in ("content", "output"):
+        if isinstance(parts := fit.get(field_name), list):
+            fit[field_name] = [_fitted_part(part, says) for part in parts]
+        elif isinstance(parts, dict):
+            fit[field_name] = _fitted_part(parts, says)
+    if kind == "function_call_output":
+        fit.pop("name", None)
+    if kind in _NAMED_CALLS and isinstance(name := fit.get("name"), str):
+        fit["name"] = names.sent(name)
+    return fit
+
+
+def _fitted_part(part: Any, says: str) -> Any:
+    """A part of a message or a result, with the bytes of its file; one in the shape of Chat Completions in this API's, where
+    `says` is the type of a text."""
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if kind == "text":
+        part = part | {"type": says}
+    elif kind == "image_url":
+        given = part.get("image_url")
+        given = given if isinstance(given, dict) else {"url": given}
+        part = {"type": "input_image", "image_url": given.get("url"), "detail": given.get("detail") or "auto"}
+    elif kind == "file" and isinstance(part.get("file"), dict):
+        part = {"type": "input_file"} | part["file"]
+    return {
+        name: Embedded(str(value), value.blob) if isinstance(value, InlineFile) else value
+        for name, value in part.items()
+        if name not in ("prompt_cache_breakpoint", "logprobs")
+    }
+
+
+def _fitted_tool(tool: Any, names: Names) -> Any:
+    """A tool, or a choice of tools."""
+    if not isinstance(tool, dict):
+        return tool
+    kind = str(tool.get("type"))
+    inner = tool.get(kind)
+    fit: dict[str, Any] = (
+        {"type": kind} | inner if isinstance(inner, dict) and kind in (FUNCTION, CUSTOM) else dict(tool)
+    )
+    fit.pop("prompt_cache_breakpoint", None)
+    if kind.startswith(WEB_SEARCH):
+        fit["type"] = WEB_SEARCH
+    if isinstance(name := fit.get("name"), str):
+        fit["name"] = names.sent(name)
+    if isinstance(tools := fit.get("tools"), list):
+        fit["tools"] = [_fitted_tool(one, names) for one in tools]
+    return fit
+
+
+_STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
+# Without which nothing can be asked, or what an item says would be lost.
+_NEEDED = frozenset((
+    "model", "input", "stream", "store", "instructions", "type", "role", "content", "name", "call_id", "arguments", "output",
+    "text", "image_url", "file_data", "encrypted_content", "summary",
+))  # fmt: skip
+
+
+def without(value: Any, part: str) -> Any:
+    """A body without a part that the backend does not take, by the path that it names: of something in a list
+    (`input[3].status`) that of all in the list. `tools:TYPE` are the tools of a type. What is needed stays."""
+    if part.startswith("tools:"):
+        kept = [tool for tool in value.get("tools", ()) if _at(tool, ("type",)) != part[6:]]
+        return with_tools(value, kept) if "tools" in value else value
+    steps = _STEP.findall(part)
+    return value if not steps or steps[-1] in _NEEDED or steps[-1][0] == "[" else _without(value, steps)
+
+
+def _without(value: Any, steps: list[str]) -> Any:
+    if steps[0][0] == "[":
+        return [_without(one, steps[1:]) for one in value] if isinstance(value, list) else value
+    if not isinstance(value, dict) or steps[0] not in value:
+        return value
+    if len(steps) == 1:
+        return {name: one for name, one in value.items() if name != steps[0]}
+    return value | {steps[0]: _without(value[steps[0]], steps[1:])}
+
+
+def with_tools(body: Mapping[str, Any], tools: list[Any]) -> dict[str, Any]:
+    """A body with these tools, or with nothing that is about tools if there are none."""
+    if tools:
+        return {**body, "tools": tools}
+    return {
+        name: one for name, one in body.items() if name not in ("tools", "tool_choice", "parallel_tool_calls")
+    }
+
+
+def beginning(body: Mapping[str, Any]) -> str:
+    """The beginning of a conversation, which all its requests have: everything before what the model said first."""
+    first: list[Any] = []
+    for item in body["input"]:
+        kind = str(item.get("type") or "message")
+        if item.get("role") == "assistant" or kind.endswith("_call") or kind in _MADE_BY_MODEL:
+            break
+        first.append(item)
+    return _WITH_FILES.encode([body["instructions"], first])
+
+
+_WITH_FILES = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), default=lambda one: [one.head, one.blob.digest()]
+)
+
+
+def as_json_body(body: Mapping[str, Any]) -> bytes | Blob:
+    """A body as JSON, the files in it as base64, which never stands in memory whole."""
+    mark = f"@{random.getrandbits(64):016x}:"
+    files: list[Embedded] = []
+
+    def hold(value: Embedded) -> str:
+        files.append(value)
+        return f"{value.head}{mark}"
+
+    text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=hold).encode(body)
+    if not files:
+        return text.encode("utf-8", "replace")
+    blob = Blob()
+    for piece, file in itertools.zip_longest(text.split(mark), files):
+        blob.write(piece.encode("utf-8", "replace"))
+        for at in range(0, file.blob.size if file else 0, 3 << 18):
+            blob.write(base64.b64encode(file.blob.read(at, 3 << 18)))
+    return blob
+
+
+# -- what it says ------------------------------------------------------------------------------------------------------
+
+_PAUSE = re.compile(r"try again in\s*(\d{1,9}(?:\.\d{1,9})?)\s*(ms|s|m)", re.I)
+_REFUSED_PART = re.compile(
+    r"(?:Unsupported|Unknown) (parameter|tool type)s?:? '?([\w-]+(?:\[\d+\]|\.[\w-]+)*)", re.I
+)
+_NO_MODEL = re.compile(
+    r"The (?:'[^']{1,200}' model|model [`'][^`']{1,200}[`']) (?:is not supported|does not exist|requires a)"
+)
+
+
+def codex_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
+    """An answer other than 2xx of the Codex backend, with what it means."""
+    said = Answer(status, {}, body).object() or {}
+    error = said.get("error")
+    error = error if isinstance(error, dict) else {"code": error, "message": said.get("detail")}
+    refused = failure_of(error, status, headers)
+    refused = refused or refusal(status, headers, body)
+    refused.said = status, headers.get("content-type", "application/json"), body
+    return refused
+
+
+def failure_of(
+    error: Mapping[str, Any], status: int = 0, headers: Mapping[str, str] | None = None
+) -> Refusal | None:
+    """What an error of the backend's means, be it the answer or an event in one (`status` 0); None where its words do not
+    tell. "Limits" and "Events". Its message may repeat what a client has sent: it is believed where nothing but the backend
+    itself can begin like that, told to the client and never logged."""
+    code = str(error.get("code") or error.get("type") or "")
+    message = str(error.get("message") or "")
+    refused = _by_code(code, error, status, headers or {}) or _by_words(code, message, error, status)
+    if refused is None and status in (404, 0) and (code or message not in ("", "Not Found")):
+        reason = "rejected" if status or _OF_REQUEST.match(code) else "broken"
+        refused = Refusal(
+            reason, "The upstream rejected the request" if reason == "rejected" else "Its answer failed"
+        )
+    elif (
+        refused is None and 400 <= status < 500 and (status not in (401, 403, 404) or _OF_REQUEST.match(code))
+    ):
+        refused = Refusal("rejected", "The upstream rejected the request")
+    if refused and refused.reason in ("rejected", "broken", "unsupported", "unlisted", "unreadable"):
+        refused.words = f": {message[:300]}" if message else "."
+    return refused
+
+
+def _by_code(code: str, error: Mapping[str, Any], status: int, headers: Mapping[str, str]) -> Refusal | None:
+    """What an error means by its code, or a status that has but one meaning."""
+    if code == "usage_limit_reached":
+        windows = (allowance_of(limits_in(headers)) or Allowance(0.0)).windows
+        # A model may have a limit of its own, while the plan's have room.
+        about = "" if windows and all(window.used < 100 for window in windows) else CODEX
+        text = "This account's allowance for Codex is used up."
+        return Refusal("limited", text, wait=_until_reset(error, headers), about=about)
+    if code == "usage_not_included":
+        return Refusal("excluded", "This account's plan does not include Codex.")
+    if code == "insufficient_quota":
+        return Refusal("limited", "This account's quota is used up.", about=CODEX)
+    if code in _OVERLOADED:
+        return Refusal("broken", "The upstream is overloaded; try again")
+    if code == "rate_limit_exceeded" or status == 429:
+        wait = _pause_in(str(error.get("message") or ""))
+        wait = _seconds(None, headers) if wait is None else wait
+        return Refusal("limited", "The upstream's rate limit is reached.", wait=wait)
+    if code == "context_length_exceeded" or status == 413:
+        text = "The conversation is too long for the model; shorten it."
+        return Refusal("rejected", text, "context_length_exceeded")
+    if code == "invalid_encrypted_content":
+        return Refusal("unreadable", "The upstream cannot read earlier reasoning")
+    if code == "model_not_found":
+        return Refusal("unlisted", "The upstream does not offer this model to this account")
+    if code == "deactivated_workspace":
+        return _deactivated()
+    return None
+
+
+def _deactivated() -> Refusal:
+    refused = Refusal("expired", "This account's workspace is deactivated.")
+    refused.detail = "its workspace is deactivated"
+    return refused
+
+
+def _by_words(code: str, message: str, error: Mapping[str, Any], status: int) -> Refusal | None:
+    """What an error means by the beginning of its message."""
+    param = str(error.get("param") or "")
+    refused: Refusal | None = None
+    if message.startswith("Selected model is at capacity"):
+        return Refusal("limited", "The model is at capacity just now.")
+    if status in (401, 402, 403) and message.startswith("deactivated_workspace"):
+        return _deactivated()
+    if status in (401, 403) and message.lower().startswith("missing scopes"):
+        return Refusal("excluded", "This account's token is not of a sign-in that Codex takes.")
+    if status not in (0, 400, 404):
+        return None
+    if _NO_MODEL.match(message):
+        return Refusal("unlisted", "The upstream does not offer this model to this account")
+    if message.startswith("Tool choice 'image_generation' not found"):
+        refused = Refusal("excluded", "This account's plan does not include drawing.")
+        refused.about = DRAWING
+    elif code == "unsupported_value" and (param == "reasoning.effort" or param.startswith("tools[")):
+        refused = Refusal("unsupported", "The upstream rejected the request")
+        refused.about = param.removesuffix(".type")
+    elif (part := _REFUSED_PART.match(message)) and param in ("", part[2]):
+        refused = Refusal("unsupported", "The upstream rejected the request")
+        refused.about = f"tools:{part[2]}" if part[1].lower() == "tool type" else part[2]
+    return refused
+
+
+def _pause_in(message: str) -> float | None:
+    """The seconds that a message says to wait, None when it does not."""
+    if not (pause := _PAUSE.search(message)):
+        return None
+    return _seconds(float(pause[1]) * {"ms": 0.001, "s": 1, "m": 60}[pause[2].lower()], {})
+
+
+# The codes of what is wrong with a request, where no status says whose fault it is.
+_OF_REQUEST = re.compile("invalid|unsupported|unknown_param|missing|cyber_policy|content_|string_|array_")
+_OVERLOADED = ("server_is_overloaded", "slow_down", "overloaded_error")
+
+
+def _until_reset(error: Mapping[str, Any], headers: Mapping[str, str]) -> float | None:
+    """The seconds until a limit is counted anew."""
+    moment = _number_of(error.get("resets_at"))
+    if moment is not None:
+        return min(max(moment - time.time(), 1.0), 32 * 86400.0)
+    return _seconds(error.get("resets_in_seconds"), headers)
+
+
+def _number_of(value: Any) -> float | None:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if (
+            math.isfinite(number := float(value))
+            and not isinstance(value, bool)
+            and abs(number) < LAST_MOMENT
+        ):
+            return number
+    return None
+
+
+def _window(said: Any, now: float) -> Window | None:
+    """A window of an allowance, in any of the shapes in which it is told; None for none."""
+    if not isinstance(said, Mapping) or (used := _number_of(said.get("used_percent"))) is None:
+        return None
+    seconds = _number_of(said.get("limit_window_seconds"))
+    seconds = 60 * (_number_of(said.get("window_minutes")) or 0) if seconds is None else seconds
+    reset = _number_of(said.get("reset_at"))
+    if reset is None:
+        reset = now + (_number_of(said.get("reset_after_seconds")) or seconds)
+    return Window(max(0.0, used), int(min(max(seconds, 0.0), 400 * 86400.0)), min(reset, now + 400 * 86400.0))
+
+
+def _credits(said: Any) -> str:
+    """Bought credits, as a person is told them."""
+    if not isinstance(said, Mapping):
+        return ""
+    has, unlimited = (str(said.get(name)).lower() in ("true", "1") for name in ("has_credits", "unlimited"))
+    balance = str(said.get("balance") or "0")
+    return "unlimited" if unlimited else re.sub(r"[^\w.,-]", "", balance)[:20] if has else ""
+
+
+def allowance_of(said: Mapping[str, Any], before: Allowance | None = None) -> Allowance | None:
+    """The allowance in what the backend says of it; what it leaves out is as `before`. None when it says nothing."""
+    now = time.time()
+    limits = said.get("rate_limit") or said.get("rate_limits")
+    limits = limits if isinstance(limits, Mapping) else {}
+    told = [limits.get(name) for name in ("primary_window", "secondary_window", "primary", "secondary")]
+    windows = [window for one in told if (window := _window(one, now))]
+    if not windows and "credits" not in said:
+        return before
+    if before:
+        new = {window.seconds for window in windows}
+        windows += [one for one in before.windows if one.seconds not in new and one.reset > now]
+    bought = _credits(said["credits"]) if "credits" in said else before.credits if before else ""
+    return Allowance(now, tuple(sorted(windows, key=lambda one: one.seconds)), bought)
+
+
+def limits_in(headers: Mapping[str, str]) -> dict[str, Any]:
+    """What an answer's headers say of the allowance, in the shape of its event."""
+
+    def told(start: str) -> dict[str, str]:
+        names = (
+            "used-percent",
+            "window-minutes",
+            "reset-at",
+            "reset-after-seconds",
+            "has-credits",
+            "unlimited",
+        )
+        found = {name: headers.get(f"x-codex-{start}-{name}") for name in (*names, "balance")}
+        return {name.replace("-", "_"): value for name, value in found.items() if value}
+
+    said: dict[str, Any] = {"rate_limits": {name: told(name) for name in ("primary", "secondary")}}
+    return said | ({"credits": bought} if (bought := told("credits")) else {})
+
+
+def catalog_models(said: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The models of a list, best first."""
+    models = [
+        one for one in dicts(said.get("models"))[:MAX_CATALOG] if _MODEL_NAME.fullmatch(str(one.get("slug")))
+    ]
+    models.sort(key=lambda one: _number_of(one.get("priority")) or 0.0)
+    return tuple(
+        {
+            name: value
+            for name, kind in _OF_A_MODEL.items()
+            if (value := _kept_fact(one.get(name), kind)) is not None
+        }
+        for one in models
+    )
+
+
+def _kept_fact(value: Any, kind: type) -> Any:
+    """What is kept of something that is told of a model; None for what is not of its kind."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return None
+    if isinstance(value, str):
+        return value[:500].encode("utf-8", "replace").decode()
+    if isinstance(value, list):  # of words, or of objects with an effort
+        words = [one if isinstance(one, str) else _at(one, ("effort",)) for one in value[:20]]
+        words = [one[:50] for one in words if isinstance(one, str)]
+        return [{"effort": one} for one in words] if any(isinstance(one, dict) for one in value) else words
+    return value
+
+
+def is_shown(model: Mapping[str, Any]) -> bool:
+    """Whether a model is for people to choose; others answer whoever knows their names."""
+    return bool(model.get("visibility", "list") == "list")
+
+
+# What is kept of a model: its instructions are long, and for the client that it is made for.
+_OF_A_MODEL: Mapping[str, type] = {
+    "slug": str, "visibility": str, "display_name": str, "description": str, "context_window": int,
+    "max_context_window": int, "input_modalities": list, "support_verbosity": bool, "default_reasoning_level": str,
+    "supported_reasoning_levels": list,
+}  # fmt: skip
+_MODEL_NAME = re.compile(r"[0-9A-Za-z][\w.:/-]{0,127}")
+
+
+def levels_of(model: Mapping[str, Any]) -> list[str]:
+    """The efforts that a model knows, from the least on."""
+    told = [one.get("effort") for one in dicts(model.get("supported_reasoning_levels"))]
+    return [effort for effort in EFFORTS if effort in told]
+
+
+def nearest_effort(effort: str, levels: Sequence[str]) -> str:
+    """The effort that a model knows for one that is wanted: that one, else the next lower one, else its lowest."""
+    if not levels or effort not in EFFORTS:
+        return effort
+    lower = [one for one in levels if EFFORTS.index(one) <= EFFORTS.index(effort)]
+    return lower[-1] if lower else levels[0]
+
+
+class Drawn(NamedTuple):
+    """A drawing within an answer: base64, and its format."""
+
+    data: str
+    form: str
+
+
+_SEQUENCE = re.compile(rb'("sequence_number": ?)(\d{1,9})')
+_TEXT_HEAD = b"event: response.output_text.delta\ndata: {"
+_EVENT_KIND = re.compile(rb'data: ?\{"type": ?"([\w.]+)"')
+_HELD_BACK = {
+    "response.created", "response.in_progress", "response.queued", "response.output_item.added",
+    "response.content_part.added", "response.reasoning_summary_part.added",
+}  # fmt: skip
+
+
+class CodexDecoder:
+    """The bytes of an answer to events: of a native request to the backend's own (`Verbatim`), else to an answer's. What comes
+    before there is anything of the answer is held back, so that a refusal among it can be made up for elsewhere. "Events".
+    """
+
+    def __init__(self, native: bool, names: Names) -> None:
+        self._native, self._names = native, names
+        self._rest = bytearray()
+        self._searched = 0
+        self._held: list[Event | Drawn] = []
+        self.begun = False  # whether there is anything of the answer
+        self.light = True  # whether everything since the last `feed` is text
+        self.failure: Refusal | None = None
+        self.limits: dict[str, Any] | None = None  # what was said of the allowance last
+        self.reason = ""  # how the answer has ended, "" while it has not
+        self._calls = False
+        self._carriage = False  # whether what came last ended in a carriage return
+        self._size = 0  # bytes of what is no text
+        self._swallowed = 0  # events with a number that nobody is told
+        self._said: dict[Any, int] = {}  # characters that were told, by the item's place
+        self._calling: Any = None  # the place of the call that is being told
+        self._later: list[Event | Drawn] = []  # what comes behind that
+        self._seen: set[Any] = set()  # places of items that are complete
+        self._thought = False  # whether anything of what the model thought was told
+
+    @property
+    def pending(self) -> int:
+        return len(self._rest)
+
+    def feed(self, data: bytes) -> list[Event | Drawn]:
+        """The events in these bytes; once per piece."""
+        rest = self._rest
+        if (
+            self._native
+            and self.begun
+            and not (rest or self.reason or self._swallowed)
+            and data.endswith(b"}\n\n")
+        ):
+            count = data.count(_TEXT_HEAD)
+            if count and data.startswith(_TEXT_HEAD) and data.count(b"\n") == 3 * count:  # nothing but text
+                self.light = True
+                return [Verbatim(None, data, count)]
+        if self._carriage or b"\r" in data:
+            data = b"\r" * self._carriage + data
+            self._carriage = data.endswith(b"\r")
+            data = data[: len(data) - self._carriage].replace(b"\r\n", b"\n")
+        rest += data
+        out: list[Event | Drawn] = []
+        self.light = True
+        start = 0
+        while (end := rest.find(b"\n\n", max(start, self._searched))) >= 0:
+            self._event(bytes(rest[start:end]), out)
+            start = end + 2
+            self._searched = 0
+        if start:
+            del rest[:start]
+        self._searched = max(0, len(rest) - 1)
+        most = MAX_NATIVE_ANSWER if self.begun else MAX_NATIVE_HELD
+        if len(rest) > MAX_NATIVE_EVENT or self._size > most:
+            self.failure = Refusal("broken", "The upstream's answer is too long; it was abandoned.")
+        if self.begun and self._held:
+            out[:0], self._held = self._held, []
+        elif not self.begun:
+            self._held += out
+            out = []
+        return out
+
+    def _event(self, block: bytes, out: list[Event | Drawn]) -> None:
+        """One event; once per token."""
+        if block.startswith(b"event: "):
+            name, _, data = block[7:].partition(b"\n")
+        else:
+            data = block
+            match = _EVENT_KIND.match(block)
+            name = match[1] if match else b""
+        whole = name.endswith(b".delta") and data.startswith(b"data: {") and data.endswith(b"}")
+        if self._native and whole and self.reason == "":
+            self.begun = True
+            if self._swallowed:
+                data = _SEQUENCE.sub(lambda match: match[1] + b"%d" % (int(match[2]) - self._swallowed), data)
+            self._pass_on(b"event: " + name + b"\n" + data + b"\n\n", out)
+            return
+        event = self._object(block)
+        if event is None:
+            return
+        kind = event["type"]
+        if kind == "response.output_text.delta" and not self._native and not self.reason:  # once per token
+            self.begun = True
+            self._size += len(block) if self._calling is not None else 0
+            self._text(event, self._later if self._calling is not None else out)
+            return
+        self._size += len(block)
+        if not kind.startswith(("response.", "error")) or kind == "response.metadata":
+            self._swallowed += type(event.get("sequence_number")) is int
+            if kind == "codex.rate_limits":
+                self.limits = event
+            return
+        self.light = False
+        if kind in ("response.failed", "error"):
+            self._failed(event)
+        elif self.reason == "" and self.failure is None:
+            self.begun = self.begun or kind not in _HELD_BACK
+            self._take(kind, event, out)
+
+    def _pass_on(self, data: bytes, out: list[Event | Drawn]) -> None:
+        """Text that nobody here looks into, behind such text in one piece."""
+        last = out[-1] if out else None
+        if type(last) is Verbatim and last.event is None:
+            out[-1] = Verbatim(None, last.data + data, last.events + 1)
+        else:
+            out.append(Verbatim(None, data))
+
+    @staticmethod
+    def _object(block: bytes) -> dict[str, Any] | None:
+        """The object of an event; None for a comment, or what is none; once per token."""
+        lines = [line[5:] for line in block.split(b"\n") if line.startswith(b"data:")]
+        try:
+            event = json.loads(lines[0] if len(lines) == 1 else b"\n".join(lines)) if lines else None
+        except (ValueError, RecursionError):
+            return None
+        return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
+
+    def _failed(self, event: Mapping[str, Any]) -> None:
+        response = event.get("response")
+        error = response.get("error") if isinstance(response, dict) else event.get("error")
+        error = error if isinstance(error, dict) else event
+        code = error.get("code") or ("" if error is event else error.get("type"))
+        status = _number_of(event.get("status") or event.get("status_code")) or 0
+        known = {"code": code, "type": "", "message": error.get("message")}
+        told = {name: error.get(name) for name in ("param", "resets_at", "resets_in_seconds")}
+        if self.failure is None or self.failure.reason == "broken":
+            self.failure = failure_of(known | told, int(status)) or Refusal(
+                "broken", "The upstream's answer failed; try again."
+            )
+
+    def _take(self, kind: str, event: dict[str, Any], out: list[Event | Drawn]) -> None:
+        """An event of the answer's."""
+        item = event.get("item")
+        response = event.get("response")
+        if isinstance(item, dict):
+            self._names.restore(item)
+        if self._native:
+            if type(number := event.get("sequence_number")) is int:
+                event["sequence_number"] = number - self._swallowed
+            for one in dicts(response.get("output")) if isinstance(response, dict) else ():
+                self._names.restore(one)
+            self._names.restore(event)
+            self._calls = self._calls or (isinstance(item, dict) and str(item.get("type")).endswith("_call"))
+            out.append(Verbatim(event))
+        if kind == "response.created" and isinstance(response, dict):
+            out.append(Begin(str(response.get("model") or ""), "", str(response.get("id") or "")))
+        elif take := None if self._native else self.TAKES.get(kind):
+            own = self._calling is None or item_place(event) == self._calling
+            take(self, event, out if own else self._later)
+            if self._calling is None:
+                out += self._later
+                self._later = []
+        if kind in RESPONSE_ENDS and isinstance(response, dict):
+            self._end(kind, response, out)
+
+    def _end(self, kind: str, response: Mapping[str, Any], out: list[Event | Drawn]) -> None:
+        if not self._native:
+            out += self._later
+            for place, item in enumerate(dicts(response.get("output"))):
+                self._names.restore(item)
+                self._whole(place, item, out)
+        usage = response.get("usage")
+        if isinstance(usage, dict):
+            counts = [usage.get("input_tokens"), _at(usage, ("input_tokens_details", "cached_tokens"))]
+            counts += [usage.get("output_tokens"), _at(usage, ("output_tokens_details", "reasoning_tokens"))]
+            out.append(Usage(*(int(max(0.0, _number_of(one) or 0.0)) for one in counts)))
+        self.reason = "tool_calls" if self._calls and not self._native else "stop"
+        if kind == "response.incomplete":
+            cause = _at(response, ("incomplete_details", "reason"))
+            self.reason = "content_filter" if cause == "content_filter" else "length"
+
+    # -- an answer's own events, of those that are not text --
+
+    def _grown(self, event: dict[str, Any], out: list[Event | Drawn], make: Callable[[str], Event]) -> None:
+        if isinstance(text := event.get("delta"), str) and text:
+            out.append(make(text))
+            place = item_place(event)
+            if place not in self._said:
+                self._size += 1000  # a place takes room too
+            self._said[place] = self._said.get(place, 0) + len(text)
+
+    def _text(self, event: dict[str, Any], out: list[Event | Drawn]) -> None:
+        self._grown(event, out, Text)
+
+    def _reasoning(self, event: dict[str, Any], out: list[Event | Drawn]) -> None:
+        self._thought = True
+        self._grown(event, out, Reasoning)
+
+    def _new_part(self, event: dict[str, Any], out: list[Event | Drawn]) -> None:
+        if self._thought:
+            out.append(Reasoning("\n\n"))
+
+    def _added(self, event: dict[str, Any], out: list[Event | Drawn]) -> None:
+        item = event.get("item")
+        if self._calling is None and isinstance(item, dict) and item.get("type") == "function_call":
+            self._calling = item_place(event)
+            out.append(
+                CallPart("", *(str(item.get(name) or "") for name in ("call_id", "name", "namespace")))
+            )
+
+    def _arguments(self, event: dict[str, Any], out: list[Event | Drawn]) -> None:
+        if self._calling is not None and item_place(event) == self._calling:
+            self._grown(event, out, CallPart)
+
+    def _item_done(self, event: dict[str, Any], out: list[Event | Drawn]) -> None:
+        if isinstance(item := event.get("item"), dict):
+            self._whole(item_place(event), item, out)
+
+    def _whole(self, place: Any, item: dict[str, Any], out: list[Event | Drawn]) -> None:
+        """An item that is complete: what of it has not been told yet."""
+        place = len(self._seen) if place is None else place
+        if place in self._seen:
+            return
+        self._seen.add(place)
+        kind = str(item.get("type"))
+        if kind == "message":
+            parts = dicts(item.get("content"))
+            text = "".join(str(part.get("text") or part.get("refusal") or "") for part in parts)
+            out += [Text(rest)] if (rest := text[self._said.get(place, 0) :]) else []
+        elif kind in ("function_call", "custom_tool_call"):
+            self._calls = True
+            self._calling = None if self._calling == place else self._calling
+            custom = kind == "custom_tool_call"
+            said = item.get("input" if custom else "arguments")
+            said = said if isinstance(said, str) else compact(said)
+            arguments = compact({"input": said}) if custom else said
+            id, name, space = (str(item.get(field) or "") for field in ("call_id", "name", "namespace"))
+            out.append(FunctionCall(id, name, arguments, CUSTOM if custom else FUNCTION, space))
+        elif kind in _FIXED_CALLS:
+            self._calls = True
+            given = item.get("operation" if kind == "apply_patch_call" else "action")
+            given = {"operation": given} if kind == "apply_patch_call" else given
+            call = FunctionCall(
+                str(item.get("call_id") or ""), _FIXED_CALLS[kind], compact(given), _FIXED_CALLS[kind]
+            )
+            out.append(call)
+        elif kind == "image_generation_call" and isinstance(item.get("result"), str):
+            out.append(Drawn(item["result"], str(item.get("output_format") or "png")))
+        elif kind == "code_interpreter_call":
+            out.append(ToolUse("python", str(item.get("code") or "")))
+            logs = [str(one["logs"]) for one in dicts(item.get("outputs")) if one.get("logs")]
+            out += [ToolUse("", text) for text in logs]
+        elif kind == "reasoning" and isinstance(item.get("encrypted_content"), str):
+            out.append(Encrypted(item["encrypted_content"]))
+
+    TAKES: Mapping[str, Callable[[Any, dict[str, Any], list[Any]], None]] = {
+        "response.output_text.delta": _text,
+        "response.refusal.delta": _text,
+        "response.reasoning_summary_text.delta": _reasoning,
+        "response.reasoning_text.delta": _reasoning,
+        "response.reasoning_summary_part.added": _new_part,
+        "response.output_item.added": _added,
+        "response.function_call_arguments.delta": _arguments,
+        "response.output_item.done": _item_done,
+    }
+
+
+def item_place(event: Mapping[str, Any]) -> int | str | None:
+    """The place of an event's item in the answer; its id where that is not told, None for neither."""
+    index, id = event.get("output_index"), event.get("item_id")
+    return index if type(index) is int else id if isinstance(id, str) else None
+
+
+RESPONSE_ENDS = ("response.completed", "response.done", "response.incomplete")
+_FIXED_CALLS = {CALL_SHAPES[kind].type: kind for kind in (LOCAL_SHELL, SHELL, APPLY_PATCH)}
+
+
+# -- the calls, and who makes them -------------------------------------------------------------------------------------
+
+
+class CodexCalls:
+    """The calls of the Codex backend, one method each."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.connections, self.settings, self.metrics = connections, connections.settings, connections.metrics
+        program, _, rest = self.settings.codex_client.partition(" ")
+        self.originator, _, self.version = program.partition("/")
+        agent = f"{program} {rest or '(Ubuntu 24.04; x86_64) xterm-256color'}"
+        self._identity = [
+            f"originator: {self.originator}",
+            f"User-Agent: {agent}",
+            f"version: {self.version}",
+        ]
+        self._catalogs: dict[str, tuple[Mapping[str, Any], ...]] = {}  # lists of models, by their digest
+        # Parts of requests that a gateway has refused, which are left out until a time.monotonic().
+        self._refused_parts: dict[tuple[str, str], float] = {}
+
+    def _headers(self, account: Account, accept: str, session: str = "") -> list[bytes]:
+        """The header lines of a call. "Headers"."""
+        row = account.row
+        lines = [f"Authorization: Bearer {row.access_token}", *self._identity, f"Accept: {accept}"]
+        lines += ["Content-Type: application/json", "Expect:"]
+        if row.workspace:
+            lines.append(f"ChatGPT-Account-ID: {row.workspace}")
+        if session:
+            lines += [f"session_id: {session}", f"session-id: {session}", f"thread-id: {session}"]
+            lines += [f"x-client-request-id: {session}", "OpenAI-Beta: responses=experimental"]
+        if self.settings.auth_key:
+            lines.append(f"authkey: {self.settings.auth_key}")
+        return [*(line.encode("latin-1", "replace") for line in lines), *_cookie_line(account.codex_cookies)]
+
+    def _heard(self, name: str, account: Account, status: int, headers: Mapping[str, str]) -> None:
+        """Counts an answer, and keeps what it brings besides: cookies, the allowance, that the list of models is another."""
+        self.connections.heard(name, account, status, {})
+        if "set-cookie" in headers:
+            account.codex_cookies = with_cookies(account.codex_cookies, headers)
+        self.note_limits(account, limits_in(headers))
+        etag = headers.get("x-models-etag", "")
+        known = account.catalog
+        changed = etag and known.etag and _plain_tag(etag) != _plain_tag(known.etag)
+        if changed and time.time() - known.read > CATALOG_PAUSE:
+            account.catalog = known._replace(read=0.0)
+
+    @staticmethod
+    def note_limits(account: Account, said: Mapping[str, Any]) -> None:
+        account.allowance = allowance_of(said, account.allowance)
+
+    def responses(self, account: Account, body: Mapping[str, Any], session: str, watch: Watch) -> Call:
+        """A request whose answer is begun, for a `with` block; its bytes are events."""
+        url = f"{account.gateway}/backend-api/codex/responses"
+        headers = self._headers(account, "text/event-stream", session)
+        if body["input"] and body["input"][-1].get("type") == "compaction_trigger":
+            headers.append(b"x-codex-beta-features: remote_compaction_v2")
+        call = self.connections.call(
+            account,
+            "POST",
+            url,
+            headers,
+            as_json_body(self._without_refused(account.gateway, body)),
+            watch,
+            plain=True,
+        )
+        with contextlib.ExitStack() as guard:
+            guard.enter_context(call)
+            try:
+                call.start()
+            except Refusal:
+                self._heard("codex", account, 0, {})
+                raise
+            self._heard("codex", account, call.status, call.headers)
+            if call.status != 200:
+                raise codex_refusal(call.status, call.headers, call.whole().body)
+            guard.pop_all()
+        return call
+
+    def _object(
+        self, name: str, account: Account, method: str, path: str, watch: Watch,
+        body: Mapping[str, Any] | None = None, session: str = "", silence: float | None = None, etag: str = "",
+    ) -> Answer:  # fmt: skip
+        """The whole answer of a call; Refusal for anything but an object with 2xx, or 304."""
+        url = f"{account.gateway}/backend-api{path}"
+        headers = self._headers(account, "application/json", session)
+        headers += [f"If-None-Match: {etag}".encode("latin-1")] if etag else []
+        data = None if body is None else as_json_body(body)
+        answer = self.connections.answer(
+            name, account, method, url, headers, data, watch, silence, plain=True
+        )
+        self._heard(name, account, answer.status, answer.headers)
+        if answer.status != 304 and (not 200 <= answer.status < 300 or answer.object() is None):
+            raise codex_refusal(answer.status, answer.headers, answer.body)
+        return answer
+
+    def compacted(
+        self, account: Account, body: Mapping[str, Any], session: str, watch: Watch
+    ) -> dict[str, Any]:
+        """The items that stand for a conversation, as {"output"}."""
+        left_out = ("stream", "store", "include", "client_metadata", "tool_choice")
+        body = {name: value for name, value in body.items() if name not in left_out}
+        path = "/codex/responses/compact"
+        return self._object("codex-compact", account, "POST", path, watch, body, session).object() or {}
+
+    def usage(self, account: Account, watch: Watch) -> dict[str, Any]:
+        """What the account's plan lets it use, which is noted."""
+        said = self._object("codex-usage", account, "GET", "/wham/usage", watch).object() or {}
+        self.note_limits(account, said)
+        return said
+
+    def models(self, account: Account, watch: Watch) -> Catalog:
+        """The account's models, read anew unless they are still those."""
+        before = account.catalog
+        path = f"/codex/models?client_version={urllib.parse.quote(self.version)}"
+        answer = self._object(
+            "codex-models", account, "GET", path, watch, silence=CATALOG_SILENCE, etag=before.etag
+        )
+        if answer.status == 304:
+            return before._replace(read=time.time())
+        models = catalog_models(answer.object() or {})
+        digest = hashlib.sha256(
+            compact(models).encode("utf-8", "replace")
+        ).hexdigest()  # accounts of a plan have the same
+        if len(self._catalogs) > MAX_HELD_CATALOGS:
+            self._catalogs.clear()
+        etag = answer.headers.get("etag", "")
+        etag = etag if re.fullmatch(r"[\x21-\x7e]{1,200}", etag) else ""
+        return Catalog(time.time(), etag, self._catalogs.setdefault(digest, models))
+
+    def refuse_part(self, gateway: str, part: str) -> None:
+        """Remembers that a gateway's backend refuses a part of requests, for as long as that is believed."""
+        self._refused_parts[gateway, part] = time.monotonic() + BELIEVED
+
+    def _without_refused(self, gateway: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        now = time.monotonic()
+        for part in _SHARED_PARTS:
+            body = without(body, part) if self._refused_parts.get((gateway, part), 0.0) > now else body
+        return body
+
+
+MAX_HELD_CATALOGS = 50
+# Parts of requests that are left out of all once one was refused for them: what no client's words can make out to be one,
+# and nobody misses much.
+_SHARED_PARTS = (
+    "include", "prompt_cache_key", "service_tier", "parallel_tool_calls", "text.verbosity", "reasoning.summary",
+)  # fmt: skip
+
+
+def _plain_tag(etag: str) -> str:
+    return etag.removeprefix("W/").strip('"')
+
+
+class CodexAttempt(Attempt):
+    """An asking of the Codex backend."""
+
+    def __init__(self, asked: Asked, session: str) -> None:
+        super().__init__(asked, asked.question)
+        self.session = session  # the id of the conversation there
+        # What it is known by besides: the response before, what stands for its beginning.
+        self.marks: list[str] = []
+        self.heard = CodexDecoder(False, Names())  # the answer under way
+        self.without_reasoning = False  # whether earlier reasoning is left out
+        self.left_out: list[str] = []  # parts of it that were refused
+        self.body: Mapping[str, Any] = {}  # what was asked last
+        self.counts = True
+
+
+class Codex(Turns):
+    """The upstream `codex`: asks the Codex backend. A conversation stays with its account as long as that can answer: what
+    it has read already costs less there, and nobody else can read what its model thought."""
+
+    name = CODEX
+    has_conversations = False
+
+    def __init__(self, calls: CodexCalls, web: Web) -> None:
+        super().__init__(web.site.connections, web.renewals, web.ledger)
+        self.calls, self.web, self.files, self.links = calls, web, web.files, web.links
+        self._homes_lock = threading.Lock()
+        self._homes: OrderedDict[str, str] = OrderedDict()  # sessions → accounts
+        self._absent: dict[str, float] = {}  # gateways without this backend, until a time.monotonic()
+        # Gateways without the call to make a conversation shorter, until a time.monotonic().
+        self._without_compact: dict[str, float] = {}
+        self._reading = ThreadPoolExecutor(4, thread_name_prefix="codex")
+
+    def holds(self, conversation: str, scope: Scope) -> bool:
+        """Nothing is kept there."""
+        return False
+
+    def answer(self, asked: Asked, sink: Sink) -> None:
+        """Has a question answered by an account of a browser sign-in."""
+        attempt, body, names = self._attempt(asked)
+        tail: list[Event] = []
+
+        def ask(account: Account) -> Finish:
+            return self._asked(account, attempt, body, names, sink, tail)
+
+        try:
+            finish = self.to_the_end(attempt, ask, 0, lambda: False)
+        except Refusal as refused:
+            if refused.reason != "missing":
+                raise
+            raise self._nobody("") from None
+        if not sink.over and finish:
+            sink.take([*tail, finish])
+
+    def _attempt(self, asked: Asked) -> tuple[CodexAttempt, dict[str, Any], Names]:
+        """What is asked, and the names in it, but for what depends on the account."""
+        question = asked.question
+        self._refuse_early(asked)
+        given = question.native or as_native(question, functools.partial(self._part, asked))
+        names = Names()
+        body = fitted(given, names)
+        if question.native:
+            body["input"] = [self._with_files(asked, item) for item in body["input"]]
+        key = question.options.get("prompt_cache_key") or beginning(body)
+        attempt = CodexAttempt(asked, self._session(asked.scope, str(key)))
+        before = (question.native or {}).get("previous_response_id")
+        attempt.marks = [before] if isinstance(before, str) else []
+        attempt.marks += [key for item in body["input"] if (key := _compaction_key(item))]
+        return attempt, body, names
+
+    def _refuse_early(self, asked: Asked) -> None:
+        """Says that nobody has the model before files are fetched for it; the models of accounts of which nothing is known
+        are read, at once if none of the others has it."""
+        there = self._there(asked.guest)
+        unread = [one for one in there if not one.catalog.read]
+        if unread and any(one.catalog.models and self._fits(one, asked.question) for one in there):
+            for account in unread:
+                self._reading.submit(self._try_to_know, account, Watch())
+        elif unread and len(there) > 1:  # of a single one they are read when it is asked
+            jobs = [
+                functools.partial(self._try_to_know, account) for account in unread[:MAX_ASKED_FOR_MODELS]
+            ]
+            side_by_side(jobs, asked.watch)
+        if not any(self._fits(account, asked.question) for account in there):
+            raise self._nobody(asked.question.model if there else "")
+
+    def _there(self, guest: Account | None) -> list[Account]:
+        """The accounts that can be asked for a caller, ready ones whose gateway has this backend."""
+        accounts = [guest] if guest else self.pool.codex_accounts()
+        able = [one for one in accounts if one.row.state == "ready" and one.speaks_codex()]
+        now = time.monotonic()
+        return [one for one in able if self._absent.get(one.gateway, 0.0) < now]
+
+    def _try_to_know(self, account: Account, watch: Watch) -> None:
+        """Has the models of an account read, if they can be had."""
+        with contextlib.suppress(ApiError):
+            self.renewals.token(account, watch)
+            self._know(account, watch)
+
+    @staticmethod
+    def _session(scope: Scope, key: str) -> str:
+        """The id of a conversation there: stable, and another one for every caller."""
+        digest = hashlib.sha256(f"{scope.owner}\n{key}".encode("utf-8", "replace")).digest()
+        return str(uuid.UUID(bytes=digest[:16], version=4))
+
+    def _asked(
+        self, account: Account, attempt: CodexAttempt, body: dict[str, Any], names: Names, sink: Sink, tail: list[Event]
+    ) -> Finish:  # fmt: skip
+        """One call: how its answer ended. `tail` gets what is to be given together with that."""
+        decoder = attempt.heard = CodexDecoder(attempt.question.native is not None, names)
+        tail.clear()
+        attempt.body = body = self._for_account(account, attempt, body)
+        try:
+            with self.calls.responses(account, body, attempt.session, attempt.watch) as call:
+                self._hear(account, attempt, call, sink, tail)
+        except Refusal as refused:
+            known = account.catalog.models or account.row.codex == "yes"
+            if refused.reason != "missing" or not known:
+                raise
+            raise Refusal("broken", "The Codex backend said that it has no such call; try again.") from None
+        if decoder.limits:
+            self.calls.note_limits(account, decoder.limits)
+        if decoder.failure and not decoder.reason:
+            raise decoder.failure
+        if not decoder.reason and not sink.over:
+            raise Refusal("broken", "The upstream broke off its answer; try again.")
+        return Finish(decoder.reason or "stop")
+
+    def _hear(
+        self, account: Account, attempt: CodexAttempt, call: Call, sink: Sink, tail: list[Event]
+    ) -> None:
+        """Gives the sink what comes: the loop what is text alone, this thread everything else."""
+        decoder = attempt.heard
+
+        def carried(data: bytes) -> Any:
+            """What is not for the loop, None when it is done; once per event."""
+            if len(data) + decoder.pending > MAX_LIGHT:
+                return data
+            found = decoder.feed(data)
+            if decoder.failure or not (attempt.begun and decoder.light):
+                return found or decoder.failure
+            if found:
+                if sink.careful and not sink.light(cast("list[Light]", found)):
+                    return found
+                sink.take(cast("list[Event]", found))
+            return [] if sink.over else None
+
+        def handle(come: Any) -> bool:
+            found = decoder.feed(come) if isinstance(come, bytes) else come if isinstance(come, list) else []
+            if decoder.begun and not attempt.begun:
+                self._began(account, attempt)
+            events = self._shown(attempt, found)
+            if decoder.reason:
+                tail.extend(events)
+                return True
+            if events:
+                sink.take(events)
+                if sink.outlet:
+                    sink.outlet.drain()
+            return decoder.failure is not None or sink.over
+
+        come: Any = call.read() or None
+        while come is not None and not handle(come):
+            come = call.carry(carried, sink.outlet)
+
+    def _began(self, account: Account, attempt: CodexAttempt) -> None:
+        attempt.begun = True
+        attempt.asked.account = account
+        for name in (CODEX, f"{CODEX} {attempt.question.model}"):
+            self.pool.waited_out(account, name)
+        self.pool.learned(account, codex="yes")
+        self._remember(attempt.session, account)
+
+    def _remember(self, key: str, account: Account) -> None:
+        """Remembers which account has a conversation."""
+        with self._homes_lock:
+            self._homes[key] = account.id
+            self._homes.move_to_end(key)
+            if len(self._homes) > MAX_HOMES:
+                self._homes.popitem(last=False)
+
+    def keep_response(self, id: str, account: Account | None) -> None:
+        """Remembers which account has made a response."""
+        if account and account.speaks_codex():
+            self._remember(id, account)
+
+    def _keep_home(self, attempt: Attempt, item: Mapping[str, Any]) -> None:
+        """Remembers whose an item is that stands for the beginning of a conversation."""
+        if (key := _compaction_key(item)) and attempt.leased:
+            self._remember(key, attempt.leased)
+
+    def _home(self, attempt: Attempt) -> str:
+        """The account that has a conversation, "" where that is not known: by the response before, by what stands for its
+        beginning since it was made shorter, which only that account can read, or by the session."""
+        if not isinstance(attempt, CodexAttempt):
+            return ""
+        with self._homes_lock:
+            return next(
+                (self._homes[key] for key in (*attempt.marks, attempt.session) if key in self._homes), ""
+            )
+
+    def _shown(self, attempt: CodexAttempt, found: Iterable[Event | Drawn]) -> list[Event]:
+        """The events with a link for each drawing."""
+        events: list[Event] = []
+        for event in found:
+            if isinstance(event, Verbatim) and event.event and isinstance(event.event.get("item"), dict):
+                self._keep_home(attempt, event.event["item"])
+            if not isinstance(event, Drawn):
+                events.append(event)
+                continue
+            form = event.form if re.fullmatch("[a-z]{1,8}", event.form) else "png"
+            try:
+                data = base64.b64decode(event.data)
+            except ValueError:
+                raise Refusal("broken", "The upstream's answer has a drawing that is none.") from None
+            if link := self.links.kept([data], f"image.{form}", f"image/{form}"):
+                events.append(Image(attempt.asked.base + link))
+        return events
+
+    # -- what is asked, and of whom --
+
+    def _part(self, asked: Asked, attachment: Attachment) -> dict[str, Any]:
+        """A file as a part of a message."""
+        if attachment.image and attachment.url:
+            return {"type": "input_image", "detail": "auto", "image_url": attachment.url}
+        file, blob = self._bytes(asked, attachment)
+        data = Embedded(f"data:{file.mime};base64,", blob)
+        if file.width:
+            return {"type": "input_image", "detail": "auto", "image_url": data}
+        return {"type": "input_file", "filename": file.name, "file_data": data}
+
+    def _bytes(self, asked: Asked, attachment: Attachment) -> tuple[File, Blob]:
+        """A file and its bytes, got from the account that holds it if another one does."""
+        self.gather(asked, [attachment])
+        file, blob = asked.materials[attachment]
+        if blob is None:
+            blob = self.web.fetched(asked, attachment)
+        return file, blob
+
+    def _with_files(self, asked: Asked, item: dict[str, Any]) -> dict[str, Any]:
+        """An item of a native request with the bytes of the files that are named by an id of this server's."""
+        known = {one.file: one for one in asked.question.attachments if one.file}
+        if not known:
+            return item
+        whole = dict(item)
+        for name in ("content", "output"):
+            if isinstance(parts := item.get(name), list):
+                files = [known.get(str(_at(part, ("file_id",)))) for part in parts]
+                whole[name] = [
+                    self._part(asked, file) if file else part for part, file in zip(parts, files, strict=True)
+                ]
+        return whole
+
+    def _for_account(
+        self, account: Account, attempt: CodexAttempt, body: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """A body with what depends on the account: its model, how hard that may think, and what its plan has."""
+        model, effort = self._model(account, attempt.question)
+        whole = {"model": model} | dict(body) | {"prompt_cache_key": attempt.session}
+        facts = account.catalog.find(model) or {}
+        reasoning = dict(body.get("reasoning") or {})
+        wanted = effort or reasoning.get("effort")
+        if isinstance(wanted, str) and wanted:
+            reasoning["effort"] = nearest_effort(wanted, levels_of(facts))
+        if reasoning:
+            whole["reasoning"] = reasoning
+        if facts.get("support_verbosity") is False and isinstance(body.get("text"), dict):
+            whole["text"] = {name: one for name, one in body["text"].items() if name != "verbosity"}
+        if not self._draws(account, model) and attempt.question.forced != DRAWING and body.get("tools"):
+            whole = without(whole, f"tools:{DRAWING}")
+        if attempt.without_reasoning:
+            whole["input"] = [one for one in body["input"] if one.get("type") != "reasoning"]
+        for part in attempt.left_out:
+            whole = without(whole, part)
+        return whole
+
+    @staticmethod
+    def _draws(account: Account, model: str) -> bool:
+        """Whether the account's plan, and a model, have the tool that draws."""
+        waits = account.wait_for(f"{CODEX} {DRAWING}", time.time())
+        return account.row.plan != "free" and "spark" not in model and not waits
+
+    @staticmethod
+    def _model(account: Account, question: Question) -> tuple[str, str]:
+        """The slug for a client's name of a model, and the effort that the name may end in; ("", "") for a model that the
+        account does not have."""
+        catalog, model = account.catalog, question.model
+        if upstream_model(model, False) == "auto":
+            draws = question.forced == DRAWING
+            if draws and catalog.find(USUAL_CODEX_MODEL):
+                return USUAL_CODEX_MODEL, ""
+            return next((str(one["slug"]) for one in catalog.models if is_shown(one)), USUAL_CODEX_MODEL), ""
+        if not catalog.models or catalog.find(model):
+            return model, ""
+        base, _, effort = model.rpartition("-")
+        return (base, effort) if effort in EFFORTS and catalog.find(base) else ("", "")
+
+    def _fits(self, account: Account, question: Question) -> bool:
+        """Whether an account can answer a question, as far as is known."""
+        if self._absent.get(account.gateway, 0.0) > time.monotonic() or _GPT.fullmatch(question.model):
+            return False
+        model = self._model(account, question)[0]
+        return model != "" and (question.forced != DRAWING or self._draws(account, model))
+
+    def _rank(self, account: Account, home: str, now: float) -> tuple[Any, ...]:
+        """How early an account is asked: the conversation's own first, but those whose allowance is used up last of all.
+        CODEX_BALANCE says how the rest are ordered."""
+        windows = account.allowance.windows if account.allowance else ()
+        bought = account.allowance.credits if account.allowance else ""
+        spent = any(not window.left(now) for window in windows) and not bought
+        if self.settings.codex_balance == "drain":
+            resets = [window.reset for window in windows if window.reset > now]
+            order: tuple[Any, ...] = (min(resets, default=math.inf), account.row.added, account.id)
+        else:
+            # What would be lost soonest, in steps of two; those alike in turn.
+            urgency = max((window.urgency(now) for window in windows), default=_UNKNOWN_URGENCY)
+            order = (-round(math.log2(max(urgency, 0.01))), account.used)
+        return spent, account.id != home, *order
+
+    def lease(self, attempt: Attempt) -> Account:
+        """The account that is asked next."""
+        question = attempt.question
+        if attempt.guest:
+            self.pool.lease_guest(attempt.guest, f"{CODEX} {question.model}")
+            return self.pool.lease_guest(attempt.guest, CODEX)
+        if attempt.holder and (account := self.pool.find(attempt.holder)):
+            return self.pool.lease_guest(account, CODEX)
+        self._refuse_early(attempt.asked)
+        fit = [account for account in self.pool.codex_accounts() if self._fits(account, question)]
+        rank = functools.partial(self._rank, home=self._home(attempt), now=time.time())
+        return self.pool.lease_codex(question.model, fit, attempt.tried, rank)
+
+    @staticmethod
+    def _nobody(model: str) -> ApiError:
+        """The error for a model that nobody has, or "" for no account at all."""
+        if model:
+            text = "No account offers this model at the Codex backend; GET /v1/models lists those there are."
+            return ApiError("model_not_found", text, "model")
+        text = "No account can be asked at the Codex backend; sign in to one with `chatproxy.py login`."
+        return ApiError("no_account", text, headers={"Retry-After": "30"})
+
+    def ready(self, account: Account, attempt: Attempt) -> None:
+        """Sees to it that it has a token, and that its models are known."""
+        super().ready(account, attempt)
+        if isinstance(attempt, CodexAttempt):
+            self._know(account, attempt.watch)
+            if not self._fits(account, attempt.question):
+                raise Refusal("unlisted", self._nobody(attempt.question.model).message)
+
+    def _know(self, account: Account, watch: Watch) -> None:
+        """Has the models of an account read: at once where nothing is known of them, else beside what is done."""
+        before, now = account.catalog, time.time()
+        if now - before.read < CATALOG_LIFE:
+            return
+        # Others go on with what is known meanwhile.
+        account.catalog = before._replace(read=now - CATALOG_LIFE + CATALOG_PAUSE)
+        if before.models:
+            self._reading.submit(self._read_catalog, account, before, Watch())
+        else:
+            self._read_catalog(account, before, watch)
+
+    def _read_catalog(self, account: Account, before: Catalog, watch: Watch) -> None:
+        try:
+            account.catalog = self.calls.models(account, Until(watch, CATALOG_PATIENCE))
+        except Refusal as refused:
+            log(logging.DEBUG, "the list of models cannot be had", account=account.name, code=refused.code)
+            if refused.reason == "expired" and not before.models:
+                account.catalog = before
+                raise
+
+    def learn(self, account: Account, attempt: Attempt, refused: Refusal) -> None:
+        """Draws the consequences of a refusal for its account."""
+        self._failed(attempt, refused)
+        name = f"{CODEX} {attempt.question.model}"
+        if refused.reason == "limited":
+            self._wait(account, refused.about or name, refused)
+        elif refused.reason == "expired" and account.row.web == "yes":  # which may go on answering there
+            self._wait(account, CODEX, refused)
+        elif refused.reason == "expired" and account.row.state == "ready":
+            reason = refused.detail or "the Codex backend refused its token (401)"
+            self.pool.set_aside(account, "expired", reason, attempt.token)
+        elif refused.reason == "excluded" and refused.about == DRAWING:
+            if attempt.question.forced != DRAWING:  # but the client has chosen what it does not offer
+                return
+            self.pool.told_to_wait(account, f"{CODEX} {DRAWING}", 86400.0)
+        elif refused.reason == "excluded":
+            self.pool.learned(account, codex="no", reason="its plan does not include Codex")
+            refused.headers["Retry-After"] = "30"
+        elif refused.reason == "missing" and not account.row.guest:
+            alike = [one for one in self.pool.codex_accounts() if one.gateway == account.gateway]
+            if not any(one.row.codex == "yes" or one.catalog.models for one in alike):
+                self._absent[account.gateway] = time.monotonic() + BELIEVED
+
+    def leave_out(self, account: Account, attempt: CodexAttempt) -> bool:
+        """A remedy: the request without a part that was refused, if it can do without."""
+        part = attempt.refused.about if attempt.refused else ""
+        if index := re.fullmatch(r"tools\[(\d{1,4})\]", part):  # then all of its type
+            tools = attempt.body.get("tools") or []
+            kind = _at(tools[int(index[1])], ("type",)) if int(index[1]) < len(tools) else None
+            part = f"tools:{kind}" if kind not in (FUNCTION, CUSTOM, "namespace") else ""
+        if len(attempt.left_out) >= MAX_LEFT_OUT_PARTS or without(attempt.body, part) == attempt.body:
+            return False
+        if part in _SHARED_PARTS and not account.row.guest:  # else it is about this request alone
+            self.calls.refuse_part(account.gateway, part)
+        attempt.left_out.append(part)
+        attempt.remedies.discard("leave_out")  # another part may be refused next
+        return True
+
+    def drop_reasoning(self, account: Account, attempt: CodexAttempt) -> bool:
+        """A remedy: the request without earlier reasoning, which was another account's."""
+        attempt.without_reasoning = True
+        return True
+
+    # -- besides answers --
+
+    def compacted(self, asked: Asked) -> dict[str, Any]:
+        """The conversation of a request that ends in `compaction_trigger` made shorter, as {"output"}: by the call for it, or
+        where that is gone by the request."""
+        native = asked.question.native or {}
+        attempt, body, names = self._attempt(asked)
+        body["input"] = [item for item in body["input"] if item.get("type") != "compaction_trigger"]
+
+        def ask(account: Account) -> dict[str, Any] | None:
+            if self._without_compact.get(account.gateway, 0.0) > time.monotonic():
+                return None
+            whole = self._for_account(account, attempt, body)
+            try:
+                return self.calls.compacted(account, whole, attempt.session, attempt.watch)
+            except Refusal as refused:
+                if refused.reason != "missing":
+                    raise
+                if not account.row.guest:
+                    self._without_compact[account.gateway] = time.monotonic() + BELIEVED
+                return None
+
+        said = self.attempts(attempt, ask)
+        if said is not None:
+            for item in dicts(said.get("output")):
+                names.restore(item)
+                self._keep_home(attempt, item)
+            return said
+        told = Collected()
+        self.answer(asked, told)
+        events = [event.event for event in told.events if isinstance(event, Verbatim) and event.event]
+        made = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        made = [item for item in made if _compaction_key(item)]
+        if not made:
+            raise ApiError("upstream_error", "The upstream did not make the conversation shorter; try again.")
+        messages = [
+            item for item in dicts(native["input"]) if item.get("role") in ("user", "developer", "system")
+        ]
+        kept = [in_full(changed(item, as_sent)) for item in messages]
+        response: dict[str, Any] = next(
+            (e["response"] for e in reversed(events) if e["type"] in RESPONSE_ENDS), {}
+        )
+        return {"output": [*kept, *made], "usage": response.get("usage")}
+
+    def models(self, guest: Account | None, watch: Watch) -> dict[str, int]:
+        """The models of the accounts, and when they were listed (Unix seconds)."""
+        return {slug: int(read) for slug, (read, _) in self._listed(guest, watch).items()}
+
+    def facts(self, guest: Account | None, watch: Watch) -> dict[str, Mapping[str, Any]]:
+        """The same with what the backend tells of them."""
+        return {slug: facts for slug, (_, facts) in self._listed(guest, watch).items()}
+
+    def _listed(self, guest: Account | None, watch: Watch) -> dict[str, tuple[float, Mapping[str, Any]]]:
+        able = self._there(guest)
+        if able:
+            jobs = [functools.partial(self._try_to_know, one) for one in able[:MAX_ASKED_FOR_MODELS]]
+            side_by_side(jobs, watch)
+        return {
+            str(one["slug"]): (account.catalog.read, one)
+            for account in able
+            for one in filter(is_shown, account.catalog.models)
+        }
+
+    def is_sure(self) -> bool:
+        return bool(self._there(None))
+
+    def has(self, model: str, guest: Account | None, watch: Watch) -> bool:
+        question = Question((), model)
+        return any(self._fits(account, question) for account in self._there(guest))
+
+    def takes(self, account: Account) -> bool:
+        return account.speaks_codex() or account.row.codex == "no"
+
+    def check(self, account: Account, watch: Watch) -> None:
+        """Asks what the account's plan lets it use, and which models it has."""
+
+        def ask(account: Account) -> None:
+            try:
+                said = self.calls.usage(account, watch)
+            except Refusal as refused:
+                if refused.reason != "missing":
+                    raise
+            else:
+                self._note_usage(account, said)
+            account.catalog = self.calls.models(account, watch)
+
+        before = account.row.plan
+        self.do("check", None, ask, watch, account.id)
+        if account.row.codex == "no" and account.row.plan == before:
+            raise Refusal("excluded", "This account's plan does not include Codex.")
+
+    def _note_usage(self, account: Account, said: Mapping[str, Any]) -> None:
+        """Takes note of what an account's plan lets it use: another plan, or that everything is used up."""
+        plan = said.get("plan_type")
+        if isinstance(plan, str) and plan and plan != account.row.plan and account.row.codex == "no":
+            self.pool.learned(account, codex="", plan=plan[:32], reason="")
+        resets = [
+            one.reset for one in (account.allowance.windows if account.allowance else ()) if one.used >= 100
+        ]
+        if _at(said, ("rate_limit", "allowed")) is False and resets:
+            self.pool.told_to_wait(account, CODEX, max(1.0, min(resets) - time.time()))
+
+    def prove(self, account: Account, watch: Watch) -> bool:
+        """Has the backend say whether it takes an account's token; False when it is not there to say."""
+        try:
+            account.catalog = self.calls.models(account, watch)
+        except Refusal as refused:
+            if refused.reason != "missing":
+                raise
+            return False
+        return True
+
+    def percentages(self) -> dict[str, float]:
+        """How much of each window of each account is used, for metrics."""
+        now = time.time()
+        return {
+            f'account="{account.id}",window="{window.name}"': 100.0 - window.left(now)
+            for account in self.pool.accounts()
+            for window in (account.allowance.windows if account.allowance else ())
+        }
+
+
+MAX_LEFT_OUT_PARTS = 8  # of one request
+_UNKNOWN_URGENCY = 1e9  # percent an hour: whoever was never asked is asked first, and then it is known
+
+
+def _compaction_key(item: Mapping[str, Any]) -> str:
+    """What an item is remembered by that stands for the beginning of a conversation; "" for any other."""
+    sealed = item.get("encrypted_content")
+    if item.get("type") not in ("compaction", "context_compaction") or not isinstance(sealed, str):
+        return ""
+    return hashlib.sha256(sealed.encode("utf-8", "replace")).hexdigest()
+
+
+# ============================================================================================================
 # agents: browsers that connect and answer questions
 # ============================================================================================================
 
-PING_PATIENCE, ANSWER_PATIENCE = 5.0, 120.0  # seconds that an agent has for the one and the other
+PING_PATIENCE, AGENT_PATIENCE = 5.0, 120.0  # seconds that an agent has for the one and the other
 HOLDER_PATIENCE = 2.0  # and that one has to show that it is there when another claims its id
 MAX_HELD_BY_AGENTS = 100_000  # conversations
 _AGENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -9064,6 +11152,7 @@ class Agents(Attempts):
     come in any order. "Agents (ChatGPT-API-server's protocol)"."""
 
     name = "agents"
+    has_conversations = True
     files = None
 
     def __init__(self, metrics: Metrics) -> None:
@@ -9081,7 +11170,7 @@ class Agents(Attempts):
         """Lets an agent in: whether it is there now, and listened to."""
         offered = new_id()
         web.send(compact({"id": offered, "message": "Connection id", "data": ""}))
-        said = self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))
+        said = self._heard(web.receive(time.monotonic() + AGENT_PATIENCE))
         if said is None:
             return False
         id = said.get("id")
@@ -9180,7 +11269,7 @@ class Agents(Attempts):
 
     def _ask(self, asked: Asked, question: Question, sink: Sink) -> None:
         conversation = question.conversation or ""
-        end = time.monotonic() + ANSWER_PATIENCE
+        end = time.monotonic() + AGENT_PATIENCE
         held = self._held(conversation)
         if held is None and not self.connected():
             raise self._nobody()
@@ -9241,6 +11330,16 @@ class Agents(Attempts):
     def models(self, guest: Account | None, watch: Watch) -> dict[str, int]:
         """None that could be chosen: an agent answers with what its page is set to."""
         return {}
+
+    def is_sure(self) -> bool:
+        return bool(self.connected())
+
+    def has(self, model: str, guest: Account | None, watch: Watch) -> bool:
+        """Whichever it is: an agent answers with what its page is set to."""
+        return True
+
+    def takes(self, account: Account) -> bool:
+        return False
 
     def check(self, account: Account, watch: Watch) -> None:
         """Agents have no accounts that could fail."""
@@ -9367,10 +11466,10 @@ def parse_object(body: Blob, known: KnownTools | None = None) -> dict[str, Any]:
         data, tools = whole, None
         value = _object_of(whole)
     if b"\\ud" in data or b"\\uD" in data:
-        value = _changed(value, _without_surrogates)
+        value = changed(value, _without_surrogates)
     for name, one in value.items() if blobs else ():
         keep = name in ("messages", "input")
-        value[name] = _changed(one, functools.partial(_with_blob, mark, blobs, keep))
+        value[name] = changed(one, functools.partial(_with_blob, mark, blobs, keep))
     if tools is not None:
         value["tools"] = tools
     elif known and value.get("tools") and not blobs:
@@ -9392,21 +11491,6 @@ def _object_of(data: bytes | bytearray) -> dict[str, Any]:
 
 def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _changed(value: Any, change: Callable[[str], Any]) -> Any:
-    """Parsed JSON with its strings changed."""
-    if isinstance(value, dict):
-        return {str(change(name)): _changed(one, change) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_changed(one, change) for one in value]
-    return change(value) if isinstance(value, str) else value
-
-
-class InlineFile(str):
-    """A file in a large body: the text ends before the base64, `blob` has the bytes."""
-
-    blob: Blob
 
 
 _INLINE = re.compile(
@@ -9692,15 +11776,8 @@ def _call_made(made: Any, where: str) -> FunctionCall:
 def as_json(arguments: Any) -> str:
     """Arguments as a client gives them, JSON already or not."""
     if isinstance(arguments, (dict, list)):
-        return compact(_changed(arguments, _as_sent))
+        return compact(changed(arguments, as_sent))
     return str(arguments or "")
-
-
-def _as_sent(text: str) -> str:
-    """A string that was taken for a file and is none."""
-    if not isinstance(text, InlineFile):
-        return text
-    return text + base64.b64encode(text.blob.read()).decode()
 
 
 def input_arguments(text: Any) -> str:
@@ -9708,11 +11785,11 @@ def input_arguments(text: Any) -> str:
     return compact({"input": as_json(text)})
 
 
-def input_of(call: FunctionCall) -> str:
-    """The input of a custom function's call."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json.loads(call.arguments)["input"])
-    return call.arguments
+def arguments_of(call: FunctionCall) -> Any:
+    """The arguments of a call as a value; {} for what is no JSON, which some model wrote."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(call.arguments or "{}")
+    return {}
 
 
 def result_message(id: str, parts: tuple[Text | Attachment, ...], calls: Calls, name: Any = None) -> Message:
@@ -9744,6 +11821,9 @@ class Tools:
         self, tools: list[Any], where: str, add: Callable[[Tools, Any, str], None] | None = None
     ) -> None:
         """Adds each of a list, by `add` where its shape is not OpenAI's; 400 names the first that is wrong."""
+        if len(tools) > MAX_FUNCTIONS:
+            text = f"is one too many: a request may offer {MAX_FUNCTIONS} tools."
+            raise unfit(f"{where}[{MAX_FUNCTIONS}]", text)
         add = add or Tools.add
         known = tools.read if isinstance(tools, ToolList) else {}
         if (found := known.get(add)) is None:
@@ -9783,7 +11863,11 @@ class Tools:
         parameters = given.get("parameters") or {"type": "object"}
         if kind := unknown_type(given.get("parameters")):
             raise unfit(f"{where}.parameters", f"is not a JSON Schema: it names an unknown type, {kind}.")
-        self._put(Function(name, given.get("description") or "", parameters, namespace=namespace), where)
+        strict = given.get("strict") is True
+        self._put(
+            Function(name, given.get("description") or "", parameters, namespace=namespace, strict=strict),
+            where,
+        )
 
     def _custom(self, given: Any, where: str, namespace: str) -> None:
         name = _tool_name(given, where)
@@ -9902,7 +11986,14 @@ def parse_shape(value: Any, where: str) -> Shape | None:
         raise unfit(where, "must have a JSON Schema in `schema`.")
     if kind := unknown_type(schema):
         raise unfit(where, f"is not a JSON Schema: it names an unknown type, {kind}.")
-    return Shape(schema)
+    name = str(given.get("name") or "")
+    return Shape(schema, name if _PLAIN_NAME.fullmatch(name) else "answer", given.get("strict") is True)
+
+
+def options_of(body: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The fields of a request that are for an upstream that speaks OpenAI's own API."""
+    names = ("service_tier", "prompt_cache_key", *names)
+    return {name: body[name] for name in names if isinstance(body.get(name), str)}
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -10022,7 +12113,7 @@ class Trimmer:
         self.over = False
         self.stopped_at = ""  # the stop sequence that has ended it
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         """Whether the answer surely does not end with these, and nothing has to be counted: a stop sequence that ends in
         them has at least its last character there."""
         if self._left is not None and not self._fits(sum(len(event[0]) for event in events)):
@@ -10038,17 +12129,30 @@ class Trimmer:
             if type(event) is Text:
                 self._text(event.text, out)
             elif type(event) is Finish:
-                if self._held:
-                    self._limited(self._held, out)
+                self._let_go(out)
                 if not self.over:
                     out.append(event)
                 self.over = True
             else:
-                if self._held and type(event) is FunctionCall:  # it stands before the call
-                    self._limited(self._held, out)
-                    self._held = ""
+                if type(event) in (FunctionCall, CallPart):  # it stands before the call
+                    self._let_go(out)
                 out += [] if self.over else [event]
         return out
+
+    def _let_go(self, out: list[Event]) -> None:
+        """Gives out what was held back: nothing follows that could make a stop sequence of it."""
+        held, self._held = self._held, ""
+        self._limited(held, out)
+
+    def flush(self) -> list[Event]:
+        """What was held back of a text that has ended."""
+        out: list[Event] = []
+        self._let_go(out)
+        return out
+
+    def surely_fits(self, characters: int) -> bool:
+        """Whether so many more are passed on whatever they are."""
+        return not self._stops and self._fits(characters)
 
     def _text(self, text: str, out: list[Event]) -> None:
         if not self._stops:
@@ -10142,6 +12246,12 @@ def prompt_tokens(question: Question, count: Callable[[str], int]) -> int:
     return sum(count(message.text) + 4 for message in in_prose(question).messages) + 3
 
 
+# The kinds of events that need not be told: those that come again as others, or are for another API's clients.
+_NOT_TOLD: Mapping[type, Callable[[Any, Any], None]] = dict.fromkeys(
+    (Encrypted, CallPart, Usage, Verbatim), lambda self, event: None
+)
+
+
 class Rendering:
     """One answer on its way into a client's shape: takes events, knows what of them the client is given.
 
@@ -10160,6 +12270,7 @@ class Rendering:
         self._reasoning: list[str] = []
         self._calls: list[FunctionCall] = []
         self.conversation = self.message = ""
+        self.usage_told: Usage | None = None  # by the upstream
         self._reason = "stop"
         self.cut = False
         self.begun = False  # whether the client was told that the answer begins
@@ -10208,11 +12319,11 @@ class Rendering:
         """The stop sequence that has ended the answer, "" for none."""
         return self._trimmer.stopped_at if self._trimmer else ""
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         """Whether these surely do not end the answer."""
         return self._trimmer is None or self._trimmer.light(events)
 
-    def take(self, events: list[Event]) -> list[Event]:
+    def take(self, events: list[Event]) -> list[Any]:
         """Notes a batch of events; those that the client may see."""
         if not AS_TEXT.keys().isdisjoint(map(type, events)):
             events = [event if self.has_place(event) else _as_text(event) for event in events]
@@ -10243,6 +12354,9 @@ class Rendering:
     def _note_call(self, event: FunctionCall) -> None:
         self._calls.append(event)
 
+    def _note_usage(self, event: Usage) -> None:
+        self.usage_told = event
+
     def _note_finish(self, event: Finish) -> None:
         self._reason = event.reason
         if event.conversation:
@@ -10253,14 +12367,24 @@ class Rendering:
         Begin: _note_begin,
         Text: _note_text,
         Reasoning: _note_reasoning,
+        **_NOT_TOLD,
         ToolUse: lambda self, event: None,
         Image: lambda self, event: None,
         FunctionCall: _note_call,
+        Usage: _note_usage,
         Finish: _note_finish,
     }
 
+    @property
+    def cached(self) -> int:
+        """The tokens of the prompt that the upstream had already."""
+        return self.usage_told.cached if self.usage_told else 0
+
     def counted(self) -> tuple[int, int, int]:
-        """Tokens of the prompt, the answer (reasoning included) and the reasoning."""
+        """Tokens of the prompt, the answer (reasoning included) and the reasoning: as the upstream counts them, where it
+        says so."""
+        if told := self.usage_told:
+            return told.prompt, told.answer, told.reasoning
         count = self._tokens.count
         answer = count(self.text)
         reasoning = count("".join(self._reasoning))
@@ -10281,6 +12405,7 @@ CHAT_FIELDS: Types = {
     "seed": _INTEGER, "user": _TEXT, "logit_bias": _OBJECT, "tools": _LIST, "functions": _LIST, "response_format": _OBJECT,
     "max_tokens": _INTEGER, "max_completion_tokens": _INTEGER, "conversation_id": _TEXT, "parent_message_id": _TEXT,
     "parallel_tool_calls": _FLAG, "reasoning_effort": _TEXT, "web_search_options": _OBJECT, "modalities": _LIST,
+    "verbosity": _TEXT, "service_tier": _TEXT, "prompt_cache_key": _TEXT,
 }  # fmt: skip
 
 
@@ -10315,6 +12440,7 @@ def parse_chat(body: Mapping[str, Any], history_disabled: bool, upload_by_url: b
         offered.forced,
         offered.offer,
         parse_shape(body.get("response_format"), "response_format"),
+        options=options_of(body, "verbosity"),
     )
     return Turn(
         question,
@@ -10358,7 +12484,7 @@ class Completion(Rendering):
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached},
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
@@ -10404,6 +12530,7 @@ class CompletionStream(Completion):
 
     _ahead = _behind = ""
     _called = 0
+    _piece_told: int | None = None  # characters of the arguments of the call that is being made
 
     @property
     def _at_once(self) -> bool:
@@ -10419,7 +12546,7 @@ class CompletionStream(Completion):
         for event in self.take(events):
             kind = type(event)
             if not self.begun and (kind is not Begin or self._at_once):
-                self._begin(None if kind is FunctionCall else "")
+                self._begin(None if kind in (FunctionCall, CallPart) else "")
             if kind is Text:  # once per token
                 append(f"{self._ahead}{quote(event[0])}{self._behind}")
             else:
@@ -10435,19 +12562,33 @@ class CompletionStream(Completion):
     def _take_reasoning(self, event: Reasoning) -> None:
         self.pieces.append(self._chunk({"reasoning_content": event.text}, None))
 
+    def _take_part(self, part: CallPart) -> None:
+        """A piece of a call that is being made: of the first one its id and name are told."""
+        if self._piece_told is None:
+            self._piece_told = 0
+            name = {"name": full_name(part.name, part.namespace)}
+            self._tell_call(FUNCTION, name | {"arguments": ""}, part.id)
+        if part.arguments:
+            self._piece_told += len(part.arguments)
+            self._tell_call(FUNCTION, {"arguments": part.arguments})
+
     def _take_call(self, call: FunctionCall) -> None:
-        """A call: first its name, then its arguments in pieces."""
-        index = self._called
-        self._called = self._called + 1
+        """A call: first its name, then its arguments in pieces; of one that was told in pieces the rest."""
         kind, told = chat_call(call)
         ((field, whole),) = ((name, value) for name, value in told.items() if name != "name")
-        first = told | {field: ""}
-        for part in [first, *({field: piece} for piece in in_pieces(whole))]:
-            delta: dict[str, Any] = {"function_call": part}
-            if not self.turn.legacy:
-                head = {"id": call.id, "type": kind} if part is first else {}
-                delta = {"tool_calls": [{"index": index} | head | {kind: part}]}
-            self.pieces.append(self._chunk(delta, None))
+        if self._piece_told is None:
+            self._tell_call(kind, told | {field: ""}, call.id)
+        for piece in in_pieces(whole[self._piece_told or 0 :]):
+            self._tell_call(kind, {field: piece})
+        self._piece_told = None
+        self._called += 1
+
+    def _tell_call(self, kind: str, part: dict[str, str], id: str = "") -> None:
+        delta: dict[str, Any] = {"function_call": part}
+        if not self.turn.legacy:
+            head = {"id": id, "type": kind} if id else {}
+            delta = {"tool_calls": [{"index": self._called} | head | {kind: part}]}
+        self.pieces.append(self._chunk(delta, None))
 
     def _take_finish(self, event: Finish) -> None:
         self.pieces.append(self._chunk({}, self.finish_reason()))
@@ -10456,8 +12597,10 @@ class CompletionStream(Completion):
         self.pieces.append("data: [DONE]\n\n")
 
     TAKES = {
+        **_NOT_TOLD,
         Begin: lambda self, event: None,  # which `feed` sees to
         Reasoning: _take_reasoning,
+        CallPart: _take_part,
         FunctionCall: _take_call,
         Finish: _take_finish,
     }
@@ -10479,7 +12622,7 @@ RESPONSE_FIELDS: Types = {
     "model": _TEXT, "instructions": _TEXT, "previous_response_id": _TEXT, "stream": _FLAG, "store": _FLAG,
     "max_output_tokens": _INTEGER, "metadata": _OBJECT, "parallel_tool_calls": _FLAG, "reasoning": _OBJECT,
     "temperature": _NUMBER, "text": _OBJECT, "tools": _LIST, "top_p": _NUMBER, "truncation": _TEXT, "user": _TEXT,
-    "background": _FLAG,
+    "background": _FLAG, "include": _LIST, "service_tier": _TEXT, "prompt_cache_key": _TEXT,
 }  # fmt: skip
 
 
@@ -10533,10 +12676,12 @@ def parse_response(
         forced=offered.forced,
         offer=offered.offer,
         shape=parse_shape(text.get("format"), "text.format"),
+        native={**body, "input": [*kept.items, *said.items]},
+        options=options_of(body),
     )
     left_out = (*tools.left_out, *said.left_out)
     limit = _limit(body, "max_output_tokens")
-    turn = Turn(question, bool(body.get("stream")), limit, left_out=left_out)
+    turn = Turn(question, bool(body.get("stream")), limit, _stops(body.get("stop")), left_out=left_out)
     if said.compacts:
         turn = replace(turn, question=compacting(question), limit=None)
     store = body.get("store") is not False
@@ -10551,6 +12696,8 @@ def parse_response(
 
 def _check_response(body: Mapping[str, Any]) -> None:
     """400 for what is asked for and cannot be had."""
+    if not all(isinstance(one, str) for one in body.get("include") or ()):
+        raise unfit("include", "must be a list of strings.")
     for name in ("conversation", "prompt"):
         if body.get(name) is not None:
             raise unfit(
@@ -10611,6 +12758,7 @@ class ItemReader:
         self._field, self._find_item, self._upload_by_url = field, find_item, upload_by_url
         self._ours = field != "input"  # then they are as they were written here
         self.calls: Calls = {} if calls is None else calls
+        self.items: list[dict[str, Any]] = []  # as they are, but for what this server alone knows
         self.tools: list[tuple[str, dict[str, Any]]] = []  # the items that bring tools, and where they stand
         self.left_out: dict[str, None] = {}  # types of items that mean nothing here
         self.compacts = False  # whether the conversation is to be made shorter
@@ -10642,12 +12790,14 @@ class ItemReader:
             if not isinstance(kind, str):
                 raise unfit(where, "must be an item, an object with a `type`.")
             if kind == "item_reference":
-                if (id := required(item, "id", f"{where}.")).startswith("rs_"):
-                    continue  # reasoning is not kept
-                if (item := self._find_item(id)) is None:
+                id = required(item, "id", f"{where}.")
+                if (item := self._find_item(id)) is None and id.startswith("rs_"):
+                    continue  # reasoning that can be read here is not kept
+                if item is None:
                     text = "There is no such item; they are kept for 24 hours."
                     raise ApiError("not_found", text, f"{where}.id")
                 kind = item["type"]
+            self.items.append(_as_any(item))
             if read := self.READS.get(kind):
                 yield from read(self, item, where)
             else:
@@ -10817,6 +12967,15 @@ class ItemReader:
     }
 
 
+def _as_any(item: dict[str, Any]) -> dict[str, Any]:
+    """An item as any server understands it: a summary that was sealed here is told in a message."""
+    summary = unsealed(item.get("encrypted_content")) if item.get("type") == "compaction" else None
+    if summary is None:
+        return item
+    content = [{"type": "input_text", "text": f"{SUMMARY_LINE}\n{summary}"}]
+    return {"type": "message", "role": "developer", "content": content}
+
+
 def _item_type(item: Mapping[str, Any]) -> Any:
     """The type of an item; messages and references need not say it."""
     untyped = "item_reference" if "id" in item and "role" not in item else "message"
@@ -10871,54 +13030,6 @@ def unsealed(content: Any) -> str | None:
 
 
 # -- items out -----------------------------------------------------------------------------------------------------------
-
-
-def as_items(messages: Iterable[Message], place: Callable[[Attachment], str]) -> list[dict[str, Any]]:
-    """Messages as items that an ItemReader reads again; `place` gives the id under which a file is kept."""
-    items: list[dict[str, Any]] = []
-    for message in messages:
-        for is_item, run in itertools.groupby(message.parts, lambda part: type(part) in AS_ITEM):
-            if is_item:
-                items += [AS_ITEM[type(part)](part, place) for part in run]
-            else:
-                content = [
-                    _content_part(cast("Text | Attachment", part), message.role, place) for part in run
-                ]
-                items.append({"type": "message", "role": message.role, "content": content})
-        if not message.parts:
-            items.append({"type": "message", "role": message.role, "content": []})
-    return items
-
-
-def _content_part(part: Text | Attachment, role: str, place: Callable[[Attachment], str]) -> dict[str, Any]:
-    if isinstance(part, Text):
-        return {"type": "output_text" if role == "assistant" else "input_text", "text": part.text}
-    told = {"type": "input_image", "detail": "auto"} if part.image else {"type": "input_file"}
-    return told | {"file_id": place(part)}
-
-
-def _call_item(call: FunctionCall, place: Callable[[Attachment], str]) -> dict[str, Any]:
-    told = CALL_SHAPES[call.kind]
-    return {"type": told.type} | told.fields(call)
-
-
-def _result_item(result: ToolResult, place: Callable[[Attachment], str]) -> dict[str, Any]:
-    output = [_content_part(part, "tool", place) for part in result.parts]
-    kind = "custom_tool_call_output" if result.kind == CUSTOM else "function_call_output"
-    return {"type": kind, "call_id": result.id, "name": result.name, "output": output}
-
-
-def _reasoning_item(thought: Thought, place: Callable[[Attachment], str]) -> dict[str, Any]:
-    summary = [{"type": "summary_text", "text": thought.text}] if thought.text else []
-    return {"type": "reasoning", "summary": summary, "encrypted_content": thought.encrypted or None}
-
-
-# The parts that are an item each, not a part of a message's content.
-AS_ITEM: Mapping[type, Callable[[Any, Callable[[Attachment], str]], dict[str, Any]]] = {
-    FunctionCall: _call_item,
-    ToolResult: _result_item,
-    Thought: _reasoning_item,
-}
 
 
 def listed_items(items: Iterable[Mapping[str, Any]], response: str) -> list[dict[str, Any]]:
@@ -10985,43 +13096,6 @@ ITEM_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], list[ItemEvent]]] = {
 }
 # What such an item begins with instead of what it will have.
 _BEGINNINGS = {"arguments": "", "input": "", "code": "", "outputs": None, "result": None}
-
-
-class CallShape(NamedTuple):
-    """How the calls of a kind of function are told: the prefix of the item's id, its type and its own fields."""
-
-    prefix: str
-    type: str
-    fields: Callable[[FunctionCall], dict[str, Any]]
-
-
-def _named_fields(call: FunctionCall) -> dict[str, Any]:
-    fields = {"call_id": call.id, "name": call.name}
-    fields |= {"input": input_of(call)} if call.kind == CUSTOM else {"arguments": call.arguments}
-    return fields | ({"namespace": call.namespace} if call.namespace else {})
-
-
-def _fixed_fields(call: FunctionCall) -> dict[str, Any]:
-    """The fields of a call of a fixed form; of one that another model wrote, whatever it wrote."""
-    try:
-        given = json.loads(call.arguments)
-    except ValueError:
-        given = None
-    given = given if isinstance(given, dict) else {}
-    if call.kind == APPLY_PATCH:
-        return {"call_id": call.id, "operation": given.get("operation")}
-    if call.kind == LOCAL_SHELL:
-        return {"call_id": call.id, "action": {"type": "exec", "command": [], "env": {}} | given}
-    return {"call_id": call.id, "action": {"commands": []} | given, "environment": {"type": "local"}}
-
-
-CALL_SHAPES = {
-    FUNCTION: CallShape("fc", "function_call", _named_fields),
-    CUSTOM: CallShape("ctc", "custom_tool_call", _named_fields),
-    LOCAL_SHELL: CallShape("lsh", "local_shell_call", _fixed_fields),
-    SHELL: CallShape("sh", "shell_call", _fixed_fields),
-    APPLY_PATCH: CallShape("apc", "apply_patch_call", _fixed_fields),
-}
 
 
 @dataclass(frozen=True)
@@ -11144,8 +13218,9 @@ def replayed(response: Mapping[str, Any]) -> list[str]:
     for item in response["output"]:
         kind = {"message": _MESSAGE, "reasoning": _REASONING}.get(item["type"])
         if kind:
-            events.grow(kind, "".join(part["text"] for part in item[kind.field]), item["id"])
-            events.close(item["status"])
+            texts = [str(part.get("text") or part.get("refusal") or "") for part in item[kind.field]]
+            events.grow(kind, "".join(texts), item["id"])
+            events.close(item.get("status") or "completed")
         else:
             events.add_whole(item)
     events.tell(f"response.{response['status']}", response=response)
@@ -11154,6 +13229,13 @@ def replayed(response: Mapping[str, Any]) -> list[str]:
 
 # The codes of OpenAI's for a response that failed; other failures are server_error.
 _FAILURE_CODES = {"rate_limit_exceeded": "rate_limit_exceeded", "invalid_request_error": "invalid_prompt"}
+_FAILURE_CODES |= {"context_length_exceeded": "context_length_exceeded"}
+_NUMBERS = re.compile(rb'"sequence_number": ?(\d{1,9})')
+# What an upstream says of a response that is true of ours too.
+_SAID_OF_A_RESPONSE = (
+    "created_at", "completed_at", "status", "background", "error", "incomplete_details", "model", "usage", "service_tier",
+    "reasoning", "text",
+)  # fmt: skip
 _SEARCHES = {"web", "browser", "bing"}  # the site's own tools that search
 Inline = Callable[[str], str]  # the image at a URL of the upstream's in base64, "" when it cannot be had
 
@@ -11177,6 +13259,13 @@ class ModelResponse(Rendering):
         self._error: dict[str, Any] | None = None
         self._runs = False  # whether the output of Python is what comes next
         self._code: str | None = None  # what it runs
+        # Of an upstream that speaks this API: its last words, what of them it was that ended the answer, and the text that
+        # grows when it may have to be cut.
+        self.is_native = False  # whether there is one that answers
+        self._deltas = 0  # pieces of text that it told
+        self._last_said = b""
+        self._ended: dict[str, Any] | None = None
+        self._growing: dict[str, Any] = {}
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -11185,6 +13274,8 @@ class ModelResponse(Rendering):
 
     def whole(self) -> dict[str, Any]:
         """The response as it is now."""
+        if self._ended is not None:
+            return self._as_ours(self._ended["response"])
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._reason)
         usage = self.usage() if self._status in ("completed", "incomplete") else None
         return {
@@ -11204,12 +13295,17 @@ class ModelResponse(Rendering):
     def usage(self) -> dict[str, Any]:
         """`usage`."""
         prompt, answer, reasoning = self.counted()
+        return self.usage_of(Usage(prompt, self.cached, answer, reasoning))
+
+    @staticmethod
+    def usage_of(usage: Usage) -> dict[str, Any]:
+        """`usage` of so many tokens."""
         return {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": answer,
-            "output_tokens_details": {"reasoning_tokens": reasoning},
-            "total_tokens": prompt + answer,
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+            "output_tokens": usage.answer,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+            "total_tokens": usage.prompt + usage.answer,
         }
 
     def begin(self) -> None:
@@ -11220,11 +13316,129 @@ class ModelResponse(Rendering):
         """The last event of an answer that broke off: it has the error twice, since clients look in either place."""
         if not self.begun:
             self.begin()
+        if numbers := _NUMBERS.findall(self._last_said):
+            self._events.number = max(self._events.number, int(numbers[-1]))
         self._status = "failed"
         code = _FAILURE_CODES.get(error.code, "server_error")
-        self._error = {"code": code, "message": error.message}
+        self._error = {"code": code, "message": error.text}
         self._events.tell("response.failed", response=self.whole(), **error.body())
         return self.told()[0]
+
+    # -- what an upstream says that speaks this API itself: its own words, but for what they say of the response --
+
+    def feed(self, events: list[Event]) -> tuple[bytes, int]:
+        """The bytes for a batch of events, all in one piece, and how many events of the client's they are."""
+        first = events[0]
+        if type(first) is Verbatim:
+            if self.begun and not self.trims and first.event is None and len(events) == 1:  # once per token
+                self._last_said = first.data
+                self._deltas += first.events
+                return first.data, first.events
+            # It says itself that it begins.
+            self.is_native = True
+            self.begun = self.begun or (first.event or {}).get("type") == "response.created"
+        return super().feed(events)
+
+    def counted(self) -> tuple[int, int, int]:
+        """Tokens, as the upstream counts them; of an answer of its own that it could not end each piece is one."""
+        if self.is_native and self.usage_told is None:
+            return self.prompt, self._deltas, 0
+        return super().counted()
+
+    def light(self, events: list[Light]) -> bool:
+        if type(events[0]) is not Verbatim:
+            return super().light(events)
+        size = sum(len(cast(Verbatim, event).data) for event in events)
+        return self._trimmer is None or self._trimmer.surely_fits(size)
+
+    def take(self, events: list[Event]) -> list[Any]:
+        if self._trimmer and any(type(event) is Verbatim for event in events):
+            kept = list(itertools.chain.from_iterable(map(self._cut_to_size, events)))
+            ends = [i for i, event in enumerate(kept) if type(event) is Finish]
+            events = kept[: ends[0] + 1] if ends else kept
+            self.cut = self._trimmer.over
+            for event in events:
+                self.NOTES[type(event)](self, event)
+            return events
+        return super().take(events)
+
+    def _cut_to_size(self, event: Event) -> list[Event]:
+        """An event of the upstream's as far as its text may be told, with the end where it may not."""
+        trimmer = cast(Trimmer, self._trimmer)
+        if not isinstance(event, Verbatim):
+            return [event]
+        if event.event is not None:
+            return [*self._as_said(trimmer.flush()), event]
+        out: list[Event] = []
+        for block in filter(None, event.data.split(b"\n\n")):
+            said = Answer(200, {}, block.partition(b"\ndata: ")[2]).object() or {}
+            if said.get("type") == "response.output_text.delta":
+                self._deltas += 1
+                self._growing = said
+                out += self._as_said(trimmer.feed([Text(str(said.get("delta") or ""))]))
+            else:
+                out.append(Verbatim(None, block + b"\n\n"))
+        return out
+
+    def _as_said(self, events: list[Event]) -> list[Event]:
+        """Text as the upstream tells the one that grows."""
+        return [
+            Verbatim(self._growing | {"delta": event.text}) if isinstance(event, Text) else event
+            for event in events
+        ]
+
+    def _take_verbatim(self, told: Verbatim) -> None:
+        event = told.event
+        if event is None:
+            self._last_said = told.data
+            self._deltas += 0 if self.trims else told.events
+            self.pieces.append(told.data.decode("utf-8", "replace"))
+            return
+        kind = event["type"]
+        number = event.get("sequence_number")
+        self._events.number = number if type(number) is int else self._events.number + 1
+        if kind in RESPONSE_ENDS and isinstance(event.get("response"), dict):
+            self._ended = event
+            return
+        if isinstance(event.get("response"), dict):
+            event = event | {"response": self._as_ours(event["response"])}
+        if kind == "response.output_item.added" and self.trims:
+            self._open_item = event
+        elif kind == "response.output_text.delta":  # one that may be cut
+            self._grown += event["delta"]
+        elif kind == "response.output_item.done" and isinstance(event.get("item"), dict):
+            self.items.append(event["item"])
+            self._open_item, self._grown = {}, ""
+        self.pieces.append(f"event: {kind}\ndata: {compact(event)}\n\n")
+
+    _open_item: Mapping[str, Any] = {}  # the event that an item began with, if it may have to be cut
+    _grown = ""  # its text
+
+    def _cut_off(self) -> None:
+        """Ends an item of the upstream's that is not told to its end."""
+        item = dict(self._open_item.get("item") or {})
+        if not item or item.get("type") != "message":
+            return
+        place = {name: self._growing.get(name) for name in ("item_id", "output_index", "content_index")}
+        part = {"type": "output_text", "text": self._grown, "annotations": [], "logprobs": []}
+        self._events.tell("response.output_text.done", **place, text=self._grown, logprobs=[])
+        self._events.tell("response.content_part.done", **place, part=part)
+        status = "incomplete" if self._reason == "length" else "completed"
+        self.items.append(item | {"content": [part], "status": status})
+        index = self._open_item.get("output_index")
+        self._events.tell("response.output_item.done", output_index=index, item=self.items[-1])
+
+    def _as_ours(self, response: Mapping[str, Any]) -> dict[str, Any]:
+        """An upstream's response with what the client has asked for: of how it was asked there nothing is told."""
+        told = {name: response[name] for name in _SAID_OF_A_RESPONSE if name in response}
+        told |= {"id": self.id, "object": "response", "output": self.items or response.get("output") or []}
+        told.setdefault("created_at", self.created)
+        if isinstance(usage := told.get("usage"), dict):
+            details = {"cached_tokens": 0, "cache_write_tokens": 0} | (
+                usage.get("input_tokens_details") or {}
+            )
+            told["usage"] = usage | {"input_tokens_details": details}
+        return self.request.echo | told
 
     def has_place(self, event: Event) -> bool:
         """Whether what the upstream's own tools did is an item: when the request offers them."""
@@ -11285,6 +13499,13 @@ class ModelResponse(Rendering):
         self._add(told.prefix, told.type, **told.fields(call))
 
     def _take_finish(self, event: Finish) -> None:
+        if self._ended is not None:
+            whole = self.whole()
+            self._keep(self, whole)
+            ended = self._ended | {"response": whole}
+            self.pieces.append(f"event: {ended['type']}\ndata: {compact(ended)}\n\n")
+            return
+        self._cut_off()
         self._end_code()
         self._status = "incomplete" if self._reason in ("length", "content_filter") else "completed"
         if not any(item["type"] != "reasoning" for item in self.items):
@@ -11295,7 +13516,9 @@ class ModelResponse(Rendering):
         self._events.tell(f"response.{self._status}", response=response)
 
     TAKES = {
+        **_NOT_TOLD,
         Begin: lambda self, event: None,  # which `feed` sees to
+        Verbatim: _take_verbatim,
         Reasoning: _take_reasoning,
         ToolUse: _take_tool_use,
         Image: _take_image,
@@ -11314,6 +13537,9 @@ class Compaction(ModelResponse):
         """Nobody has asked for it."""
 
     def _take_finish(self, event: Finish) -> None:
+        if self._ended is not None:
+            super()._take_finish(event)
+            return
         if not self.text.strip():
             raise ApiError("upstream_error", "The upstream wrote no summary of the conversation; try again.")
         item = {"id": self._events.new_id("cmp"), "type": "compaction"}
@@ -11569,8 +13795,10 @@ class BlockReader:
         "image": _image,
         "document": _document,
         "search_result": _search_result,
-        "thinking": lambda reader, block, where: [Thought(str(block.get("thinking") or ""))],
-        "redacted_thinking": lambda reader, block, where: [],  # nobody but its model can read it
+        "thinking": lambda reader, block, where: [
+            Thought(str(block.get("thinking") or ""), encrypted_in(block.get("signature")))
+        ],
+        "redacted_thinking": lambda reader, block, where: [Thought("", encrypted_in(block.get("data")))],
         "tool_use": _tool_use,
         "tool_result": _tool_result,
         "tool_reference": lambda reader, block, where: [Text(f"The tool {block.get('tool_name')} is there.")],
@@ -11586,7 +13814,15 @@ _DONE_THERE = (
 )  # fmt: skip
 
 
-SIGNATURE = "chatproxy"  # of thinking, which clients send back with it
+SIGNATURE = (
+    "chatproxy"  # of thinking, which clients send back with it; what only the upstream can read may follow
+)
+
+
+def encrypted_in(signature: Any) -> str:
+    """What the upstream alone can read in a signature of thinking, "" for nothing."""
+    mark, _, encrypted = str(signature or "").partition(".")
+    return encrypted if mark == SIGNATURE else ""
 
 
 class ModelMessage(Rendering):
@@ -11600,6 +13836,8 @@ class ModelMessage(Rendering):
         self._open: type[Event] | None = None  # what the last one is of, while it grows
         self._grown: list[str] = []
         self._ahead = ""
+        self._signature = SIGNATURE
+        self._piece_told: int | None = None  # characters of the input of the call that is being made
 
     def whole(self) -> dict[str, Any]:
         """A `message`."""
@@ -11610,8 +13848,15 @@ class ModelMessage(Rendering):
             "model": self.model,
             "content": self._content,
             **self._ending(),
-            "usage": {"input_tokens": self.prompt} | _NO_CACHE | {"output_tokens": self.counted()[1]},
+            "usage": self._usage(),
         }
+
+    def _usage(self) -> dict[str, int]:
+        """`usage` at the end: what was read from the cache is no part of `input_tokens`."""
+        prompt, answer, _ = self.counted()
+        cached = min(self.cached, prompt)
+        read = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": cached}
+        return {"input_tokens": prompt - cached} | read | {"output_tokens": answer}
 
     def _ending(self) -> dict[str, Any]:
         """`stop_reason` and `stop_sequence`."""
@@ -11658,8 +13903,9 @@ class ModelMessage(Rendering):
         block = self._content[-1]
         block[_BLOCKS[self._open][2]] = "".join(self._grown)
         if self._open is Reasoning:
-            block["signature"] = SIGNATURE
-            self._delta("signature_delta", "signature", SIGNATURE)
+            block["signature"] = self._signature
+            self._delta("signature_delta", "signature", self._signature)
+            self._signature = SIGNATURE
         self._open = None
         self._tell("content_block_stop", index=len(self._content) - 1)
 
@@ -11670,21 +13916,46 @@ class ModelMessage(Rendering):
         if self._thinks:
             self._grow(Reasoning, event.text)
 
+    def _take_encrypted(self, event: Encrypted) -> None:
+        """What only the upstream can read of the thinking: with what was told of it, or by itself."""
+        signature = f"{SIGNATURE}.{event.content}"
+        if self._open is Reasoning:
+            self._signature = signature
+            self._stop()
+        elif self._thinks:
+            self._start({"type": "redacted_thinking", "data": signature})
+            self._tell("content_block_stop", index=len(self._content) - 1)
+
+    def _take_part(self, part: CallPart) -> None:
+        """A piece of a call that is being made."""
+        if self._piece_told is None:
+            self._piece_told = 0
+            self._start({"type": "tool_use", "id": part.id, "name": part.name, "input": {}})
+        if part.arguments:
+            self._piece_told += len(part.arguments)
+            self._delta("input_json_delta", "partial_json", part.arguments)
+
     def _take_call(self, call: FunctionCall) -> None:
-        self._start({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
-        for piece in in_pieces(call.arguments):
+        if self._piece_told is None:
+            self._start({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
+        for piece in in_pieces(call.arguments[self._piece_told or 0 :]):
             self._delta("input_json_delta", "partial_json", piece)
-        self._content[-1]["input"] = json.loads(call.arguments or "{}")
+        self._piece_told = None
+        self._content[-1]["input"] = arguments_of(call)
         self._tell("content_block_stop", index=len(self._content) - 1)
 
     def _take_finish(self, event: Finish) -> None:
         self._stop()
-        self._tell("message_delta", delta=self._ending(), usage={"output_tokens": self.counted()[1]})
+        usage = self._usage() if self.usage_told else {"output_tokens": self.counted()[1]}
+        self._tell("message_delta", delta=self._ending(), usage=usage)
         self._tell("message_stop")
 
     TAKES = {
+        **_NOT_TOLD,
         Begin: lambda self, event: None,  # which `feed` sees to
         Reasoning: _take_reasoning,
+        Encrypted: _take_encrypted,
+        CallPart: _take_part,
         FunctionCall: _take_call,
         Finish: _take_finish,
     }
@@ -11853,8 +14124,8 @@ class OllamaAnswer(Rendering):
     @staticmethod
     def _call(call: FunctionCall, index: int) -> dict[str, Any]:
         name = full_name(call.name, call.namespace)
-        arguments = json.loads(call.arguments or "{}")
-        return {"id": call.id, "function": {"index": index, "name": name, "arguments": arguments}}
+        told = {"index": index, "name": name, "arguments": arguments_of(call)}
+        return {"id": call.id, "function": told}
 
     def _take_finish(self, event: Finish) -> None:
         self._tell(self._object("", True) | self._end())
@@ -11880,6 +14151,7 @@ class OllamaAnswer(Rendering):
         return self._object(self.text, True, **more) | self._end()
 
     TAKES = {
+        **_NOT_TOLD,
         Begin: lambda self, event: None,  # which `feed` sees to
         Reasoning: _take_reasoning,
         FunctionCall: _take_call,
@@ -13791,8 +16063,9 @@ class App(Application):
         self.files = Files(self.pool, self.site)
         self.links = Links(self.store.path.parent / "links")
         self.web = Web(self.site, self.renewals, self.files, self.ledger, self.links)
+        self.codex = Codex(CodexCalls(self.connections), self.web)
         self.agents = Agents(self.metrics)
-        upstreams: tuple[Upstream, ...] = (self.web, self.agents)
+        upstreams: tuple[Upstream, ...] = (self.codex, self.web, self.agents)
         self.upstreams = {upstream.name: upstream for upstream in upstreams}
         self.tokens = Tokens()
         self.known_tools = KnownTools()
@@ -13801,6 +16074,7 @@ class App(Application):
         self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
         states = self.pool.states
         self.metrics.gauge("chatproxy_loop_seconds", lambda: {"": self.loop.longest()})
+        self.metrics.gauge("chatproxy_codex_used_percent", self.codex.percentages)
         self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
 
@@ -13890,6 +16164,12 @@ class App(Application):
         self.renewals.token(account, watch)
         if account.renewable:  # whose token was exchanged just now, or earlier
             return
+        if (
+            account.speaks_codex()
+            and "codex" in self.settings.upstream_order
+            and self.codex.prove(account, watch)
+        ):
+            return
         try:
             self.site.me(account, watch)
         except Refusal as refused:
@@ -13905,7 +16185,7 @@ class App(Application):
             (10, self._retry_store),
             (10, lambda: self.renewals.renew_due(time.time())),
             (10, self.ledger.save),
-            (60, self.pool.keep_cookies),
+            (60, self.pool.keep_told),
             (3600, lambda: self.store.prune(time.time())),
             (600, lambda: self.links.sweep(time.time())),
         )
@@ -14046,7 +16326,7 @@ class Streamed(Sink):
         self.outlet: Writer = writer
         self._rendering, self.careful = rendering, rendering.trims
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         return self._rendering.light(events)
 
     def take(self, events: list[Event]) -> None:
@@ -14061,7 +16341,7 @@ class Whole(Sink):
     def __init__(self, rendering: Rendering, take: Callable[[list[Event]], object]) -> None:
         self._rendering, self._take, self.careful = rendering, take, rendering.trims
 
-    def light(self, events: list[Event]) -> bool:
+    def light(self, events: list[Light]) -> bool:
         return self._rendering.light(events)
 
     def take(self, events: list[Event]) -> None:
@@ -14075,36 +16355,90 @@ def _asked(request: Request, question: Question, signed_in: bool = False) -> Ask
     return Asked(question, request.watch, request.guest, request.scope, signed_in, request.base)
 
 
-def _ask(app: App, request: Request, asked: Asked, sink: Sink, rendering: Rendering) -> None:
-    """Has a question answered, and counts its tokens for the API user who asked."""
+def _ask(
+    app: App, request: Request, asked: Asked, sink: Sink, rendering: Rendering, only: Upstream | None = None
+) -> None:
+    """Has a question answered, by whoever can or one upstream `only`, and counts its tokens for the API user who asked."""
     try:
-        _by_order(app, asked, sink, app.settings.upstream_order)
+        _by_order(asked, sink, [only] if only else _order_of(app, request))
     finally:
         if request.user and rendering.message:
             app.ledger.count(request.user, tokens=sum(rendering.counted()[:2]))
 
 
-def _by_order(app: App, asked: Asked, sink: Sink, names: Iterable[str]) -> None:
+# What an upstream cannot do that another one may.
+_PASSES_ON = ("no_agent", "no_account", "rate_limit_exceeded", "model_not_found", "upstream_blocked")
+# Errors that say only that nobody can answer here; the upstream before may have said why.
+_NOBODY = ("no_account", "no_agent", "login_required")
+_SAYS_LITTLE = (
+    "no_account", "no_agent", "login_required", "invalid_api_key", "token_not_credited", "upstream_blocked",
+    "human_check_required", "upstream_error", "upstream_timeout",
+)  # fmt: skip
+
+
+def _order_of(app: App, request: Request) -> list[Upstream]:
+    """The upstreams that may answer a caller, in the order of the settings; with HISTORY_DISABLED=false Chat Completions first
+    ask those that keep conversations, whose ids are told."""
+    order = [app.upstreams[name] for name in app.settings.upstream_order]
+    if not app.settings.history_disabled and request.route == "/v1/chat/completions":
+        order.sort(key=lambda one: not one.has_conversations)
+    if request.guest and request.guest.row.kind != LOGIN_FREE:  # then the caller's account is asked
+        order = [one for one in order if one is app.codex and request.guest.speaks_codex()]
+        order.append(app.web)
+    return order
+
+
+def _by_order(asked: Asked, sink: Sink, order: list[Upstream]) -> None:
     """The answer of the first of these upstreams, or of the next one when that has nobody to answer."""
     question = asked.question
-    order = [app.upstreams[name] for name in names]
-    if asked.guest and asked.guest.row.kind != LOGIN_FREE:
-        order = [app.web]  # which asks the caller's account
-    elif question.conversation and len(order) > 1:
-        order = _holders(order, question.conversation, asked.scope) or order
-    elif question.attachments:
+    if question.attachments:
         order = [one for one in order if one.files]
         if not order:
             text = "Agents take no files; name `pool` in UPSTREAM_ORDER too."
             raise invalid(question.attachments[0].where, text)
-    for upstream in order:
+    if question.conversation:
+        order = [one for one in order if one.has_conversations]
+        if not order:
+            text = "The Codex backend has no conversations; name `pool` in UPSTREAM_ORDER too."
+            raise invalid("conversation_id", text)
+        if len(order) > 1:
+            order = _holders(order, question.conversation, asked.scope) or order
+
+    def ask(upstream: Upstream, before: ApiError | None) -> None:
+        # A model that another upstream has, and that is to be waited for there, is not passed off as another one.
+        limited = before is not None and before.code == "rate_limit_exceeded"
+        if before and limited and not upstream.has(question.model, asked.guest, asked.watch):
+            raise before
         try:
             upstream.answer(asked, sink)
-            return
         except ApiError as error:
-            passes = error.code in ("no_agent", "no_account", "rate_limit_exceeded") and not sink.begun
-            if upstream is order[-1] or not passes:
-                raise
+            # What befell accounts that are hardly its own says less than that nobody has the model.
+            missing = before is not None and before.code == "model_not_found" and not upstream.is_sure()
+            raise (before if before and missing and not sink.begun else error) from None
+
+    in_turn(order, ask, lambda: sink.begun)
+
+
+def in_turn(
+    order: Sequence[Y], ask: Callable[[Y, ApiError | None], T], begun: Callable[[], bool] = lambda: False
+) -> T:
+    """What the first of several gives, or the next one when that has nobody for it; when the last one has not either, the
+    error that says most. `ask` is told why the one before did not."""
+    told: ApiError | None = None
+    for one in order:
+        try:
+            return ask(one, told)
+        except ApiError as error:
+            limited = told and told.code in ("rate_limit_exceeded", "upstream_blocked")
+            if told and (
+                (limited and error.code in _SAYS_LITTLE)
+                or (told.code == "model_not_found" and error.code in _NOBODY)
+            ):
+                error = told
+            if one is order[-1] or begun() or error.code not in _PASSES_ON:
+                raise error from None
+            told = error
+    raise AssertionError  # there is one at least
 
 
 def _holders(order: list[Upstream], conversation: str, scope: Scope) -> list[Upstream]:
@@ -14130,10 +16464,10 @@ def _as_it_comes(app: App, request: Request, asked: Asked, rendering: Rendering,
     return Stream(write, **facts)
 
 
-def _all(app: App, request: Request, asked: Asked) -> Collected:
-    """A whole answer of the pool's that is used here, counted for the API user who asked."""
+def _all(app: App, request: Request, asked: Asked, upstream: Upstream | None = None) -> Collected:
+    """A whole answer that is used here, of the pool's if none is named, counted for the API user who asked."""
     answer = Collected()
-    app.web.answer(asked, answer)
+    (upstream or app.web).answer(asked, answer)
     if request.user:
         texts = [message.text for message in asked.question.messages]
         texts += [event.text for event in answer.events if isinstance(event, Text)]
@@ -14188,20 +16522,27 @@ def _wanted(app: App, request: Request, body: dict[str, Any], counted: bool = Fa
 
 
 def _response(
-    app: App, request: Request, body: dict[str, Any], kept: bool = True
+    app: App, request: Request, body: dict[str, Any], kept: bool = True, only: Upstream | None = None
 ) -> tuple[ModelResponse, Callable[[Sink], None]]:
     """The response to be that a body asks for, and what has a sink filled with it. `kept`: whether it is stored, if the
-    body does not say otherwise."""
+    body does not say otherwise; `only`: who is to answer."""
     wanted = _wanted(app, request, body)
     asked = _asked(request, wanted.turn.question)
 
     def keep(response: ModelResponse, whole: dict[str, Any]) -> None:
         if kept and wanted.store:
             try:
-                items = compact(_kept_items(app, asked, response))
+                try:
+                    items = compact(_kept_items(app, asked, response))
+                except ApiError:
+                    items = ""
                 items = items if len(items) <= MAX_EARLIER else ""  # too long to be gone on from
                 text, items = (one.encode("utf-8", "replace").decode() for one in (compact(whole), items))
-                app.store.put_response(response.id, request.scope.owner, text, items, time.time())
+                named = [item["id"] for item in response.items if isinstance(item.get("id"), str)]
+                named = named if response.is_native else []
+                owner = request.scope.owner
+                app.store.put_response(response.id, owner, text, items, time.time(), named)
+                app.codex.keep_response(response.id, asked.account if response.is_native else None)
             except StoreUnavailable:
                 whole["store"] = wanted.echo["store"] = False
 
@@ -14214,7 +16555,7 @@ def _response(
 
     make = Compaction if wanted.compacts else ModelResponse
     response = make(wanted, app.tokens, keep, inline)
-    return response, lambda sink: _ask(app, request, asked, sink, response)
+    return response, lambda sink: _ask(app, request, asked, sink, response, only)
 
 
 @ROUTER.on("POST", "/v1/responses")
@@ -14236,9 +16577,22 @@ def responses_compact(app: App, request: Request) -> Reply:
     if not isinstance(said, list):
         raise unfit("input", "must be a string or a list of items.")
     body["input"] = [*said, {"type": "compaction_trigger"}]
-    response, ask = _response(app, request, body, kept=False)
-    ask(Whole(response, response.feed))
-    return json_reply(cast(Compaction, response).compacted())
+
+    def by(upstream: Upstream, _: ApiError | None) -> Reply:
+        if isinstance(upstream, Codex):
+            turn = _wanted(app, request, body).turn
+            told = upstream.compacted(_asked(request, turn.question))
+            facts = {"id": f"resp_{secrets.token_hex(24)}", "created_at": int(time.time())}
+            count = prompt_tokens(turn.question, app.tokens.count)
+            usage = told.get("usage") or ModelResponse.usage_of(Usage(count, 0, 0, 0))
+            if request.user:
+                app.ledger.count(request.user, tokens=int(usage.get("total_tokens") or count))
+            return json_reply(facts | told | {"object": "response.compaction", "usage": usage})
+        response, ask = _response(app, request, body, kept=False, only=upstream)
+        ask(Whole(response, response.feed))
+        return json_reply(cast(Compaction, response).compacted())
+
+    return in_turn(_order_of(app, request), by)
 
 
 @ROUTER.on("POST", "/v1/responses/input_tokens")
@@ -14311,19 +16665,11 @@ class KeptItems:
         self._found, self._size = 0, 0
 
     def find(self, id: str) -> dict[str, Any] | None:
-        """An item by its id, which begins with the response's."""
+        """An item by its id, which has the response's in it, unless it is an upstream's own."""
         listed = id.startswith("item_")  # as `listed_items` has it: of what the response was made from
-        response = f"resp_{id.partition('_')[2][: -4 if listed else -2]}"
-        place = f"{response} {listed}"
-        if place not in self._items:
-            kept = self._app.store.response(response, self._request.scope, time.time())
-            items: list[dict[str, Any]] = []
-            if kept:
-                items = (
-                    listed_items(_items_of(kept[1]), response) if listed else json.loads(kept[0])["output"]
-                )
-            self._items[place] = {item["id"]: item for item in items}
-        item = self._items[place].get(id)
+        item = self._within(f"resp_{id.partition('_')[2][: -4 if listed else -2]}", listed).get(id)
+        for response in self._app.store.responses_with(id) if item is None else ():
+            item = item or self._within(response, False).get(id)
         self._found += 1
         self._size += len(compact(item | {"result": None})) if item else 0
         if self._found > MAX_REFERENCES or self._size > MAX_EARLIER:
@@ -14334,22 +16680,50 @@ class KeptItems:
             )
         return item
 
+    def _within(self, response: str, listed: bool) -> dict[str, dict[str, Any]]:
+        """The items of a response, or what it was made from, by their ids."""
+        place = f"{response} {listed}"
+        if place not in self._items:
+            kept = self._app.store.response(response, self._request.scope, time.time())
+            items: list[dict[str, Any]] = []
+            if kept:
+                items = (
+                    listed_items(_items_of(kept[1]), response) if listed else json.loads(kept[0])["output"]
+                )
+            self._items[place] = {str(item.get("id")): item for item in items}
+        return self._items[place]
+
 
 def _kept_items(app: App, asked: Asked, rendering: ModelResponse) -> list[dict[str, Any]]:
     """The messages of a request and its answer as items, with the files as the account that answered holds them."""
 
-    def place(attachment: Attachment) -> str:
-        if attachment.file or asked.account is None:
-            return attachment.file
-        return app.files.owned(asked.account, asked.materials[attachment][0], asked.scope.owner).id
+    def place(attachment: Attachment) -> dict[str, Any]:
+        id = attachment.file
+        if not id and asked.account is not None:
+            id = app.files.owned(asked.account, asked.materials[attachment][0], asked.scope.owner).id
+        told = {"type": "input_image", "detail": "auto"} if attachment.image else {"type": "input_file"}
+        return told | {"file_id": id}
 
     items = rendering.items
-    if not rendering.request.compacts:  # which stands for everything before
+    if rendering.request.compacts:  # which stands for everything before
+        pass
+    elif rendering.is_native:
+        items = [*_as_told(asked.question), *items]
+    else:
         items = [*rendering.request.tools, *as_items(rendering.request.messages, place), *items]
     # Reasoning that only its upstream can read is for that one; other reasoning is for nobody. A drawing stands in the
     # response itself, and is as large as all else together.
-    kept = [item for item in items if item["type"] != "reasoning" or item.get("encrypted_content")]
+    kept = [item for item in items if item.get("type") != "reasoning" or item.get("encrypted_content")]
     return [item | {"result": None} if item.get("result") else item for item in kept]
+
+
+def _as_told(question: Question) -> list[dict[str, Any]]:
+    """The items of a native request as they are kept; request_too_large when their files are."""
+    items: list[dict[str, Any]] = (question.native or {})["input"]
+    sizes = [one.blob.size for one in question.attachments if one.blob]
+    if sum(sizes) * 4 // 3 > MAX_EARLIER:
+        raise ApiError("request_too_large", "The files of this conversation are too large to be kept.")
+    return [dict(in_full(changed(item, as_sent) if sizes else item)) for item in items]
 
 
 @ROUTER.on("GET", "/v1/responses/{id}", access=OR_ADMIN, id=RESPONSE_ID)
@@ -14488,7 +16862,8 @@ def ollama_show(app: App, request: Request) -> Reply:
     # Clients take it from the template whether a model can call tools.
     facts = {"modelfile": "", "parameters": "", "template": "{{ .Messages }}{{ .Tools }}", "license": ""}
     info: dict[str, Any] = {"general.architecture": "chatgpt", "general.basename": name}
-    info["chatgpt.context_length"] = OLLAMA_CONTEXT
+    known = _facts_of_models(app, request).get(name, {})
+    info["chatgpt.context_length"] = known.get("context_window") or OLLAMA_CONTEXT
     told = {"details": ollama_facts(name)["details"], "model_info": info, "capabilities": OLLAMA_CAPABILITIES}
     return json_reply(facts | told | {"modified_at": iso(models.get(name, time.time()))})
 
@@ -14505,25 +16880,61 @@ def ollama_version(app: App, request: Request) -> Reply:
 def _listed_models(app: App, request: Request) -> dict[str, int]:
     """The models that the caller may name, and when they were listed: those of the upstreams, and the aliases."""
     found: dict[str, int] = {}
-    for upstream in app.upstreams.values():
-        found |= upstream.models(request.guest, request.watch)
+    failure: ApiError | None = None
+    for upstream in _order_of(app, request):
+        try:
+            found = upstream.models(request.guest, request.watch) | found
+        except ApiError as error:
+            failure = error
+    if failure and not found:
+        raise failure
     return found | {name: int(time.time()) for name in ALIASES if name not in found}
 
 
-def _model(request: Request, id: str, created: int) -> dict[str, Any]:
-    """A model in the shape of its route and client."""
+# What is told of a model besides, by the Codex backend's names for it.
+_MODEL_FACTS = {
+    "display_name": "display_name",
+    "description": "description",
+    "context_window": "context_window",
+    "max_context_window": "max_context_window",
+    "input_modalities": "input_modalities",
+    "default_reasoning_level": "default_reasoning_effort",
+}
+
+
+def model_facts(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A model of the Codex backend's in the fields that are told besides OpenAI's own."""
+    facts: dict[str, Any] = {
+        ours: told[name] for name, ours in _MODEL_FACTS.items() if told.get(name) is not None
+    }
+    return facts | ({"reasoning_efforts": levels} if (levels := levels_of(told)) else {})
+
+
+def _model(request: Request, id: str, created: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A model in the shape of its route and client, with what else is known of it."""
     if "anthropic-version" in request.headers:
-        facts = {"type": "model", "id": id, "display_name": id, "lifecycle": "active"}
-        return facts | {"created_at": iso(created), "max_input_tokens": None, "max_tokens": None}
+        name = str(facts.get("display_name") or id)
+        told = {"type": "model", "id": id, "display_name": name, "lifecycle": "active"}
+        window = facts.get("context_window")
+        return told | {"created_at": iso(created), "max_input_tokens": window, "max_tokens": None}
     if "engines" in request.route:
         return {"id": id, "object": "engine", "created": created, "owner": "openai", "ready": True}
-    return {"id": id, "object": "model", "created": created, "owned_by": "openai"}
+    return {"id": id, "object": "model", "created": created, "owned_by": "openai"} | dict(facts)
+
+
+def _facts_of_models(app: App, request: Request) -> dict[str, dict[str, Any]]:
+    """What is known of the models of the Codex backend, if that may answer the caller."""
+    if app.codex not in _order_of(app, request):
+        return {}
+    told = app.codex.facts(request.guest, request.watch)
+    return {slug: model_facts(one) for slug, one in told.items()}
 
 
 @ROUTER.on("GET", "/v1/models", "/v1/engines")
 def models_list(app: App, request: Request) -> Reply:
     """the models of the pool's accounts (or the caller's), and the aliases; in Anthropic's shape for its clients"""
-    data = [_model(request, *one) for one in _listed_models(app, request).items()]
+    listed, facts = _listed_models(app, request), _facts_of_models(app, request)
+    data = [_model(request, *one, facts.get(one[0], {})) for one in listed.items()]
     if "anthropic-version" in request.headers:
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}  # aliases are always there
         return json_reply({"data": data, "has_more": False} | ends)
@@ -14538,7 +16949,8 @@ def models_retrieve(app: App, request: Request) -> Reply:
     if id not in models and not _GPT.fullmatch(id):
         text = "There is no such model; GET /v1/models lists those there are."
         raise ApiError("model_not_found", text, "model")
-    return json_reply(_model(request, id, models.get(id, int(time.time()))))
+    facts = _facts_of_models(app, request).get(id, {})
+    return json_reply(_model(request, id, models.get(id, int(time.time())), facts))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -14741,11 +17153,21 @@ def _drawn(app: App, request: Request, body: Mapping[str, Any], images: list[Att
     told.append(f"Quality: {quality}." if quality not in (None, "auto") else None)
     text = "\n\n".join(line for line in told if line)
     model = "auto" if _IMAGE_MODEL.fullmatch(model) else fit_name(model)
-    question = Question((Message("user", (*images, Text(text))),), model, hosted=(DRAWING,), forced=DRAWING)
+    wanted = {name: one for name, one in (("size", size), ("quality", quality)) if one not in (None, "auto")}
+    question = Question(
+        (Message("user", (*images, Text(text))),),
+        model,
+        hosted=(DRAWING,),
+        forced=DRAWING,
+        options={"drawing": wanted},
+    )
+    order = [one for one in _order_of(app, request) if one is not app.agents]
+    order = order if app.web in order else [*order, app.web]
 
     def draw(watch: Watch) -> list[dict[str, str]]:
         asked = Asked(question, watch, request.guest, request.scope, True, request.base)
-        urls = [event.url for event in _all(app, request, asked).events if isinstance(event, Image)]
+        answer = in_turn(order, lambda upstream, _: _all(app, request, asked, upstream))
+        urls = [event.url for event in answer.events if isinstance(event, Image)]
         if form == "url":
             return [{"url": url} for url in urls]
         return [{"b64_json": _image_data(app, request, asked, url, watch)} for url in urls]
@@ -15137,7 +17559,8 @@ def api_ask(app: App, request: Request) -> Reply:
     asked = _asked(request, question)
     answer = Collected()
     asked.keeps = True
-    _by_order(app, asked, answer, ["agents", "pool"])
+    brings = request.guest is not None and request.guest.row.kind != LOGIN_FREE
+    _by_order(asked, answer, [app.web] if brings else [app.agents, app.web])
     said = _text_of(map(_as_text, answer.events))
     end = answer.end()
     if request.user:
@@ -15197,8 +17620,9 @@ def _exchanged(app: App, request: Request, kind: str, *names: str) -> Reply:
     return json_reply(token_facts(app.pool.welcome(account).row))
 
 
-def store_tokens(pool: Pool, access: str, refresh: str) -> AccountRow:
-    """The account of tokens that a sign-in gave, stored; ValueError when they are none."""
+def store_tokens(pool: Pool, access: str, refresh: str, browser: bool = False) -> AccountRow:
+    """The account of tokens that a sign-in gave, stored; ValueError when they are none. `browser`: by a browser or a device
+    code, so that the Codex backend takes them."""
     rows = pool.add([refresh or access]).rows
     if not rows:
         raise ValueError("the issuer gave no token that could be used; sign in again")
@@ -15206,7 +17630,10 @@ def store_tokens(pool: Pool, access: str, refresh: str) -> AccountRow:
     if refresh and account and account.row.secret == refresh:
         pool.renewed(account, access, None)
     kept = pool.store.accounts("secret=? OR id=?", refresh or access, rows[0].id)
-    return (kept or rows)[0]  # it may have turned out to be one that was there
+    row = (kept or rows)[0]  # it may have turned out to be one that was there
+    if browser and (account := pool.find(row.id)):
+        pool.learned(account, codex="yes")
+    return row
 
 
 @ROUTER.on("POST", "/auth/login", access=SIGNS_IN)
@@ -15256,7 +17683,25 @@ def account_facts(account: Account, ledger: Ledger, now: float) -> dict[str, Any
     times = {"expires": iso(row.expires), "used": iso(today.used)}
     persona, wants = account.demands
     demands = {"persona": persona, "wants": list(wants)}  # what the upstream's requirements said last
-    return facts | times | demands | {"answers": today.answers, "failures": today.failures}
+    codex = {"upstreams": account.paths(), "codex": allowance_facts(account.allowance, now)}
+    return facts | times | demands | codex | {"answers": today.answers, "failures": today.failures}
+
+
+def allowance_facts(allowance: Allowance | None, now: float) -> dict[str, Any] | None:
+    """What an account may use of the Codex backend, None where that is not known: `told` is for people."""
+    if allowance is None:
+        return None
+    windows = [
+        {
+            "window": one.name,
+            "seconds": one.seconds,
+            "used_percent": 100.0 - one.left(now),
+            "resets": iso(one.reset),
+        }
+        for one in allowance.windows
+    ]
+    facts = {"told": allowance.told(now), "windows": windows, "credits": allowance.credits or None}
+    return facts | {"read": iso(allowance.read)}
 
 
 def user_facts(user: User, ledger: Ledger) -> dict[str, Any]:
@@ -15275,13 +17720,18 @@ def checked(app: App, account: Account, watch: Watch) -> tuple[str, str | None]:
     to ask: of a login-free or a disabled one."""
     if account.row.kind == LOGIN_FREE or account.row.state == DISABLED:
         return account.id, None
-    try:
-        for upstream in app.upstreams.values():
+    faults: dict[str, str] = {}
+    paths = [upstream for upstream in app.upstreams.values() if upstream.takes(account)]
+    for upstream in paths:
+        try:
             upstream.check(account, watch)
-    except ApiError as error:
-        state = account.told(time.time())
-        return account.id, error.message if state == "ready" else state
-    return account.id, ""
+        except ApiError as error:
+            faults[upstream.name] = error.message
+    app.pool.keep_told()
+    state = account.told(time.time())
+    if len(faults) < len(paths):
+        return account.id, ""
+    return account.id, next(iter(faults.values()), "") if state == "ready" else state
 
 
 def _count_of(app: App) -> int:
@@ -15784,20 +18234,24 @@ function accountRow({ id, email }) {
   const check = button("Check", () => act("check", [id]), "small");
   const toggle = button("", () => act(toggle.textContent.toLowerCase(), [id]), "small");
   const remove = button("Remove", null, "small bad");
-  const [who, state, paid, kind, expires, used, today] = cells;
+  const [where, state, paid, kind, expires, used, today] = cells;
+  const who = el("span");
+  const spent = el("div", { className: "quiet" }); // of what it may use of the Codex backend
+  where.append(who, spent);
   const node = el("tr", {}, el("td", {}, box), cells, el("td", {}, check, toggle, remove));
   const row = { node, box, note: "" }; // the note is what the last check found
   check.ariaLabel = `Check ${name}`;
   arm(remove, () => act("remove", [id]), `Remove ${name}`);
   box.onchange = showPicked;
   row.update = (account) => {
-    const { told, answers, failures, plan, wants } = account;
+    const { told, answers, failures, plan, wants, upstreams, codex } = account;
     const verb = account.state === "disabled" ? "Enable" : "Disable";
     put(who, name, { title: id });
+    put(spent, codex && codex.told ? `Codex: ${codex.told}` : "");
     const asks = wants.length ? `; the site may ask for ${wants.join(", ")}` : "";
     const noted = (row.note && row.note !== told ? `${told} – ${row.note}` : told) + asks;
     put(state, noted, { className: `dot ${account.state}` });
-    put(paid, plan || "–");
+    put(paid, [plan, upstreams === "web" ? "" : upstreams].filter(Boolean).join(", ") || "–");
     put(kind, account.kind);
     put(expires, account.expires ? when(account.expires) : "–", { title: fully(account.expires) });
     put(used, account.used ? when(account.used) : "never", { title: fully(account.used) });
@@ -16452,10 +18906,16 @@ DEMO_ANSWER = (
 )
 
 
-def demo_token(name: str, lifetime: float = 86400.0) -> str:
-    """An unsigned access token in the shape of a real one."""
-    auth = {"chatgpt_account_id": f"workspace-{name}", "chatgpt_plan_type": "plus", "user_id": f"user-{name}"}
-    said = {
+DEMO_CODEX_ANSWER = (
+    "Hello from the demo upstream's Codex backend: no account and no network were used. You asked: “{question}”. Sign in "
+    "with `chatproxy.py login` and start without `--demo` to talk to the real one."
+)
+
+
+def demo_token(name: str, lifetime: float = 86400.0, client: str = "", plan: str = "plus") -> str:
+    """An unsigned access token in the shape of a real one; `client` is whom it was given to."""
+    auth = {"chatgpt_account_id": f"workspace-{name}", "chatgpt_plan_type": plan, "user_id": f"user-{name}"}
+    said = ({"client_id": client} if client else {}) | {
         "exp": int(time.time() + lifetime),
         "jti": secrets.token_hex(8),
         "https://api.openai.com/profile": {"email": f"{name}@demo.example"},
@@ -16570,6 +19030,12 @@ class Demo(Application):
         self.conversations: dict[str, DemoConversation] = {}
         self.models = ["gpt-4o", "gpt-4o-mini", "o3"]
         self.images_left = 40
+        self.codex = True  # whether it has the Codex backend
+        self.codex_plan = "plus"
+        self.codex_catalog = demo_catalog()
+        # How much of each window is used (percent), how long it is, and when it is counted anew (seconds).
+        self.codex_windows = {"primary_window": (12, 18000, 9000), "secondary_window": (40, 604800, 250_000)}
+        self._codex_cache: dict[str, int] = {}  # tokens of the last request, by its cache key
         self.files: dict[str, DemoFile] = {}
         self.url = ""
         self.calls: list[str] = []  # "METHOD /path" of every request, in order
@@ -16863,25 +19329,33 @@ class Demo(Application):
         yield from encoded(conversation, [user], notice, (), {}, {})
         yield data_event({"type": "message_stream_complete", "conversation_id": conversation}) + DONE
 
-    @staticmethod
-    def _call(told: str, texts: list[tuple[str, str]]) -> str:
-        """The call that a model would make: of the function it must call, or of one that the question speaks of and
-        that it has not called yet; "" for none."""
+    @classmethod
+    def _call(cls, told: str, texts: list[tuple[str, str]]) -> str:
+        """The call that a model would make, as it would write it; "" for none."""
         lines = told.partition(f"{FUNCTIONS_LINE}\n")[2].partition("\n\n")[0]
         offered = {one["name"]: one for one in map(json.loads, lines.split("\n"))}
         last = max((i for i, (role, _) in enumerate(texts) if role == "user"), default=0)
         made = set(re.findall(r'<tool_call>\{"name": "([^"]+)"', "\n".join(text for _, text in texts[last:])))
-        left = [name for name in offered if name not in made]
-        asked = texts[last][1].lower()
-        wanted = [name for name in left if any(word in asked for word in re.split("[._]", name.lower()))]
         must = re.search(r"You must call (\S+)", told)
-        if must and must[1] in offered:
-            wanted = [must[1]]
-        elif must:
-            wanted = wanted or left or list(offered)[-1:]
-        elif texts[-1][0] == "tool":
+        over = texts[-1][0] == "tool"
+        name = cls.choice(list(offered), made, texts[last][1], must[1] if must else "", over)
+        return call_text(name, compact(sample(offered[name]["parameters"]))) if name else ""
+
+    @staticmethod
+    def choice(offered: list[str], made: Collection[str], asked: str, must: str, over: bool) -> str:
+        """The function that a model would call: the one that it `must`, or one that the question speaks of and that it has
+        not called yet, unless that is `over`; "" for none."""
+        left = [name for name in offered if name not in made]
+        wanted = [
+            name for name in left if any(word in asked.lower() for word in re.split("[._]", name.lower()))
+        ]
+        if must in offered:
+            return must
+        if must:
+            wanted = wanted or left or offered[-1:]
+        elif over:
             wanted = []
-        return call_text(wanted[0], compact(sample(offered[wanted[0]]["parameters"]))) if wanted else ""
+        return wanted[0] if wanted else ""
 
     def say(
         self,
@@ -16977,6 +19451,291 @@ class Demo(Application):
         changes = [{"p": f"/message/{name}", "o": "replace", "v": value} for name, value in end.items()]
         changes.append({"p": "/message/metadata", "o": "append", "v": metadata})
         yield delta({"p": "", "o": "patch", "v": changes})
+
+    # -- the Codex backend -----------------------------------------------------------------------------------------------
+
+    @router.on("GET", "/{api}/codex/models")
+    def codex_models(self, request: Request) -> Reply:
+        """The models, for clients that say which version they are; those that know the list are told no more."""
+        if not self.codex:
+            return _detail(404, "Not Found")
+        if not request.query.get("client_version"):
+            return _detail(400, "client_version is required")
+        body = compact({"models": self.codex_catalog}).encode()
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()[:16]}"'}
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Reply(304, headers=headers)
+        return Reply(200, body, headers=headers)
+
+    @router.on("GET", "/{api}/wham/usage")
+    def codex_usage(self, request: Request) -> Reply:
+        """What the plan lets the account use."""
+        if not self.codex:
+            return _detail(404, "Not Found")
+        now = int(time.time())
+        windows = {
+            name: {
+                "used_percent": used,
+                "limit_window_seconds": seconds,
+                "reset_after_seconds": rest,
+                "reset_at": now + rest,
+            }
+            for name, (used, seconds, rest) in self.codex_windows.items()
+        }
+        limit: dict[str, Any] = {"allowed": True, "limit_reached": False} | windows
+        credits = {"has_credits": False, "unlimited": False, "balance": "0"}
+        return json_reply({"plan_type": self.codex_plan, "rate_limit": limit, "credits": credits})
+
+    @router.on("POST", "/{api}/codex/responses")
+    def codex_responses(self, request: Request) -> Reply | Stream | Upgrade:
+        """An answer, as events."""
+        body = request.json()
+        if refused := self._codex_refusal(request, body):
+            return refused
+        headers = dict[str, str]()
+        for name, (used, seconds, rest) in self.codex_windows.items():
+            start = f"x-codex-{name.removesuffix('_window')}"
+            headers |= {f"{start}-used-percent": str(used), f"{start}-window-minutes": str(seconds // 60)}
+            headers[f"{start}-reset-at"] = str(int(time.time()) + rest)
+        return streamed(self.frames(self.codex_turn(request, body)), headers=headers, signs=False)
+
+    @router.on("POST", "/{api}/codex/responses/compact")
+    def codex_compact(self, request: Request) -> Reply:
+        """A conversation made shorter: the user's messages, and an item that the site alone can read."""
+        body = request.json()
+        if refused := self._codex_refusal(request, body | {"stream": True, "store": False}):
+            return refused
+        kept = [in_full(item) for item in body["input"] if item.get("role") == "user"]
+        return json_reply({"object": "response.compaction", "output": [*kept, self._compaction(request)]})
+
+    def _compaction(self, request: Request) -> dict[str, Any]:
+        return {"type": "compaction", "encrypted_content": self._sealed(request)}
+
+    def _sealed(self, request: Request) -> str:
+        """Something that only this account's next requests may bring back."""
+        return f"gAAAAA{secrets.token_urlsafe(60)}.{self._owner(request)}"
+
+    def _codex_refusal(self, request: Request, body: Mapping[str, Any]) -> Reply | None:
+        """Refuses what the site refuses: whoever came by another sign-in, parameters it does not know, items that it would
+        have to remember, and tools that are not offered."""
+        key = Keys.given(request)
+        if not self.codex:
+            return _detail(404, "Not Found")
+        if claims(key).get("client_id") != BROWSER_CLIENT:
+            return _codex_error(401, "Missing scopes: api.responses.write", "missing_scope")
+        for name in body:
+            if name not in _CODEX_PARAMETERS:
+                return _detail(400, f"Unsupported parameter: {name}")
+        for name, value in (("store", False), ("stream", True)):
+            if body.get(name) is not value:
+                return _detail(400, f"{name.capitalize()} must be set to {compact(value)}")
+        if not isinstance(body.get("input"), list):
+            return _detail(400, "Input must be a list")
+        if body.get("service_tier", "priority") != "priority":
+            return _detail(400, f"Unsupported service_tier: {body['service_tier']}")
+        model = next((one for one in self.codex_catalog if one["slug"] == body.get("model")), None)
+        if model is None:
+            text = (
+                f"The '{body.get('model')}' model is not supported when using Codex with a ChatGPT account."
+            )
+            return _detail(400, text)
+        effort = (body.get("reasoning") or {}).get("effort")
+        levels = [one["effort"] for one in model["supported_reasoning_levels"]]
+        if effort is not None and effort not in levels:
+            text = f"Unsupported value: '{effort}' is not supported with the '{model['slug']}' model."
+            return _codex_error(400, text, "unsupported_value", "reasoning.effort")
+        fault = self._fault_of_tools(body) or self._fault_of_items(body["input"], self._owner(request))
+        if fault:
+            return _codex_error(400, *fault)
+        code = self._simulated(body)
+        if not _CODEX_FAILURES.get(code):
+            return None
+        facts: dict[str, Any] = {"type": code, "code": code, "plan_type": "plus"}
+        facts["message"] = "The usage limit has been reached"
+        facts |= {"resets_at": int(time.time()) + 60, "resets_in_seconds": 60}
+        return json_reply({"error": facts}, _CODEX_FAILURES[code])
+
+    @staticmethod
+    def _simulated(body: Mapping[str, Any]) -> str:
+        """The failure that the last message asks for, "" for none."""
+        texts = _texts_in(body["input"][-1].get("content")) if body["input"] else []
+        match = re.match(r"(?i)\s*simulate (\w+)", texts[-1]) if texts else None
+        return match[1] if match and match[1] in _CODEX_FAILURES else ""
+
+    @staticmethod
+    def _fault_of_tools(body: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        tools = body.get("tools") or []
+        names = {tool.get("name") or tool["type"] for tool in tools}
+        for i, tool in enumerate(tools):
+            if tool["type"] not in _CODEX_TOOLS:
+                return f"Unsupported tool type: {tool['type']}", "", f"tools[{i}].type"
+            name = tool.get("name", "x")
+            if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
+                return (
+                    f"Invalid 'tools[{i}].name': string does not match pattern.",
+                    "invalid_value",
+                    f"tools[{i}].name",
+                )
+        choice = body.get("tool_choice")
+        named = choice.get("name") or choice.get("type") if isinstance(choice, dict) else ""
+        if named and named != "allowed_tools" and named not in names:
+            return f"Tool choice '{named}' not found in 'tools' parameter.", "", "tool_choice"
+        if "parallel_tool_calls" in body and not tools:
+            return (
+                "'parallel_tool_calls' is only allowed when 'tools' are specified.",
+                "",
+                "parallel_tool_calls",
+            )
+        return None
+
+    @staticmethod
+    def _fault_of_items(items: list[Any], owner: str) -> tuple[str, str, str] | None:
+        """What is wrong with the items of a request: nothing is remembered here, and every call has its result."""
+        calls = set[str]()
+        for i, item in enumerate(items):
+            kind, where = item.get("type", "message"), f"input[{i}]"
+            if kind == "compaction_trigger" and i < len(items) - 1:
+                return "The 'compaction_trigger' item must be the final input item.", "invalid_value", where
+            if kind == "function_call_output" and "name" in item:
+                return f"Unknown parameter: '{where}.name'.", "unknown_parameter", f"{where}.name"
+            content = item.get("content")
+            for part in dicts(content):
+                if part.get("type") not in _CODEX_PARTS:
+                    text = f"Invalid value: '{part.get('type')}'."
+                    return text, "invalid_value", f"{where}.content[0].type"
+            if kind == "item_reference" or (
+                kind in ("message", "reasoning", "function_call") and "id" in item
+            ):
+                text = f"Item with id '{item.get('id')}' not found. Items are not persisted when `store` is set to false."
+                return text, "", "input"
+            if "status" in item and kind != "tool_search_output":
+                return f"Unknown parameter: '{where}.status'.", "unknown_parameter", f"{where}.status"
+            if item.get("role") == "system":
+                return "System messages are not allowed", "", where
+            sealed = item.get("encrypted_content")
+            if kind in ("reasoning", "compaction") and not str(sealed).endswith(f".{owner}"):
+                text = "The encrypted content for item could not be verified."
+                return text, "invalid_encrypted_content", where
+            if kind.endswith("_call_output") and item.get("call_id") not in calls:
+                return f"No tool call found for {kind} with call_id {item.get('call_id')}.", "", "input"
+            if kind.endswith("_call_output"):
+                calls.discard(str(item["call_id"]))
+            elif kind.endswith("_call") and "call_id" in item:
+                calls.add(str(item["call_id"]))
+        if calls:
+            return f"No tool output found for function call {min(calls)}.", "", "input"
+        return None
+
+    def codex_turn(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
+        """The events of an answer."""
+        return self.codex_events(body, self.codex_items(request, body))
+
+    def codex_items(self, request: Request, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What a model would answer: a drawing, a call, JSON, or a few words, as the request wants it."""
+        texts = [
+            (one.get("role", ""), "\n".join(_texts_in(one.get("content"))))
+            for one in body["input"]
+            if one.get("type", "message") == "message"
+        ]
+        asked = next((text for role, text in reversed(texts) if role == "user"), "go on")
+        if body["input"] and body["input"][-1].get("type") == "compaction_trigger":
+            return [self._compaction(request)]
+        items: list[dict[str, Any]] = []
+        if (body.get("reasoning") or {}).get("summary"):
+            summary = [{"type": "summary_text", "text": "**Thinking** about the question."}]
+            sealed = {"encrypted_content": self._sealed(request)} if body.get("include") else {}
+            items.append({"type": "reasoning", "summary": summary} | sealed)
+        tools = {tool.get("name") or tool["type"]: tool for tool in body.get("tools") or []}
+        choice = body.get("tool_choice", "auto")
+        must = "required" if choice == "required" else ""
+        if isinstance(choice, dict):
+            must = str(choice.get("name") or choice.get("type"))
+        if "image_generation" in tools and (must == "image_generation" or re.match(r"(?i)draw\b", asked)):
+            drawn = base64.b64encode(demo_image().read()).decode()
+            facts = {"result": drawn, "output_format": "png", "revised_prompt": asked[:200]}
+            return [*items, {"type": "image_generation_call"} | facts]
+        ended = [i for i, one in enumerate(body["input"]) if one.get("role") == "user"]
+        since = body["input"][ended[-1] if ended else 0 :]
+        made = {one["name"] for one in since if "name" in one}
+        callable_ = [name for name, tool in tools.items() if tool["type"] in ("function", "custom")]
+        over = since and str(since[-1].get("type")).endswith("_call_output")
+        if choice != "none" and (name := self.choice(callable_, made, asked, must, bool(over))):
+            return [*items, self._codex_call(tools[name], f"call_{secrets.token_hex(12)}")]
+        form = (body.get("text") or {}).get("format") or {}
+        answer = DEMO_CODEX_ANSWER.format(question=asked[:2000])
+        if form.get("type", "text") != "text":
+            answer = compact(sample(form["schema"]) if "schema" in form else {"demo": True})
+        content = [{"type": "output_text", "text": answer, "annotations": [], "logprobs": []}]
+        return [*items, {"type": "message", "role": "assistant", "content": content}]
+
+    @staticmethod
+    def _codex_call(tool: Mapping[str, Any], id: str) -> dict[str, Any]:
+        if tool["type"] == "custom":
+            return {"type": "custom_tool_call", "call_id": id, "name": tool["name"], "input": "demo"}
+        arguments = compact(sample(tool.get("parameters")))
+        return {"type": "function_call", "call_id": id, "name": tool["name"], "arguments": arguments}
+
+    def codex_events(self, body: Mapping[str, Any], items: list[dict[str, Any]]) -> Iterator[bytes]:
+        """The items of an answer as they come about, word by word. The response at the end repeats none of them."""
+        numbers = itertools.count()
+
+        def told(kind: str, **facts: Any) -> bytes:
+            event = {"type": kind, "sequence_number": next(numbers)} | facts
+            return f"event: {kind}\n".encode() + data_event(event)
+
+        response = {
+            "id": f"resp_{secrets.token_hex(25)}",
+            "object": "response",
+            "created_at": int(time.time()),
+        }
+        response |= {
+            "status": "in_progress",
+            "model": body["model"],
+            "output": [],
+            "error": None,
+            "usage": None,
+        }
+        response |= {
+            name: body.get(name) for name in ("instructions", "tools", "prompt_cache_key", "reasoning")
+        }
+        response |= {"store": False, "safety_identifier": "user-demo"}
+        for kind in ("created", "in_progress"):
+            yield told(f"response.{kind}", response=response)
+        if code := self._simulated(body):
+            error = {"code": code, "message": "It was asked for. Please try again in 20s."}
+            yield told("response.failed", response=response | {"status": "failed", "error": error})
+            return
+        written = 0
+        for index, item in enumerate(items):
+            prefix, grows = _CODEX_GROWTH.get(item["type"], ("it", None))
+            item = {"id": f"{prefix}_{secrets.token_hex(25)}"} | item
+            item |= {} if item["type"] == "compaction" else {"status": "completed"}
+            begun = item | ({"status": "in_progress"} if "status" in item else {})
+            begun |= {name: [] for name in ("content", "summary") if name in item}
+            begun |= {name: "" for name in ("arguments", "input") if name in item}
+            begun |= {"result": None} if "result" in item else {}
+            yield told("response.output_item.added", output_index=index, item=begun)
+            for kind, facts in grows(item) if grows else ():
+                place = {"item_id": item["id"], "output_index": index}
+                yield told(kind, **place, **facts)
+                written += kind.endswith(".delta")
+                time.sleep(self.pace * kind.endswith(".delta"))
+            yield told("response.output_item.done", output_index=index, item=item)
+        usage = self._codex_usage(body, written, sum(item["type"] == "reasoning" for item in items))
+        yield told("response.completed", response=response | {"status": "completed", "usage": usage})
+
+    def _codex_usage(self, body: Mapping[str, Any], written: int, thoughts: int) -> dict[str, Any]:
+        """Tokens, roughly; what a conversation's last request had is cached for its next one."""
+        read = len(compact(body["input"])) // 4 + len(str(body.get("instructions") or "")) // 4
+        key = str(body.get("prompt_cache_key"))
+        cached = min(self._codex_cache.get(key, 0), read) // 128 * 128
+        self._codex_cache[key] = read
+        if len(self._codex_cache) > self.MAX_TALKS:
+            self._codex_cache.pop(next(iter(self._codex_cache)))
+        details = {"cached_tokens": cached, "cache_write_tokens": 0}
+        facts = {"input_tokens": read, "input_tokens_details": details}
+        facts |= {"output_tokens": written + 8 * thoughts, "total_tokens": read + written + 8 * thoughts}
+        return facts | {"output_tokens_details": {"reasoning_tokens": 8 * thoughts}}
 
     # -- files and voice -----------------------------------------------------------------------------------------------
 
@@ -17220,6 +19979,110 @@ def _detail(status: int, detail: Any) -> Reply:
     return json_reply({"detail": detail}, status)
 
 
+def _codex_error(status: int, message: str, code: str = "", param: str = "") -> Reply:
+    """A refusal in the shape of OpenAI's API."""
+    facts = {"type": "invalid_request_error", "code": code or None, "param": param or None}
+    return json_reply({"error": {"message": message} | facts}, status)
+
+
+def _texts_in(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    return [str(part["text"]) for part in dicts(content) if "text" in part]
+
+
+def demo_catalog() -> list[dict[str, Any]]:
+    """The models of the demo's Codex backend."""
+    found = []
+    efforts = ["low", "medium", "high", "xhigh"]
+    for priority, (slug, levels, inputs, shown) in enumerate((
+        ("gpt-5.6-sol", [*efforts, "max", "ultra"], ["text", "image"], "list"),
+        ("gpt-5.5", efforts, ["text", "image"], "list"),
+        ("gpt-5.4-mini", efforts, ["text", "image"], "list"),
+        ("gpt-5.3-codex-spark", efforts, ["text"], "list"),
+        ("codex-auto-review", efforts, ["text"], "hide"),
+    )):  # fmt: skip
+        facts = {
+            "slug": slug,
+            "display_name": slug.upper(),
+            "description": "A model of the demo.",
+            "priority": priority,
+        }
+        told = [{"effort": level, "description": level} for level in levels]
+        facts |= {
+            "supported_reasoning_levels": told,
+            "default_reasoning_level": "medium",
+            "visibility": shown,
+        }
+        facts |= {"context_window": 272_000, "input_modalities": inputs, "support_verbosity": True}
+        found.append(facts | {"supports_parallel_tool_calls": True, "base_instructions": "You are a demo."})
+    return found
+
+
+def _grown_text(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events of a message's text."""
+    place: dict[str, Any] = {"content_index": 0}
+    part = item["content"][0]
+    yield "response.content_part.added", place | {"part": part | {"text": ""}}
+    for word in re.findall(r"\s*\S+|\s+", part["text"]):
+        yield "response.output_text.delta", place | {"delta": word, "logprobs": [], "obfuscation": "demo"}
+    yield "response.output_text.done", place | {"text": part["text"], "logprobs": []}
+    yield "response.content_part.done", place | {"part": part}
+
+
+def _grown_summary(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events of the summary of what a model thought."""
+    for index, part in enumerate(item["summary"]):
+        place: dict[str, Any] = {"summary_index": index}
+        yield "response.reasoning_summary_part.added", place | {"part": part | {"text": ""}}
+        for word in re.findall(r"\s*\S+", part["text"]):
+            yield "response.reasoning_summary_text.delta", place | {"delta": word}
+        yield "response.reasoning_summary_text.done", place | {"text": part["text"]}
+        yield "response.reasoning_summary_part.done", place | {"part": part}
+
+
+def _grown_call(
+    event: str, field_name: str
+) -> Callable[[Mapping[str, Any]], Iterator[tuple[str, dict[str, Any]]]]:
+    """The events of what a function is called with."""
+
+    def grown(item: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        text = item[field_name]
+        for at in range(0, len(text), 7):
+            yield f"response.{event}.delta", {"delta": text[at : at + 7]}
+        yield f"response.{event}.done", {field_name: text}
+
+    return grown
+
+
+# The prefixes of the ids of items, and the events between their begin and their end.
+_CODEX_GROWTH: Mapping[
+    str, tuple[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, dict[str, Any]]]] | None]
+] = {
+    "message": ("msg", _grown_text),
+    "reasoning": ("rs", _grown_summary),
+    "function_call": ("fc", _grown_call("function_call_arguments", "arguments")),
+    "custom_tool_call": ("ctc", _grown_call("custom_tool_call_input", "input")),
+    "image_generation_call": ("ig", None),
+    "compaction": ("cmp", None),
+}
+_CODEX_PARAMETERS = (
+    "model", "input", "instructions", "stream", "store", "tools", "tool_choice", "parallel_tool_calls", "reasoning",
+    "include", "prompt_cache_key", "text", "service_tier", "client_metadata",
+)  # fmt: skip
+_CODEX_TOOLS = (
+    "function", "custom", "namespace", "web_search", "image_generation", "local_shell", "shell", "apply_patch", "tool_search",
+)  # fmt: skip
+_CODEX_PARTS = (
+    "input_text", "input_image", "input_file", "output_text", "refusal", "reasoning_text", "summary_text",
+)  # fmt: skip
+# What it can be asked to fail with ("simulate …"), and whether the refusal is the answer's status or an event in it.
+_CODEX_FAILURES = {
+    "usage_limit_reached": 429, "usage_not_included": 429, "server_is_overloaded": 0, "rate_limit_exceeded": 0,
+    "context_length_exceeded": 0, "token_invalidated": 401,
+}  # fmt: skip
+
+
 # ============================================================================================================
 # cli: commands and the life of the process
 # ============================================================================================================
@@ -17426,7 +20289,7 @@ class Daemon:
         keys = [DEMO_KEY] if self.demo and not settings.authorization else []
         app = App(settings, store, self.solver, keys)
         if self.demo and not app.pool.accounts():
-            app.pool.add([demo_token("demo")])
+            app.pool.add([demo_token("demo"), demo_token("demo-codex", client=BROWSER_CLIENT)])
         server = self._bind(app)
         store.tells = True
         self.solver.start()
@@ -17441,7 +20304,7 @@ class Daemon:
         log(logging.INFO, "stopping", open=server.connections())
         server.drain(settings.shutdown_grace)
         app.site.finish_erasures(LAST_PATIENCE)
-        app.pool.keep_cookies()
+        app.pool.keep_told()
         app.ledger.save()
         store.close()
         return 0
@@ -17573,6 +20436,11 @@ def tokens_in(value: Any) -> Iterator[str]:
             (value[name] for name in _TOKEN_NAMES if isinstance(value.get(name), str) and value[name]), ""
         ):
             workspace = value.get("account_id")
+            if token == value.get("refresh_token") and isinstance(value.get("access_token"), str):
+                told = {"token": token, "account_id": workspace, "access_token": value["access_token"]}
+                told = {name: one for name, one in told.items() if isinstance(one, str)}
+                yield compact(told | ({"codex": True} if "id_token" in value else {}))
+                return
             yield from tokens_in(
                 f"{token},{workspace}" if isinstance(workspace, str) and workspace else token
             )
@@ -17647,6 +20515,7 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
             }
             kept |= {"device": row.device, "browser": row.browser, "cookies": json.loads(row.cookies)}
             kept |= {"disabled": True} if row.state == DISABLED else {}
+            kept |= {"codex": True} if row.codex == "yes" else {}
             lines.write(compact(kept) + "\n")
     told = f"{len(rows)} accounts written to {path}; whoever has this file has the accounts"
     click.echo(compact({"file": path, "accounts": len(rows)}) if as_json else told)
@@ -17656,8 +20525,8 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
 @AS_JSON
 @setting_flags("data_dir")
 def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
-    """List the accounts: id, kind, e-mail, plan, when the access token expires and the account was last used (UTC),
-    answers and failures of today, state."""
+    """List the accounts: id, kind, e-mail, plan, the upstreams that take it, when the access token expires and the account
+    was last used (UTC), answers and failures of today, state, and how much of its Codex allowance is used."""
     settings = settled(flags)
     store = opened_to_read(settings)
     found = Pool(settings, store).accounts() if store else []
@@ -17666,9 +20535,9 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
         return
     now = time.time()
     ledger = Ledger(store)
-    names = ("expires (UTC)", "used (UTC)", "answers", "failed", "state")
+    names = ("upstreams", "expires (UTC)", "used (UTC)", "answers", "failed", "state")
     echo_header(
-        "{:14}  {:10}  {:30}  {:6}  {:16}  {:16}  {:7} {:6}  {}".format(
+        "{:14}  {:10}  {:30}  {:6}  {:11}  {:16}  {:16}  {:7} {:6}  {}".format(
             "id", "kind", "e-mail", "plan", *names
         ),
         as_json,
@@ -17677,8 +20546,9 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
         row = account.row
         facts = account_facts(account, ledger, now)
         times = "  ".join(f"{(facts[name] or '-')[:16]:16}" for name in ("expires", "used"))
-        who = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}"
-        line = f"{who}  {times}  {facts['answers']:7} {facts['failures']:6}  {facts['told']}"
+        who = f"{row.id}  {row.kind:10}  {row.email or '-':30}  {row.plan or '-':6}  {facts['upstreams']:11}"
+        used = f"; {facts['codex']['told']}" if facts["codex"] else ""
+        line = f"{who}  {times}  {facts['answers']:7} {facts['failures']:6}  {facts['told']}{used}"
         click.echo(compact(facts) if as_json else line)
 
 
@@ -17709,10 +20579,12 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
         told: dict[str, Any] = {"id": row.id, "kind": row.kind, "email": row.email}
         told |= {"works": None if result is None else not result, "reason": result or ""}
         persona, wants = account.demands
-        told |= {"persona": persona, "wants": list(wants)}
+        told |= {"persona": persona, "wants": list(wants), "upstreams": account.paths()}
+        told |= {"codex": allowance_facts(account.allowance, time.time())}
         demands = f", as {persona}" if persona else ""
         demands += f", which may have to show: {', '.join(wants)}" if wants else ""
-        said = "not asked" if result is None else result or f"works{demands}"
+        used = f"; {account.allowance.told(time.time())}" if account.allowance else ""
+        said = "not asked" if result is None else result or f"works by {account.paths()}{demands}{used}"
         click.echo(compact(told) if as_json else f"{row.id}  {row.kind:10}  {row.email or '-':30}  {said}")
     if any(results.values()):
         raise SystemExit(1)
@@ -17750,12 +20622,12 @@ def login(flags: Mapping[str, str | None], device: bool, as_json: bool) -> None:
         access, refresh = _by_device(sign_in, tell) if device else _by_browser(sign_in, settings, tell)
     except ApiError as error:
         fail(error.message)
-    _store_signed_in(pool, access, refresh, as_json)
+    _store_signed_in(pool, access, refresh, as_json, browser=True)
 
 
-def _store_signed_in(pool: Pool, access: str, refresh: str, as_json: bool) -> None:
+def _store_signed_in(pool: Pool, access: str, refresh: str, as_json: bool, browser: bool = False) -> None:
     try:
-        row = store_tokens(pool, access, refresh)
+        row = store_tokens(pool, access, refresh, browser)
     except ValueError as error:
         fail(str(error))
     told = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan}

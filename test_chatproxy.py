@@ -8,6 +8,7 @@ the tests notice faults.
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import base64
 import concurrent.futures
@@ -134,7 +135,7 @@ class StandIn(cp.Demo):
         self.newer = self.older = True  # the generations of calls that it has
         self.gone: Fault = status(404, {"detail": "Not Found"})  # what it says to calls of another one
         self.estuary, self.drawing_time = False, None
-        self.conduit = False
+        self.conduit = self.codex = False
         self.handoff = ""  # how answers end early: "handed off", "cut" or "silent"
         self.resumes: deque[int] | None = (
             deque()
@@ -151,6 +152,7 @@ class StandIn(cp.Demo):
         self.persona = ""  # whose call it is taken for, when that is not the usual one
         self.checks: tuple[str, ...] = ()  # human checks that are wanted
         self.force_login = False
+        self.token_client = ""  # whom its tokens are given to
         self.rotate = True  # refresh tokens are replaced when used
         self.refresh_tokens: dict[str, str] = {}  # token → name of its account
         self.session_tokens: dict[str, str] = {}
@@ -380,7 +382,8 @@ class StandIn(cp.Demo):
             if name is None or given in self.dead:
                 text = "Unknown or invalid refresh token."
                 return cp.json_reply({"error": "invalid_grant", "error_description": text}, 403)
-            answer = {"access_token": cp.demo_token(name), "expires_in": 86400, "token_type": "Bearer"}
+            token = cp.demo_token(name, client=self.token_client)
+            answer = {"access_token": token, "expires_in": 86400, "token_type": "Bearer"}
             if self.rotate:
                 answer["refresh_token"] = f"rt_{secrets.token_urlsafe(40)}"
                 self.refresh_tokens[str(answer["refresh_token"])] = self.refresh_tokens.pop(given)
@@ -523,6 +526,12 @@ class StandIn(cp.Demo):
         return cp.json_reply({"accessToken": cp.demo_token(name)} | facts)
 
 
+def said_natively(text: str) -> list[dict[str, Any]]:
+    """An answer of the Codex backend's that is a text."""
+    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
+    return [{"type": "message", "role": "assistant", "content": content}]
+
+
 def is_call(path: str, call: str) -> bool:
     """Whether a path ends with a call's; that for requirements goes by both generations' names."""
     return path.endswith(call) or (call == "/chat-requirements" and path.endswith(f"{call}/prepare"))
@@ -568,6 +577,11 @@ class Weather(StandIn):
             return super().answer(request, body)
         words = self.turns.popleft() if self.turns else self.words
         return self.say(body, words, self.details, self.before, self.metadata, self._owner(request))
+
+    def codex_items(self, request: cp.Request, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if self.obeys:
+            return super().codex_items(request, body)
+        return said_natively("".join(self.turns.popleft() if self.turns else self.words))
 
     def asked(self) -> dict[str, Any]:
         """The body of the last conversation call."""
@@ -704,8 +718,19 @@ class Proxy:
     def states(self) -> dict[str, str]:
         return {account.row.email: account.state(time.time()) for account in self.app.pool.accounts()}
 
+    def user(self, name: str) -> str:
+        """The token of a new API user."""
+        token = cp.issue_user(self.store, name, None)[1]
+        self.app.keys.reload()
+        return token
+
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, **options)
+
+
+def codex_token(name: str, **more: Any) -> str:
+    """A token of a browser sign-in."""
+    return cp.demo_token(name, client=cp.BROWSER_CLIENT, **more)
 
 
 def guest_of(proxy: Proxy, token: str) -> cp.Account:
@@ -964,6 +989,17 @@ def test_the_demo_keeps_its_hands_off_the_pool(tmp_path: pathlib.Path) -> None:
     assert len(listed) == 1 and listed[0].endswith("ready")
 
 
+def test_no_name_means_two_things() -> None:
+    names = Counter[str]()
+    for one in ast.parse(SCRIPT.read_text()).body:
+        targets = one.targets if isinstance(one, ast.Assign) else []
+        targets = [*targets, one.target] if isinstance(one, ast.AnnAssign) else targets
+        stored = [node for target in targets for node in ast.walk(target)]
+        names.update(node.id for node in stored if isinstance(node, ast.Name))
+        names.update([one.name] if isinstance(one, (ast.FunctionDef, ast.ClassDef)) else [])
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_the_script_carries_its_own_requirements() -> None:
     head = SCRIPT.read_text().split('"""')[0]
     assert "# /// script" in head and '"curl_cffi' in head and '"click' in head and ">=3.10" in head
@@ -1025,7 +1061,7 @@ def test_tokens_are_imported_from_what_other_programs_keep(tmp_path: pathlib.Pat
     )
     assert ended.returncode == 0 and "stored: 6 (known before: 4), merged: 2, left out: 0" in ended.stdout
     listed = run("accounts", "list", env=env).stdout
-    assert len(listed.splitlines()) == 6 and "dave@" not in listed and "carol@" in listed
+    assert len(listed.splitlines()) == 6 and "dave@" in listed and "carol@" in listed
     assert not any(
         token in ended.stdout + ended.stderr + listed for token in (alice, bob, carol, dave, refresh, other)
     )
@@ -1078,7 +1114,7 @@ def test_accounts_move_to_another_machine_with_their_identity(
         here.say()  # the refresh token rotates, cookies come
     alice = next(one for one in here.app.pool.accounts() if one.row.email.startswith("alice"))
     alice.cookies = alice.cookies | {"odd": "a#b"}
-    here.app.pool.keep_cookies()
+    here.app.pool.keep_told()
     here.app.pool.disable([alice.id], True)
     env, file = {"DATA_DIR": str(tmp_path / "here")}, tmp_path / "moved.jsonl"
     ended = run("accounts", "export", str(file), env=env)
@@ -2267,7 +2303,8 @@ class Issuer(Weather):
         name = self.refresh_tokens.get(given)
         if name is None:
             return cp.json_reply({"error": "invalid_grant"}, 403)
-        access, new = cp.demo_token(name, 30), f"rt_{secrets.token_urlsafe(40)}"  # too short for a second use
+        access = cp.demo_token(name, 30, self.token_client)  # too short for a second use
+        new = f"rt_{secrets.token_urlsafe(40)}"
         self.refresh_tokens[new] = name
         self.successors[access] = given
         self.heirs[name] += 1
@@ -2281,23 +2318,33 @@ class Issuer(Weather):
         return super().respond(request)
 
 
-def test_no_rotated_token_is_lost_by_killing_the_process(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("upstream, exchanges", [("pool", 500), ("codex", 250)])
+def test_no_rotated_token_is_lost_by_killing_the_process(
+    tmp_path: pathlib.Path, upstream: str, exchanges: int
+) -> None:
     issuer, names = Issuer(), [f"a{i}" for i in range(10)]
     server, issuer.url = issuer.listen()
+    issuer.codex = upstream == "codex"
+    issuer.token_client = cp.BROWSER_CLIENT if issuer.codex else ""
     issuer.refresh_tokens = {f"rt_{name}{'x' * 40}": name for name in names}
     env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": issuer.url, "OPENAI_AUTH_URL": issuer.url}
-    env |= {"AUTHORIZATION": KEY, "RETRY_TIMES": "0"}
+    env |= {"AUTHORIZATION": KEY, "RETRY_TIMES": "0", "UPSTREAM_ORDER": upstream}
     assert run("accounts", "add", "-", env=env, stdin="\n".join(issuer.refresh_tokens)).returncode == 0
-    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
-    options: dict[str, Any] = {"json": body, "headers": {"Authorization": f"Bearer {KEY}"}}
+    options: dict[str, Any] = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 20}
+    model = "gpt-5.5" if issuer.codex else "gpt-4o"
     chance, rounds = random.Random(5), 0
 
     def ask(url: str) -> None:
         with contextlib.suppress(httpx.HTTPError):
-            while httpx.post(f"{url}/v1/chat/completions", timeout=20, **options).status_code:
-                pass
+            answer: httpx.Response | None = None
+            while answer is None or answer.status_code:
+                messages = [
+                    {"role": "user", "content": str(random.random())}
+                ]  # each a conversation of its own
+                body = {"model": model, "messages": messages}
+                answer = httpx.post(f"{url}/v1/chat/completions", json=body, **options)
 
-    while rounds < 20 or sum(issuer.heirs.values()) < 500:
+    while rounds < exchanges // 25 or sum(issuer.heirs.values()) < exchanges:
         rounds += 1
         with Served(env=env) as served:
             askers = [threading.Thread(target=ask, args=(served.url,)) for _ in range(4)]
@@ -7154,6 +7201,58 @@ class Coder(Weather):
         return [[add], [read], [change], [cat, read]]
 
 
+class NativeCoder(Coder):
+    """The same by the Codex backend: the model makes its calls as the API has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codex = True
+        first, *others = self.codex_catalog
+        named = [first | {"slug": slug, "priority": 9} for slug in ("gpt-4o", "gpt-5.4", "gpt-6-sol")]
+        self.codex_catalog = [first, *others, *named]
+        self.asked_natively: list[dict[str, Any]] = []
+
+    def told(self) -> str:
+        return json.dumps(self.asked_natively[-1]["input"])
+
+    def codex_items(self, request: cp.Request, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+        self.asked_natively.append(dict(body))
+        brought = [
+            tool for item in body["input"] if item.get("type") == "additional_tools" for tool in item["tools"]
+        ]
+        offered = {}
+        for tool in [*brought, *body.get("tools", ())]:
+            inner = [(f"{tool['name']}.{one['name']}", one) for one in tool.get("tools", ())]
+            for name, one in inner or [(tool.get("name") or tool["type"], tool)]:
+                offered[name] = {"parameters": {"properties": {"input": {}}}} | one
+        texts = [
+            (one["role"], "\n".join(cp._texts_in(one["content"])))
+            for one in body["input"]
+            if one.get("type", "message") == "message"
+        ]
+        if not any(one["type"] in ("function", "custom") for one in offered.values()):
+            return said_natively(self.edit([("system", body.get("instructions") or ""), *texts]))
+        steps = self.steps(offered)
+        done = sum(str(item.get("type")).endswith("_call") for item in body["input"])
+        sizes = list(itertools.accumulate((len(step) for step in steps), initial=0))
+        if done >= sizes[-1]:
+            return said_natively("All done.")
+        made = steps[sizes.index(done)]
+        self.made += len(made)
+        thought = {"type": "reasoning", "summary": [], "encrypted_content": self._sealed(request)}
+        return [thought, *(self.native_call(offered[name], name, said) for name, said in made)]
+
+    @staticmethod
+    def native_call(tool: dict[str, Any], name: str, said: Any) -> dict[str, Any]:
+        space, _, name = name.rpartition(".")
+        call = {"call_id": f"call_{secrets.token_hex(12)}", "name": name} | (
+            {"namespace": space} if space else {}
+        )
+        if tool["type"] == "custom":
+            return {"type": "custom_tool_call", "input": said["input"]} | call
+        return {"type": "function_call", "arguments": json.dumps(said)} | call
+
+
 def opencode_settings(url: str, package: str) -> str:
     model = {"name": "gpt-4o", "tool_call": True, "limit": {"context": 100000, "output": 8000}}
     provider = {
@@ -7314,6 +7413,34 @@ def coder() -> Iterator[Coder]:
     coder.loop.close()
 
 
+@pytest.fixture
+def native_coder() -> Iterator[NativeCoder]:
+    coder = NativeCoder()
+    server, coder.url = coder.listen()
+    yield coder
+    server.drain(0)
+    coder.loop.close()
+
+
+@pytest.mark.parametrize("name", CODING_AGENTS)
+def test_a_coding_agent_does_its_work_with_native_calls(
+    native_coder: NativeCoder, tmp_path: pathlib.Path, name: str
+) -> None:
+    program_of(CODING_AGENTS[name].program)
+    coder = native_coder
+    coder.folder = tmp_path / "work"
+    proxy = Proxy(tmp_path / "data", coder.url, [codex_token("alice")])
+    try:
+        done = at_work(CODING_AGENTS[name], proxy.url, tmp_path / "home", coder.folder)
+    finally:
+        proxy.close()
+    said = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert (coder.folder / "hello.txt").read_text().strip() == NEW, said
+    assert coder.made == 5 and NEW in coder.told() and done.returncode == 0, said
+    assert not any(call.endswith("/conversation") for call in coder.calls), said
+    assert "All done." in done.stdout, said
+
+
 @pytest.mark.parametrize("name", CODING_AGENTS)
 def test_a_coding_agent_does_its_work(coder: Coder, tmp_path: pathlib.Path, name: str) -> None:
     program_of(CODING_AGENTS[name].program)
@@ -7329,7 +7456,12 @@ def test_a_coding_agent_does_its_work(coder: Coder, tmp_path: pathlib.Path, name
     assert "All done." in done.stdout, said
 
 
-def test_aider_edits_a_file(coder: Coder, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("natively", [False, True])
+def test_aider_edits_a_file(
+    coder: Coder, native_coder: NativeCoder, tmp_path: pathlib.Path, natively: bool
+) -> None:
+    token = codex_token("alice") if natively else cp.demo_token("alice")
+    coder = native_coder if natively else coder
     words = [
         "--model",
         "openai/gpt-4o",
@@ -7347,7 +7479,7 @@ def test_aider_edits_a_file(coder: Coder, tmp_path: pathlib.Path) -> None:
         "hello.txt",
     ]
     env = {"OPENAI_API_BASE": "{url}/v1", "OPENAI_API_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    proxy = Proxy(tmp_path / "data", coder.url, [cp.demo_token("alice")])
+    proxy = Proxy(tmp_path / "data", coder.url, [token])
     try:
         for message, text in (("Create hello.txt.", OLD), ("Now change it.", NEW)):
             agent = Agent("aider", ["--message", message, *words], env)
@@ -8210,7 +8342,9 @@ def test_every_kind_of_event_and_of_a_messages_part_has_its_place() -> None:
 def test_every_reason_of_a_refusal_has_its_remedies() -> None:
     assert set(cp.REMEDIES) == set(cp.Refusal.REASONS)
     remedies = {name for names in cp.REMEDIES.values() for name in names} - {cp.NEXT}
-    assert remedies and all(callable(getattr(cp.Web, name)) for name in remedies)
+    assert remedies and all(
+        callable(getattr(cp.Web, name, None) or getattr(cp.Codex, name)) for name in remedies
+    )
     assert all(cp.NEXT not in names[:-1] for names in cp.REMEDIES.values())
 
 
@@ -8706,7 +8840,7 @@ def test_an_agent_that_comes_back_while_it_is_pinged_is_asked(start: Callable[..
 def test_a_silent_agent_has_the_time_of_the_whole_exchange_and_no_other_is_asked(
     start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cp, "ANSWER_PATIENCE", 0.5)
+    monkeypatch.setattr(cp, "AGENT_PATIENCE", 0.5)
     proxy = start()
     agents = [Browser(proxy) for _ in range(3)]
     for agent in agents:
@@ -12482,7 +12616,7 @@ def test_an_account_keeps_its_identity_with_a_newer_token(
     alice, bob = proxy.app.pool.accounts()
     assert (alice.egress.browser, bob.egress.browser) == ("safari170", proxy.settings.impersonate)
     alice.cookies = {"a": "b"}
-    proxy.app.pool.keep_cookies()
+    proxy.app.pool.keep_told()
     before = alice.row
     proxy.app.pool.add([cp.demo_token("alice", 90000)])
     now = proxy.store.account(alice.id)
@@ -13020,7 +13154,7 @@ def test_an_agent_holds_nothing_under_a_name_that_is_none(start: Callable[..., P
 def test_a_connection_that_never_becomes_an_agent_is_ended(
     start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cp, "ANSWER_PATIENCE", 0.2)
+    monkeypatch.setattr(cp, "AGENT_PATIENCE", 0.2)
     url = f"ws{start().url.removeprefix('http')}/client/register?key={ADMIN}"
     with websockets.sync.client.connect(url, proxy=None) as mute:
         assert json.loads(mute.recv(timeout=20))["message"] == "Connection id"
@@ -13951,7 +14085,7 @@ def test_what_requirements_demand_is_shown(start: Callable[..., Proxy], weather:
     done = run(
         "accounts", "check", env={"DATA_DIR": str(proxy.store.path.parent), "CHATGPT_BASE_URL": weather.url}
     )
-    assert "works, as chatgpt-paid, which may have to show: turnstile" in done.stdout
+    assert "works by web, as chatgpt-paid, which may have to show: turnstile" in done.stdout
 
 
 MISSING: Any = object()
@@ -14157,6 +14291,1635 @@ def test_whatever_another_call_answers_there_is_an_answer_or_an_error(
     assert counts["answer"] > 100 and counts["error"] > 100
 
 
+# --- the Codex backend ------------------------------------------------------------------------------------------------
+
+
+def sse(*events: Mapping[str, Any]) -> bytes:
+    """Events as the Codex backend tells them."""
+    return b"".join(f"event: {one['type']}\ndata: {json.dumps(one)}\n\n".encode() for one in events)
+
+
+def failing(code: str, message: str = "no", **facts: Any) -> Fault:
+    """A refusal inside a 200, behind what usually begins an answer."""
+    begun = {"type": "response.created", "response": {"id": "resp_1", "model": "gpt-5.5"}}
+    added = {
+        "type": "response.output_item.added",
+        "output_index": 0,
+        "item": {"type": "message", "content": []},
+    }
+    error = {"code": code, "message": message} | facts
+    failed = {"type": "response.failed", "response": {"id": "resp_1", "status": "failed", "error": error}}
+    return raw_stream(sse(begun, {"type": "keepalive"}, added, failed))
+
+
+def refused_with(code: int, kind: str, message: str = "no", **facts: Any) -> Fault:
+    return status(code, {"error": {"code": kind, "message": message} | facts})
+
+
+CODEX_CALL = "/codex/responses"
+WINDOWS = {"x-codex-primary-window-minutes": "300", "x-codex-secondary-window-minutes": "10080"}
+
+
+@pytest.fixture
+def codex(weather: Weather) -> Weather:
+    """The stand-in with a Codex backend."""
+    weather.codex = True
+    return weather
+
+
+def sent_to_codex(weather: Weather) -> dict[str, Any]:
+    """The body of the last request there."""
+    return dict(json.loads(weather.last(CODEX_CALL).body.read()))
+
+
+def asked_with(weather: Weather) -> list[str]:
+    """The accounts of the requests there, by their names."""
+    requests = [one for one in weather.seen if one.path.endswith(CODEX_CALL)]
+    return [str(weather._owner(one)).removeprefix("user-") for one in requests]
+
+
+def test_an_account_of_a_browser_sign_in_is_asked_at_the_codex_backend(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    assert (
+        proxy.say(model="gpt-5.5", temperature=1, top_p=1, max_tokens=500, user="me", seed=1, stop=["x"])
+        == "Hello wide world."
+    )
+    assert codex.wanted() == ["GET /backend-api/codex/models", "POST /backend-api/codex/responses"]
+    request = codex.last(CODEX_CALL)
+    body = sent_to_codex(codex)
+    assert body == {
+        "model": "gpt-5.5", "instructions": "", "stream": True, "store": False,
+        "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+        "reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": body["prompt_cache_key"],
+    }  # fmt: skip
+    headers = request.headers
+    assert headers["authorization"] == f"Bearer {proxy.app.pool.accounts()[0].row.access_token}"
+    assert headers["chatgpt-account-id"] == "workspace-alice"
+    assert headers["accept"] == "text/event-stream" and headers["originator"] == "codex_cli_rs"
+    assert re.fullmatch(r"codex_cli_rs/0\.146\.0 \(.+; x86_64\) .+", headers["user-agent"])
+    assert headers["session_id"] == headers["session-id"] == body["prompt_cache_key"]
+    assert str(uuid.UUID(body["prompt_cache_key"])) == body["prompt_cache_key"]
+    told = [name for name in headers if name.startswith(("oai-", "openai-sentinel", "sec-", "referer"))]
+    assert told == []  # it is no browser
+
+
+def test_the_identity_towards_the_codex_backend_is_a_setting(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), codex_client="codex_vscode/1.2.3 (Debian 12; arm64) vscode")
+    proxy.say(model="gpt-5.5")
+    headers = codex.last(CODEX_CALL).headers
+    assert (headers["originator"], headers["version"]) == ("codex_vscode", "1.2.3")
+    assert headers["user-agent"] == "codex_vscode/1.2.3 (Debian 12; arm64) vscode"
+    assert codex.last("/codex/models").query == {"client_version": "1.2.3"}
+
+
+def test_a_conversation_has_one_session_and_each_caller_another(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), authorization="one-key,another-key")
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    more = [*talk, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "and now?"}]
+
+    def session(messages: list[Any], key: str = "one-key", **body: Any) -> str:
+        assert proxy.ask(key=key, model="gpt-5.5", messages=messages, **body).status_code == 200
+        return str(sent_to_codex(codex)["prompt_cache_key"])
+
+    first = session(talk)
+    assert session(more) == first != session(talk, "another-key")
+    assert session([talk[0], {"role": "user", "content": "ho"}]) != first
+    named = session(talk, prompt_cache_key="mine")
+    assert (
+        session(more[1:], prompt_cache_key="mine")
+        == named
+        != session(talk, "another-key", prompt_cache_key="mine")
+    )
+    assert "mine" not in named
+
+
+def test_a_model_goes_to_the_upstream_that_has_it(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), "bob")
+    for model, path in (
+        ("gpt-5.5", CODEX_CALL),
+        ("gpt-4o", "/f/conversation"),
+        ("auto", CODEX_CALL),
+        ("gpt-5.5-high", CODEX_CALL),
+    ):
+        proxy.say(model=model)
+        assert codex.wanted()[-1].endswith(path), model
+    assert (
+        sent_to_codex(codex)["model"] == "gpt-5.5" and sent_to_codex(codex)["reasoning"]["effort"] == "high"
+    )
+    proxy.say(model="auto")
+    assert sent_to_codex(codex)["model"] == "gpt-5.6-sol"  # the first of the list
+    models = {
+        one["id"]: one
+        for one in httpx.get(f"{proxy.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).json()[
+            "data"
+        ]
+    }
+    assert {
+        "gpt-5.6-sol",
+        "gpt-5.3-codex-spark",
+        "gpt-4o",
+        "auto",
+    } <= models.keys() and "codex-auto-review" not in models
+    assert models["gpt-5.5"]["context_window"] == 272000 and models["gpt-5.5"]["input_modalities"] == [
+        "text",
+        "image",
+    ]
+    assert models["gpt-5.5"]["reasoning_efforts"] == ["low", "medium", "high", "xhigh"]
+
+
+@pytest.mark.parametrize(
+    "order, answers",
+    [
+        ("codex", ["codex", "no"]),
+        ("pool", ["web", "web"]),
+        ("pool,codex", ["web", "web"]),
+        ("codex,pool", ["codex", "web"]),
+    ],
+)
+def test_the_order_of_the_upstreams_is_a_setting(
+    start: Start, codex: Weather, order: str, answers: list[str]
+) -> None:
+    proxy = start(codex_token("alice"), "bob", upstream_order=order)
+    found = []
+    for model in ("gpt-5.5", "gpt-4o"):
+        before = codex.count(CODEX_CALL)
+        answer = proxy.ask(model=model)
+        found.append(
+            "no" if answer.status_code != 200 else "codex" if codex.count(CODEX_CALL) > before else "web"
+        )
+    assert found == answers
+    if order == "codex":
+        assert error_of(proxy.ask(model="gpt-4o")) == (404, "model_not_found")
+
+
+def test_the_list_of_models_is_read_once_an_hour_by_its_etag(
+    start: Start, codex: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    account = proxy.app.pool.accounts()[0]
+    for _ in range(3):
+        proxy.say(model="gpt-5.5")
+    assert codex.count("/codex/models") == 1
+    account.catalog = account.catalog._replace(read=time.time() - cp.CATALOG_LIFE - 1)
+    proxy.say(model="gpt-5.5")  # which does not wait for it
+    wait_until(lambda: codex.count("/codex/models") == 2)
+    wait_until(lambda: time.time() - account.catalog.read < 5)
+    assert codex.last("/codex/models").headers["if-none-match"] == account.catalog.etag != ""
+    assert account.catalog.find("gpt-5.5")
+    codex.codex_catalog = codex.codex_catalog[:1]
+    account.catalog = account.catalog._replace(read=time.time() - cp.CATALOG_PAUSE - 1)
+    changed = functools.partial(
+        cp.Reply, 200, sse({"type": "response.completed", "response": {}}), "text/event-stream"
+    )
+    codex.add(CODEX_CALL, lambda request: changed({"x-models-etag": "another"}))
+    proxy.ask(model="gpt-5.5")
+    assert error_of_soon(proxy, "gpt-5.5") == (404, "model_not_found")
+
+
+def error_of_soon(proxy: Proxy, model: str) -> tuple[int, str]:
+    """The error that a question has once the list of models was read again."""
+    wait_until(lambda: proxy.ask(model=model).status_code != 200)
+    return error_of(proxy.ask(model=model))
+
+
+def test_tools_and_all_else_are_told_natively(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    long_name = "mcp__a.server__" + "x" * 80
+    schema = {"type": "object", "properties": {"q": {"type": "string"}}}
+    tools: list[dict[str, Any]] = [
+        {"type": "function", "function": {"name": long_name, "description": "d", "parameters": schema, "strict": True}},
+        {"type": "function", "function": {"name": "plain"}},
+        {"type": "custom", "custom": {"name": "patch", "format": {"type": "grammar", "grammar": {"syntax": "regex", "definition": "a+"}}}},
+        {"type": "web_search_preview"},
+    ]  # fmt: skip
+    picture_url = data_url(picture())
+    messages: list[Any] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "developer", "content": "and kind"},
+        part_message({"type": "text", "text": "look"}, image_part(picture_url), image_part("https://example.com/a.png")),
+        {"role": "assistant", "content": "I will", "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": long_name, "arguments": '{"q": "ä"}'}},
+            {"id": "c2", "type": "custom", "custom": {"name": "patch", "input": "aaa"}},
+            {"id": "c3", "type": "function", "function": {"name": "plain", "arguments": "{}"}},
+        ]},
+        {"role": "tool", "tool_call_id": "c1", "content": "found"},
+        {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "patched"}]},
+        {"role": "user", "content": "go on"},
+    ]  # fmt: skip
+    codex.obeys = True
+    more: dict[str, Any] = {
+        "reasoning_effort": "minimal",
+        "verbosity": "low",
+        "service_tier": "priority",
+        "parallel_tool_calls": False,
+    }
+    more["response_format"] = {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "strict": True, "schema": schema},
+    }
+    choice = {"type": "function", "function": {"name": long_name}}
+    answer = proxy.ask(model="gpt-5.5", messages=messages, tools=tools, tool_choice=choice, **more)
+    assert answer.status_code == 200, answer.text
+    call = answer.json()["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert call["name"] == long_name and json.loads(call["arguments"]) == {"q": "demo"}
+    body = sent_to_codex(codex)
+    sent = body["tools"][0]["name"]
+    assert re.fullmatch("[0-9A-Za-z_-]{1,64}", sent) and body["tool_choice"] == {
+        "type": "function",
+        "name": sent,
+    }
+    assert body["tools"] == [
+        {"type": "function", "name": sent, "description": "d", "parameters": schema, "strict": True},
+        {"type": "function", "name": "plain", "description": "", "parameters": {"type": "object"}, "strict": False},
+        {"type": "custom", "name": "patch", "description": "", "format": {"type": "grammar", "syntax": "regex", "definition": "a+"}},
+        {"type": "web_search"},
+    ]  # fmt: skip
+    assert body["instructions"] == "be brief" and body["parallel_tool_calls"] is False
+    assert body["reasoning"]["effort"] == "low"  # the least that the model knows
+    assert body["text"] == {
+        "format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True},
+        "verbosity": "low",
+    }
+    assert body["service_tier"] == "priority"
+    kinds = [
+        (item["type"], item.get("role") or item.get("name") or item.get("call_id")) for item in body["input"]
+    ]
+    assert kinds == [
+        ("message", "developer"), ("message", "user"), ("message", "assistant"), ("function_call", sent),
+        ("custom_tool_call", "patch"), ("function_call", "plain"), ("function_call_output", "c1"),
+        ("custom_tool_call_output", "c2"), ("function_call_output", "c3"), ("message", "user"),
+    ]  # fmt: skip
+    image = {"type": "input_image", "detail": "auto"}
+    look = {"type": "input_text", "text": "look"}
+    assert body["input"][1]["content"] == [
+        look, image | {"image_url": picture_url}, image | {"image_url": "https://example.com/a.png"},
+    ]  # fmt: skip
+    assert body["input"][3]["arguments"] == '{"q": "ä"}' and body["input"][4]["input"] == "aaa"
+
+
+@pytest.mark.parametrize(
+    "tools, choice", [(1, {"type": "function", "name": "one"}), (2, "required"), (0, None)]
+)
+def test_a_call_that_must_be_made_is_told_by_its_name(
+    start: Start, codex: Weather, tools: int, choice: Any
+) -> None:
+    proxy = start(codex_token("alice"))
+    offered = [{"type": "function", "function": {"name": name}} for name in ("one", "two")[:tools]]
+    more: dict[str, Any] = {"tools": offered, "tool_choice": "required"} if offered else {}
+    proxy.ask(model="gpt-5.5", **more)
+    assert sent_to_codex(codex).get("tool_choice") == choice
+
+
+def test_results_without_calls_and_calls_without_results_are_made_whole(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages: list[Any] = [
+        {"role": "user", "content": "go"},
+        {"role": "tool", "tool_call_id": "nobody's", "content": "lost"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "user", "content": "never mind"},
+        {"role": "assistant", "content": None, "function_call": {"name": "old", "arguments": "{}"}},
+        {"role": "function", "name": "old", "content": "fine"},
+        {"role": "assistant", "content": None, "tool_calls": [call | {"id": "c2"}]},
+    ]
+    assert proxy.ask(model="gpt-5.5", messages=messages).status_code == 200  # the stand-in refuses any other
+    text = json.dumps(sent_to_codex(codex)["input"])
+    assert "lost" in text and "fine" in text and text.count("There is no result.") == 2
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_usage_is_the_upstreams_own(start: Start, codex: Weather, streamed: bool) -> None:
+    proxy = start(codex_token("alice"))
+    usage = {
+        "input_tokens": 1234, "input_tokens_details": {"cached_tokens": 1024}, "output_tokens": 77,
+        "output_tokens_details": {"reasoning_tokens": 33}, "total_tokens": 1311,
+    }  # fmt: skip
+    delta = {"type": "response.output_text.delta", "output_index": 0, "delta": "Hi"}
+    end = {"type": "response.completed", "response": {"usage": usage}}
+    codex.add(CODEX_CALL, *[raw_stream(sse(delta, end))] * 3)
+    if streamed:
+        chunks, _ = proxy.stream(model="gpt-5.5", stream_options={"include_usage": True})
+        told = chunks[-1]["usage"]
+    else:
+        told = proxy.ask(model="gpt-5.5").json()["usage"]
+    assert (told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]) == (1234, 77, 1311)
+    assert told["prompt_tokens_details"]["cached_tokens"] == 1024
+    assert told["completion_tokens_details"]["reasoning_tokens"] == 33
+    client = anthropic.Anthropic(base_url=proxy.url, api_key=KEY, max_retries=0)
+    question: list[Any] = [{"role": "user", "content": "hi"}]
+    with client.messages.stream(model="gpt-5.5", max_tokens=100, messages=question) as answer:
+        read = answer.get_final_message().usage
+    assert (read.input_tokens, read.cache_read_input_tokens, read.output_tokens) == (210, 1024, 77)
+    response = proxy.client().responses.create(model="gpt-5.5", input="hi")
+    assert response.usage and response.usage.input_tokens_details.cached_tokens == 1024
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(
+    arguments=st.lists(st.dictionaries(st.text(max_size=12), ANY_JSON, max_size=4), min_size=1, max_size=3),
+    ascii_only=st.booleans(),
+    size=st.integers(1, 9),
+    cuts=st.lists(st.integers(0, 100_000), max_size=12),
+    seen=st.sampled_from(["deltas", "done", "completed"]),
+)
+def test_every_byte_of_what_a_tool_is_called_with_arrives(
+    arguments: list[Any], ascii_only: bool, size: int, cuts: list[int], seen: str
+) -> None:
+    texts = [json.dumps(one, ensure_ascii=ascii_only) for one in arguments]
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": {"id": "r", "model": "m"}}]
+    items = []
+    for index, text in enumerate(texts):
+        place = {"output_index": index, "item_id": f"fc_{index}"}
+        item = {
+            "id": f"fc_{index}",
+            "type": "function_call",
+            "call_id": f"c{index}",
+            "name": "f",
+            "arguments": text,
+        }
+        items.append(item)
+        events.append(
+            {"type": "response.output_item.added", "output_index": index, "item": item | {"arguments": ""}}
+        )
+        if seen == "deltas":
+            pieces = [text[at : at + size] for at in range(0, len(text), size)]
+            events += [
+                {"type": "response.function_call_arguments.delta", "delta": one} | place for one in pieces
+            ]
+        events.append({"type": "response.function_call_arguments.done", "arguments": text} | place)
+        if seen != "completed":
+            events.append({"type": "response.output_item.done", "output_index": index, "item": item})
+    output = items if seen == "completed" else []
+    events.append({"type": "response.completed", "response": {"output": output}})
+    data = sse(*events)
+    decoder = cp.CodexDecoder(False, cp.Names())
+    places = [0, *sorted(cut % len(data) for cut in cuts), len(data)]
+    found: list[Any] = []
+    for a, b in itertools.pairwise(places):
+        found += decoder.feed(data[a:b])
+    assert [one.arguments for one in found if isinstance(one, cp.FunctionCall)] == texts
+    assert decoder.reason == "tool_calls"
+    found.append(cp.Finish("tool_calls"))
+
+    question = cp.Question(
+        (), "m", offer=cp.Offer(cp.Functions({"f": cp.Function("f", "", {})}), "auto", True)
+    )
+    chat = cp.CompletionStream(cp.Turn(question, stream=True), cp.Tokens(), False)
+    chunks = [json.loads(one[6:]) for one in chat.feed(found)[0].decode().split("\n\n") if one[6:7] == "{"]
+    told: dict[int, str] = {}
+    for chunk in chunks:
+        for call in chunk["choices"][0]["delta"].get("tool_calls", ()):
+            told[call["index"]] = told.get(call["index"], "") + call["function"].get("arguments", "")
+    assert [told[index] for index in range(len(texts))] == texts
+
+    message = cp.ModelMessage(cp.MessageRequest(cp.Turn(question, stream=True), True), cp.Tokens())
+    lines = [line for line in message.feed(found)[0].decode().split("\n") if line.startswith("data: ")]
+    blocks: dict[int, str] = {}
+    for event in (json.loads(line[6:]) for line in lines):
+        if event["type"] == "content_block_delta":
+            blocks[event["index"]] = blocks.get(event["index"], "") + event["delta"]["partial_json"]
+    assert [blocks[index] for index in sorted(blocks)] == texts
+    assert [one["input"] for one in message.whole()["content"]] == [json.loads(text) for text in texts]
+
+
+@given(cuts=st.lists(st.integers(0, 100_000), max_size=20), newline=st.sampled_from([b"\n", b"\r\n"]))
+def test_native_events_are_the_same_however_they_are_cut(cuts: list[int], newline: bytes) -> None:
+    demo = cp.Demo()
+    demo.pace = 0
+    content = [
+        {
+            "type": "output_text",
+            "text": "Ein wörtlicher Text, in 漢字.\n\nEnd.",
+            "annotations": [],
+            "logprobs": [],
+        }
+    ]
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": "ü"}'}
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Now then."}]}
+    body = {"model": "gpt-5.5", "input": []}
+    whole = b"".join(
+        demo.codex_events(body, [thought, {"type": "message", "role": "assistant", "content": content}, call])
+    )
+    data = whole.replace(b"\n", newline)
+    decoder = cp.CodexDecoder(True, cp.Names())
+    places = [0, *sorted(cut % len(data) for cut in cuts), len(data)]
+    found: list[Any] = []
+    for a, b in itertools.pairwise(places):
+        found += decoder.feed(data[a:b])
+    told = b"".join(
+        one.data if one.event is None else sse(one.event) for one in found if isinstance(one, cp.Verbatim)
+    )
+    assert [json.loads(one.partition(b"data: ")[2]) for one in told.split(b"\n\n") if one] == [
+        json.loads(one.partition(b"data: ")[2]) for one in whole.split(b"\n\n") if one
+    ]
+    assert [one for one in found if isinstance(one, cp.Usage)] and decoder.reason == "stop"
+
+
+@given(noise=st.binary(max_size=300), native=st.booleans())
+@example(
+    noise=b'event: response.output_text.delta\ndata: {"type": "response.output_text.delta"}\n\n', native=False
+)
+@example(noise=b'data: {"type": "response.output_text.delta", "delta": 1}\n\n', native=False)
+@example(noise=b"event: response.output_text.delta\ndata: not json\n\n", native=True)
+@example(noise=b'data: {"type": "response.completed", "response": 1}\n\n', native=True)
+@example(
+    noise=b'data: {"type": "response.output_item.done", "item": {"type": "function_call", "arguments": {}}}\n\n',
+    native=False,
+)
+@example(
+    noise=b'data: {"type": "response.output_item.done", "item": {"type": 1, "name": []}}\n\n', native=True
+)
+def test_no_bytes_break_the_reader_of_native_events(noise: bytes, native: bool) -> None:
+    decoder = cp.CodexDecoder(native, cp.Names())
+    decoder.feed(noise)
+    decoder.feed(b"\n\n")
+    answer = cp.ModelResponse(
+        cp.parse_response({"model": "m", "input": "hi"}, [], lambda id: None, False),
+        cp.Tokens(),
+        lambda *_: None,
+        lambda url: "",
+    )
+    events: Any = decoder.feed(sse({"type": "response.output_text.delta", "delta": "x"}))
+    if events:
+        answer.feed(events)
+
+
+REFUSALS: list[tuple[Fault, tuple[int, str]]] = [
+    (failing("server_is_overloaded"), (502, "upstream_error")),
+    (failing("slow_down"), (502, "upstream_error")),
+    (failing("rate_limit_exceeded", "Please try again in 11.054s."), (429, "rate_limit_exceeded")),
+    (failing("insufficient_quota"), (429, "rate_limit_exceeded")),
+    (failing("usage_not_included"), (503, "no_account")),
+    (failing("internal_error"), (502, "upstream_error")),
+    (refused_with(503, "server_is_overloaded"), (502, "upstream_error")),
+    (refused_with(429, "", "Selected model is at capacity. Please try a different model."), (429, "rate_limit_exceeded")),
+    (refused_with(429, "usage_limit_reached", resets_in_seconds=500), (429, "rate_limit_exceeded")),
+    (refused_with(404, "usage_limit_reached", resets_in_seconds=500), (429, "rate_limit_exceeded")),
+    (status(403, "<html>Just a moment...</html>", "text/html"), (403, "upstream_blocked")),
+    (status(500, "<html>oops</html>", "text/html"), (502, "upstream_error")),
+    (status(400, {"detail": "The 'gpt-5.5' model is not supported when using Codex with a ChatGPT account."}), (404, "model_not_found")),
+    (raw_stream(sse({"type": "response.created", "response": {}})), (502, "upstream_error")),
+    (refused_with(401, "token_invalidated"), (503, "no_account")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault, told", REFUSALS)
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_a_refusal_before_the_answer_is_retried_on_another_account(
+    start: Start, codex: Weather, fault: Fault, told: tuple[int, str], api: str
+) -> None:
+    proxy = start(codex_token("alice"), codex_token("bob"), upstream_order="codex")
+    codex.add(CODEX_CALL, fault)
+    if api == "chat":
+        assert proxy.say(model="gpt-5.5") == "Hello wide world."
+    else:
+        assert proxy.client().responses.create(model="gpt-5.5", input="hi").output_text == "Hello wide world."
+    assert len(set(asked_with(codex))) == 2
+    alone = start(codex_token("carol"), folder="alone", upstream_order="codex", retry_times="0")
+    codex.add(CODEX_CALL, fault, fault)  # a token that is refused is renewed first, where it can be
+    assert error_of(alone.ask(model="gpt-5.5")) == told
+
+
+@pytest.mark.parametrize(
+    "fault, code",
+    [
+        (
+            failing("context_length_exceeded", "Your input exceeds the context window."),
+            "context_length_exceeded",
+        ),
+        (status(413, {"detail": "too large"}), "context_length_exceeded"),
+        (failing("cyber_policy", "This request has been flagged."), "invalid_request_error"),
+        (refused_with(400, "invalid_value", "Invalid image."), "invalid_request_error"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_told_and_asked_once(
+    start: Start, codex: Weather, fault: Fault, code: str
+) -> None:
+    proxy = start(codex_token("alice"), codex_token("bob"), "carol")
+    codex.add(CODEX_CALL, fault)
+    assert error_of(proxy.ask(model="gpt-5.5")) == (400, code)
+    assert codex.count(CODEX_CALL) == 1 and codex.count("/conversation") == 0
+
+
+def test_an_answer_that_fails_in_its_midst_ends_as_the_api_has_it(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), codex_token("bob"))
+    delta = {"type": "response.output_text.delta", "sequence_number": 7, "output_index": 0, "delta": "Hel"}
+    error = {"code": "context_length_exceeded", "message": "too long"}
+    failed = {"type": "response.failed", "sequence_number": 8, "response": {"error": error}}
+    codex.add(CODEX_CALL, *[raw_stream(sse(delta, failed))] * 2, cut_stream(sse(delta)))
+    with httpx.stream(
+        "POST", f"{proxy.url}/v1/responses", json={"model": "gpt-5.5", "input": "hi", "stream": True},
+        headers={"Authorization": f"Bearer {KEY}"},
+    ) as answer:  # fmt: skip
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert events[-1]["type"] == "response.failed" and events[-1]["sequence_number"] == 8
+    assert events[-1]["response"]["error"]["code"] == "context_length_exceeded" == events[-1]["error"]["code"]
+    _, text = proxy.stream(model="gpt-5.5")
+    assert "Hel" in text and '"code":"context_length_exceeded"' in text and "[DONE]" not in text
+    _, text = proxy.stream(model="gpt-5.5")
+    assert "upstream_error" in text and "[DONE]" not in text and len(asked_with(codex)) == 3
+
+
+def test_a_used_up_account_rests_until_its_window_is_counted_anew(start: Start, codex: Weather) -> None:
+    codex.models = ["gpt-4o", "gpt-5.5"]
+    proxy = start(codex_token("alice"), "bob")
+    end = int(time.time()) + 7200
+    codex.add(CODEX_CALL, refused_with(429, "usage_limit_reached", resets_at=end))
+    assert proxy.say(model="gpt-5.5") and codex.wanted()[-1].endswith("/conversation")  # where it is too
+    alice = next(one for one in proxy.app.pool.accounts() if one.speaks_codex())
+    assert alice.waits[cp.CODEX].until == pytest.approx(end, abs=2)
+    assert f"({cp.CODEX})" in alice.told(time.time())
+    asked = codex.count(CODEX_CALL)
+    answer = proxy.ask(model="gpt-5.4-mini")  # which the site has not: nobody else answers in its name
+    assert (
+        error_of(answer) == (429, "rate_limit_exceeded") and 7100 < int(answer.headers["retry-after"]) <= 7200
+    )
+    assert proxy.say(model="auto") and codex.count(CODEX_CALL) == asked
+    only = start(codex_token("carol"), folder="only", upstream_order="codex", retry_times="0")
+    codex.add(CODEX_CALL, refused_with(429, "usage_limit_reached", resets_at=end))
+    for _ in range(2):
+        answer = only.ask(model="gpt-5.5")
+        assert (
+            error_of(answer) == (429, "rate_limit_exceeded")
+            and 7100 < int(answer.headers["retry-after"]) <= 7200
+        )
+
+
+def test_a_models_own_limit_rests_the_model_alone(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex", retry_times="0")
+    told = headers_of_limits("20", "30") | {"x-codex-active-limit": "codex_bengalfox"}
+    said = json.dumps({"error": {"type": "usage_limit_reached", "resets_in_seconds": 900}}).encode()
+    codex.add(CODEX_CALL, lambda request: cp.Reply(429, said, "application/json", told))
+    assert error_of(proxy.ask(model="gpt-5.3-codex-spark")) == (429, "rate_limit_exceeded")
+    assert proxy.say(model="gpt-5.5") == "Hello wide world."
+    assert error_of(proxy.ask(model="gpt-5.3-codex-spark")) == (429, "rate_limit_exceeded")
+
+
+def test_a_model_at_capacity_rests_and_not_its_account(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex", retry_times="0")
+    codex.add(
+        CODEX_CALL, refused_with(429, "", "Selected model is at capacity. Please try a different model.")
+    )
+    assert error_of(proxy.ask(model="gpt-5.5")) == (429, "rate_limit_exceeded")
+    assert proxy.say(model="gpt-5.4-mini") == "Hello wide world."
+    assert error_of(proxy.ask(model="gpt-5.5")) == (429, "rate_limit_exceeded")
+    assert codex.count(CODEX_CALL) == 2
+
+
+def test_a_plan_without_codex_is_remembered(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    codex.add(CODEX_CALL, refused_with(429, "usage_not_included"))
+    proxy.say(model="gpt-5.5")
+    proxy.say(model="gpt-5.5")
+    assert codex.count(CODEX_CALL) == 1 and codex.count("/conversation") == 2
+    (account,) = proxy.app.pool.accounts()
+    assert account.paths() == "web" and proxy.store.accounts()[0].codex == "no"
+    checked = admin(proxy, "POST", "/tokens/check", json={"ids": [account.id]}).json()
+    assert (
+        checked["results"] == {account.id: ""}
+        and account.paths() == "web"
+        and "Codex" in account.told(time.time())
+    )
+    codex.codex_plan = "pro"  # it is another one by now
+    checked = admin(proxy, "POST", "/tokens/check", json={"ids": [account.id]}).json()
+    assert checked["results"] == {account.id: ""} and account.paths() == "codex + web"
+
+
+def test_a_refused_token_is_renewed_once_and_then_set_aside(start: Start, codex: Weather) -> None:
+    codex.refresh_tokens["rt_" + "a" * 40] = "alice"
+    proxy = start("rt_" + "a" * 40, upstream_order="codex")
+    codex.token_client = cp.BROWSER_CLIENT
+    assert proxy.say(model="gpt-5.5") == "Hello wide world."
+    (account,) = proxy.app.pool.accounts()
+    codex.add(CODEX_CALL, refused_with(401, "token_invalidated"))
+    assert proxy.say(model="gpt-5.5") == "Hello wide world." and codex.count("/oauth/token") == 2
+    codex.add(CODEX_CALL, *[refused_with(401, "token_invalidated")] * 2)
+    assert error_of(proxy.ask(model="gpt-5.5")) == (503, "no_account") and codex.count("/oauth/token") == 3
+    assert account.row.state == "expired" and "Codex" in account.told(time.time())
+
+
+def test_what_the_backend_does_not_know_is_left_out_once_it_says_so(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    ask: dict[str, Any] = {
+        "model": "gpt-5.5",
+        "input": [{"role": "user", "content": "hi", "phase": "x"}],
+        "text": {"verbosity": "low"},
+    }
+    refusals = (
+        "Unsupported parameter: include",
+        "Unknown parameter: 'input[0].phase'.",
+        "Unsupported parameter: text.verbosity",
+    )
+    codex.add(CODEX_CALL, *(status(400, {"detail": text}) for text in refusals))
+    assert proxy.client().responses.create(**ask).output_text == "Hello wide world."
+    body = sent_to_codex(codex)
+    assert "include" not in body and "phase" not in body["input"][0] and body["text"] == {}
+    proxy.say(model="gpt-5.5")
+    assert codex.count(CODEX_CALL) == 5 and "include" not in sent_to_codex(codex)
+    codex.add(CODEX_CALL, status(400, {"detail": "Unsupported parameter: model"}))
+    assert error_of(proxy.ask(model="gpt-5.5")) == (400, "invalid_request_error")
+
+
+def test_reasoning_is_replayed_and_dropped_when_nobody_can_read_it(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    codex.obeys = True
+    client = proxy.client()
+    ask: Any = functools.partial(
+        client.responses.create, model="gpt-5.5", store=False, reasoning={"summary": "auto"}
+    )
+    first = ask(input="hi")
+    assert first.output[0].type == "reasoning" and first.output[0].encrypted_content
+    said = [one.to_dict() for one in first.output]
+    ask(input=[{"role": "user", "content": "hi"}, *said, {"role": "user", "content": "more"}])
+    sent = next(item for item in sent_to_codex(codex)["input"] if item.get("type") == "reasoning")
+    assert sent == {
+        "type": "reasoning",
+        "summary": said[0]["summary"],
+        "encrypted_content": said[0]["encrypted_content"],
+    }
+    foreign = said[0] | {"encrypted_content": "gAAAA.somebody-else"}
+    assert ask(
+        input=[{"role": "user", "content": "hi"}, foreign, {"role": "user", "content": "more"}]
+    ).output_text
+    assert [item["role"] for item in sent_to_codex(codex)["input"]] == ["user", "user"]
+    without = ask(
+        input=[{"role": "user", "content": "hi"}, {"type": "reasoning", "id": "rs_1", "summary": []}]
+    )
+    assert without.output_text
+
+
+def test_anthropics_clients_bring_reasoning_back(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    codex.obeys = True
+    client = anthropic.Anthropic(base_url=proxy.url, api_key=KEY, max_retries=0)
+    tools: list[Any] = [
+        {
+            "name": "get_weather",
+            "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+        }
+    ]
+    question: list[Any] = [{"role": "user", "content": "the weather, please"}]
+    ask: Any = functools.partial(
+        client.messages.stream, model="claude-sonnet", max_tokens=2000, tools=tools, thinking={"type": "enabled", "budget_tokens": 1024}
+    )  # fmt: skip
+    with ask(messages=question) as answer:
+        first = answer.get_final_message()
+    assert [block.type for block in first.content] == [
+        "thinking",
+        "tool_use",
+    ] and first.stop_reason == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": first.content[-1].id, "content": "sunny"}
+    with ask(
+        messages=[
+            *question,
+            {"role": "assistant", "content": first.content},
+            {"role": "user", "content": [result]},
+        ]
+    ) as answer:
+        assert "demo" in answer.get_final_text()
+    items = sent_to_codex(codex)["input"]
+    assert [item["type"] for item in items] == [
+        "message",
+        "reasoning",
+        "function_call",
+        "function_call_output",
+    ]
+    assert items[1]["encrypted_content"].endswith(".user-alice")
+
+
+def headers_of_limits(primary: str, secondary: str, **facts: str) -> dict[str, str]:
+    return (
+        WINDOWS
+        | {"x-codex-primary-used-percent": primary, "x-codex-secondary-used-percent": secondary}
+        | facts
+    )
+
+
+def test_limits_are_shown_however_they_are_told(tmp_path: pathlib.Path, start: Start, codex: Weather) -> None:
+    now = int(time.time())
+    proxy = start(codex_token("alice"))
+    (account,) = proxy.app.pool.accounts()
+    codex.codex_windows = {"primary_window": (30, 18000, 3600), "secondary_window": (55, 604800, 90_000)}
+    proxy.say(model="gpt-5.5")
+    assert account.allowance and [(one.name, one.used) for one in account.allowance.windows] == [
+        ("5 h", 30.0),
+        ("week", 55.0),
+    ]
+    event = {"type": "codex.rate_limits", "rate_limits": {"allowed": True, "primary": {"used_percent": 31.5, "window_minutes": 300, "reset_after_seconds": 60}, "secondary": None}, "credits": {"has_credits": True, "unlimited": False, "balance": "9.5"}}  # fmt: skip
+    delta = {"type": "response.output_text.delta", "output_index": 0, "delta": "Hi"}
+    codex.codex_windows = {}
+    codex.add(CODEX_CALL, raw_stream(sse(delta, event, {"type": "response.completed", "response": {}})))
+    proxy.say(model="gpt-5.5")
+    assert [(one.name, one.used) for one in account.allowance.windows] == [("5 h", 31.5), ("week", 55.0)]
+    assert account.allowance.credits == "9.5" and account.allowance.windows[0].reset == pytest.approx(
+        now + 60, abs=3
+    )
+    page = admin(proxy, "GET", "/tokens/list").json()["accounts"][0]
+    assert page["upstreams"] == "codex" and re.fullmatch(
+        r"5 h 32 % until .+, week 55 % until .+, credits 9.5", page["codex"]["told"]
+    )
+    metrics = admin(proxy, "GET", "/metrics").text
+    assert f'chatproxy_codex_used_percent{{account="{account.id}",window="5 h"}} 31.5' in metrics
+    codex.codex_windows = {"primary_window": (80, 18000, 7200), "secondary_window": (56, 604800, 90_000)}
+    done = run("accounts", "check", "--json", env={"DATA_DIR": str(tmp_path / "data"), "CHATGPT_BASE_URL": codex.url, "OPENAI_AUTH_URL": codex.url})  # fmt: skip
+    told = json.loads(done.stdout)
+    assert (
+        told["works"]
+        and told["upstreams"] == "codex + web"
+        and told["codex"]["windows"][0]["used_percent"] == 80
+    )
+    wait_until(
+        lambda: account.allowance and account.allowance.windows[0].used == 80.0
+    )  # which the server takes in
+    listed = run("accounts", "list", env={"DATA_DIR": str(tmp_path / "data")}).stdout
+    assert "codex + web" in listed and "5 h 80 % until" in listed and "week 56 %" in listed
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"rate_limit": None},
+        {"rate_limits": {"primary": {"used_percent": "x"}}},
+        {"rate_limit": {"primary_window": {"used_percent": math.nan}}},
+    ],
+)
+def test_limits_that_cannot_be_read_change_nothing(said: dict[str, Any]) -> None:
+    before = cp.Allowance(1.0, (cp.Window(5.0, 18000, 2.0),))
+    assert cp.allowance_of(said, before) is before and cp.allowance_of(said) is None
+
+
+def with_windows(proxy: Proxy, **windows: tuple[float, float]) -> None:
+    """Gives accounts an allowance: how much of five hours is used, and how many seconds are left."""
+    for account in proxy.app.pool.accounts():
+        used, left = windows[account.row.email.partition("@")[0]]
+        account.allowance = cp.Allowance(time.time(), (cp.Window(used, 18000, time.time() + left),))
+
+
+def asked_in_turn(proxy: Proxy, codex: Weather, times: int) -> list[str]:
+    codex.codex_windows = {}
+    before = len(asked_with(codex))
+    for number in range(times):
+        proxy.say(f"question {number}", model="gpt-5.5")
+    return asked_with(codex)[before:]
+
+
+def test_work_is_spread_over_accounts_those_first_that_would_lose_most(start: Start, codex: Weather) -> None:
+    proxy = start(*map(codex_token, ("alice", "bob", "carol")), upstream_order="codex")
+    with_windows(proxy, alice=(50, 9000), bob=(50, 9000), carol=(50, 600))
+    assert asked_in_turn(proxy, codex, 3) == ["carol"] * 3
+    with_windows(proxy, alice=(50, 9000), bob=(50, 9000), carol=(100, 600))
+    assert sorted(asked_in_turn(proxy, codex, 4)) == ["alice", "alice", "bob", "bob"]
+
+
+def test_work_drains_one_account_after_another(start: Start, codex: Weather) -> None:
+    proxy = start(*map(codex_token, ("alice", "bob", "carol")), upstream_order="codex", codex_balance="drain")
+    with_windows(proxy, alice=(10, 9000), bob=(90, 3000), carol=(20, 600))
+    assert asked_in_turn(proxy, codex, 3) == ["carol"] * 3
+    with_windows(proxy, alice=(10, 9000), bob=(90, 3000), carol=(100, 600))
+    assert asked_in_turn(proxy, codex, 2) == ["bob"] * 2
+
+
+def test_a_conversation_stays_with_its_account(start: Start, codex: Weather) -> None:
+    proxy = start(*map(codex_token, ("alice", "bob")), upstream_order="codex")
+    codex.codex_windows = {}
+    talk = [{"role": "user", "content": "hi"}]
+    proxy.ask(model="gpt-5.5", messages=talk)
+    (home,) = asked_with(codex)
+    for number in range(4):
+        proxy.say(f"other {number}", model="gpt-5.5")
+        talk = [*talk, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "more"}]
+        proxy.ask(model="gpt-5.5", messages=talk)
+        assert asked_with(codex)[-1] == home
+    codex.add(CODEX_CALL, refused_with(429, "usage_limit_reached", resets_in_seconds=500))
+    assert proxy.ask(model="gpt-5.5", messages=talk).status_code == 200
+    assert asked_with(codex)[-2:] == [home, "bob" if home == "alice" else "alice"]
+
+
+def test_whether_the_site_takes_the_account_is_found_out_and_remembered(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    (account,) = proxy.app.pool.accounts()
+    assert account.paths() == "codex"
+    codex.persona = "chatgpt-noauth"
+    codex.add("/conversation", *[status(403, {"detail": UNUSUAL})] * 3)
+    assert error_of(proxy.ask(model="gpt-4o")) == (404, "model_not_found")  # as the Codex backend says it
+    asked = codex.count("/chat-requirements")
+    assert account.row.web == "no" and account.row.state == "ready" and proxy.store.accounts()[0].web == "no"
+    assert (
+        error_of(proxy.ask(model="gpt-4o")) == (404, "model_not_found")
+        and codex.count("/chat-requirements") == asked
+    )
+    assert proxy.say(model="gpt-5.5") == "Hello wide world."
+    codex.persona = ""
+    codex.faults.clear()
+    assert admin(proxy, "POST", "/tokens/check", json={"ids": [account.id]}).json()["results"] == {
+        account.id: ""
+    }
+    assert account.paths() == "codex + web" and proxy.say(model="gpt-4o") == "Hello wide world."
+    assert admin(proxy, "GET", "/tokens/list").json()["accounts"][0]["upstreams"] == "codex + web"
+
+
+def test_an_account_known_to_the_site_is_preferred_there(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), "bob")
+    for _ in range(6):
+        proxy.say(model="gpt-4o")
+    owners = {codex._owner(one) for one in codex.seen if one.path.endswith("/conversation")}
+    assert owners == {"user-bob"}
+
+
+def test_a_gateway_without_the_backend_is_asked_once(start: Start, weather: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    for _ in range(3):
+        assert proxy.say(model="gpt-4o") == "Hello wide world."
+    assert weather.count(CODEX_CALL) == 1
+    only = start(codex_token("bob"), folder="only", upstream_order="codex")
+    assert error_of(only.ask(model="gpt-5.5")) == (503, "no_account")
+
+
+def test_a_callers_own_token_is_asked_there_too(start: Start, codex: Weather) -> None:
+    proxy = start()
+    assert proxy.ask(key=codex_token("guest"), model="gpt-5.5").status_code == 200
+    assert asked_with(codex) == ["guest"]
+    assert proxy.ask(key=codex_token("guest"), model="gpt-4o").status_code == 200
+    assert codex.wanted()[-1].endswith("/conversation")
+    assert proxy.ask(key=cp.demo_token("guest"), model="gpt-4o").status_code == 200
+    assert len(asked_with(codex)) == 1
+
+
+def test_conversations_of_the_site_are_not_asked_there(start: Start, codex: Weather) -> None:
+    proxy = start("alice", codex_token("bob"), history_disabled="false")
+    begun = proxy.ask(model="gpt-4o").json()
+    more = {"conversation_id": begun["conversation_id"], "parent_message_id": begun["message_id"]}
+    assert proxy.ask(model="auto", **more).status_code == 200 and codex.count(CODEX_CALL) == 0
+    only = start(codex_token("carol"), folder="only", history_disabled="false", upstream_order="codex")
+    assert error_of(only.ask(model="auto", **more))[0] == 400
+
+
+def test_a_response_is_told_in_the_upstreams_own_words(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    codex.obeys = True
+    said: list[bytes] = []
+    events_of = codex.codex_events
+
+    def noted(body: Any, items: Any) -> Iterator[bytes]:
+        for event in events_of(body, items):
+            said.append(event)
+            yield event
+
+    codex.codex_events = noted  # type: ignore[method-assign]
+    tools: list[Any] = [
+        {"type": "custom", "name": "patch"}, {"type": "web_search_preview"}, {"type": "image_generation"},
+        {"type": "namespace", "name": "ns", "description": "n", "tools": [{"type": "function", "name": "inner", "parameters": {}}]},
+        {"type": "tool_search", "execution": "client"},
+    ]  # fmt: skip
+    ask = {
+        "model": "gpt-5.5", "input": "please patch it", "instructions": "be brief", "tools": tools, "stream": True, "metadata": {"a": "b"},
+        "text": {"verbosity": "high"}, "service_tier": "priority", "parallel_tool_calls": True, "reasoning": {"effort": "high", "summary": "auto"},
+        "include": ["web_search_call.action.sources"], "temperature": 0.5, "truncation": "auto", "user": "me", "client_metadata": {"x": "y"},
+    }  # fmt: skip
+    with httpx.stream(
+        "POST", f"{proxy.url}/v1/responses", json=ask, headers={"Authorization": f"Bearer {KEY}"}
+    ) as answer:
+        got = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+    theirs = [json.loads(one.partition(b"data: ")[2]) for one in said]
+    assert [one["type"] for one in got] == [one["type"] for one in theirs]
+    plain = [(ours, other) for ours, other in zip(got, theirs, strict=True) if "response" not in ours]
+    assert plain and all(ours == other for ours, other in plain)  # items, ids, order, encrypted reasoning
+    for ours, other in zip(got, theirs, strict=True):
+        if "response" in ours:
+            assert (
+                ours["response"]["id"].startswith("resp_")
+                and ours["response"]["id"] != other["response"]["id"]
+            )
+            assert ours["response"]["tools"] == tools and ours["response"]["metadata"] == {"a": "b"}
+            assert (
+                ours["response"]["instructions"] == "be brief" and "safety_identifier" not in ours["response"]
+            )
+    final = got[-1]["response"]
+    openai.types.responses.Response.model_validate(final)
+    assert [item["type"] for item in final["output"]] == [
+        "reasoning",
+        "custom_tool_call",
+    ]  # which the upstream left out
+    assert final["usage"] == theirs[-1]["response"]["usage"]
+    body = sent_to_codex(codex)
+    assert body["tools"] == [tools[0], {"type": "web_search"}, *tools[2:]]
+    assert (
+        body["text"] == {"verbosity": "high"}
+        and body["service_tier"] == "priority"
+        and body["parallel_tool_calls"]
+    )
+    assert body["reasoning"] == {"effort": "high", "summary": "auto"}
+    assert body["include"] == ["web_search_call.action.sources", "reasoning.encrypted_content"]
+    assert not {"temperature", "truncation", "user", "metadata", "client_metadata"} & body.keys()
+
+
+def test_responses_are_kept_referred_to_and_gone_on_from(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), authorization=f"{KEY},another-key")
+    codex.obeys = True
+    client = proxy.client()
+    tools: list[Any] = [
+        {
+            "type": "function",
+            "name": "get_weather",
+            "parameters": {"type": "object", "properties": {}},
+            "strict": False,
+        }
+    ]
+    first = client.responses.create(
+        model="gpt-5.5", input="the weather, please", tools=tools, reasoning={"summary": "auto"}
+    )
+    thought, call = first.output
+    assert client.responses.retrieve(first.id).output == first.output
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}  # type: ignore[union-attr]
+    second = client.responses.create(
+        model="gpt-5.5", previous_response_id=first.id, input=[result], tools=tools
+    )
+    items = sent_to_codex(codex)["input"]
+    assert [item["type"] for item in items] == [
+        "message",
+        "reasoning",
+        "function_call",
+        "function_call_output",
+    ]
+    assert items[1]["encrypted_content"] and second.output_text
+    references: list[Any] = [{"type": "item_reference", "id": one.id} for one in (thought, call)]
+    question: Any = {"role": "user", "content": "the weather, please"}
+    client.responses.create(model="gpt-5.5", input=[question, *references, result], tools=tools)
+    kinds = [item.get("type", "message") for item in sent_to_codex(codex)["input"]]
+    assert kinds == ["message", "reasoning", "function_call", "function_call_output"]
+    listed = client.responses.input_items.list(second.id, order="asc").data
+    assert [one.type for one in listed] == ["message", "reasoning", "function_call", "function_call_output"]
+    events = list(client.responses.retrieve(first.id, stream=True))
+    assert events[-1].type == "response.completed" and events[-1].response.id == first.id
+    other = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key=proxy.user("bob"), max_retries=0)
+    with pytest.raises(openai.NotFoundError):
+        other.responses.create(model="gpt-5.5", input=[question, *references, result], tools=tools)
+    third = proxy.client().responses.create(
+        model="gpt-4o", previous_response_id=second.id, input="and by the site?"
+    )
+    assert codex.wanted()[-1].endswith("/conversation") or third.output_text
+
+
+@pytest.mark.parametrize(
+    "limit, stop, text, ended",
+    [
+        (2, [], "Hello wide", "incomplete"),
+        (500, ["wor"], "Hello wide ", "completed"),
+        (500, [], "Hello wide world.", "completed"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_limit_and_stops_are_kept_here(
+    start: Start, codex: Weather, limit: int, stop: list[str], text: str, ended: str, streamed: bool
+) -> None:
+    proxy = start(codex_token("alice"))
+    body = {"model": "gpt-5.5", "input": "hi", "max_output_tokens": limit, "stop": stop, "stream": streamed}
+    answer = httpx.post(f"{proxy.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    response = answer.json() if not streamed else {}
+    if streamed:
+        events = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: ")]
+        response = events[-1]["response"]
+        told = "".join(one["delta"] for one in events if one["type"] == "response.output_text.delta")
+        assert told == text and [one["sequence_number"] for one in events] == sorted(
+            {one["sequence_number"] for one in events}
+        )
+        done = next(one for one in events if one["type"] == "response.output_text.done")
+        assert done["text"] == text and events[-1]["type"] == f"response.{ended}"
+    assert response["status"] == ended and response["output"][0]["content"][0]["text"] == text
+    assert response["max_output_tokens"] == limit and "max_output_tokens" not in sent_to_codex(codex)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_conversation_is_made_shorter_by_the_upstream(start: Start, codex: Weather, gone: bool) -> None:
+    proxy = start(codex_token("alice"))
+    if gone:
+        codex.add("/codex/responses/compact", status(404, {"detail": "Not Found"}))
+    client = proxy.client()
+    codex.obeys = True
+    question: Any = {"role": "user", "content": "a long story"}
+    for _ in range(2):
+        made = client.responses.compact(model="gpt-5.5", input=[question], instructions="be brief")
+        assert [getattr(item, "type", None) or "message" for item in made.output] == ["message", "compaction"]
+        assert made.output[1].encrypted_content.endswith(".user-alice")  # type: ignore[union-attr]
+    assert codex.count("/codex/responses/compact") == (1 if gone else 2)
+    kept: list[Any] = [item.to_dict() for item in made.output]
+    assert client.responses.create(model="gpt-5.5", input=[*kept, question]).output_text
+    assert sent_to_codex(codex)["input"][1]["type"] == "compaction"
+    web = start("bob", folder="web")
+    sealed = web.client().responses.compact(model="gpt-4o", input=[question])
+    assert client.responses.create(model="gpt-5.5", input=[sealed.output[0].to_dict(), question]).output_text  # type: ignore[list-item]
+    told = sent_to_codex(codex)["input"][0]
+    assert told["role"] == "developer" and cp.SUMMARY_LINE in told["content"][0]["text"]
+
+
+@pytest.mark.parametrize("plan, by", [("plus", CODEX_CALL), ("free", "/conversation")])
+def test_images_are_drawn_by_the_tool_where_the_plan_has_it(
+    start: Start, codex: Weather, plan: str, by: str
+) -> None:
+    proxy = start(codex_token("alice", plan=plan))
+    codex.obeys = True
+    codex.drawing_time = 0.1
+    drawn = (
+        proxy.client()
+        .images.generate(prompt="a cat", size="1024x1024", quality="high", model="gpt-image-1")
+        .data
+    )
+    assert drawn and base64.b64decode(drawn[0].b64_json or "") == cp.demo_image().read()
+    assert [
+        call
+        for call in codex.wanted()
+        if call.endswith((CODEX_CALL, "/conversation")) and call.startswith("POST")
+    ][-1].endswith(by)
+    if plan == "plus":
+        body = sent_to_codex(codex)
+        assert body["tools"] == [
+            {"type": "image_generation", "output_format": "png", "size": "1024x1024", "quality": "high"}
+        ]
+        assert body["tool_choice"] == {"type": "image_generation"} and body["model"] == "gpt-5.4-mini"
+        edited = (
+            proxy.client()
+            .images.edit(image=("cat.png", picture()), prompt="a dog", response_format="url")
+            .data
+        )
+        assert edited and edited[0].url and httpx.get(edited[0].url).content == cp.demo_image().read()
+        assert sent_to_codex(codex)["input"][0]["content"][0]["image_url"] == data_url(picture())
+
+
+def test_an_account_that_may_not_draw_is_known_after_one_refusal(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    codex.obeys = True
+    refused = {
+        "error": {
+            "message": "Tool choice 'image_generation' not found in 'tools' parameter.",
+            "param": "tool_choice",
+        }
+    }
+    codex.add(CODEX_CALL, status(400, refused))
+    for _ in range(2):
+        assert proxy.client().images.generate(prompt="a cat").data
+    assert codex.count(CODEX_CALL) == 1 and proxy.app.pool.accounts()[0].row.codex != "no"
+    assert proxy.say(model="gpt-5.5")
+
+
+@pytest.mark.parametrize("size", [1000, 600_000])
+def test_files_are_told_with_their_bytes(start: Start, codex: Weather, size: int) -> None:
+    proxy = start("bob", codex_token("alice"), max_body_mb="20")
+    pdf = b"%PDF-1.4 " + secrets.token_bytes(size)
+    client = proxy.client()
+    uploaded = client.files.create(file=("kept.pdf", b"%PDF-1.4 kept"), purpose="user_data")
+    given: Any = {"type": "input_file", "filename": "a.pdf", "file_data": data_url(pdf, "application/pdf")}
+    kept: Any = {"type": "input_file", "file_id": uploaded.id}
+    asked: Any = [{"role": "user", "content": [given, kept, {"type": "input_text", "text": "read"}]}]
+    response = client.responses.create(model="gpt-5.5", input=asked)
+    content = sent_to_codex(codex)["input"][0]["content"]
+    assert content[0] == given
+    assert content[1] == {
+        "type": "input_file",
+        "filename": "kept.pdf",
+        "file_data": data_url(b"%PDF-1.4 kept", "application/pdf"),
+    }
+    client.responses.create(model="gpt-5.5", previous_response_id=response.id, input="again")
+    assert sent_to_codex(codex)["input"][0]["content"][0] == given
+    file = {"type": "file", "file": {"filename": "a.pdf", "file_data": data_url(pdf, "application/pdf")}}
+    proxy.say(model="gpt-5.5", messages=[part_message(file)])
+    assert sent_to_codex(codex)["input"][0]["content"][0] == given
+
+
+def test_cookies_of_the_backend_are_kept_for_it_alone(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    done = sse(
+        {"type": "response.output_text.delta", "delta": "Hi"}, {"type": "response.completed", "response": {}}
+    )
+    cookie = {"Set-Cookie": "__cf_bm=abc; Path=/"}
+    codex.add(CODEX_CALL, lambda request: cp.Reply(200, done, "text/event-stream", cookie))
+    proxy.say(model="gpt-5.5")
+    proxy.say(model="gpt-5.5")
+    assert codex.last(CODEX_CALL).headers["cookie"] == "__cf_bm=abc"
+    proxy.say(model="gpt-4o")
+    assert "__cf_bm" not in codex.last("/conversation").headers["cookie"]
+
+
+def test_what_was_drawn_in_a_chat_has_a_link(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    codex.obeys = True
+    text = proxy.say("Draw a cat", model="gpt-5.5", tools=[{"type": "image_generation"}])
+    link = re.search(r"!\[image\]\((.+)\)", text)
+    assert link and httpx.get(link[1]).content == cp.demo_image().read()
+
+
+def test_a_text_that_came_whole_is_told_whole(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    item = {
+        "type": "message",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": "All at once."}],
+    }
+    created = {"type": "response.created", "response": {"id": "r", "model": "gpt-5.5"}}
+    done = {"type": "response.output_item.done", "output_index": 0, "item": item}
+    end = {"type": "response.completed", "response": {"output": []}}
+    listed = {"type": "response.completed", "response": {"output": [item]}}
+    refusal = item | {"content": [{"type": "refusal", "refusal": "No."}]}
+    codex.add(
+        CODEX_CALL,
+        raw_stream(sse(created, done, end)),
+        raw_stream(sse(created, listed)),
+        raw_stream(sse(done | {"item": refusal}, end)),
+    )
+    assert [proxy.say(model="gpt-5.5") for _ in range(3)] == ["All at once.", "All at once.", "No."]
+    codex.add(CODEX_CALL, raw_stream(sse(created, done, end)))
+    assert proxy.client().responses.create(model="gpt-5.5", input="hi").output_text == "All at once."
+
+
+def test_two_summaries_of_thoughts_are_parted(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    events: list[dict[str, Any]] = []
+    for index, text in enumerate(("First.", "Then.")):
+        events.append(
+            {"type": "response.reasoning_summary_part.added", "output_index": 0, "summary_index": index}
+        )
+        events.append({"type": "response.reasoning_summary_text.delta", "output_index": 0, "delta": text})
+    events += [
+        {"type": "response.output_text.delta", "output_index": 1, "delta": "Hi"},
+        {"type": "response.completed", "response": {}},
+    ]
+    codex.add(CODEX_CALL, raw_stream(sse(*events)))
+    message = proxy.ask(model="gpt-5.5").json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("First.\n\nThen.", "Hi")
+
+
+def test_codexs_auth_json_brings_an_account_for_it(tmp_path: pathlib.Path, codex: Weather) -> None:
+    tokens = {
+        "id_token": "x",
+        "access_token": codex_token("alice"),
+        "refresh_token": "rt_" + "b" * 40,
+        "account_id": "workspace-alice",
+    }
+    file = tmp_path / "auth.json"
+    file.write_text(
+        json.dumps(
+            {"OPENAI_API_KEY": None, "tokens": tokens, "last_refresh": "2026-11-01T00:00:00Z"}, indent=2
+        )
+    )
+    env = {"DATA_DIR": str(tmp_path / "data")}
+    assert run("accounts", "import", str(file), env=env).returncode == 0
+    listed = json.loads(run("accounts", "list", "--json", env=env).stdout)
+    assert (listed["kind"], listed["upstreams"], listed["workspace"]) == (
+        "refresh",
+        "codex",
+        "workspace-alice",
+    )
+
+
+def test_the_upstreams_echo_of_a_request_stays_here(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    body = {"model": "gpt-5.5", "input": "hi", "stream": True}
+    answer = httpx.post(f"{proxy.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    session = sent_to_codex(codex)["prompt_cache_key"]
+    assert session not in answer.text and "user-demo" not in answer.text
+
+
+def test_a_limit_is_told_rather_than_what_the_site_says_of_its_accounts(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), codex_token("bob"))
+    codex.add(CODEX_CALL, *[refused_with(429, "usage_limit_reached", resets_in_seconds=3600)] * 2)
+    codex.add("/chat-requirements", *[status(403, {"detail": UNUSUAL})] * 20)
+    for model in ("gpt-5.5", "auto"):
+        answer = proxy.ask(model=model)
+        assert (
+            error_of(answer) == (429, "rate_limit_exceeded")
+            and 3500 < int(answer.headers["retry-after"]) <= 3600
+        )
+    assert error_of(proxy.ask(model="gpt-9-nope")) == (404, "model_not_found")
+    assert {account.paths() for account in proxy.app.pool.accounts()} == {"codex"}
+
+
+def test_a_call_that_is_missing_once_turns_nobody_off(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), codex_token("bob"), upstream_order="codex")
+    proxy.say(model="gpt-5.5")
+    codex.add(CODEX_CALL, status(404, {"detail": "Not Found"}))
+    for _ in range(3):
+        assert proxy.say(model="gpt-5.5") == "Hello wide world."
+    lost = {
+        "error": {
+            "message": "Item with id 'ig_1' not found. Items are not persisted when `store` is set to false."
+        }
+    }
+    codex.add(CODEX_CALL, status(404, lost))
+    assert error_of(proxy.ask(model="gpt-5.5")) == (400, "invalid_request_error")
+    assert proxy.say(model="gpt-5.5") == "Hello wide world."
+
+
+@pytest.mark.parametrize("made_shorter", [False, True])
+def test_what_one_account_has_sealed_goes_back_to_it(
+    start: Start, codex: Weather, made_shorter: bool
+) -> None:
+    proxy = start(*map(codex_token, ("alice", "bob", "carol")), upstream_order="codex")
+    codex.obeys = True
+    client = proxy.client()
+    for number in range(4):
+        question: Any = {"role": "user", "content": f"story {number}"}
+        if made_shorter:
+            kept: Any = [
+                item.to_dict() for item in client.responses.compact(model="gpt-5.5", input=[question]).output
+            ]
+            home = codex._owner(next(one for one in reversed(codex.seen) if one.path.endswith("/compact")))
+            for _ in range(3):
+                assert client.responses.create(model="gpt-5.5", input=[*kept, question]).output_text
+                assert codex._owner(codex.last(CODEX_CALL)) == home
+            continue
+        before = client.responses.create(
+            model="gpt-5.5", input=f"story {number}", reasoning={"summary": "auto"}
+        )
+        home, calls = codex._owner(codex.last(CODEX_CALL)), codex.count(CODEX_CALL)
+        session = sent_to_codex(codex)["prompt_cache_key"]
+        for _ in range(3):
+            before = client.responses.create(
+                model="gpt-5.5", previous_response_id=before.id, input="more", reasoning={"summary": "auto"}
+            )  # fmt: skip
+            assert codex._owner(codex.last(CODEX_CALL)) == home
+            assert sent_to_codex(codex)["prompt_cache_key"] == session
+        assert codex.count(CODEX_CALL) == calls + 3
+        assert sum(item["type"] == "reasoning" for item in sent_to_codex(codex)["input"]) == 3
+
+
+def test_an_account_that_the_site_refuses_goes_on_at_the_codex_backend(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    (account,) = proxy.app.pool.accounts()
+    codex.add("/me", status(401))
+    assert admin(proxy, "POST", "/tokens/check", json={"ids": [account.id]}).json()["results"] == {
+        account.id: ""
+    }
+    assert (account.row.state, account.paths()) == ("ready", "codex") and proxy.say(model="gpt-5.5")
+    codex.add("/models", *[status(403, {"detail": "no"})] * 5)
+    for _ in range(2):
+        listed = web(proxy, "GET", "/v1/models", KEY)
+        assert listed.status_code == 200 and "gpt-5.5" in listed.text
+    assert account.row.state == "ready"
+
+
+def test_parts_in_the_shape_of_chats_are_told_in_the_apis_own(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    large = picture(1200, 1200)
+    for size, image in ((0, picture()), (600_000, large)):
+        url = data_url(image + bytes(size))
+        parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]
+        body = {"model": "gpt-5.5", "input": [{"role": "user", "content": parts}]}
+        answer = httpx.post(
+            f"{proxy.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=30
+        )
+        assert answer.status_code == 200, answer.text
+        content = sent_to_codex(codex)["input"][0]["content"]
+        assert content == [
+            {"type": "input_text", "text": "look"}, {"type": "input_image", "image_url": url, "detail": "auto"},
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_with_a_picture_that_is_cut_is_kept_and_counted(
+    start: Start, codex: Weather, stream: bool
+) -> None:
+    proxy = start(codex_token("alice"))
+    part = {"type": "input_image", "image_url": data_url(picture())}
+    body = {
+        "model": "gpt-5.5",
+        "max_output_tokens": 2,
+        "stream": stream,
+        "input": [{"role": "user", "content": [part]}],
+    }
+    key = proxy.user("bob")
+    answer = httpx.post(f"{proxy.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {key}"})
+    told = json.loads(answer.text.rsplit("data: ", 1)[1])["response"] if stream else answer.json()
+    assert told["status"] == "incomplete" and told["usage"]["output_tokens"] > 0
+    item = told["output"][0]["id"]
+    more = {
+        "model": "gpt-5.5",
+        "input": [{"role": "user", "content": "x"}, {"type": "item_reference", "id": item}],
+    }
+    assert (
+        httpx.post(
+            f"{proxy.url}/v1/responses", json=more, headers={"Authorization": f"Bearer {key}"}
+        ).status_code
+        == 200
+    )
+    assert proxy.app.ledger.today(proxy.store.users()[0].id).tokens > 0
+
+
+def test_calls_that_are_made_side_by_side_are_told_one_after_the_other() -> None:
+    def call(index: int, arguments: str) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": f"c{index}", "name": "f", "arguments": arguments}
+
+    def added(index: int) -> dict[str, Any]:
+        return {"type": "response.output_item.added", "output_index": index, "item": call(index, "")}
+
+    def piece(index: int, text: str) -> dict[str, Any]:
+        return {"type": "response.function_call_arguments.delta", "output_index": index, "delta": text}
+
+    def done(index: int, text: str) -> dict[str, Any]:
+        return {"type": "response.output_item.done", "output_index": index, "item": call(index, text)}
+
+    text = {"type": "response.output_text.delta", "output_index": 2, "delta": "Meanwhile."}
+    decoder = cp.CodexDecoder(False, cp.Names())
+    end = {"type": "response.completed", "response": {}}
+    first, second = '{"x":1}', '{"a":"long"}'
+    found = decoder.feed(
+        sse(
+            added(0),
+            piece(0, '{"x"'),
+            added(1),
+            piece(1, '{"a"'),
+            text,
+            done(1, second),
+            piece(0, ":1}"),
+            done(0, first),
+            end,
+        )
+    )
+    kinds = [(type(one).__name__, getattr(one, "arguments", "")) for one in found]
+    assert kinds == [
+        ("CallPart", ""), ("CallPart", '{"x"'), ("CallPart", ":1}"), ("FunctionCall", first), ("Text", ""), ("FunctionCall", second),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"message": "Unsupported tool type: mcp"},
+        {"message": "Unsupported value: 'mcp'.", "code": "unsupported_value", "param": "tools[0].type"},
+    ],
+)
+def test_a_tool_that_the_backend_does_not_have_is_left_out(
+    start: Start, codex: Weather, refusal: dict[str, str]
+) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    codex.add(CODEX_CALL, status(400, {"error": refusal}), status(400, {"error": refusal}))
+    tools: Any = [{"type": "mcp", "server_label": "x", "server_url": "https://example.com"}]
+    with pytest.raises(openai.BadRequestError):  # for a second refusal of the same there is no remedy
+        proxy.client().responses.create(model="gpt-5.5", input="hi", tools=tools)
+    assert codex.count(CODEX_CALL) == 2 and "tools" not in sent_to_codex(codex)
+
+
+def test_what_items_have_too_much_is_left_out_of_this_request_alone(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    said = "Unknown parameter: 'input[0].content[0].cache_control'."
+    codex.add(CODEX_CALL, status(400, {"error": {"message": said, "code": "unknown_parameter"}}))
+    part = {"type": "input_text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    ask: Any = {"model": "gpt-5.5", "input": [{"role": "user", "content": [part]}]}
+    assert proxy.client().responses.create(**ask).output_text
+    assert sent_to_codex(codex)["input"][0]["content"] == [{"type": "input_text", "text": "hi"}]
+    codex.add(
+        CODEX_CALL, *[status(400, {"error": {"message": "Unknown parameter: 'input[0].content'."}})] * 3
+    )
+    assert (
+        error_of(proxy.ask(model="gpt-5.5")) == (400, "invalid_request_error")
+        and codex.count(CODEX_CALL) == 3
+    )
+
+
+@pytest.mark.parametrize("body, part, left", [
+    ({"a": {"b": 1, "c": 2}}, "a.b", {"a": {"c": 2}}), ({"a": 1}, "a", {}), ({"a": 1}, "b.c", {"a": 1}), ({"a": 1}, "a[0].x", {"a": 1}),
+    ({"input": [{"x": 1, "type": "t"}, {"y": 2}]}, "input[1].x", {"input": [{"type": "t"}, {"y": 2}]}),
+    ({"input": [{"content": [{"z": 1, "text": "t"}, "s"]}]}, "input[0].content[7].z", {"input": [{"content": [{"text": "t"}, "s"]}]}),
+    ({"input": [{"name": "n"}], "model": "m"}, "input[0].name", {"input": [{"name": "n"}], "model": "m"}),
+    ({"tools": [{"type": "a"}], "tool_choice": "auto", "parallel_tool_calls": True}, "tools:a", {}), ({}, "", {}),
+])  # fmt: skip
+def test_a_part_is_left_out_by_its_path(body: Any, part: str, left: Any) -> None:
+    assert cp.without(body, part) == left
+
+
+def test_numbers_have_no_gap_where_something_is_not_told(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"))
+    kinds = [
+        "response.created",
+        "keepalive",
+        "response.output_text.delta",
+        "keepalive",
+        "response.output_text.delta",
+        "response.completed",
+    ]
+    events = [
+        {"type": kind, "sequence_number": i, "delta": f'x"sequence_number":{i}', "response": {}}
+        for i, kind in enumerate(kinds)
+    ]
+    codex.add(CODEX_CALL, raw_stream(*[sse(event) for event in events]))
+    body = {"model": "gpt-5.5", "input": "hi", "stream": True}
+    answer = httpx.post(f"{proxy.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    told = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: ")]
+    assert [one["sequence_number"] for one in told] == [0, 1, 2, 3]
+    assert [one["delta"] for one in told[1:3]] == ['x"sequence_number":2', 'x"sequence_number":4']
+
+
+def test_kept_conversations_of_the_site_come_first_where_their_ids_are_told(
+    start: Start, codex: Weather
+) -> None:
+    codex.models = ["gpt-5.5"]
+    proxy = start("alice", codex_token("bob"), history_disabled="false")
+    assert proxy.ask(model="gpt-5.5").json()["conversation_id"] and codex.count(CODEX_CALL) == 0
+    assert (
+        proxy.client().responses.create(model="gpt-5.5", input="hi").output_text
+        and codex.count(CODEX_CALL) == 1
+    )
+
+
+def test_an_imported_access_token_serves_until_it_ends(
+    tmp_path: pathlib.Path, start: Start, codex: Weather
+) -> None:
+    tokens = {
+        "access_token": codex_token("alice"),
+        "refresh_token": "rt_" + "b" * 40,
+        "account_id": "workspace-alice",
+    }
+    file = tmp_path / "auth.json"
+    file.write_text(json.dumps({"tokens": tokens}))
+    proxy = start(*cp.token_lines(file), upstream_order="codex")
+    assert proxy.say(model="gpt-5.5") == "Hello wide world." and codex.count("/oauth/token") == 0
+    (account,) = proxy.app.pool.accounts()
+    assert (account.row.kind, account.row.email) == ("refresh", "alice@demo.example")
+
+
+@pytest.mark.parametrize("browser", [True, False])
+def test_what_a_browser_sign_in_gave_is_for_the_codex_backend(
+    start: Start, codex: Weather, browser: bool
+) -> None:
+    proxy = start("bob")  # tokens that do not say whose client they were given to
+    row = cp.store_tokens(
+        proxy.app.pool, cp.demo_token("alice"), "rt_" + "a" * 40 if browser else "", browser
+    )
+    alice = proxy.app.pool.find(row.id)
+    assert alice and alice.speaks_codex() == alice.is_of_codex() == browser
+    assert alice.paths() == ("codex" if browser else "web")
+
+
+def test_a_used_up_refresh_token_is_shown_to_no_other_client(start: Start, codex: Weather) -> None:
+    codex.refresh_refusal = 401, {"error": {"code": "refresh_token_reused"}}
+    proxy = start("rt_" + "a" * 40)
+    assert proxy.ask(model="gpt-5.5").status_code == 503 and codex.count("/oauth/token") == 1
+    assert proxy.app.pool.accounts()[0].row.state == "dead"
+
+
+def test_the_demo_fails_as_it_is_asked_to(start: Start, codex: Weather) -> None:
+    codex.obeys = True
+    proxy = start(codex_token("alice"), upstream_order="codex", retry_times="0")
+    said = functools.partial(proxy.ask, model="gpt-5.5")
+    assert error_of(said("simulate server_is_overloaded")) == (502, "upstream_error")
+    assert error_of(said("simulate context_length_exceeded")) == (400, "context_length_exceeded")
+    assert error_of(said("simulate usage_limit_reached")) == (429, "rate_limit_exceeded")
+    assert said("hello").status_code == 429
+
+
+@pytest.mark.parametrize("quoted", [
+    "deactivated_workspace", "missing scopes", "at capacity", "Selected model is at capacity", "Unknown parameter: tools",
+    "Unsupported parameter: include", "The 'gpt-5.5' model is not supported", "Tool choice 'image_generation' not found",
+])  # fmt: skip
+def test_what_a_client_has_quoted_is_no_verdict_on_an_account(
+    start: Start, codex: Weather, quoted: str
+) -> None:
+    proxy = start(codex_token("alice"), codex_token("bob"), upstream_order="codex")
+    said = {
+        "message": f"Invalid value: '{quoted}'. Supported values are: 'a'.",
+        "code": "invalid_value",
+        "param": "include[0]",
+    }
+    codex.add(CODEX_CALL, status(400, {"error": said}))
+    assert (
+        error_of(proxy.ask(model="gpt-5.5")) == (400, "invalid_request_error")
+        and codex.count(CODEX_CALL) == 1
+    )
+    assert {account.told(time.time()) for account in proxy.app.pool.accounts()} == {"ready"}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert proxy.ask(model="gpt-5.5", tools=tools).status_code == 200
+    body = sent_to_codex(codex)
+    assert (
+        body["tools"]
+        and body["include"]
+        and {one.row.codex for one in proxy.app.pool.accounts()} <= {"", "yes"}
+    )
+
+
+def test_a_guests_refusals_teach_nobody(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    guest = codex_token("guest")
+    codex.add(CODEX_CALL, status(404, {"detail": "Not Found"}))
+    assert proxy.ask(key=guest, model="gpt-5.5").status_code in (200, 502)
+    codex.add(CODEX_CALL, status(400, {"detail": "Unsupported parameter: include"}))
+    assert proxy.ask(key=guest, model="gpt-5.5").status_code == 200
+    assert proxy.say(model="gpt-5.5") == "Hello wide world." and sent_to_codex(codex)["include"]
+
+
+def test_many_tools_and_calls_take_no_time(start: Start, codex: Weather) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    tools = [{"type": "mcp", "server_label": f"f{i}", "server_url": "http://x"} for i in range(1900)]
+    brought = [{"type": "additional_tools", "role": "developer", "tools": tools}] * 3
+    calls = [
+        {"id": f"a{i}", "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in range(5000)
+    ]
+    results = [{"role": "tool", "tool_call_id": f"b{i}", "content": "x"} for i in range(5000)]
+    unnamed = [{"role": "function", "name": f"g{i}", "content": "x"} for i in range(5000)]
+    began = time.monotonic()
+    body = {"model": "gpt-5.5", "input": [*brought, {"role": "user", "content": "x"}]}
+    assert (
+        httpx.post(
+            f"{proxy.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+        ).status_code
+        == 400
+    )
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}, *results, *unnamed]
+    assert proxy.ask(model="gpt-5.5", messages=talk).status_code == 200
+    assert time.monotonic() - began < 10
+    too_many = {"model": "gpt-5.5", "input": "x", "tools": tools * 2}
+    answer = httpx.post(
+        f"{proxy.url}/v1/responses", json=too_many, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+    )
+    assert error_of(answer) == (400, "invalid_request_error") and "too many" in answer.text
+
+
+@pytest.mark.parametrize("words", [f"try again in {'9' * 400}s", "try again in 999999999m"])
+def test_no_wait_is_longer_than_anybody_lives(
+    tmp_path: pathlib.Path, start: Start, codex: Weather, words: str
+) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex", retry_times="0")
+    codex.add(CODEX_CALL, refused_with(429, "rate_limit_exceeded", words))
+    answer = proxy.ask(model="gpt-5.5")
+    assert (
+        error_of(answer) == (429, "rate_limit_exceeded") and int(answer.headers["retry-after"]) <= 40 * 86400
+    )
+    proxy.store.put_wait(proxy.app.pool.accounts()[0].id, "codex", 1e300, 1)
+    assert run("accounts", "list", env={"DATA_DIR": str(tmp_path / "data")}).returncode == 0
+
+
+@pytest.mark.parametrize("odd", [
+    {"supported_reasoning_levels": [{"effort": []}]}, {"supported_reasoning_levels": "x"}, {"description": "\ud800"},
+    {"display_name": "x" * 1_000_000}, {"context_window": "large"}, {"input_modalities": [{}, 1]}, {"priority": []}, {"visibility": {}},
+])  # fmt: skip
+def test_an_odd_model_breaks_nothing(start: Start, codex: Weather, odd: dict[str, Any]) -> None:
+    models = [codex.codex_catalog[0], codex.codex_catalog[1] | odd]
+    codex.add("/codex/models", lambda request: cp.Reply(200, json.dumps({"models": models}).encode()))
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    assert proxy.say(model="gpt-5.6-sol", reasoning_effort="high") == "Hello wide world."
+    assert proxy.ask(model="gpt-5.5", reasoning_effort="high").status_code == 200
+    listed = web(proxy, "GET", "/v1/models", KEY)
+    assert listed.status_code == 200 and "gpt-5.6-sol" in listed.text and len(listed.content) < 10_000
+    assert httpx.post(
+        f"{proxy.url}/api/show", json={"model": "gpt-5.5"}, headers={"Authorization": f"Bearer {KEY}"}
+    ).status_code in (200, 404)
+
+
+def test_the_upstreams_words_are_for_the_client_alone(
+    start: Start, codex: Weather, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy = start(codex_token("alice"), upstream_order="codex", retry_times="0")
+    caplog.set_level("DEBUG", "chatproxy")
+    codex.add(
+        CODEX_CALL,
+        failing("server_error", "no: SECRETTEXT"),
+        status(400, {"error": {"message": "no: SECRETTEXT", "code": "x"}}),
+    )
+    for _ in range(2):
+        assert "SECRETTEXT" in proxy.ask("SECRETTEXT", model="gpt-5.5").text
+    assert "SECRETTEXT" not in caplog.text + "".join(str(record.__dict__) for record in caplog.records)
+
+
+def test_what_is_held_back_has_an_end() -> None:
+    waiting = sse({"type": "response.in_progress", "response": {"x": "y" * 1000}}) * 1000
+    decoder = cp.CodexDecoder(True, cp.Names())
+    for _ in range(20):
+        decoder.feed(waiting)
+    assert decoder.failure and decoder.failure.reason == "broken" and not decoder.begun
+    call = {"type": "function_call", "call_id": "c", "name": "f"}
+    decoder = cp.CodexDecoder(False, cp.Names())
+    decoder.feed(sse({"type": "response.output_item.added", "output_index": 0, "item": call}))
+    text = sse({"type": "response.output_text.delta", "output_index": 1, "delta": "x" * 10_000}) * 100
+    for _ in range(200):
+        decoder.feed(text)
+    assert decoder.failure
+    decoder, began = cp.CodexDecoder(False, cp.Names()), time.monotonic()
+    for _ in range(640):
+        decoder.feed(b"x" * 16_000 + b"\r")
+    assert time.monotonic() - began < 3
+
+
+def test_a_list_of_models_that_never_ends_is_not_waited_for(
+    start: Start, codex: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp, "CATALOG_PATIENCE", 1.0)
+
+    def drip(request: cp.Request) -> cp.Sent:
+        for _ in range(100):
+            yield b" ", 1
+            time.sleep(0.2)
+
+    proxy = start(codex_token("alice"), upstream_order="codex")
+    codex.add("/codex/models", lambda request: cp.streamed(drip(request)))
+    began = time.monotonic()
+    assert proxy.say(model="gpt-5.5") == "Hello wide world." and time.monotonic() - began < 6
+
+
 # --- faults that the tests must notice -----------------------------------------------------------------------------------
 #
 # `python test_chatproxy.py mutants` puts each of these faults into a copy of the program and runs the tests that are to
@@ -14165,6 +15928,72 @@ def test_whatever_another_call_answers_there_is_an_answer_or_an_error(
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ('names are sent as they are',
+     '        if _PLAIN_NAME.fullmatch(name):\n            return name\n        digest', '        return name\n        digest',
+     'tools_and_all_else_are_told_natively'),
+    ('a changed name stays changed',
+     'item["name"] = self._given.get(name, name)', 'pass',
+     'tools_and_all_else_are_told_natively'),
+    ('callers share sessions',
+     'f"{scope.owner}\\n{key}"', 'f"{key}"',
+     'one_session_and_each_caller_another'),
+    ('a refusal in an answer is told at once',
+     '            self.begun = self.begun or kind not in _HELD_BACK\n', '            self.begun = True\n',
+     'refusal_before_the_answer'),
+    ("a plan's limit rests the model alone",
+     'about = "" if windows and all(window.used < 100 for window in windows) else CODEX', 'about = ""',
+     'used_up_account_rests'),
+    ("a model's limit rests the plan",
+     'about = "" if windows and all(window.used < 100 for window in windows) else CODEX', 'about = CODEX',
+     'models_own_limit'),
+    ('a conversation changes its account',
+     'return spent, account.id != home, *order', 'return spent, *order',
+     'conversation_stays_with_its_account'),
+    ('a spent account is asked first',
+     'return spent, account.id != home, *order', 'return account.id != home, *order',
+     'spread_over_accounts'),
+    ('earlier reasoning is insisted on',
+     '        attempt.without_reasoning = True\n', '',
+     'reasoning_is_replayed_and_dropped'),
+    ("what was sealed is anybody's",
+     'self._remember(key, attempt.leased)', 'pass',
+     'sealed_goes_back_to_it'),
+    ('a list of models is read each time',
+     '        if now - before.read < CATALOG_LIFE:\n            return\n', '',
+     'read_once_an_hour'),
+    ('a hidden model is listed',
+     'for one in filter(is_shown, account.catalog.models)', 'for one in account.catalog.models',
+     'model_goes_to_the_upstream'),
+    ('an effort is told whoever knows it',
+     'reasoning["effort"] = nearest_effort(wanted, levels_of(facts))', 'reasoning["effort"] = wanted',
+     'tools_and_all_else_are_told_natively'),
+    ('the echo of a request is told',
+     'told = {name: response[name] for name in _SAID_OF_A_RESPONSE if name in response}', 'told = dict(response)',
+     'echo_of_a_request'),
+    ('a gap stays in the numbers',
+     '            self._swallowed += type', '            self._swallowed += 0 * type',
+     'numbers_have_no_gap'),
+    ('a site that refuses an account kills it',
+     'if (expired and account.is_of_codex()) or', 'if False and',
+     'site_refuses_goes_on or whether_the_site'),
+    ('what is needed is left out',
+     'return value if not steps or steps[-1] in _NEEDED or steps[-1][0] == "[" else', 'return value if not steps else',
+     'left_out_by_its_path'),
+    ('a model is passed off as another',
+     'if before and limited and not upstream.has(', 'if before and limited and False and not upstream.has(',
+     'used_up_account_rests'),
+    ("a call's pieces are mixed",
+     '            take(self, event, out if own else self._later)\n', '            take(self, event, out)\n',
+     'side_by_side_are_told'),
+    ("the site's cookies go to the Codex backend",
+     '*_cookie_line(account.codex_cookies)]', '*_cookie_line(account.cookies)]',
+     'cookies_of_the_backend'),
+    ('a dead token is shown to another client',
+     'if dead.startswith("refresh_token_"):', 'if False:',
+     'shown_to_no_other_client'),
+    ('free plans draw',
+     'return account.row.plan != "free" and', 'return',
+     'drawn_by_the_tool'),
     ('a continued answer counts the events of the one before',
      'self.seen, self.resume_token = 0, ""\n', 'pass\n',
      'continued_answer_that_breaks'),
@@ -14333,27 +16162,27 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ('output that comes late is lost',
      '        else:  # something came in between\n            self.take_text(_fenced(event).text)', '        else:\n            pass',
      'test_output_that_comes_late_is_told_all_the_same'),
-    ('text before a call is told behind it',
-     'if self._held and type(event) is FunctionCall:', 'if False:',
-     'test_text_that_may_begin_a_stop_sequence_stays_before_a_call'),
+    ("text before a call is told behind it",
+     "if type(event) in (FunctionCall, CallPart):  # it stands", "if False:  # it stands",
+     "test_text_that_may_begin_a_stop_sequence_stays_before_a_call"),
     ('what a model said is kept out of order',
      'for is_item, run in itertools.groupby(message.parts, lambda part: type(part) in AS_ITEM):', 'for is_item, run in [(flag, [p for p in message.parts if (type(p) in AS_ITEM) is flag]) for flag in (False, True)]:',
      'test_a_history_that_began_elsewhere_goes_on_here'),
     ('a compaction is told before it is whole',
      '        """It comes when it is whole."""\n', '        super().take_text(text)\n',
      'test_a_conversation_is_made_shorter_and_gone_on_with'),
-    ('what a compaction stands for is kept beside it',
-     'if not rendering.request.compacts:', 'if True:',
-     'test_a_conversation_is_made_shorter_and_gone_on_with'),
+    ("what a compaction stands for is kept beside it",
+     "    if rendering.request.compacts:  # which stands for everything before\n        pass\n    elif", "    if",
+     "test_a_conversation_is_made_shorter_and_gone_on_with"),
     ("somebody else's compaction is read",
      'if not isinstance(content, str) or not content.startswith(_SEAL):', 'if not isinstance(content, str):',
      'test_a_history_that_began_elsewhere_goes_on_here'),
     ('a response that failed has no error beside it',
      'response=self.whole(), **error.body())', 'response=self.whole())',
      'test_a_response_that_breaks_off_says_so_where_clients_look'),
-    ('a response that failed before it began has no begin',
-     '        if not self.begun:\n            self.begin()\n        self._status', '        self._status',
-     'test_a_response_that_breaks_off_says_so_where_clients_look'),
+    ("a response that failed before it began has no begin",
+     "        if not self.begun:\n            self.begin()\n        if numbers", "        if numbers",
+     "test_a_response_that_breaks_off_says_so_where_clients_look"),
     ('Responses pretend to speak WebSocket',
      'raise ApiError("upgrade_required", text, headers={"Upgrade": "HTTP/1.1"})', 'pass',
      'test_a_websocket_where_none_is_spoken_is_refused_at_once'),
@@ -14655,7 +16484,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'self._shorten("owner=?", (owner,), MAX_RESPONSES_OF_ONE)', "pass",
      "test_what_is_kept_of_a_response_is_bounded_at_once"),
     ("of too many responses the newest go first",
-     "ORDER BY made DESC", "ORDER BY made",
+     "SUM(size) OVER (ORDER BY made DESC, id)", "SUM(size) OVER (ORDER BY made, id)",
      "what_is_old_is_forgotten_and_nothing_else"),
     ("prune keeps responses whatever their size",
      "WHERE size > ?", "WHERE size > ? AND 0",
@@ -15082,8 +16911,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'for value in (said, headers.get("retry-after")):', 'for value in (headers.get("retry-after"), said):',
      "a_pause_is_what_the_upstream_says"),
     ("a wait may be larger than any number",
-     "with contextlib.suppress(TypeError, ValueError, OverflowError):",
-     "with contextlib.suppress(TypeError, ValueError):",
+     "with contextlib.suppress(TypeError, ValueError, OverflowError):\n            if math.isfinite(seconds", "with contextlib.suppress(TypeError, ValueError):\n            if math.isfinite(seconds",
      "test_no_wait_of_any_shape_is_our_fault"),
     ("a wait may be infinite",
      'if math.isfinite(seconds := float(value or "")) and', 'if (seconds := float(value or "")) and',
@@ -15117,7 +16945,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "        call = handles.call(\n            account.id,", '        call = handles.call(\n            "",',
      "test_no_two_accounts_share_a_connection"),
     ("a file store's cookies are taken for the site's",
-     'own = url.startswith(f"{account.gateway}/")\n        self.heard', "own = True\n        self.heard",
+     'own = url.startswith(f"{account.gateway}/") and not plain', "own = True",
      "a_file_store_gets_no_more_than_the_file"),
     ("the start page is read at every turn",
      "if known and now - known.read < PAGE_LIFE:", "if False:",
@@ -15471,11 +17299,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "model = refused.about or attempt.question.model", "model = attempt.question.model",
      "a_limit_for_uploads_leaves_chats_alone"),
     ("a limited account is asked by the next request",
-     "pause = self.pool.told_to_wait(account, model, refused.wait)", "pause = refused.wait or 60.0",
+     "pause = self.pool.told_to_wait(account, name, refused.wait)", "pause = refused.wait or 60.0",
      "an_account_told_to_wait_is_skipped"),
-    ("a 429 has no Retry-After", 'refused.headers["Retry-After"] = ', "_ = ", "the_shortest_wait_is_told"),
+    ("a 429 has no Retry-After",
+     'refused.headers["Retry-After"] = str(max(1, math.ceil(pause)))', "pass",
+     "the_shortest_wait_is_told"),
     ("a revoked token's account stays in turn",
-     'self.pool.set_aside(account, "expired", reason, attempt.token)', "pass",
+     '                else "the upstream does not credit its token"\n            )\n            self.pool.set_aside(account, "expired", reason, attempt.token)', '                else "the upstream does not credit its token"\n            )',
      "a_revoked_token_sets_its_account_aside"),
     ("RETRY_TIMES is one more",
      "len(attempt.tried) > most:", "len(attempt.tried) > most + 1:",
@@ -15650,7 +17480,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '"max_completion_tokens", "max_tokens")', '"max_tokens", "max_completion_tokens")',
      "test_what_is_out_of_bounds_is_named_and_asked_of_nobody"),
     ("text that looked like a stop is lost at the end",
-     "if self._held:\n                    self._limited", "if False:\n                    self._limited",
+     "                self._let_go(out)\n                if not self.over:", "                if not self.over:",
      "test_a_stop_sequence_never_leaks_however_the_text_is_cut"),
     ("the stop sequence named first wins",
      "end, start = min(found)", "end, start = found[0]",
@@ -15692,7 +17522,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'pieces.append(self._chunk({"role": "assistant", "content": content}, None))', "pass",
      "test_both_encodings_give_the_same_answer"),
     ("a call's arguments come with its name in every piece",
-     "if part is first else {}", "if True else {}",
+     'head = {"id": id, "type": kind} if id else {}', 'head = {"id": id, "type": kind}',
      "test_calls_stream_as_standard_deltas"),
     ("usage comes unasked",
      "if self.turn.include_usage:\n            self.pieces", "if True:\n            self.pieces",
@@ -15734,7 +17564,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if sum(sizes.values()) <= MAX_ECHO:", "if True:",
      "test_what_is_kept_of_a_response_is_bounded_at_once"),
     ("an item without an id is passed over",
-     'id := required(item, "id", f"{where}."))', 'id := str(item.get("id") or "rs_"))',
+     'id = required(item, "id", f"{where}.")', 'id = str(item.get("id") or "rs_")',
      "test_a_wrong_field_of_a_response_is_named"),
     ("a moderated response has no reason",
      '"content_filter": "content_filter"}.get', "}.get",
@@ -16053,7 +17883,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "key=lambda agent: agent.asked)", "key=lambda agent: -agent.asked)",
      "test_agents_answer_in_turn_and_keep_their_conversations"),
     ("a connection that never becomes an agent stays",
-     "self._heard(web.receive(time.monotonic() + ANSWER_PATIENCE))", "self._heard(web.receive())",
+     "self._heard(web.receive(time.monotonic() + AGENT_PATIENCE))", "self._heard(web.receive())",
      "test_a_connection_that_never_becomes_an_agent_is_ended"),
     ("an agent takes the place of one who answers",
      "offered if self._taken(wanted) else wanted", "wanted",
@@ -16115,7 +17945,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "(10, lambda: self.renewals.renew_due(time.time())),", "",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("upkeep never saves counts", "(10, self.ledger.save),", "", "the_upkeep_renews_saves_keeps_and_lets_go"),
-    ("upkeep never keeps cookies", "(60, self.pool.keep_cookies),", "", "the_upkeep_renews_saves_keeps_and_lets_go"),
+    ("upkeep never keeps cookies", "(60, self.pool.keep_told),", "", "the_upkeep_renews_saves_keeps_and_lets_go"),
     ("upkeep never prunes",
      "(3600, lambda: self.store.prune(time.time())),", "",
      "the_upkeep_renews_saves_keeps_and_lets_go"),
@@ -16441,11 +18271,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "        except KeyError as error:\n            fail(",
      "test_a_store_that_cannot_be_used_is_said_in_one_line"),
     ("the umask stays as it was", "os.umask(0o077)", "pass", "test_what_a_server_makes_is_its_owners_alone"),
-    ("cookies are not kept at the end",
-     "app.pool.keep_cookies()", "pass",
-     "what_was_counted_outlives_an_orderly_end"),
     ("cookies are lost at the end",
-     "app.pool.keep_cookies()\n        app.ledger", "app.ledger",
+     "app.pool.keep_told()\n        app.ledger", "app.ledger",
      "test_what_was_counted_is_stored_at_the_end"),
     ("counts are not saved at the end", "app.ledger.save()", "pass", "what_was_counted_outlives_an_orderly_end"),
     ("what was counted last is lost at the end",
@@ -16652,14 +18479,18 @@ class Script:
         self.pace, self.first = float(given.get("pace", 0)), float(given.get("first", 0))
         kind = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
         self.head = kind + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(self.opening(text))
-        self.steps = [frame(delta({"v": f" lorem{n % 97}"})) for n in range(int(given.get("words", 1)))]
-        self.steps[0] = frame(delta({"p": "/message/content/parts/0", "o": "append", "v": "lorem"}))
+        self.steps = [frame(self.word(n)) for n in range(int(given.get("words", 1)))]
         ending = b"".join(self.ending()) + b"0\r\n\r\n"
         if self.pace or self.first or "flush" in given:
             self.steps[-1] += ending
         else:
             self.head += b"".join(self.steps) + ending
             self.steps = []
+
+    def word(self, number: int) -> bytes:
+        """The event of a word."""
+        first = {"p": "/message/content/parts/0", "o": "append", "v": "lorem"}
+        return delta({"v": f" lorem{number % 97}"} if number else first)
 
     def opening(self, text: str) -> list[bytes]:
         """What comes before the first word: the encoding, the user's message, the start of the answer."""
@@ -16680,6 +18511,68 @@ class Script:
         done.append({"p": "/message/metadata", "o": "append", "v": {"finish_details": {"type": "stop"}}})
         complete = b'data: {"type":"message_stream_complete"}\n\n'
         return [frame(delta({"p": "", "o": "patch", "v": done})), frame(complete), frame(b"data: [DONE]\n\n")]
+
+
+class CodexScript(Script):
+    """The same as the Codex backend has it."""
+
+    ITEM = {
+        "id": f"msg_{'0' * 50}",
+        "type": "message",
+        "status": "in_progress",
+        "role": "assistant",
+        "content": [],
+    }
+    PLACE = {"item_id": ITEM["id"], "output_index": 0, "content_index": 0}
+
+    @staticmethod
+    def event(kind: str, **facts: Any) -> bytes:
+        """One event."""
+        told = json.dumps({"type": kind} | facts, separators=(",", ":")).encode()
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), told)
+
+    def word(self, number: int) -> bytes:
+        text = f" lorem{number % 97}" if number else "lorem"
+        more = {
+            "delta": text,
+            "logprobs": [],
+            "obfuscation": "UhEfsZjZrAcLxBp",
+            "sequence_number": number + 4,
+        }
+        return self.event("response.output_text.delta", **self.PLACE, **more)
+
+    def opening(self, text: str) -> list[bytes]:
+        response = {
+            "id": f"resp_{'0' * 50}",
+            "object": "response",
+            "status": "in_progress",
+            "model": "gpt-5.5",
+        }
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        events = [
+            self.event("response.created", sequence_number=0, response=response),
+            self.event("response.in_progress", sequence_number=1, response=response),
+            self.event("response.output_item.added", sequence_number=2, output_index=0, item=self.ITEM),
+            self.event("response.content_part.added", sequence_number=3, part=part, **self.PLACE),
+        ]
+        return [frame(event) for event in events]
+
+    def ending(self) -> list[bytes]:
+        part = {"type": "output_text", "text": "all of it", "annotations": [], "logprobs": []}
+        item = self.ITEM | {"status": "completed", "content": [part]}
+        usage = {"input_tokens": 9, "output_tokens": 9, "total_tokens": 18}
+        response = {
+            "id": f"resp_{'0' * 50}",
+            "status": "completed",
+            "model": "gpt-5.5",
+            "output": [],
+            "usage": usage,
+        }
+        events = [
+            self.event("response.output_item.done", sequence_number=90_000, output_index=0, item=item),
+            self.event("response.completed", sequence_number=90_001, response=response),
+        ]
+        return [frame(event) for event in events]
 
 
 class Ticker:
@@ -16718,7 +18611,10 @@ class Standin:
     def __init__(self, latency: float = 0.0) -> None:
         self.state: dict[str, Any] = {"difficulty": "0fffff", "latency": latency}
         self.counts = {"page": 0, "requirements": 0, "hard": 0, "conversation": 0, "conduit": 0, "unknown": 0}
-        self.scripts: dict[bytes, Script] = {}
+        self.counts["codex"] = 0
+        self.scripts: dict[tuple[type[Script], bytes], Script] = {}
+        models = {"models": [{"slug": "gpt-5.5", "visibility": "list"}]}
+        self.models = reply("200 OK", "application/json", json.dumps(models).encode())
         self.tickers: dict[float, Ticker] = {}
         page = b'<html data-build="prod-bench"><script src="https://chatgpt.com/a.js"></script></html>'
         self.page = reply("200 OK", "text/html", page)
@@ -16743,13 +18639,13 @@ class Standin:
         self.conduit = reply("200 OK", "application/json", b'{"status":"ok","conduit_token":null}')
         return reply("200 OK", "application/json", json.dumps(self.counts).encode())
 
-    def script(self, body: bytes) -> Script:
-        """The script that the last user message of a conversation body asks for."""
+    def script(self, body: bytes, kind: type[Script] = Script) -> Script:
+        """The script that the last user message of a body asks for."""
         at = body.rfind(b"words=")
         text = body[at : body.find(b'"', at)] if at >= 0 else b"words=1"
-        if text not in self.scripts:
-            self.scripts[text] = Script(text.decode())
-        return self.scripts[text]
+        if (kind, text) not in self.scripts:
+            self.scripts[kind, text] = kind(text.decode())
+        return self.scripts[kind, text]
 
     def stream(self, transport: asyncio.Transport, script: Script) -> None:
         """Sends an answer, now or step by step."""
@@ -16809,6 +18705,11 @@ class StandinConnection(asyncio.Protocol):
         if post and path.endswith(b"/conversation"):
             up.counts["conversation"] += 1
             up.stream(self.transport, up.script(body))
+        elif post and path.endswith(b"/codex/responses"):
+            up.counts["codex"] += 1
+            up.stream(self.transport, up.script(body, CodexScript))
+        elif path.startswith(b"/backend-api/codex/models"):
+            self.transport.write(up.models)
         elif post and path.endswith((b"/sentinel/chat-requirements", b"/sentinel/chat-requirements/prepare")):
             up.counts["hard" if up.hard else "requirements"] += 1
             self.transport.write(up.requirements)
@@ -16857,6 +18758,7 @@ class Load:
     pause: float = 0.0  # seconds between an answer and the next request of its connection
     ramp: float = 0.0  # seconds over which the connections begin
     limit: float = 60.0  # seconds for everything
+    end: str = "data: [DONE]"  # what the last event of a stream has
 
     def wire(self) -> bytes:
         """The request's bytes."""
@@ -17005,7 +18907,7 @@ class LoadClient:
             words = dechunked(body).count(MARK)  # a relay may end a chunk anywhere
         if not failure and not body.startswith(b"HTTP/1.1 200 "):
             failure = body[:500].decode("latin-1")
-        if not failure and (words < load.words or (load.stream and b"data: [DONE]" not in body)):
+        if not failure and (words < load.words or (load.stream and load.end.encode() not in body)):
             failure = f"{words} words of {load.words}, ends {body[-80:]!r}"
         if failure:
             self.failures.append(failure)
@@ -17123,13 +19025,14 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[int]:
         process.wait()
 
 
-def jwt(number: int) -> str:
-    """An unsigned access token of a made-up account."""
+def jwt(number: int, client: str = "") -> str:
+    """An unsigned access token of a made-up account; `client` is whom it was given to."""
     ids = {"chatgpt_account_id": f"account-{number}", "user_id": f"user-{number}"}
-    claims = {
+    claims: dict[str, Any] = {
         "https://api.openai.com/profile": {"email": f"bench{number}@example.com"},
         "https://api.openai.com/auth": ids | {"chatgpt_plan_type": "plus"},
     }
+    claims |= {"client_id": client} if client else {}
     parts = ({"alg": "none", "typ": "JWT"}, claims | {"exp": int(time.time()) + 86400})
     coded = [base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts]
     return ".".join([*coded, "c2lnbmF0dXJl"])
@@ -17138,7 +19041,9 @@ def jwt(number: int) -> str:
 class Measured:
     """The daemon under test: an environment made from scratch, and a pool in a directory of its own."""
 
-    def __init__(self, script: pathlib.Path, directory: str, upstream: Process, accounts: int) -> None:
+    def __init__(
+        self, script: pathlib.Path, directory: str, upstream: Process, accounts: int, codex: bool = False
+    ) -> None:
         self.command = [sys.executable, str(script)]
         self.log, self.port = pathlib.Path(directory, "proxy.log"), free_port()
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -17151,7 +19056,8 @@ class Measured:
             "LOG_LEVEL": "warning",
             "MAX_CONNECTIONS": "4096",
         }
-        tokens = "\n".join(jwt(number) for number in range(accounts)) + "\n"
+        given = [jwt(number) for number in range(accounts)] + [jwt(accounts, cp.BROWSER_CLIENT)] * codex
+        tokens = "\n".join(given) + "\n"
         add = [*self.command, "accounts", "add", "-"]
         feed, env = tokens.encode(), self.environment
         done = subprocess.run(add, input=feed, env=env, capture_output=True, check=False)
@@ -17216,10 +19122,21 @@ class Rig:
         stream: bool = True,
         tools: bool = False,
         native: bool = False,
+        codex: bool = False,
         **more: Any,
     ) -> Load:
-        """Asks for so many words: the proxy in OpenAI's terms unless `native`, anyone else in the upstream's own."""
+        """Asks for so many words: the proxy in OpenAI's terms unless `native`, anyone else in the upstream's own; `codex`: as
+        the Responses API has it, by the Codex backend."""
         text = f"words={words} {how}".strip()
+        if codex:
+            asked = {
+                "model": "gpt-5.5",
+                "stream": True,
+                "store": False,
+                "input": [{"role": "user", "content": text}],
+            }
+            path = "/v1/responses" if server is self.proxy else "/backend-api/codex/responses"
+            return Load(server.port, path, json.dumps(asked), words, end="response.completed", **more)
         if server is self.proxy and not native:
             messages = [{"role": "user", "content": text}]
             offered = {"tools": MANY_TOOLS} if tools else {}
@@ -17341,12 +19258,12 @@ class Bench:
     failures: list[str]
 
     @contextlib.contextmanager
-    def rig(self, accounts: int = 1, latency: float = 0.0) -> Iterator[Rig]:
+    def rig(self, accounts: int = 1, latency: float = 0.0, codex: bool = False) -> Iterator[Rig]:
         """Fresh servers, so that a case's memory is its own."""
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-bench-"))
             upstream = stack.enter_context(standin(latency))
-            proxy = Measured(self.script, directory, upstream, accounts)
+            proxy = Measured(self.script, directory, upstream, accounts, codex)
             server = Process(stack.enter_context(ended(proxy.start())), proxy.port)
             server.wait("/health", proxy.log)
             yield Rig(upstream, server, stack.enter_context(nginx(directory, upstream)))
@@ -17409,10 +19326,12 @@ def case_stream(bench: Bench) -> list[Row]:
     return rows
 
 
-def compared(bench: Bench, name: str, option: str, target: float, words: int = 100) -> list[Row]:
+def compared(
+    bench: Bench, name: str, option: str, target: float, words: int = 100, codex: bool = False
+) -> list[Row]:
     """CPU time of a stream with an option of the load's, against one without, in turn."""
     costs: dict[bool, list[float]] = {False: [], True: []}
-    with bench.rig() as rig:
+    with bench.rig(codex=codex) as rig:
         load: dict[str, Any] = {"words": words, "how": "flush=1", "connections": 16}
         load["requests"] = bench.many(5000 // words)
         for _ in range(3):
@@ -17433,6 +19352,22 @@ def case_tools(bench: Bench) -> list[Row]:
 def case_native(bench: Bench) -> list[Row]:
     """In the upstream's own words, through POST /conversation."""
     return compared(bench, "stream of 1,000 words by POST /conversation", "native", 1.0, words=1000)
+
+
+def case_codex(bench: Bench) -> list[Row]:
+    """A response by the Codex backend against a chat by the site's own API, and its first token next to the upstream's."""
+    name = "response of 1,000 words by the Codex backend, against a chat by the site"
+    rows = compared(bench, name, "codex", 1.0, words=1000, codex=True)
+    load = {"words": 10, "requests": bench.many(100), "pause": 0.02, "codex": True}
+    with bench.rig(codex=True) as rig:
+        found = [bench.measure(rig, server, 20, **load) for server in (rig.proxy, rig.upstream)]
+    over = (found[0]["token"] - found[1]["token"]) * 1e3
+    return [
+        *rows,
+        Row(
+            "… time to its first token, warm", f"{over:.2f} ms over the upstream's", "1 ms over", over <= 1.0
+        ),
+    ]
 
 
 def case_paced(bench: Bench) -> list[Row]:
@@ -17629,6 +19564,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "tools": case_tools,
     "native": case_native,
     "agents": case_agents,
+    "codex": case_codex,
     "paced": case_paced,
     "thousand": case_thousand,
     "idle": case_idle,
