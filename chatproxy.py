@@ -10164,6 +10164,7 @@ class CodexDecoder:
         self.limits: dict[str, Any] | None = None  # what was said of the allowance last
         self.reason = ""  # how the answer has ended, "" while it has not
         self._calls = False
+        self._plain = False  # whether events of text can be passed on as they come
         self._carriage = False  # whether what came last ended in a carriage return
         self._size = 0  # bytes of what is no text
         self._swallowed = 0  # events with a number that nobody is told
@@ -10177,19 +10178,27 @@ class CodexDecoder:
     def pending(self) -> int:
         return len(self._rest)
 
+    def text_alone(self, data: bytes) -> Verbatim | None:
+        """The whole events in what is there with these bytes, if they are text and nothing else; once per event."""
+        if not self._plain:
+            return None
+        rest = self._rest
+        data = bytes(rest) + data if rest else data
+        end = data.rfind(b"}\n\n") + 3
+        whole = data if end == len(data) else data[:end]
+        count = whole.count(_TEXT_HEAD)
+        if not count or not whole.startswith(_TEXT_HEAD) or whole.count(b"\n") != 3 * count:
+            return None
+        rest[:] = data[end:]
+        self._searched = 0
+        return Verbatim(None, whole, count)
+
     def feed(self, data: bytes) -> list[Event | Drawn]:
         """The events in these bytes; once per piece."""
+        if told := self.text_alone(data):
+            self.light = True
+            return [told]
         rest = self._rest
-        if (
-            self._native
-            and self.begun
-            and not (rest or self.reason or self._swallowed)
-            and data.endswith(b"}\n\n")
-        ):
-            count = data.count(_TEXT_HEAD)
-            if count and data.startswith(_TEXT_HEAD) and data.count(b"\n") == 3 * count:  # nothing but text
-                self.light = True
-                return [Verbatim(None, data, count)]
         if self._carriage or b"\r" in data:
             data = b"\r" * self._carriage + data
             self._carriage = data.endswith(b"\r")
@@ -10208,6 +10217,8 @@ class CodexDecoder:
         most = MAX_NATIVE_ANSWER if self.begun else MAX_NATIVE_HELD
         if len(rest) > MAX_NATIVE_EVENT or self._size > most:
             self.failure = Refusal("broken", "The upstream's answer is too long; it was abandoned.")
+        quiet = not (self.reason or self._swallowed or self.failure or self._carriage)
+        self._plain = self._native and self.begun and quiet
         if self.begun and self._held:
             out[:0], self._held = self._held, []
         elif not self.begun:
@@ -10703,17 +10714,20 @@ class Codex(Turns):
         self, account: Account, attempt: CodexAttempt, call: Call, sink: Sink, tail: list[Event]
     ) -> None:
         """Gives the sink what comes: the loop what is text alone, this thread everything else."""
-        decoder = attempt.heard
+        decoder, careful = attempt.heard, sink.careful
 
         def carried(data: bytes) -> Any:
             """What is not for the loop, None when it is done; once per event."""
+            if not careful and (told := decoder.text_alone(data)):
+                sink.take([told])
+                return [] if sink.over else None
             if len(data) + decoder.pending > MAX_LIGHT:
                 return data
             found = decoder.feed(data)
             if decoder.failure or not (attempt.begun and decoder.light):
                 return found or decoder.failure
             if found:
-                if sink.careful and not sink.light(cast("list[Light]", found)):
+                if careful and not sink.light(cast("list[Light]", found)):
                     return found
                 sink.take(cast("list[Event]", found))
             return [] if sink.over else None
