@@ -10180,9 +10180,9 @@ class CodexDecoder:
 
     def text_alone(self, data: bytes) -> Verbatim | None:
         """The whole events in what is there with these bytes, if they are text and nothing else; once per event."""
-        if not self._plain:
-            return None
         rest = self._rest
+        if not self._plain or len(rest) > MAX_LIGHT:  # a long event is not looked through with every piece
+            return None
         data = bytes(rest) + data if rest else data
         end = data.rfind(b"}\n\n") + 3
         whole = data if end == len(data) else data[:end]
@@ -16382,8 +16382,9 @@ def _ask(
 
 # What an upstream cannot do that another one may.
 _PASSES_ON = ("no_agent", "no_account", "rate_limit_exceeded", "model_not_found", "upstream_blocked")
-# Errors that say only that nobody can answer here; the upstream before may have said why.
+# Errors that say only that nobody can answer here.
 _NOBODY = ("no_account", "no_agent", "login_required")
+# Those, and the ones about an upstream or its accounts: a limit of the upstream before is told rather than these.
 _SAYS_LITTLE = (
     "no_account", "no_agent", "login_required", "invalid_api_key", "token_not_credited", "upstream_blocked",
     "human_check_required", "upstream_error", "upstream_timeout",
