@@ -62,6 +62,7 @@ import tempfile
 import termios
 import threading
 import time
+import unicodedata
 import urllib.parse
 import uuid
 import webbrowser
@@ -149,12 +150,6 @@ def _boolean(text: str) -> bool:
     return _WORDS[text.lower()]
 
 
-def _off(text: str) -> bool:
-    if _boolean(text):
-        raise ValueError
-    return False
-
-
 def _url(*schemes: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         parts = urllib.parse.urlsplit(text)
@@ -208,7 +203,6 @@ def _some_of(*words: str) -> Kind:
 
 
 BOOLEAN = Kind(_boolean, "true or false")
-OFF = Kind(_off, "false (this version has no other)")
 HOST_NAME = Kind(_matching(r"[0-9A-Za-z.:_%-]+"), "a host name or an IP address")
 WEB = Kind(_url("http", "https"), "an http:// or https:// URL")
 WEBS = Kind(_several(_url("http", "https")), "http:// or https:// URLs, separated by commas")
@@ -361,8 +355,19 @@ class Settings:
     agent_key: str | None = setting(
         "", KEY, "key that agents register with; when unset, the admin key", secret=True
     )
-    enable_gateway: bool = setting("false", OFF, "the web mirror")
-    auto_seed: bool = setting("true", BOOLEAN, "the web mirror's seeds are made unasked")
+    enable_gateway: bool = setting(
+        "false",
+        BOOLEAN,
+        "open the web mirror: the site's own pages at `/`, on the accounts that have a session cookie",
+    )
+    auto_seed: bool = setting(
+        "true",
+        BOOLEAN,
+        "a visitor of the mirror with a new seed gets an account; `false`: only seeds of `/seedtoken`",
+    )
+    gateway_password: str | None = setting(
+        "", KEY, "password that visitors of the mirror give beside their seed or token", secret=True
+    )
     impersonate: str = setting("chrome", BROWSER, "browser that curl_cffi impersonates towards the upstream")
     oai_language: str = setting("en-US", LANGUAGE, "interface language told to the upstream")
     data_dir: str = setting(
@@ -503,6 +508,10 @@ CAUSES = {
         "every usable account is waiting for a limit to end, an API user has used up today's requests, or too many "
         "wrong keys came from this address; `Retry-After`",
     ),
+    "closed_to_seeds": (
+        403,
+        "what the mirror keeps from visitors with a seed, since it is the whole account's: memory, export, payment",
+    ),
     "upstream_blocked": (403, "the upstream refuses this address (Cloudflare page, unusual activity)"),
     "human_check_required": (
         403,
@@ -583,11 +592,13 @@ ANTHROPIC_KINDS = {401: "authentication_error", 403: "permission_error", 404: "n
 ANTHROPIC_KINDS |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 ANTHROPIC_KINDS |= {504: "timeout_error"}
 # How an error is told: OpenAI's {"error": {"message", "type", "param", "code"}}, Anthropic's {"type": "error", "error":
-# {"type", "message"}}, or {"error": message}, as Ollama's and ChatGPT-API-server's clients have it.
+# {"type", "message"}}, {"error": message}, as Ollama's and ChatGPT-API-server's clients have it, or {"detail": message}, as the
+# site's own page has it.
 SHAPES: Mapping[str, Callable[[ApiError], dict[str, Any]]] = {
     "openai": _openai_error,
     "anthropic": _anthropic_error,
     "plain": lambda error: {"error": error.text},
+    "site": lambda error: {"detail": error.text},
 }
 
 
@@ -1123,7 +1134,7 @@ class Scope(NamedTuple):
         see all, and for callers who need no key."""
         if owner == "":
             return self.everyone or self.owner == LOGIN_FREE
-        return owner == self.owner or (self.everyone and owner.startswith(("key-", "user-")))
+        return owner == self.owner or (self.everyone and owner.startswith(("key-", "user-", "seed-")))
 
 
 @dataclass(frozen=True)
@@ -1177,6 +1188,35 @@ class Held(NamedTuple):
 
     account: str
     owner: str = ""
+
+
+class Seed(NamedTuple):
+    """A name under which somebody visits the mirror, on one account of the pool; times are Unix seconds."""
+
+    seed: str
+    account: str
+    added: float
+    used: float
+
+
+def owner_of_seed(seed: str) -> str:
+    """Whose the things of a seed are (see `Scope`)."""
+    return f"seed-{hashlib.sha256(seed.encode('utf-8', 'replace')).hexdigest()[:32]}"
+
+
+class Belonging(NamedTuple):
+    """Something upstream that belongs to one visitor of the mirror: a conversation, or another thing by its `kind`. `owner`
+    is a seed's (see `owner_of_seed`); `archived` and `starred` are 0 or 1; times are Unix seconds."""
+
+    id: str
+    owner: str
+    account: str
+    kind: str
+    title: str = ""
+    made: float = 0.0
+    changed: float = 0.0
+    archived: int = 0
+    starred: int = 0
 
 
 class User(NamedTuple):
@@ -1255,6 +1295,16 @@ MIGRATIONS = (
         id TEXT NOT NULL, response TEXT NOT NULL REFERENCES responses(id) ON DELETE CASCADE,
         PRIMARY KEY (id, response)) WITHOUT ROWID;
     CREATE INDEX items_by_response ON items (response);
+    """,
+    """
+    CREATE TABLE seeds (
+        seed TEXT PRIMARY KEY, account TEXT NOT NULL, added REAL NOT NULL, used REAL NOT NULL) WITHOUT ROWID;
+    CREATE TABLE visits (digest TEXT PRIMARY KEY, seed TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
+    CREATE INDEX visits_by_seed ON visits (seed);
+    CREATE TABLE belongings (
+        id TEXT PRIMARY KEY, owner TEXT NOT NULL, account TEXT NOT NULL, kind TEXT NOT NULL, title TEXT NOT NULL,
+        made REAL NOT NULL, changed REAL NOT NULL, archived INTEGER NOT NULL, starred INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE INDEX belongings_by_owner ON belongings (owner, kind, changed);
     """,
 )
 TABLES = set(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS)))
@@ -1533,6 +1583,7 @@ class Store:
             db.execute("DELETE FROM responses WHERE made < ?", (now - RESPONSE_LIFE,))
             self._shorten("1", (), MAX_RESPONSES)
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
+            db.execute("DELETE FROM visits WHERE until < ?", (now,))
             # The last of a subject stays: it tells when that was last used.
             later = "SELECT 1 FROM tallies AS later WHERE later.subject=tallies.subject AND later.since>tallies.since"
             db.execute(f"DELETE FROM tallies WHERE since < ? AND EXISTS ({later})", (now - TALLY_LIFE,))
@@ -1589,6 +1640,67 @@ class Store:
 
     def remove_response(self, id: str) -> None:
         self._write("DELETE FROM responses WHERE id=?", id)
+
+    def seeds(self) -> list[Seed]:
+        """The mirror's seeds, in the order of their names."""
+        return [
+            Seed(*row) for row in self._rows("SELECT seed, account, added, used FROM seeds ORDER BY seed")
+        ]
+
+    def seed(self, seed: str) -> Seed | None:
+        rows = self._rows("SELECT seed, account, added, used FROM seeds WHERE seed=?", seed)
+        return Seed(*rows[0]) if rows else None
+
+    def put_seed(self, seed: str, account: str, now: float) -> None:
+        """A seed gets an account; what belongs to it stays."""
+        changes = "ON CONFLICT(seed) DO UPDATE SET account=excluded.account, used=excluded.used"
+        self._write(f"INSERT INTO seeds VALUES (?, ?, ?, ?) {changes}", seed, account, now, now)
+
+    def remove_seeds(self, seed: str | None = None) -> int:
+        """Removes a seed (all of them: None), with its visits and what is known to belong to it; how many there were."""
+        with self.writing() as db:
+            named = "seed=?" if seed is not None else "1"
+            values = (seed,) if seed is not None else ()
+            db.execute(f"DELETE FROM visits WHERE {named}", values)
+            if seed is None:
+                db.execute("DELETE FROM belongings")
+            else:
+                db.execute("DELETE FROM belongings WHERE owner=?", (owner_of_seed(seed),))
+            return db.execute(f"DELETE FROM seeds WHERE {named}", values).rowcount
+
+    def put_visit(self, digest: str, seed: str, until: float) -> None:
+        """A browser is signed in with a seed, until a time."""
+        self._write("INSERT INTO visits VALUES (?, ?, ?)", digest, seed, until)
+
+    def visit(self, digest: str, now: float) -> str | None:
+        """The seed that a browser is signed in with."""
+        rows = self._rows("SELECT seed FROM visits WHERE digest=? AND until>?", digest, now)
+        return str(rows[0][0]) if rows else None
+
+    def remove_visit(self, digest: str) -> None:
+        self._write("DELETE FROM visits WHERE digest=?", digest)
+
+    def belongings(self, owner: str) -> list[Belonging]:
+        """What belongs to a visitor of the mirror."""
+        columns = ", ".join(Belonging._fields)
+        return [
+            Belonging(*row) for row in self._rows(f"SELECT {columns} FROM belongings WHERE owner=?", owner)
+        ]
+
+    def chats_by_owner(self) -> dict[str, int]:
+        """How many chats each visitor of the mirror has."""
+        query = "SELECT owner, COUNT(*) FROM belongings WHERE kind='conversation' GROUP BY owner"
+        return {str(owner): int(count) for owner, count in self._rows(query)}
+
+    def put_belongings(self, things: Iterable[Belonging]) -> None:
+        """Notes to whom things belong; whom something belongs to stays who was noted first."""
+        changes = "title=excluded.title, changed=excluded.changed, archived=excluded.archived, starred=excluded.starred"
+        query = f"INSERT INTO belongings VALUES ({', '.join('?' * len(Belonging._fields))}) ON CONFLICT(id) DO UPDATE SET"
+        with self.writing() as db:
+            db.executemany(f"{query} {changes} WHERE owner=excluded.owner", [tuple(one) for one in things])
+
+    def remove_belonging(self, id: str, owner: str) -> None:
+        self._write("DELETE FROM belongings WHERE id=? AND owner=?", id, owner)
 
     def users(self) -> list[User]:
         rows = self._rows("SELECT id, name, token_hash, added, daily_limit FROM users ORDER BY added, id")
@@ -2324,6 +2436,22 @@ class Handle:
             self.reader.seek(0)
         return True
 
+    def shake_hands(self, url: str, headers: list[bytes]) -> int:
+        """Opens a WebSocket, for the thread that waits for that; its descriptor. Refusal when it is not opened."""
+        version, connect_only, schemes, limit = _options(
+            "HTTP_VERSION", "CONNECT_ONLY", "PROTOCOLS_STR", "TIMEOUT_MS"
+        )
+        self._set(schemes, b"ws,wss")
+        self.prepare("GET", url, headers, None, 0.0)
+        self._set(version, int(CurlHttpVersion.V1_1))
+        self._set(connect_only, 2)
+        self._set(limit, int(CONNECT_TIMEOUT * 2000))
+        if code := lib.curl_easy_perform(self.easy):
+            raise self.failure(code) or no_handle()
+        descriptor = ffi.new("long *")
+        lib.curl_easy_getinfo(self.easy, int(CurlInfo.ACTIVESOCKET), descriptor)
+        return int(descriptor[0])
+
     def learn_agent(self, found: Callable[[str], None]) -> None:
         """Lets the next call tell the user agent it sends, which only libcurl knows."""
 
@@ -2854,6 +2982,137 @@ class Handles:
         self.sweep(math.inf)
 
 
+_TEXT_MESSAGE, _BYTES_MESSAGE, _MORE_FOLLOWS, _LAST_MESSAGE = 1, 2, 4, 8  # CURLWS_…
+_SOCKET_CALM = 81  # CURLE_AGAIN: nothing to read, or no room
+_NO_CODE = 1005  # of a Close frame without one
+
+
+class UpstreamSocket:
+    """A WebSocket to an upstream. It is opened by the request's thread; from `listen` on it is the loop's alone."""
+
+    MAX_MESSAGE, MAX_UNSENT, MAX_FRAMES = (
+        4 << 20,
+        4 << 20,
+        100,
+    )  # bytes, bytes, frames that are read in a turn
+
+    def __init__(self, loop: Loop, egress: Egress, url: str, headers: list[bytes], place: str = "") -> None:
+        """`place` is what `Handle.lead` takes; Refusal when it cannot be opened."""
+        self._loop = loop
+        self._handle = Handle(egress)
+        try:
+            if place:
+                self._handle.lead(place)
+            self._fd = self._handle.shake_hands(url, headers)
+        except BaseException:
+            self._handle.close()
+            raise
+        self._buffer = ffi.new("char[]", 65536)
+        self._size, self._sent = ffi.new("size_t *"), ffi.new("size_t *")
+        self._frame = ffi.new("struct curl_ws_frame **")
+        self._message = bytearray()
+        self._unsent: deque[tuple[bytes, int]] = deque()
+        self._waiting = 0  # bytes of it
+        self._over = False
+        self._heard: Callable[[bytes, bool], object] = lambda data, is_text: None
+        self._ended: Callable[[int, str], object] = lambda code, reason: None
+
+    def listen(self, heard: Callable[[bytes, bool], object], ended: Callable[[int, str], object]) -> None:
+        """Has messages given to `heard`, with whether they are texts, and its end to `ended`: code and reason of the Close,
+        1006 where there was none."""
+
+        def begin() -> None:
+            self._heard, self._ended = heard, ended
+            self._watch()
+            self._ready(0)
+
+        self._loop.soon(begin)
+
+    def send(self, data: bytes, is_text: bool) -> None:
+        """Sends a message, now or once there is room; in the loop."""
+        self._put(data, _TEXT_MESSAGE if is_text else _BYTES_MESSAGE)
+
+    def leave(self) -> None:
+        """Ends it; for any thread."""
+        self._loop.soon(self.close)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Ends it; in the loop."""
+        if not self._over:
+            words = b"" if code in (_NO_CODE, 1006) else code.to_bytes(2, "big") + reason.encode()[:120]
+            self._put(words, _LAST_MESSAGE)
+            self._end(code, reason)
+
+    def _put(self, data: bytes, kind: int) -> None:
+        if self._over:
+            return
+        self._unsent.append((data, kind))
+        self._waiting += len(data)
+        self._flush()
+        if self._waiting > self.MAX_UNSENT:
+            self._end(1006, "the upstream reads too slowly")
+
+    def _flush(self) -> None:
+        while self._unsent:
+            data, kind = self._unsent[0]
+            code = lib.curl_ws_send(self._handle.easy, data, len(data), self._sent, 0, kind)
+            sent = int(self._sent[0])
+            self._waiting -= sent
+            if code not in (0, _SOCKET_CALM):
+                self._end(1006, "the upstream is gone")
+                return
+            if code or sent < len(data):
+                self._unsent[0] = (data[sent:], kind)
+                break
+            self._unsent.popleft()
+        self._watch()
+
+    def _watch(self) -> None:
+        if not self._over:
+            room = select.EPOLLOUT if self._unsent else 0
+            self._loop.watch(self._fd, select.EPOLLIN | room, self._ready)
+
+    def _ready(self, events: int) -> None:
+        """It has something to read, or room."""
+        if self._unsent:
+            self._flush()
+        for _ in range(self.MAX_FRAMES):
+            if self._over or not self._read():
+                return
+        self._loop.at(time.monotonic(), lambda: self._ready(0))  # others have their turn first
+
+    def _read(self) -> bool:
+        """Takes a frame, or a part of one; whether there may be more."""
+        code = lib.curl_ws_recv(self._handle.easy, self._buffer, 65536, self._size, self._frame)
+        if code == _SOCKET_CALM:
+            return False
+        if code:
+            self._end(1006, "the upstream is gone")
+            return False
+        frame = self._frame[0]
+        self._message += ffi.buffer(self._buffer, self._size[0])[:]
+        if len(self._message) > self.MAX_MESSAGE:
+            self._end(1009, "a message of the upstream is too long")
+            return False
+        if frame.bytesleft or frame.flags & _MORE_FOLLOWS:
+            return True
+        data = bytes(self._message)
+        self._message.clear()
+        if frame.flags & _LAST_MESSAGE:
+            said = int.from_bytes(data[:2], "big") if len(data) > 1 else _NO_CODE
+            self._end(said, data[2:].decode("utf-8", "replace"))
+        elif frame.flags & (_TEXT_MESSAGE | _BYTES_MESSAGE):
+            self._heard(data, bool(frame.flags & _TEXT_MESSAGE))
+        return True
+
+    def _end(self, code: int, reason: str) -> None:
+        if not self._over:
+            self._over = True
+            self._loop.unwatch(self._fd, self._ready)
+            self._handle.close()
+            self._ended(code, reason)
+
+
 FETCH_TIME = 30.0  # seconds for what a client's URL leads to, redirects included
 MAX_REDIRECTS = 5
 # What is not anybody's although its neighbours are: Azure's metadata service (others' are link-local or private), IETF
@@ -3004,7 +3263,7 @@ class Fetcher:
 
 
 # ============================================================================================================
-# websocket: RFC 6455, the server's side, text messages without extensions
+# websocket: RFC 6455, the server's side, without extensions; messages are texts, or bytes for who takes them
 # ============================================================================================================
 
 _CONTINUATION = 0
@@ -3047,6 +3306,10 @@ class WebSocket:
         self, sock: socket.socket, loop: Loop, ahead: bytes = b"", *, most: int = 1_000_000,
         idle: float = 15, patience: float = 10, send_timeout: float = 30,
     ) -> None:  # fmt: skip
+        self.heard_bytes: Callable[[bytes], None] | None = (
+            None  # who takes messages of bytes: else they are refused
+        )
+        self._is_text = True  # whether the message under way is a text
         sock.setblocking(False)
         self._sock = sock
         self._fd = sock.fileno()
@@ -3118,6 +3381,10 @@ class WebSocket:
     def send(self, text: str) -> None:
         """Sends a text message, a lone surrogate as "?". Closed if the connection is over, or is lost by this."""
         self._put(_TEXT_FRAME, text.encode("utf-8", "replace"))
+
+    def send_bytes(self, data: bytes) -> None:
+        """Sends a message of bytes; Closed as in `send`."""
+        self._put(_BINARY, data)
 
     def ping(self, payload: bytes = b"") -> None:
         """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
@@ -3324,10 +3591,17 @@ class WebSocket:
             self._clean = True
             self._finish(told)
         elif opcode != _PONG:
-            self._decoder.decode(data, final)  # a fault is told before the message's end
+            self._is_text = self._is_text if self._begun else opcode == _TEXT_FRAME
+            if self._is_text:
+                self._decoder.decode(data, final)  # a fault is told before the message's end
             self._message += data
             self._begun = not final
-            if final:
+            if final and not self._is_text:
+                whole = bytes(self._message)
+                self._message.clear()
+                if self._last is None and self.heard_bytes:
+                    self.heard_bytes(whole)
+            elif final:
                 text = self._message.decode()
                 self._message.clear()
                 if self._last is None and self._heard:
@@ -3352,7 +3626,7 @@ class WebSocket:
             raise Closed(1002, "a frame has a reserved bit or opcode, or no mask")
         if (size > 125 or not final) if opcode >= _CLOSE else self._begun != (opcode == _CONTINUATION):
             raise Closed(1002, "a control frame is fragmented or too long, or fragments are out of order")
-        if opcode == _BINARY:
+        if opcode == _BINARY and not self.heard_bytes:
             raise Closed(1003, "only text messages are read here")
         if size > 125:
             start, least = (8, 126) if size == 126 else (14, 65536)
@@ -4571,6 +4845,8 @@ def dicts(value: Any) -> list[dict[str, Any]]:
 
 
 MAX_COOKIES, MAX_COOKIE = 50, 4096  # in a jar, characters of one: what browsers keep
+# Cookies that are somebody's choices at the page, and not an account's.
+_CHOICES = re.compile(r"(?i)oai-(?:mweb-route|default-mode|last-model|locale|allow-ne)|oai_consent")
 
 
 def with_cookies(cookies: Mapping[str, str], headers: Mapping[str, str]) -> dict[str, str]:
@@ -4579,7 +4855,7 @@ def with_cookies(cookies: Mapping[str, str], headers: Mapping[str, str]) -> dict
     kept = dict(cookies)
     for line in headers.get("set-cookie", "").split("\n"):
         key, equals, value = (part.strip() for part in line.partition(";")[0].partition("="))
-        fits = equals and key and len(key) + len(value) <= MAX_COOKIE
+        fits = equals and key and len(key) + len(value) <= MAX_COOKIE and not _CHOICES.match(key)
         if fits and re.fullmatch(r"[\x21-\x7e]*", key + value) and (key in kept or len(kept) < MAX_COOKIES):
             ended = not value or re.search(r";\s*max-age\s*=\s*(0|-\d+)\s*(;|$)", line, re.I)
             kept[key] = "" if ended else value
@@ -4590,12 +4866,30 @@ def _cookie_line(cookies: Mapping[str, str]) -> list[bytes]:
     return [("Cookie: " + "; ".join(f"{k}={v}" for k, v in cookies.items())).encode()] if cookies else []
 
 
+def browser_cookies(account: Account, session: str) -> dict[str, str]:
+    """The cookies of an account's browser that is signed in with a session cookie, in pieces as browsers hold it."""
+    size = 3900  # what a cookie holds; longer ones are split
+    pieces = [session[i : i + size] for i in range(0, len(session), size)]
+    names = [f"{SESSION_COOKIE}.{i}" if len(pieces) > 1 else SESSION_COOKIE for i in range(len(pieces))]
+    own = {DEVICE_COOKIE: account.row.device}
+    return account.cookies | own | dict(zip(names, pieces, strict=True))
+
+
+def renewed_session(account: Account) -> str:
+    """The session cookie that an answer has set, "" for none: whole or from its pieces. It is taken out of the jar."""
+    renewed = {name: value for name, value in account.cookies.items() if name.startswith(SESSION_COOKIE)}
+    if renewed:
+        account.cookies = {name: value for name, value in account.cookies.items() if name not in renewed}
+    return "".join(renewed[name] for name in sorted(renewed, key=lambda name: (len(name), name)))
+
+
 class Connections:
     """Calls on behalf of accounts: each account's on connections of its own, through its proxy, with its cookies."""
 
     def __init__(self, settings: Settings, pool: Pool, loop: Loop, metrics: Metrics) -> None:
         self.settings, self.pool, self.metrics = settings, pool, metrics
         self.silence = float(settings.upstream_timeout)
+        self.loop = loop
         self.handles = Handles(loop)
         self.guest_handles = Handles(loop, together=True)
 
@@ -4780,25 +5074,15 @@ class Renewals:
         raise Refusal("dead", dead)
 
     def _ask_session(self, account: Account, secret: str) -> tuple[str, str | None]:
-        size = 3900  # what a browser's cookie holds; longer ones are split
-        pieces = [secret[i : i + size] for i in range(0, len(secret), size)]
-        names = [f"{SESSION_COOKIE}.{i}" if len(pieces) > 1 else SESSION_COOKIE for i in range(len(pieces))]
-        cookies = (
-            account.cookies | {DEVICE_COOKIE: account.row.device} | dict(zip(names, pieces, strict=True))
-        )
         url = f"{account.gateway}/api/auth/session"
-        headers = [b"Expect:", *_cookie_line(cookies)]
+        headers = [b"Expect:", *_cookie_line(browser_cookies(account, secret))]
         answer = self.connections.answer("session", account, "GET", url, headers, None, Watch())
         said = answer.object()
         if answer.status == 200 and (said == {} or (said or {}).get("error") == "RefreshAccessTokenError"):
             raise Refusal("dead", "the session is over")
         if answer.status != 200 or not said or not said.get("accessToken"):
             raise refusal(answer.status, answer.headers, answer.body)
-        # A renewed cookie may come whole or in numbered pieces; it is kept as the secret, not in the jar.
-        renewed = {name: value for name, value in account.cookies.items() if name.startswith(SESSION_COOKIE)}
-        account.cookies = {name: value for name, value in account.cookies.items() if name not in renewed}
-        token = "".join(renewed[name] for name in sorted(renewed, key=lambda name: (len(name), name)))
-        return str(said["accessToken"]), token or None
+        return str(said["accessToken"]), renewed_session(account) or None
 
 
 def next_refresh(now: float) -> float:
@@ -6513,6 +6797,12 @@ def as_form(
     return f"multipart/form-data; boundary={mark}", body
 
 
+def _led(host: str, port: int, addresses: list[str]) -> str:
+    """The addresses of a host as `Handle.lead` takes them, "" for none."""
+    shown = [f"[{one}]" if ":" in one else one for one in addresses if one]
+    return f"{host}:{port}:{','.join(shown)}" if shown else ""
+
+
 class ChatGPT:
     """The web API of chatgpt.com for any account: turns, and what they need beforehand."""
 
@@ -6667,6 +6957,10 @@ class ChatGPT:
                     scripts, build[1] if build else None, now, number[1] if number else ""
                 )
         return self._pages[key]
+
+    def agent_of(self, account: Account) -> str:
+        """The user agent that an account's browser names, "" while that is not known."""
+        return self._agents.get(account.egress.browser, "")
 
     def _fingerprint(self, account: Account, page: Page, algorithm: str) -> list[Any]:
         agent = self._agents.get(account.egress.browser, UNKNOWN_AGENT)
@@ -7222,6 +7516,18 @@ class ChatGPT:
             raise Refusal("forgotten", "The upstream does not have this file any more.")
         return url
 
+    def visited_place(self, account: Account, url: str, watch: Watch) -> str:
+        """What a URL that a visitor of the mirror names leads to, as `Handle.lead` takes it; ValueError when that is no public
+        address, unless it is where the upstream itself is."""
+        host, port, _ = Fetcher.parted(url)
+        addresses = self.fetcher.resolved(host, port, watch)
+        if not all(map(is_public, filter(None, addresses))):
+            own, own_port, _ = Fetcher.parted(account.gateway)
+            beside = port == own_port and set(addresses) <= set(self.fetcher.resolved(own, own_port, watch))
+            if not beside and not self.settings.allow_private_urls:
+                raise ValueError("it is a private address")
+        return _led(host, port, addresses)
+
     def named_place(self, account: Account, url: str, watch: Watch) -> str:
         """What a URL that the upstream names leads to, as `Handle.lead` takes it, "" for wherever its host is; Refusal
         when that is a private address, unless the upstream's own is one. Behind a proxy names are the proxy's."""
@@ -7240,8 +7546,7 @@ class ChatGPT:
             ) from None
         if not all(map(is_public, filter(None, addresses))):
             raise Refusal("broken", "The upstream gave a private address for a file; it was not contacted.")
-        shown = [f"[{one}]" if ":" in one else one for one in addresses if one]
-        return f"{host}:{port}:{','.join(shown)}" if shown else ""
+        return _led(host, port, addresses)
 
     def _gateway_private(self, gateway: str, watch: Watch) -> bool:
         """Whether the upstream itself is at a private address, as a gateway of one's own may be."""
@@ -8422,8 +8727,11 @@ class Links:
         return found[0] if found else None
 
     def _signature(self, id: str, facts: Mapping[str, str]) -> str:
-        text = compact([id, dict(facts)]).encode("utf-8", "replace")
-        return hmac.new(self._key, text, hashlib.sha256).hexdigest()
+        return self.signed(compact([id, dict(facts)]))
+
+    def signed(self, text: str) -> str:
+        """An HMAC of a text with this server's key."""
+        return hmac.new(self._key, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def sweep(self, now: float) -> None:
         """Removes what no link leads to any more, and the oldest while all are too large."""
@@ -14216,6 +14524,7 @@ SEND_TIMEOUT = 30  # seconds without a byte read by a client that end its answer
 DRAIN_TIME = 2.0
 LINGER = 0.1  # seconds that a thread waits for a connection's next request itself
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HOST_TEXT = re.compile(r"[0-9A-Za-z._-]{1,253}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
 _TARGET = re.compile(r"[\x21-\x7e]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _CHUNK_LINE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*\r")
@@ -14248,6 +14557,9 @@ class Request:
     port: int = 0  # that the server listens on
     base: str = ""  # the URL of this server as the client has it, where that is known
     version: str = "1.1"
+    beside: bool = False  # whether its path is beside API_PREFIX
+    encoded: bool = False  # whether its body may have a Content-Encoding, and is passed on with it
+    visitor: Any = None  # the mirror's, who asks
 
     def json(self, known: KnownTools | None = None) -> dict[str, Any]:
         """The body, of which tools that are `known` are not read again."""
@@ -14394,6 +14706,12 @@ def streamed(pieces: Sent, **facts: Any) -> Stream:
                 writer.drain()
 
     return Stream(write, **facts)
+
+
+def relayed(call: Call, writer: Writer) -> None:
+    """Passes an upstream's answer on as it comes: how a Stream is written."""
+    with call:
+        call.carry(lambda data: writer.write(data, data.count(b"\n\n")), writer)
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
@@ -14933,6 +15251,10 @@ class Application:
         """The answer to a whole request."""
         raise NotImplementedError
 
+    def beside(self, request: Request) -> bool:
+        """Whether something is served at a path that is not below API_PREFIX."""
+        return False
+
     def shared(self) -> bool:
         """Whether pages of any web site may read the answers (CORS)."""
         return True
@@ -15173,7 +15495,7 @@ def head_bytes(reply: Reply | Stream | Upgrade, version: str, connection: str, e
     if not isinstance(reply, Upgrade):
         lines.append(f"Content-Type: {reply.content_type}")
     if isinstance(reply, Reply):
-        if reply.status != 204:
+        if reply.status not in (204, 304):
             lines.append(f"Content-Length: {len(reply.body)}")
     elif isinstance(reply, Stream):
         lines.append("X-Accel-Buffering: no")
@@ -15442,9 +15764,12 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
         prefix = self.server.prefix
         if self.server.stopping:
             raise overloaded("The server is shutting down")
-        if prefix and not (request.path == prefix or request.path.startswith(prefix + "/")):
-            raise ApiError("not_found", "There is nothing at this address.")
-        request.path = request.path[len(prefix) :] or "/"
+        below = request.path == prefix or request.path.startswith(prefix + "/")
+        if prefix and not below:
+            if not self.server.application.beside(request):
+                raise ApiError("not_found", "There is nothing at this address.")
+            request.beside = True
+        request.path = request.path if request.beside else request.path[len(prefix) :] or "/"
         if not {".", ".."}.isdisjoint(request.path.split("/")):
             raise ApiError("not_found", "There is nothing at this address.")
         if request.method == "OPTIONS":
@@ -15454,7 +15779,8 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
     def _read(self, request: Request, most: int, share: Share) -> None:
         """Reads the body of a request, of up to `most` bytes."""
         headers = request.headers
-        if headers.get("content-encoding", "identity").lower() != "identity" and not request.key:
+        passed = request.key or request.encoded
+        if headers.get("content-encoding", "identity").lower() != "identity" and not passed:
             text = "The body has a Content-Encoding, which is not read here; send it as it is."
             raise ApiError("unsupported_encoding", text)
         fits = int(headers.get("content-length", 0)) <= most
@@ -15567,6 +15893,7 @@ class Router:
 
     def __init__(self) -> None:
         self.endpoints: list[Endpoint] = []
+        self.fallback: Endpoint | None = None  # for paths that are none of these
         self._plain: dict[str, dict[str, Endpoint]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Endpoint]]] = []
 
@@ -15582,6 +15909,16 @@ class Router:
                 self.endpoints.append(endpoint)
                 for place in (path, *(before + path for before in also)):
                     self._place(place, endpoint, id)
+            return function
+
+        return add
+
+    def otherwise(self, path: str, access: str) -> Callable[[Respond], Any]:
+        """Decorates the function that answers what is at no other path; `path` says so in the list."""
+
+        def add(function: Respond) -> Any:
+            self.fallback = Endpoint("any", path, access, function)
+            self.endpoints.append(self.fallback)
             return function
 
         return add
@@ -16023,6 +16360,1553 @@ def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
 
 
 # ============================================================================================================
+# mirror: the site's own pages on this server's accounts, for visitors who are kept apart
+# ============================================================================================================
+
+# A visitor's browser talks to this server alone. What goes to another host than the site goes through one prefix,
+# `/~mirror/SCHEME/HOST/PATH`; a script at the head of each page (see MIRROR_JS) sends it there, and a policy refuses the rest.
+ELSEWHERE = "/~mirror/"
+WORKER_MARK = "chatproxy-worker"  # in the query of a worker's script, which gets that script too
+VISITOR_COOKIE = "chatproxy_mirror_{}"  # and the port
+VISIT_LIFE = 30 * 86400.0
+MAX_SEED = 200  # characters
+MAX_SEEDS = 10_000
+MAX_PAGE = 8 << 20  # bytes of what is looked through: pages, scripts, JSON
+ASSETS_ROOM = 200 << 20  # bytes of the site's assets that are kept
+MAX_ASSET = 16 << 20
+CHECK_HOST = "challenges.cloudflare.com"  # a human check is the visitor's own, and nobody's else
+# Hosts of the site that have scripts and styles for its pages; their files are got without credentials.
+ASSET_HOSTS = (
+    "cdn.oaistatic.com", "persistent.oaistatic.com", "cdn.openai.com", "images.openai.com",
+    "openaiassets.blob.core.windows.net",
+)  # fmt: skip
+# Hosts that files are uploaded to by signed URLs, and those of the site's WebSockets: these, and what ends like this.
+FILE_HOSTS = (".oaiusercontent.com", ".blob.core.windows.net", "files.openai.com")
+SOCKET_HOSTS = (".chatgpt.com", ".webpubsub.azure.com")
+# What only tells of the visitor, is answered here, and goes nowhere.
+_TELEMETRY_HOSTS = re.compile(
+    r"(?:^|\.)(?:ab\.chatgpt\.com|featuregates\.org|statsigapi\.net|statsig\.com|prodregistryv2\.org|sentry\.io|"
+    r"segment\.(?:io|com)|datadoghq\.com|browser-intake-datadoghq\.com|cloudflareinsights\.com|google-analytics\.com|"
+    r"googletagmanager\.com|events\.mapbox\.com|intercom\.io|intercomcdn\.com|doubleclick\.net)$"
+)
+_TELEMETRY = re.compile(
+    r"(?i)/(?:ces|sentry|monitoring|cdn-cgi/rum)(?:/|$)|^/v1/(?:rgstr|initialize|sdk_exception|log_event)|"
+    r"^/backend-[a-z]+/(?:edge|lat|beacons)(?:/|$)"
+)
+_API = re.compile(r"(?i)^/(?:backend-[a-z-]+|public-api|api|unauth-mweb)/")
+_ASSET_PATH = re.compile(r"/(?:cdn/assets|assets|_next/static|static)(?:/(?!\.\.)[\w.~@+=$-]+)+", re.ASCII)
+# What is the whole account's, and closed to seeds; what they may only read.
+_CLOSED = re.compile(
+    r"(?i)/(?:memor|user_system_messages|custom_instructions|personality|data_export|export|payments?|checkout|"
+    r"subscriptions?|billing|customer_portal|invoices?|logout_all|logout-all|mfa|invites?|admin|deactivate|clear_account|"
+    r"api_?keys?|passkeys?|security|delete_account|identity|phone|email|workspace|connectors/links)"
+)
+_ONLY_READ = re.compile(
+    r"(?i)/(?:accounts|settings|me|user|users|beta_features|conversations|connectors)(?:/|$)"
+)
+_SEARCH = re.compile(r"(?i)/conversations/search/?$")
+# Voice needs connections that no proxy carries.
+_VOICE = re.compile(r"(?i)/(?:realtime|api/livekit|voice_token|vp)(?:/|$)")
+# Ids: UUIDs in any spelling, those with a word before them, and long hexadecimal ones.
+_UUID = re.compile(r"(?<![0-9A-Za-z])(?:[0-9a-fA-F]-*){31}[0-9a-fA-F](?![0-9A-Za-z])")
+_NAMED = re.compile(
+    r"(?<![0-9A-Za-z])(?:g-p-|[A-Za-z]{1,20}[-_](?:[A-Za-z]{1,12}[-_])?)"
+    r"(?:(?=[A-Za-z]*[0-9])[0-9A-Za-z]{8,}|[0-9A-Za-z]{16,})(?![0-9A-Za-z])"
+)
+_HEXADECIMAL = re.compile(r"(?<![0-9A-Za-z_-])(?=[a-f]*[0-9])[0-9a-f]{20,31}(?![0-9A-Za-z])")
+_SPELLED = re.compile(r"(?i)[\s{+]*(?:urn:)?(?:uuid:)?[\s{+]*([0-9a-f_+\s-]{24,80})[\s}]*")
+# Fields of a request that hold no id of anything kept: texts, proofs, and ids that the page makes itself.
+_FREE_FIELDS = {
+    "text", "title", "prompt", "query", "q", "name", "file_name", "instructions", "description", "user_message", "p",
+    "proofofwork", "prepare_token", "turnstile", "turnstile_token", "so", "so_token", "cursor", "model", "timezone",
+    "parent_message_id", "message_id", "parent_id", "websocket_request_id", "turn_trace_id", "client_request_id",
+    "request_id", "trace_id", "device_id", "session_id", "exchange_id", "turn_exchange_id", "last_message_id", "node_id",
+    "current_node_id", "current_node", "client_prepare_id", "nonce", "stream_id", "locale", "sig", "signature",
+}  # fmt: skip
+# Fields of an answer by which one tells whose a thing is.
+_OWNED_FIELDS = re.compile(
+    r"(?:^|_)(?:conversation|file|gizmo|project|task|share|textdoc|canvas|image|asset|automation|thread|topic)_?"
+    r"(?:ids?|pointers?)$|^id$|^asset_pointer_link$|^share_url$"
+)
+# Fields that name something which belongs to a conversation, in its own answers.
+_CONTENT_FIELDS = {
+    "asset_pointer": "file",
+    "file_id": "file",
+    "textdoc_id": "canvas",
+    "task_id": "task",
+    "async_task_id": "task",
+}
+# Calls that make something: what it is, by the field of the answer that names it.
+_MAKING = re.compile(
+    r"/(?:files|library/files|gizmos|gizmos/create|gizmos/snorlax/upsert|projects|share/create|share/post|textdocs|"
+    r"conversation/[^/]+/textdocs|shared_conversations)"
+)
+_MADE_FIELDS = {
+    "file_id": "file", "library_file_id": "file", "share_id": "share", "textdoc_id": "canvas", "project_id": "project",
+    "task_id": "task", "upload_id": "file",
+}  # fmt: skip
+_TURN = re.compile(r"/(?:f/)?conversation(?:/resume)?")
+# GPTs that the site shows to everybody.
+_SHOWN_TO_ALL = re.compile(r"/gizmos/discovery(?!/recent|/mine)(?:/[a-z_-]{1,30})?")
+_STREAM_MARKS = re.compile(rb"asset_pointer|textdoc_id|title_generation|task_id")
+_NOT_PASSED = {
+    "host", "cookie", "authorization", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
+    "content-length", "expect", "accept-encoding", "user-agent", "origin", "referer", "oai-device-id", "x-request-id",
+    "chatgpt-account-id", "x-openai-target-path", "x-openai-target-route", "x-http-method", "x-http-method-override",
+    "x-method-override", "x-requested-with", "x-admin-key", "authkey",
+} | _FRONT_NAMES  # fmt: skip
+_NOT_PASSED_PREFIXES = ("sec-ch-ua", "sec-websocket-", "proxy-", "x-chatproxy", *_FRONT_PREFIXES)
+_NOT_RETURNED = {
+    "set-cookie", "content-security-policy", "content-security-policy-report-only", "strict-transport-security",
+    "content-encoding", "content-length", "transfer-encoding", "connection", "keep-alive", "alt-svc", "report-to", "nel",
+    "server", "date", "link", "refresh", "clear-site-data", "reporting-endpoints", "location", "content-type", "upgrade",
+    "x-request-id", "via", "age", "expires", "pragma", "cache-control", "etag", "permissions-policy", "x-frame-options",
+}  # fmt: skip
+_NOT_RETURNED_PREFIXES = ("cf-", "access-control-", "x-ms-request", "x-amz", "cross-origin-")
+# What an answer of any other host may be: nothing that a browser would run as a part of these pages.
+_HARMLESS = re.compile(
+    r"(?i)(?:image|audio|video|font)/|text/plain|application/(?:pdf|octet-stream|zip|font)"
+)
+_POLICY = {
+    "default-src": "'self' data: blob:",
+    "script-src": f"'self' 'unsafe-inline' 'unsafe-eval' 'wasm-unsafe-eval' blob: https://{CHECK_HOST}",
+    "style-src": "'self' 'unsafe-inline' data: blob:",
+    "connect-src": f"'self' data: blob: https://{CHECK_HOST}",
+    "frame-src": f"'self' data: blob: https://{CHECK_HOST}",
+    "worker-src": "'self' blob:",
+    "form-action": "'self'",
+    "frame-ancestors": "'self'",
+    "base-uri": "'self'",
+    "object-src": "'none'",
+}
+_CONFINED = {
+    "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+}
+_PAGE_HEADERS = {"Referrer-Policy": "same-origin", "X-Content-Type-Options": "nosniff"}
+# Tokens of the site: three parts an access token, five a session's cookie.
+_SITE_TOKEN = re.compile(r"eyJ[\w-]{8,}\.[\w-]*\.[\w-]*(?:\.[\w-]+\.[\w-]+)?")
+_VISITOR_MAIL = "visitor@chatproxy.invalid"
+_ABSOLUTE_ATTRIBUTE = re.compile(
+    r"""(?i)(<(?!a\b)[a-z][^<>]*?\s(?:src|href|action|poster|data|srcset|imagesrcset)\s*=\s*)(?:"([^"<>]*)"|'([^'<>]*)')"""
+)
+_OWN_POLICY = re.compile(
+    r"""(?i)<meta\b[^<>]*http-equiv\s*=\s*["']?(?:content-security-policy|refresh)[^<>]*>"""
+)
+_INTEGRITY = re.compile(r"""(?i)\sintegrity\s*=\s*(?:"[^"<>]*"|'[^'<>]*')""")
+NO_SESSION = "None of this server's accounts can be visited: the mirror needs an account that was added with its session cookie."
+
+MIRROR_JS = r"""(() => {
+  const settings = __SETTINGS__;
+  const scope = globalThis;
+  if (scope.__mirrored) return;
+  Object.defineProperty(scope, "__mirrored", {value: true});
+  const here = scope.location;
+  const site = new Set(settings.site);
+  // The address of this server for a URL of any host; what is none, and this server's own, stays as it is.
+  const through = (value) => {
+    let url;
+    try { url = new URL(String(value), scope.document ? scope.document.baseURI : here.href); } catch { return value; }
+    const scheme = url.protocol.slice(0, -1);
+    if (!/^(https?|wss?)$/.test(scheme) || url.host === here.host || url.host === settings.check) return value;
+    const own = scheme.startsWith("ws") ? here.origin.replace(/^http/, "ws") : here.origin;
+    const rest = url.pathname + url.search + url.hash;
+    if (site.has(url.host) && !scheme.startsWith("ws")) return own + rest;
+    if (/\/\/|%|\\/.test(url.pathname)) return `${own}/~mirror/url?u=${encodeURIComponent(url.href)}`;
+    return `${own}/~mirror/${scheme}/${url.host}${rest}`;
+  };
+  const many = (value) => String(value).replace(/(^|,\s*)([^\s,]+)/g, (all, before, url) => before + through(url));
+  const styled = (value) => String(value).replace(/url\((["']?)([^"')]+)\1\)/g, (all, mark, url) => `url("${through(url)}")`);
+  const worker = (value) => {
+    const url = new URL(String(through(value)), here.href);
+    if (!/^https?:$/.test(url.protocol)) return value;
+    url.searchParams.set("__MARK__", "1");
+    return url.href;
+  };
+  const replaced = (holder, name, make) => {
+    if (holder && holder[name]) holder[name] = make(holder[name]);
+  };
+  replaced(scope, "fetch", (fetch) => function (input, options) {
+    if (!(input instanceof Request)) return fetch.call(this, through(input), options);
+    const url = through(input.url);
+    return fetch.call(this, url === input.url ? input : new Request(url, input), options);
+  });
+  const constructed = (name, map) => replaced(scope, name, (Kind) => new Proxy(Kind, {
+    construct: (target, [url, ...rest], asked) => Reflect.construct(target, [map(url), ...rest], asked),
+  }));
+  constructed("WebSocket", through);
+  constructed("EventSource", through);
+  constructed("Worker", worker);
+  constructed("SharedWorker", worker);
+  replaced(scope, "importScripts", (load) => (...urls) => load(...urls.map(through)));
+  replaced(scope, "open", (open) => function (url, ...rest) {
+    const parsed = url === undefined ? null : new URL(String(url), here.href);
+    return open.call(this, parsed && site.has(parsed.host) ? through(url) : url, ...rest);
+  });
+  const prototype = (name) => scope[name] && scope[name].prototype;
+  replaced(prototype("XMLHttpRequest"), "open", (open) => function (method, url, ...rest) {
+    return open.call(this, method, through(url), ...rest);
+  });
+  replaced(prototype("Navigator"), "sendBeacon", (send) => function (url, data) {
+    return send.call(this, through(url), data);
+  });
+  replaced(prototype("ServiceWorkerContainer"), "register", (register) => function (url, options) {
+    return register.call(this, worker(url), options);
+  });
+  // Voice would need connections that no server in between can carry, and would tell the visitor's address.
+  for (const name of ["RTCPeerConnection", "webkitRTCPeerConnection"]) {
+    if (scope[name]) Object.defineProperty(scope, name, {value: undefined});
+  }
+  const shown = (name, value) => {
+    const owner = scope.Navigator || scope.WorkerNavigator;
+    if (value && owner) Object.defineProperty(owner.prototype, name, {get: () => value, configurable: true});
+  };
+  shown("userAgent", settings.agent);
+  if (settings.agent) {
+    shown("appVersion", settings.agent.replace(/^Mozilla\//, ""));
+    shown("platform", /Windows/.test(settings.agent) ? "Win32" : /Mac/.test(settings.agent) ? "MacIntel" : "Linux x86_64");
+  }
+  if (!scope.document) return;
+  document.cookie = `oai-did=${settings.device}; path=/; samesite=lax`;
+  const links = {src: through, href: through, action: through, formaction: through, poster: through, data: through,
+    srcset: many, imagesrcset: many, "xlink:href": through, style: styled};
+  const loads = (element, name) => links[name] && !(name === "href" && /^(a|area|base)$/i.test(element.localName));
+  const mapped = (element, name, value) => {
+    if (loads(element, name)) return links[name](value);
+    return name === "href" && value && site.has(element.host) ? through(value) : value;
+  };
+  for (const [kinds, names] of [
+    ["Image Script IFrame Media Source Track Embed Input Frame", ["src"]], ["Image Source", ["srcset"]],
+    ["Link", ["href", "imageSrcset"]], ["Form", ["action"]], ["Input Button", ["formAction"]], ["Video", ["poster"]],
+    ["Object", ["data"]],
+  ]) {
+    for (const kind of kinds.split(" ")) {
+      for (const name of names) {
+        const owner = prototype(`HTML${kind}Element`);
+        const property = owner && Object.getOwnPropertyDescriptor(owner, name);
+        if (!property || !property.set) continue;
+        Object.defineProperty(owner, name, {...property, set(value) {
+          property.set.call(this, value === null ? value : links[name.toLowerCase()](value));
+        }});
+      }
+    }
+  }
+  replaced(Element.prototype, "setAttribute", (set) => function (name, value) {
+    return set.call(this, name, mapped(this, String(name).toLowerCase(), value));
+  });
+  // What came in another way, as markup does, is mended; the policy has refused it until then.
+  const mend = (element) => {
+    for (const name of Object.keys(links)) {
+      const value = element.getAttribute && element.getAttribute(name);
+      const better = value && mapped(element, name, value);
+      if (value && better !== value && new RegExp("(https?|wss?):").test(value)) element.setAttribute(name, better);
+    }
+  };
+  new MutationObserver((changes) => {
+    for (const change of changes) {
+      if (change.type === "attributes") mend(change.target);
+      for (const node of change.addedNodes) {
+        if (node.nodeType !== 1) continue;
+        mend(node);
+        for (const inner of node.querySelectorAll("[src],[href],[srcset],[action],[poster],[data],[style]")) mend(inner);
+      }
+    }
+  }).observe(document, {subtree: true, childList: true, attributes: true, attributeFilter: Object.keys(links)});
+})();
+""".replace("__MARK__", WORKER_MARK)
+
+
+class Visitor(NamedTuple):
+    """Who has the mirror's pages open: on which account, and with which seed (None: with a session cookie of their own)."""
+
+    owner: str
+    account: Account
+    seed: str | None = None
+
+
+class Asset(NamedTuple):
+    """A file of the site's that stays as it is: the digest of its bytes, their number, its type, and whether it names other
+    hosts."""
+
+    digest: str
+    size: int
+    kind: str
+    names_hosts: bool
+
+
+class Assets:
+    """The site's assets on disk, found by their URL and kept by the digest of what they are; of too many those that were used
+    longest ago go."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._assets_lock = threading.Lock()
+        self._known: OrderedDict[str, Asset] | None = None
+        self._size = 0
+
+    def _all(self) -> OrderedDict[str, Asset]:
+        """What there is, the one used longest ago first; the lock is held."""
+        if self._known is None:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            found = []
+            for path in self._folder.glob("*.json"):
+                with contextlib.suppress(OSError, ValueError, TypeError):
+                    url, *facts = json.loads(path.read_text())
+                    asset = Asset(*facts)
+                    if (self._folder / asset.digest).stat().st_size == asset.size:
+                        found.append((path.stat().st_mtime, str(url), asset))
+            self._known = OrderedDict((url, asset) for _, url, asset in sorted(found))
+            self._size = sum(asset.size for asset in set(self._known.values()))
+        return self._known
+
+    def find(self, url: str) -> Asset | None:
+        with self._assets_lock, contextlib.suppress(OSError):
+            known = self._all()
+            if asset := known.get(url):
+                known.move_to_end(url)
+            return asset
+        return None
+
+    def read(self, asset: Asset) -> bytes | None:
+        """Its bytes; None when they are gone."""
+        with contextlib.suppress(OSError):
+            return (self._folder / asset.digest).read_bytes()
+        return None
+
+    def keep(self, url: str, kind: str, data: bytes, names_hosts: bool) -> Asset:
+        """Keeps a file, if the disk takes it."""
+        asset = Asset(hashlib.sha256(data).hexdigest(), len(data), kind, names_hosts)
+        with self._assets_lock, contextlib.suppress(OSError):
+            known = self._all()
+            self._written(self._folder / asset.digest, data)
+            self._written(self._place(url), compact([url, *asset]).encode())
+            if asset not in known.values():
+                self._size += asset.size
+            known[url] = asset
+            known.move_to_end(url)
+            while self._size > ASSETS_ROOM and len(known) > 1:
+                self._drop(*known.popitem(last=False))
+        return asset
+
+    def _place(self, url: str) -> pathlib.Path:
+        return self._folder / f"{hashlib.sha256(url.encode()).hexdigest()}.json"
+
+    @staticmethod
+    def _written(path: pathlib.Path, data: bytes) -> None:
+        """Writes a file whole or not at all."""
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        try:
+            with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(data)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _drop(self, url: str, asset: Asset) -> None:
+        self._place(url).unlink(missing_ok=True)
+        if self._known is not None and asset not in self._known.values():
+            (self._folder / asset.digest).unlink(missing_ok=True)
+            self._size -= asset.size
+
+
+def known_id(text: str) -> str:
+    """An id in the one spelling that it is kept in."""
+    plain = text.replace("-", "").lower()
+    return plain if re.fullmatch(r"[0-9a-f]{32}", plain) else text
+
+
+def ids_in(text: str) -> Iterator[str]:
+    """What may be the id of something kept upstream, wherever it stands in a text and however it is spelled."""
+    if not text.isascii():  # Python takes any script's digits for digits
+        text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFKC", text))
+    if match := _SPELLED.fullmatch(text):
+        plain = re.sub(r"[-_+\s]", "", match[1]).lower()
+        if 20 <= len(plain) <= 32:
+            yield plain.zfill(32)
+            return
+    for pattern in (_UUID, _NAMED, _HEXADECIMAL):
+        yield from map(known_id, pattern.findall(text))
+        text = pattern.sub(" ", text)  # a part of one is none
+
+
+def ids_of(value: Any, name: str = "", within: str = "") -> Iterator[str]:
+    """The ids in the fields of a request's body that may hold one. `name` is the field's, `within` that of the one around."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from ids_in(str(key))
+            yield from ids_of(one, str(key), name)
+    elif isinstance(value, list):
+        for one in value:
+            if not (name == "parts" and isinstance(one, str)):
+                yield from ids_of(one, name, within)
+    elif (
+        isinstance(value, (str, int))
+        and name not in _FREE_FIELDS
+        and not (name == "id" and within == "messages")
+    ):
+        yield from ids_in(str(value))
+
+
+def named_in(value: Any, fields: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The ids in some fields of an answer, at any depth, each with the kind of thing that its field names."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if key in fields and isinstance(one, str):
+                yield from ((id, fields[key]) for id in ids_in(one))
+            else:
+                yield from named_in(one, fields)
+    elif isinstance(value, list):
+        for one in value:
+            yield from named_in(one, fields)
+
+
+class Belongings:
+    """What belongs to whom among the visitors of the mirror; kept in the store, and of who is here in memory too."""
+
+    MAX_HERE = 500  # visitors whose things are in memory
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._belongings_lock = threading.Lock()
+        self._here: OrderedDict[str, dict[str, Belonging]] = OrderedDict()
+        self._shown_to_all: OrderedDict[str, None] = OrderedDict()
+
+    def reload(self) -> None:
+        """Forgets what is in memory: another process has changed something."""
+        with self._belongings_lock:
+            self._here.clear()
+
+    def of(self, owner: str) -> dict[str, Belonging]:
+        """The things of a visitor, by id."""
+        with self._belongings_lock:
+            things = self._here.get(owner)
+            if things is None:
+                things = self._here[owner] = {one.id: one for one in self._store.belongings(owner)}
+                if len(self._here) > self.MAX_HERE:
+                    self._here.popitem(last=False)
+            self._here.move_to_end(owner)
+            return things
+
+    def show_to_all(self, ids: Iterable[str]) -> None:
+        """The site shows these to everybody."""
+        with self._belongings_lock:
+            for id in ids:
+                self._shown_to_all[id] = None
+            while len(self._shown_to_all) > MAX_REMEMBERED:
+                self._shown_to_all.popitem(last=False)
+
+    def foreign(self, visitor: Visitor, ids: Iterable[str]) -> bool:
+        """Whether one of these is neither the visitor's nor everybody's."""
+        own = self.of(visitor.owner)
+        row = visitor.account.row
+        account = {
+            known_id(row.workspace),
+            known_id(row.device),
+            known_id((visitor.account.owner() or ("",))[0]),
+        }
+        return any(
+            one not in account and one not in self._shown_to_all and not self._holds(own, visitor, one)
+            for one in ids
+        )
+
+    @staticmethod
+    def _holds(own: Mapping[str, Belonging], visitor: Visitor, id: str) -> bool:
+        thing = own.get(id)
+        return thing is not None and thing.account == visitor.account.id
+
+    def take(self, visitor: Visitor, things: Iterable[tuple[str, str]], title: str = "") -> None:
+        """Notes that things (id, kind) are this visitor's, unless they are somebody's; before any browser hears of them."""
+        own = self.of(visitor.owner)
+        now = time.time()
+        new = {
+            id: Belonging(id, visitor.owner, visitor.account.id, kind, title, now, now)
+            for id, kind in things
+            if id not in own
+        }
+        if new:
+            self._store.put_belongings(new.values())
+            with self._belongings_lock:
+                self._here.pop(visitor.owner, None)  # another may have been first
+
+    def change(self, visitor: Visitor, id: str, **columns: Any) -> None:
+        """Changes what is noted of a thing."""
+        if thing := self.of(visitor.owner).get(id):
+            changed = thing._replace(**columns)
+            self._store.put_belongings([changed])
+            self.of(visitor.owner)[id] = changed
+
+    def drop(self, visitor: Visitor, id: str) -> None:
+        """Something is gone."""
+        self._store.remove_belonging(id, visitor.owner)
+        self.of(visitor.owner).pop(id, None)
+
+
+class MirroredTurn:
+    """The stream of a turn that a visitor with a seed has asked for, on its way to the browser in whole events. What tells of a
+    thing's id is looked at first, by the request's thread, which notes whose that is."""
+
+    def __init__(self, mirror: Mirror, visitor: Visitor, conversation: str, temporary: bool) -> None:
+        self._mirror, self._visitor = mirror, visitor
+        self._conversation = conversation
+        self._kind = "temporary" if temporary else "conversation"
+        self._rest = b""
+
+    def carried(self, call: Call, writer: Writer) -> None:
+        """Passes the stream on to its end."""
+
+        def take(data: bytes) -> bytes | None:
+            whole, mark, self._rest = (self._rest + data).rpartition(b"\n\n")
+            events = whole + mark
+            if len(self._rest) > MAX_PAGE:
+                raise too_large()
+            if events and (not self._conversation or _STREAM_MARKS.search(events)):
+                return events
+            writer.write(events, events.count(b"\n\n"))
+            return None
+
+        while (events := call.carry(take, writer)) is not None:
+            self._learn(events)
+            writer.write(events, events.count(b"\n\n"))
+        if self._rest:
+            self._learn(self._rest)
+            writer.write(self._rest, 1)
+
+    def _learn(self, events: bytes) -> None:
+        """Notes whose the things are that some events name."""
+        things: list[tuple[str, str]] = []
+        for line in events.split(b"\n"):
+            said = Answer(200, {}, line[5:]).object() if line.startswith(b"data:") else None
+            if said is None:
+                continue
+            begun = said.get("conversation_id") or inner(said, "v").get("conversation_id")
+            if begun and not self._conversation and isinstance(begun, str):
+                self._conversation = known_id(begun)
+                self._mirror.belongings.take(self._visitor, [(self._conversation, self._kind)], "New chat")
+            title = said.get("title")
+            if said.get("type") == "title_generation" and isinstance(title, str) and self._conversation:
+                self._mirror.belongings.change(self._visitor, self._conversation, title=title[:300])
+            things += named_in(said, _CONTENT_FIELDS)
+        if things:
+            self._mirror.belongings.take(self._visitor, things)
+
+
+class Mirror:
+    """The site as visitors have it: who they are, what they may reach, and what becomes of it on its way."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Pool,
+        renewals: Renewals,
+        site: ChatGPT,
+        links: Links,
+        guesses: Guesses,
+    ) -> None:
+        self.settings, self.pool, self.store, self.site = settings, pool, pool.store, site
+        self.renewals, self.links, self.guesses = renewals, links, guesses
+        self.connections = site.connections
+        self.belongings = Belongings(self.store)
+        self.assets = Assets(self.store.path.parent / "mirror")
+        self.cookie = VISITOR_COOKIE.format(settings.port)
+        self._visits_lock = threading.Lock()
+        self._own_visits: OrderedDict[str, tuple[Account, float]] = (
+            OrderedDict()
+        )  # by the digest of their cookie
+        self._seed_visits: OrderedDict[str, str] = OrderedDict()  # the same: seeds
+        self._refused_routes: set[str] = set()  # that the log has named
+
+    # -- who visits ------------------------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        """Another process has changed what is stored."""
+        self.belongings.reload()
+        with self._visits_lock:
+            self._seed_visits.clear()
+
+    def enter(self, request: Request, text: str, password: str = "") -> str:
+        """Signs a browser in with a seed or a session cookie of the visitor's own: its cookie, as a header. ApiError that says
+        what is wrong."""
+        wanted = self.settings.gateway_password
+        if wanted and not hmac.compare_digest(wanted.encode(), password.encode("utf-8", "replace")):
+            self.guesses.slow_down(request, wrong=bool(password))
+            raise ApiError("invalid_api_key", "The password of this mirror is missing or wrong.")
+        text = text.strip()
+        if not text:
+            raise invalid("token", "Type a seed, or the session cookie of an account.")
+        token = secrets.token_urlsafe(32)
+        until = time.time() + VISIT_LIFE
+        try:
+            row = callers_token(text)
+        except ValueError:
+            self._seed_of(request, text)
+            self.store.put_visit(self._digest(token), text, until)
+        else:
+            account = self._own_account(request, row)
+            with self._visits_lock:
+                self._own_visits[self._digest(token)] = (account, until)
+                if len(self._own_visits) > MAX_REMEMBERED:
+                    self._own_visits.popitem(last=False)
+        return self._cookie_header(request, f"{token}.{self._signature(token)}", int(VISIT_LIFE))
+
+    def _seed_of(self, request: Request, seed: str) -> None:
+        """Sees to it that a seed has an account."""
+        if len(seed) > MAX_SEED or not seed.isprintable():
+            raise invalid("token", f"A seed is a text of up to {MAX_SEED} printable characters.")
+        known = self.store.seed(seed)
+        if known is None:
+            self.guesses.slow_down(request, wrong=True)  # a new one, or a wrong one
+            if not self.settings.auto_seed:
+                raise ApiError(
+                    "invalid_api_key", "This seed is not known here; ask who runs this server for one."
+                )
+            if len(self.store.seeds()) >= MAX_SEEDS:
+                raise overloaded("There are too many seeds")
+        self._seated(seed, known)
+
+    def _own_account(self, request: Request, row: AccountRow) -> Account:
+        """The account of a visitor's own session cookie, once the site has taken that."""
+        if row.kind != SESSION:
+            text = (
+                "This token opens the API and not the site's pages: type the session cookie "
+                f"({SESSION_COOKIE}) of a browser that is signed in."
+            )
+            raise invalid("token", text)
+        if not self.settings.allow_direct_tokens:
+            raise ApiError("invalid_api_key", "This server takes seeds, and no session cookies of visitors.")
+        self.guesses.slow_down(request, wrong=True)
+        account = self.pool.guest(row)
+        self.pool.lease_guest(account, "")
+        self.renewals.token(account, request.watch)
+        self.guesses.forgive(request.peer)
+        return self.pool.welcome(account)
+
+    def visitor(self, request: Request) -> Visitor | None:
+        """Who asks, by the cookie; None for nobody who is signed in. no_account when a seed has none and gets none."""
+        if (digest := self._visit(request)) is None:
+            return None
+        now = time.time()
+        with self._visits_lock:
+            own = self._own_visits.get(digest)
+            seed = self._seed_visits.get(digest)
+        if own:
+            return Visitor(own[0].id, own[0]) if own[1] > now else None
+        if seed is None:
+            seed = self.store.visit(digest, now)
+            if seed is None:
+                return None
+            with self._visits_lock:
+                self._seed_visits[digest] = seed
+                if len(self._seed_visits) > MAX_REMEMBERED:
+                    self._seed_visits.popitem(last=False)
+        known = self.store.seed(seed)
+        return Visitor(owner_of_seed(seed), self._seated(seed, known), seed) if known else None
+
+    def _seated(self, seed: str, known: Seed | None) -> Account:
+        """The account that a seed is on: another one when that is gone or has lost its session."""
+        account = self.pool.find(known.account) if known else None
+        if account and account.row.state == DISABLED:
+            raise ApiError(
+                "no_account", "The account of this seed is disabled just now.", headers={"Retry-After": "60"}
+            )
+        if account and self.is_usable(account):
+            return account
+        usable = [one for one in self.pool.accounts() if self.is_usable(one)]
+        if not usable:
+            raise ApiError("no_account", NO_SESSION, headers={"Retry-After": "60"})
+        load = Counter(one.account for one in self.store.seeds())
+        account = min(usable, key=lambda one: load[one.id])
+        self.store.put_seed(seed, account.id, time.time())
+        return account
+
+    @staticmethod
+    def is_usable(account: Account) -> bool:
+        """Whether the site shows its signed-in pages to an account."""
+        return account.row.kind == SESSION and account.row.state == "ready" and not account.row.guest
+
+    def leave(self, request: Request) -> str:
+        """Signs a browser out; the header that takes its cookie away."""
+        if digest := self._visit(request):
+            self.store.remove_visit(digest)
+            with self._visits_lock:
+                self._own_visits.pop(digest, None)
+                self._seed_visits.pop(digest, None)
+        return self._cookie_header(request, "", 0)
+
+    def knows(self, request: Request) -> bool:
+        """Whether a request comes from a browser that has signed in here."""
+        return self._visit(request) is not None
+
+    def _visit(self, request: Request) -> str | None:
+        """The digest of the cookie of a request, None for none that was made here."""
+        pattern = rf"(?:^|[;,]\s*){self.cookie}=([\w-]{{43}})\.([0-9a-f]{{64}})"
+        found = re.search(pattern, request.headers.get("cookie", ""))
+        if found and hmac.compare_digest(self._signature(found[1]), found[2]):
+            return self._digest(found[1])
+        return None
+
+    def _signature(self, token: str) -> str:
+        return self.links.signed(f"visit {token}")
+
+    @staticmethod
+    def _digest(token: str) -> str:
+        return hashlib.sha256(token.encode()).hexdigest()
+
+    def _cookie_header(self, request: Request, value: str, life: int) -> str:
+        secure = "; Secure" if self.base(request).startswith("https:") else ""
+        return f"{self.cookie}={value}; Path=/; Max-Age={life}; HttpOnly; SameSite=Lax{secure}"
+
+    def base(self, request: Request) -> str:
+        """The origin of this server as a visitor has it, "" where that is not known."""
+        parts = urllib.parse.urlsplit(request.base)
+        return f"{parts.scheme}://{parts.netloc}" if parts.netloc else ""
+
+    # -- what they ask -----------------------------------------------------------------------------------------------
+
+    def answer(self, request: Request) -> Reply | Stream | Upgrade:
+        """The answer to any request that is none of the API's."""
+        path = request.path
+        reads = request.method in ("GET", "HEAD")
+        page = reads and "text/html" in request.headers.get("accept", "")
+        if _TELEMETRY.search(path):
+            return self._unsent(request)
+        if request.visitor is None:
+            if page:
+                return Reply(302, headers={"Location": "/login"})
+            raise ApiError("invalid_api_key", "Sign in to the mirror at /login.")
+        visitor: Visitor = request.visitor
+        if path.startswith(ELSEWHERE):
+            return self._elsewhere(request, visitor)
+        return self._of_site(request, visitor, path, request.raw_query)
+
+    @staticmethod
+    def _unsent(request: Request) -> Reply:
+        """What would tell of the visitor ends here."""
+        if request.path.endswith("/initialize"):
+            return json_reply({"has_updates": False})
+        return json_reply({"success": True}, 202)
+
+    def _of_site(self, request: Request, visitor: Visitor, path: str, query: str) -> Reply | Stream | Upgrade:
+        """A path of the site's."""
+        if local := self._local(request, visitor, path):
+            return local
+        if _VOICE.search(path):
+            raise ApiError("not_found", "Voice cannot go through a mirror.")
+        fields = [(name, value) for name, value in fields_of(query) if name not in (WORKER_MARK, "token")]
+        if WORKER_MARK in query or "token=" in query:
+            query = urllib.parse.urlencode(fields)
+        if _ASSET_PATH.fullmatch(path) and request.method in ("GET", "HEAD"):
+            url = visitor.account.gateway + self._encoded(path) + (f"?{query}" if query else "")
+            return self._asset(request, visitor, url)
+        owned = False
+        body: Blob | bytes | None = request.body if request.body.size else None
+        if visitor.seed is not None:
+            body, owned = self._judged(request, visitor, path, fields)
+        if body is None and request.method in ("POST", "PUT", "PATCH"):
+            body = b""
+        return self._asked(request, visitor, path, query, body, owned)
+
+    @staticmethod
+    def _encoded(path: str) -> str:
+        return "/".join(urllib.parse.quote(step, safe="!$&'()*+,;=:@~") for step in path.split("/"))
+
+    def _local(self, request: Request, visitor: Visitor, path: str) -> Reply | None:
+        """What the site's own server would answer and is answered here: its sign-in, and a seed's list of chats."""
+        if path in ("/auth/logout", "/api/auth/signout", "/logout"):
+            cookie = {"Set-Cookie": self.leave(request)}
+            page = request.method in ("GET", "HEAD")
+            return (
+                Reply(302, headers={"Location": "/login"} | cookie)
+                if page
+                else json_reply({"url": "/login"}, headers=cookie)
+            )
+        if path.startswith("/auth/"):
+            return Reply(302, headers={"Location": "/login"})
+        if path.startswith("/api/auth/"):
+            return self._sign_in_call(visitor, path.removeprefix("/api/auth/"))
+        rest = path.partition("/backend-api")[2].rstrip("/")
+        if visitor.seed is not None and rest == "/conversations" and request.method in ("GET", "HEAD"):
+            return self._listed(request, visitor)
+        return None
+
+    def _sign_in_call(self, visitor: Visitor, name: str) -> Reply:
+        """The calls by which the page asks who is signed in."""
+        row = visitor.account.row
+        if name == "session":
+            mail = _VISITOR_MAIL if visitor.seed is not None else row.email
+            expires = iso(time.time() + VISIT_LIFE)
+            user = {
+                "id": (visitor.account.owner() or ("user-chatgpt",))[0],
+                "name": mail.partition("@")[0],
+                "email": mail,
+            }
+            account = {"id": row.workspace, "planType": row.plan}
+            told = {"user": user, "expires": expires, "account": account, "authProvider": "openai"}
+            return json_reply(told | {"accessToken": self._stand_in(visitor)})
+        if name == "providers":
+            return json_reply({"openai": {"id": "openai", "name": "openai", "type": "oauth"}})
+        if name == "csrf":
+            return json_reply({"csrfToken": secrets.token_hex(32)})
+        if name in ("_log", "error"):
+            return json_reply({})
+        raise ApiError("not_found", "There is no such sign-in here.")
+
+    def _stand_in(self, visitor: Visitor) -> str:
+        """What stands for the account's access token in the browser: it has the same claims that a page reads, and is good
+        for nothing."""
+        said: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            said = dict(claims(visitor.account.row.access_token))
+        mail = _VISITOR_MAIL if visitor.seed is not None else visitor.account.row.email
+        said["https://api.openai.com/profile"] = {"email": mail, "email_verified": True}
+        parts = ({"alg": "none"}, said)
+        texts = [base64.urlsafe_b64encode(compact(part).encode()).decode().rstrip("=") for part in parts]
+        return ".".join([*texts, "mirror"])
+
+    def _listed(self, request: Request, visitor: Visitor) -> Reply:
+        """A seed's chats, the one that changed last first; those on an account that is gone say so."""
+        query = request.query
+        offset, limit = (
+            min(int(text), 10**6)
+            if re.fullmatch(r"[0-9]{1,9}", text := query.get(name, usual))
+            else int(usual)
+            for name, usual in (("offset", "0"), ("limit", "28"))
+        )
+        own = self.belongings.of(visitor.owner).values()
+        archived = query.get("is_archived", "false") == "true"
+        chats = [one for one in own if one.kind == "conversation" and bool(one.archived) == archived]
+        if query.get("is_starred") in ("true", "false"):
+            chats = [one for one in chats if bool(one.starred) == (query["is_starred"] == "true")]
+        times = "made" if query.get("order") == "created" else "changed"
+        chats.sort(key=lambda one: float(getattr(one, times)), reverse=True)
+        items = [self._chat_facts(visitor, one) for one in chats[offset : offset + min(limit, 100)]]
+        return json_reply(
+            {
+                "items": items,
+                "total": len(chats),
+                "limit": limit,
+                "offset": offset,
+                "has_missing_conversations": False,
+            }
+        )
+
+    @staticmethod
+    def _chat_facts(visitor: Visitor, chat: Belonging) -> dict[str, Any]:
+        gone = chat.account != visitor.account.id
+        title = (
+            f"{chat.title or 'New chat'} (on an account that is gone)" if gone else chat.title or "New chat"
+        )
+        facts: dict[str, Any] = {
+            "id": str(uuid.UUID(chat.id)) if len(chat.id) == 32 else chat.id,
+            "title": title,
+        }
+        facts |= {
+            "create_time": iso(chat.made),
+            "update_time": iso(chat.changed),
+            "is_archived": bool(chat.archived),
+        }
+        empty = (
+            "mapping",
+            "current_node",
+            "conversation_template_id",
+            "gizmo_id",
+            "workspace_id",
+            "async_status",
+        )
+        return facts | {"is_starred": bool(chat.starred)} | dict.fromkeys(empty)
+
+    # -- what seeds may ------------------------------------------------------------------------------------------------
+
+    def _judged(
+        self, request: Request, visitor: Visitor, path: str, fields: list[tuple[str, str]]
+    ) -> tuple[Blob | bytes | None, bool]:
+        """The body of a request of a seed's as it is passed on, and whether the path names something of its own. not_found
+        for what names anything else, closed_to_seeds for what is the whole account's."""
+        reads = request.method in ("GET", "HEAD")
+        if not path.isascii() or re.search(r"[;\\%\s]", path):
+            raise self._unknown()
+        writes_all = not reads and _ONLY_READ.search(path) and not _SEARCH.search(path)
+        if _CLOSED.search(path) or writes_all:
+            text = "This is the whole account's, which others use too: it is closed to visitors with a seed."
+            raise ApiError("closed_to_seeds", text)
+        if "/sentinel/" in path:
+            return request.body if request.body.size else None, False
+        steps = path.split("/")
+        named = [
+            id
+            for before, step in itertools.pairwise(steps)
+            if before not in ("message", "messages")
+            for id in ids_in(step)
+        ]
+        asked = [id for name, value in fields if name not in _FREE_FIELDS for id in ids_in(value)]
+        asked += [id for name, _ in fields for id in ids_in(name)]
+        body: Blob | bytes | None = None
+        if request.body.size:
+            body, more = self._judged_body(request)
+            asked += more
+        if self.belongings.foreign(visitor, [*named, *asked]):
+            self._tell_refused(request.method, path)
+            raise self._unknown()
+        return body, bool(named) and not any(one in self.belongings._shown_to_all for one in named)
+
+    def _judged_body(self, request: Request) -> tuple[Blob | bytes | None, list[str]]:
+        """A body, and the ids in it. What is JSON is written anew: two readers of a name that is there twice would differ."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if "content-encoding" in request.headers:
+            raise ApiError("unsupported_encoding", "Send the body as it is.")
+        if kind.endswith("json") or kind == "text/plain":
+            if request.body.size > MAX_PAGE:
+                raise ApiError("request_too_large", "The body is too large to be looked through.")
+            try:
+                value = json.loads(request.body.read())
+            except (ValueError, RecursionError):
+                raise invalid(None, "The body is not JSON.") from None
+            return compact(value).encode("utf-8", "replace"), list(ids_of(value))
+        if kind == "multipart/form-data":
+            form = parse_form(request.headers, request.body)
+            texts = [(name, one) for name, parts in form.items() for one in parts if one.file_name is None]
+            return request.body, [
+                id for name, one in texts if name not in _FREE_FIELDS for id in ids_in(one.text()[:10_000])
+            ]
+        raise ApiError("unsupported_encoding", "Only JSON and forms are passed on for visitors with a seed.")
+
+    @staticmethod
+    def _unknown() -> ApiError:
+        return ApiError("not_found", "There is nothing of this name here.")
+
+    def _tell_refused(self, method: str, path: str) -> None:
+        """Names a route, with {id} for every id in it, in the log once: the site may have one that is not known here."""
+        steps = ["{id}" if any(ids_in(step)) else step[:40] for step in path.split("/")[:8]]
+        route = f"{method} {'/'.join(steps)}"
+        if route not in self._refused_routes and len(self._refused_routes) < 1000:
+            self._refused_routes.add(route)
+            log(
+                logging.INFO, "refused to a seed: it names what is not known to be the visitor's", route=route
+            )
+
+    # -- what the site says ----------------------------------------------------------------------------------------------
+
+    def _asked(
+        self,
+        request: Request,
+        visitor: Visitor,
+        path: str,
+        query: str,
+        body: Blob | bytes | None,
+        owned: bool,
+    ) -> Reply | Stream | Upgrade:
+        """Asks the site, once more with a new token if it does not take the old one."""
+        account = visitor.account
+        self.renewals.token(account, request.watch)
+        method = "GET" if request.method == "HEAD" else request.method
+        url = account.gateway + self._encoded(path) + (f"?{query}" if query else "")
+        for again in (True, False):
+            token = account.row.access_token
+            lines = self._lines(request, visitor)
+            with contextlib.ExitStack() as guard:
+                call = guard.enter_context(
+                    self.connections.call(account, method, url, lines, body, request.watch)
+                )
+                call.start()
+                self._heard(account, call)
+                if call.status == 401 and again and "authorization" in request.headers:
+                    guard.close()
+                    self.renewals.token(account, request.watch, token)
+                    continue
+                return self._passed(request, visitor, path, call, guard, owned)
+        raise AssertionError("the second answer is passed on")
+
+    def _lines(self, request: Request, visitor: Visitor) -> list[bytes]:
+        """The header lines of a visitor's request as the account's browser would send them."""
+        account, headers = visitor.account, request.headers
+        row = account.row
+        named = {word.strip().lower() for word in headers.get("connection", "").split(",")}
+        lines = [
+            f"{name}: {value}".encode("latin-1")
+            for name, value in headers.items()
+            if name not in _NOT_PASSED and not name.startswith(_NOT_PASSED_PREFIXES) and name not in named
+        ]
+        if "sec-fetch-mode" not in headers and "text/html" not in headers.get("accept", ""):
+            lines += _SCRIPT_HEADERS
+        else:
+            usual = ("sec-fetch-user", "upgrade-insecure-requests")
+            lines += [f"{name}:".encode() for name in usual if name not in headers]
+            lines.append(b"Expect:")
+        if "origin" in headers:
+            lines.append(f"Origin: {account.gateway}".encode())
+        if "referer" in headers:
+            place = urllib.parse.urlsplit(headers["referer"]).path
+            plain = place if re.fullmatch(r"/(?:[cg]/[\w/-]{1,200})?", place) else "/"
+            lines.append(f"Referer: {account.gateway}{plain}".encode())
+        if "oai-device-id" in headers:
+            lines.append(f"oai-device-id: {row.device}".encode())
+        if "authorization" in headers:
+            lines.append(f"Authorization: Bearer {row.access_token}".encode())
+            if row.workspace and ("chatgpt-account-id" in headers or visitor.seed is not None):
+                lines.append(f"chatgpt-account-id: {row.workspace}".encode())
+        if self.settings.auth_key:
+            lines.append(f"authkey: {self.settings.auth_key}".encode())
+        return [*lines, *_cookie_line(browser_cookies(account, row.secret))]
+
+    def _heard(self, account: Account, call: Call) -> None:
+        """Keeps the cookies of an answer; a new session cookie takes the old one's place."""
+        self.connections.heard("mirror", account, call.status, call.headers)
+        if (session := renewed_session(account)) and session != account.row.secret:
+            self.pool.renewed(account, account.row.access_token, session)
+
+    def _passed(
+        self,
+        request: Request,
+        visitor: Visitor,
+        path: str,
+        call: Call,
+        guard: contextlib.ExitStack,
+        owned: bool,
+    ) -> Reply | Stream | Upgrade:
+        """The site's answer as the visitor gets it: looked through where it is text, else as it comes."""
+        kind = call.headers.get("content-type", "")
+        headers = self._returned(request, visitor, call.headers)
+        plain = kind.partition(";")[0].strip().lower()
+        if request.method == "HEAD":
+            return Reply(call.status, b"", kind or "application/octet-stream", headers)
+        if plain == "text/event-stream":
+            guard.pop_all()
+            return Stream(
+                self._carried(request, visitor, path, call), call.status, kind, headers, signs=False
+            )
+        looked = plain in (
+            "text/html",
+            "application/json",
+            "text/x-script",
+            "text/plain",
+            "",
+        ) or plain.endswith(("+json", "javascript", "ndjson", "xml", "x-component"))
+        if not looked or call.status in (204, 206, 304):
+            guard.pop_all()
+            return Stream(
+                functools.partial(relayed, call),
+                call.status,
+                kind or "application/octet-stream",
+                headers,
+                False,
+            )
+        body = call.whole().body
+        blocked = (
+            plain == "text/html"
+            and call.status >= 400
+            and _BLOCK_MARKS.search(body[:20_000].decode("utf-8", "replace"))
+        )
+        if blocked or "challenge" in call.headers.get("cf-mitigated", ""):
+            raise refusal(403, call.headers, body)
+        if plain == "text/html":
+            return Reply(call.status, self._page(request, visitor, body), kind, headers | self._page_policy())
+        if plain.endswith("javascript"):
+            text = self._with_script(request, visitor, body)
+            return Reply(
+                call.status, self._with_own_hosts(request, visitor, text), kind, headers | self._page_policy()
+            )
+        body = self._without_tokens(visitor, body)
+        if visitor.seed is not None:
+            body = self._filtered(request, visitor, path, call.status, body, owned)
+        return Reply(call.status, body, kind or "application/json", headers)
+
+    @staticmethod
+    def _page_policy() -> dict[str, str]:
+        policy = "; ".join(f"{name} {value}" for name, value in _POLICY.items())
+        return {"Content-Security-Policy": policy, **_PAGE_HEADERS}
+
+    def _returned(self, request: Request, visitor: Visitor, headers: Mapping[str, str]) -> dict[str, str]:
+        """The headers of an answer that go on to the visitor."""
+        kept = {
+            name.title(): value
+            for name, value in headers.items()
+            if name not in _NOT_RETURNED and not name.startswith(_NOT_RETURNED_PREFIXES)
+        }
+        if location := headers.get("location"):
+            kept["Location"] = self._led(visitor, location)
+        return {name: value for name, value in kept.items() if _VALUE.fullmatch(value)}
+
+    def _led(self, visitor: Visitor, location: str) -> str:
+        """Where a redirect of the site's leads a visitor."""
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(visitor.account.gateway + "/", location))
+        rest = parts.path + (f"?{parts.query}" if parts.query else "")
+        if f"{parts.scheme}://{parts.netloc}" == visitor.account.gateway:
+            return "/login" if parts.path.startswith("/auth/") else rest or "/"
+        if re.search(r"(?:^|\.)auth\d?\.openai\.com$", parts.netloc):
+            return "/login"
+        return f"{ELSEWHERE}{parts.scheme}/{parts.netloc}{rest or '/'}"
+
+    def _carried(
+        self, request: Request, visitor: Visitor, path: str, call: Call
+    ) -> Callable[[Writer], Reply | None]:
+        """How a stream of events goes on to the visitor."""
+        rest = _API.sub("/", path, count=1)
+        if visitor.seed is None or not _TURN.fullmatch(rest):
+            return functools.partial(relayed, call)
+        asked: dict[str, Any] = {}
+        with contextlib.suppress(ApiError):
+            asked = request.json()
+        given = asked.get("conversation_id")
+        conversation = known_id(given) if isinstance(given, str) else ""
+        if conversation:
+            self.belongings.change(visitor, conversation, changed=time.time())
+        turn = MirroredTurn(self, visitor, conversation, bool(asked.get("history_and_training_disabled")))
+
+        def write(writer: Writer) -> None:
+            with call:
+                turn.carried(call, writer)
+
+        return write
+
+    def _filtered(
+        self, request: Request, visitor: Visitor, path: str, status: int, body: bytes, owned: bool
+    ) -> bytes:
+        """A JSON answer without what is not the seed's; what it makes is noted to be."""
+        rest = _API.sub("/", path, count=1)
+        try:
+            value = json.loads(body) if body.strip() else None
+        except (ValueError, RecursionError):
+            if not owned and self._is_foreign(visitor, body.decode("utf-8", "replace")):
+                raise self._unknown() from None
+            return body
+        if not isinstance(value, (dict, list)) or "/sentinel/" in path or _TURN.fullmatch(rest):
+            return body
+        if status < 300 and _SHOWN_TO_ALL.fullmatch(rest):
+            self.belongings.show_to_all(id for id, _ in named_in(value, {"id": "gpt", "gizmo_id": "gpt"}))
+            return body
+        if status < 300:
+            self._note(request, visitor, rest, value, owned)
+        if rest.rstrip("/") == "/me":
+            value = self._nobody(value)
+        elif not owned:
+            value = self._own_part(visitor, value)
+            if value is None:
+                raise self._unknown()
+        return compact(value).encode("utf-8", "replace")
+
+    def _note(self, request: Request, visitor: Visitor, rest: str, value: Any, owned: bool) -> None:
+        """Notes what an answer makes or changes."""
+        made = request.method in ("POST", "PUT") and _MAKING.fullmatch(rest.rstrip("/"))
+        if made:
+            things = list(named_in(value, _MADE_FIELDS))
+            if "gizmo" in rest or "project" in rest:
+                things += [(id, "project") for id, _ in named_in(value, {"id": "id"}) if id.startswith("g-")]
+            self.belongings.take(visitor, things)
+        elif owned:
+            self.belongings.take(visitor, named_in(value, _CONTENT_FIELDS))
+        match = re.fullmatch(r"/conversations?/(?:gen_title/)?([^/]+)", rest.rstrip("/"))
+        if not match or not isinstance(value, dict):
+            return
+        id = known_id(match[1])
+        asked = request.json() if request.method == "PATCH" and request.body.size else {}
+        if request.method == "DELETE" or asked.get("is_visible") is False:
+            self.belongings.drop(visitor, id)
+            return
+        title = asked.get("title") or value.get("title")
+        columns: dict[str, Any] = {"title": title[:300]} if isinstance(title, str) else {}
+        for column in ("archived", "starred"):
+            if isinstance(asked.get(f"is_{column}"), bool):
+                columns[column] = int(asked[f"is_{column}"])
+        if columns:
+            self.belongings.change(visitor, id, **columns)
+
+    @staticmethod
+    def _nobody(value: Any) -> Any:
+        """Who is signed in, without saying who that is."""
+        if not isinstance(value, dict):
+            return value
+        hidden = {
+            "email": _VISITOR_MAIL,
+            "name": "Visitor",
+            "phone_number": None,
+            "picture": None,
+            "image": None,
+        }
+        return value | {name: told for name, told in hidden.items() if name in value}
+
+    def _own_part(self, visitor: Visitor, value: Any) -> Any:
+        """What of an answer is the seed's or everybody's, None for nothing: an object that names another's thing is left out,
+        and a list's total is that of what is left."""
+        if isinstance(value, dict):
+            kept: dict[str, Any] = {}
+            for name, one in value.items():
+                if isinstance(one, str) and _OWNED_FIELDS.search(name) and self._is_foreign(visitor, one):
+                    return None
+                if self._is_foreign(visitor, name):
+                    continue
+                part = self._own_part(visitor, one)
+                if part is None and one is not None:
+                    if isinstance(one, dict) and name in (
+                        "gizmo",
+                        "resource",
+                        "item",
+                        "conversation",
+                        "file",
+                    ):
+                        return None
+                    continue
+                kept[name] = part
+            before, after = ([one for one in all.values() if isinstance(one, list)] for all in (value, kept))
+            if sum(map(len, before)) != sum(map(len, after)) and len(before) == 1:
+                totals = {"total", "count", "total_count", "num_items", "total_items"} & set(kept)
+                kept |= dict.fromkeys(totals, len(after[0]))
+            return kept
+        if isinstance(value, list):
+            listed = [
+                one
+                for one in value
+                if not (isinstance(one, str) and len(one) < 100 and self._is_foreign(visitor, one))
+            ]
+            parts = [(one, self._own_part(visitor, one)) for one in listed]
+            return [part for one, part in parts if part is not None or one is None]
+        return value
+
+    # -- what pages and scripts become --------------------------------------------------------------------------------------
+
+    def _page(self, request: Request, visitor: Visitor, body: bytes) -> bytes:
+        """A page of the site's with our script before any of its own."""
+        text = body.decode("utf-8", "replace")
+        text = _INTEGRITY.sub("", _OWN_POLICY.sub("", text))
+        text = _ABSOLUTE_ATTRIBUTE.sub(lambda match: self._attribute(visitor, match), text)
+        text = self._with_own_hosts(request, visitor, self._without_tokens(visitor, text.encode())).decode()
+        script = f"<script>{self._script(visitor)}</script>"
+        head = re.search(r"(?i)<head(?:\s[^<>]*)?>", text)
+        place = head.end() if head else 0
+        if not head and (doctype := re.match(r"(?i)\s*<!doctype[^<>]*>", text)):
+            place = doctype.end()
+        return (text[:place] + script + text[place:]).encode()
+
+    def _attribute(self, visitor: Visitor, match: re.Match[str]) -> str:
+        """An attribute that names other hosts, as this server has them."""
+        value = match[2] if match[2] is not None else match[3]
+        mapped = re.sub(
+            r"(?i)(https?:)?//([\w.:-]+)(?=[/?\s,]|$)",
+            lambda one: self._prefix(visitor, one[1], one[2]),
+            value,
+        )
+        return f'{match[1]}"{mapped}"' if '"' not in mapped else match[0]
+
+    def _prefix(self, visitor: Visitor, scheme: str | None, host: str) -> str:
+        own = urllib.parse.urlsplit(visitor.account.gateway)
+        if host.lower() == own.netloc:
+            return ""
+        if host.lower() == CHECK_HOST:
+            return f"https://{host}"
+        return f"{ELSEWHERE}{(scheme or own.scheme + ':')[:-1].lower()}/{host}"
+
+    def _script(self, visitor: Visitor) -> str:
+        """The script at the head of each page, and of each worker."""
+        account = visitor.account
+        own = urllib.parse.urlsplit(account.gateway).netloc
+        facts = {
+            "site": [own] + (["www.chatgpt.com", "chat.openai.com"] if own == "chatgpt.com" else []),
+            "check": CHECK_HOST,
+            "device": account.row.device,
+            "agent": self.site.agent_of(account),
+        }
+        return MIRROR_JS.replace("__SETTINGS__", compact(facts).replace("<", "\\u003c"))
+
+    def _with_script(self, request: Request, visitor: Visitor, body: bytes) -> bytes:
+        """A worker's script with ours before it; any other as it is."""
+        worker = WORKER_MARK in request.query or request.headers.get("service-worker") == "script"
+        return self._script(visitor).encode() + b"\n" + body if worker else body
+
+    def _with_own_hosts(self, request: Request, visitor: Visitor, body: bytes) -> bytes:
+        """A page or script in which the hosts of the site's assets are reached through this server: a browser loads what is
+        imported before any script can say otherwise."""
+        base = self.base(request)
+        for host in self._asset_origins(visitor):
+            body = body.replace(host.encode(), f"{base}{ELSEWHERE}{host.replace('://', '/')}".encode())
+            body = body.replace(
+                host.replace("/", r"\/").encode(), f"{base}{ELSEWHERE}{host.replace('://', '/')}".encode()
+            )
+        return body
+
+    def _asset_origins(self, visitor: Visitor) -> list[str]:
+        """The other origins that the site has scripts and styles at."""
+        gateway = urllib.parse.urlsplit(visitor.account.gateway)
+        if not is_loopback(gateway.hostname or ""):
+            return [f"https://{host}" for host in ASSET_HOSTS if host != gateway.netloc]
+        others = {"localhost", "127.0.0.1"} - {gateway.hostname}
+        return [f"{gateway.scheme}://{host}:{gateway.port}" for host in others]
+
+    def _without_tokens(self, visitor: Visitor, body: bytes) -> bytes:
+        """A text without the account's tokens: what stands for an access token, and nothing for a session's cookie. A seed's
+        has not the account's e-mail either."""
+        row = visitor.account.row
+        if b"eyJ" in body:
+            body = _SITE_TOKEN.sub(
+                lambda match: self._stood_for(visitor, match[0]), body.decode("utf-8", "replace")
+            ).encode()
+        for secret in (row.access_token, row.secret):
+            if secret:
+                body = body.replace(secret.encode(), b"")
+        if visitor.seed is not None and row.email:
+            body = body.replace(row.email.encode(), _VISITOR_MAIL.encode())
+        return body
+
+    def _stood_for(self, visitor: Visitor, token: str) -> str:
+        """What stands for a token in what a visitor gets: the site's other tokens are for the page, and stay."""
+        if token.count(".") == 4:
+            return ""
+        try:
+            said = claims(token)
+        except (ValueError, RecursionError):
+            return token
+        return (
+            self._stand_in(visitor)
+            if any("api.openai.com" in str(one) for one in (*said, said.get("aud")))
+            else token
+        )
+
+    # -- what stays as it is -------------------------------------------------------------------------------------------------
+
+    def _asset(self, request: Request, visitor: Visitor, url: str, place: str = "") -> Reply | Stream:
+        """A file of the site's assets: what is kept here, else from where it is, without any credentials."""
+        found = self.assets.find(url)
+        data = None
+        if found:
+            tag = self._tag(request, found)
+            headers = {"ETag": tag, "Cache-Control": "private, max-age=31536000, immutable", **_PAGE_HEADERS}
+            headers |= self._page_policy() if found.kind.endswith("javascript") else {}
+            if tag in request.headers.get("if-none-match", "") and WORKER_MARK not in request.query:
+                return Reply(304, b"", found.kind, headers)
+            data = self.assets.read(found)
+        if found and data is not None:
+            return Reply(200, self._asset_text(request, visitor, found, data), found.kind, headers)
+        account = visitor.account
+        lines = [b"Accept: */*", b"Expect:", *_SCRIPT_HEADERS[3:5], f"Referer: {account.gateway}/".encode()]
+        if url.startswith(account.gateway + "/"):
+            lines += _cookie_line(account.cookies | {DEVICE_COOKIE: account.row.device})
+        with contextlib.ExitStack() as guard:
+            call = guard.enter_context(
+                self.connections.call(account, "GET", url, lines, None, request.watch, place=place)
+            )
+            call.start()
+            kind = call.headers.get("content-type", "application/octet-stream")
+            size = call.headers.get("content-length", "0")
+            headers = self._returned(request, visitor, call.headers) | self._page_policy()
+            if request.method == "HEAD":
+                return Reply(call.status, b"", kind, headers)
+            if call.status != 200 or not size.isdigit() or int(size) > MAX_ASSET or "text/html" in kind:
+                guard.pop_all()
+                return Stream(functools.partial(relayed, call), call.status, kind, headers, False)
+            data = call.whole().body
+        asset = Asset("", len(data), kind, self._names_hosts(kind, data, visitor))
+        age = re.search(r"max-age=(\d{1,10})", told := call.headers.get("cache-control", "").lower())
+        lasting = "immutable" in told or (age and int(age[1]) >= 86400)
+        if lasting and "private" not in told and "no-store" not in told and len(data) <= MAX_ASSET:
+            asset = self.assets.keep(url, kind, data, asset.names_hosts)
+            headers["ETag"] = self._tag(request, asset)
+            headers["Cache-Control"] = "private, max-age=31536000, immutable"
+        return Reply(200, self._asset_text(request, visitor, asset, data), kind, headers)
+
+    def _names_hosts(self, kind: str, data: bytes, visitor: Visitor) -> bool:
+        texts = ("javascript", "text/css", "json")
+        return any(one in kind for one in texts) and any(
+            host.partition("://")[2].encode() in data for host in self._asset_origins(visitor)
+        )
+
+    def _tag(self, request: Request, asset: Asset) -> str:
+        base = hashlib.sha256(self.base(request).encode()).hexdigest()[:8] if asset.names_hosts else ""
+        return f'"{asset.digest[:32]}{base}"'
+
+    def _asset_text(self, request: Request, visitor: Visitor, asset: Asset, data: bytes) -> bytes:
+        if asset.names_hosts:
+            data = self._with_own_hosts(request, visitor, data)
+        return (
+            self._with_script(request, visitor, data)
+            if asset.kind.partition(";")[0].endswith("javascript")
+            else data
+        )
+
+    # -- what is at other hosts ----------------------------------------------------------------------------------------------
+
+    def _elsewhere(self, request: Request, visitor: Visitor) -> Reply | Stream | Upgrade:
+        """A URL of another host: the site's assets, signed files, its WebSockets, and what is public of anybody's."""
+        url = self._named_url(request)
+        try:
+            host, _, _ = Fetcher.parted(re.sub(r"^ws(s?:)", r"http\1", url))
+        except ValueError as error:
+            raise invalid(None, f"This is not a URL to be had here: {error}.") from None
+        parts = urllib.parse.urlsplit(url)
+        gateway = urllib.parse.urlsplit(visitor.account.gateway)
+        if _TELEMETRY_HOSTS.search(host) or _TELEMETRY.search(parts.path):
+            return self._unsent(request)
+        if parts.scheme in ("ws", "wss"):
+            return self._bridged(request, visitor, url, host)
+        reads = request.method in ("GET", "HEAD")
+        if f"{parts.scheme}://{parts.netloc}".lower() == visitor.account.gateway.lower():
+            path, query = parse_target(parts.path + (f"?{parts.query}" if parts.query else ""))
+            if not {".", ".."}.isdisjoint(path.split("/")) or path.startswith(ELSEWHERE):
+                raise self._unknown()
+            request.path, request.query = path, dict(fields_of(query))
+            return self._of_site(request, visitor, path, query)
+        beside = is_loopback(gateway.hostname or "") and is_loopback(host)
+        of_site = host in ASSET_HOSTS or beside
+        files = host.endswith(FILE_HOSTS) or beside
+        if not reads and not (request.method == "PUT" and files):
+            raise ApiError(
+                "method_not_allowed",
+                "Only files are sent to other hosts, by PUT.",
+                headers={"Allow": "GET, HEAD, PUT"},
+            )
+        if not of_site and not files:
+            return self._of_anybody(request, url)
+        try:
+            place = self.site.visited_place(visitor.account, url, request.watch)
+        except ValueError as error:
+            raise ApiError("not_found", f"This cannot be had: {error}.") from None
+        if reads and of_site and not parts.path.startswith(("/blob/", "/upload/")):
+            return self._asset(request, visitor, url, place)
+        return self._file(request, visitor, url, place, reads)
+
+    @staticmethod
+    def _named_url(request: Request) -> str:
+        """The URL that a path below ELSEWHERE stands for."""
+        rest = request.path.removeprefix(ELSEWHERE)
+        if rest == "url":
+            return request.query.get("u", "")
+        scheme, _, rest = rest.partition("/")
+        host, slash, path = rest.partition("/")
+        if scheme not in ("http", "https", "ws", "wss") or not _HOST_TEXT.fullmatch(host):
+            raise ApiError("not_found", "This is not a URL to be had here.")
+        query = f"?{request.raw_query}" if request.raw_query else ""
+        return f"{scheme}://{host}{Mirror._encoded(slash + path) or '/'}{query}"
+
+    def _of_anybody(self, request: Request, url: str) -> Reply | Stream:
+        """A file that is public, from a host that is not the site's."""
+        blob, kind, _ = self.site.fetcher.fetched(url, "u", request.watch)
+        headers = _CONFINED | {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
+        if not _HARMLESS.match(kind):
+            raise ApiError("not_found", "Only pictures, sounds, films and fonts are had from other hosts.")
+        if request.method == "HEAD":
+            return Reply(200, b"", kind, headers)
+        return streamed(
+            ((piece, 0) for piece in blob.pieces()), content_type=kind, headers=headers, signs=False
+        )
+
+    def _file(self, request: Request, visitor: Visitor, url: str, place: str, reads: bool) -> Reply | Stream:
+        """A file by its signed or public URL, without credentials; nothing that a browser would run."""
+        kept = ("content-type", "range", "if-none-match", "accept", "accept-language")
+        lines = [
+            f"{name}: {value}".encode("latin-1")
+            for name, value in request.headers.items()
+            if name in kept or name.startswith("x-ms-")
+        ]
+        lines += [b"Expect:", *_SCRIPT_HEADERS[3:5]]
+        body = None if reads else request.body
+        with contextlib.ExitStack() as guard:
+            method = "GET" if reads else "PUT"
+            call = guard.enter_context(
+                self.connections.call(visitor.account, method, url, lines, body, request.watch, place=place)
+            )
+            call.start()
+            kind = call.headers.get("content-type", "application/octet-stream")
+            headers = (
+                self._returned(request, visitor, call.headers)
+                | _CONFINED
+                | {"X-Content-Type-Options": "nosniff"}
+            )
+            if call.status in (301, 302, 303, 307, 308) or request.method == "HEAD":
+                return Reply(call.status, b"", kind, headers)
+            if reads and not _HARMLESS.match(kind):
+                headers["Content-Disposition"] = "attachment"
+                kind = "application/octet-stream"
+            guard.pop_all()
+            return Stream(functools.partial(relayed, call), call.status, kind, headers, False)
+
+    def _bridged(self, request: Request, visitor: Visitor, url: str, host: str) -> Upgrade:
+        """A WebSocket of the site's: what is said on one side is said on the other; a seed hears of nobody else's chats."""
+        own = urllib.parse.urlsplit(visitor.account.gateway)
+        beside = is_loopback(own.hostname or "") and is_loopback(host)
+        if not (beside or host == own.hostname or host.endswith(SOCKET_HOSTS)):
+            raise self._unknown()
+        answer = handshake(request)
+        if request.version == "1.0" or request.method != "GET":
+            raise malformed("a WebSocket begins with a GET of HTTP/1.1")
+        try:
+            plain = re.sub(r"^ws", "http", url)
+            place = self.site.visited_place(visitor.account, plain, request.watch)
+        except ValueError as error:
+            raise ApiError("not_found", f"This cannot be had: {error}.") from None
+        lines = [f"Origin: {visitor.account.gateway}".encode()]
+        if protocol := request.headers.get("sec-websocket-protocol"):
+            lines.append(f"Sec-WebSocket-Protocol: {protocol}".encode("latin-1"))
+            answer["Sec-WebSocket-Protocol"] = protocol.partition(",")[0].strip()
+        upstream = UpstreamSocket(self.connections.loop, visitor.account.egress, url, lines, place)
+
+        def serve(web: WebSocket) -> bool:
+            bridge(web, upstream, functools.partial(self._heard_by, visitor))
+            return True
+
+        return Upgrade(answer, serve)
+
+    def _heard_by(self, visitor: Visitor, data: bytes, is_text: bool) -> bytes | None:
+        """What a visitor is told, or says, of a message on a WebSocket; None for nothing."""
+        if visitor.seed is None:
+            return data
+        if not is_text:
+            return None
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            return None if self.belongings.foreign(visitor, ids_in(data.decode("utf-8", "replace"))) else data
+        if isinstance(value, list):
+            kept = [one for one in value if not self._tells_of_others(visitor, one)]
+            return compact(kept).encode() if kept else None
+        return None if self._tells_of_others(visitor, value) else data
+
+    def _tells_of_others(self, visitor: Visitor, value: Any) -> bool:
+        """Whether a message of a WebSocket names a chat or another thing that is not the visitor's."""
+        if isinstance(value, dict):
+            return any(
+                (
+                    isinstance(one, str)
+                    and _OWNED_FIELDS.search(name)
+                    and name != "id"
+                    and self._is_foreign(visitor, one)
+                )
+                or self._tells_of_others(visitor, one)
+                for name, one in value.items()
+            )
+        if isinstance(value, list):
+            return any(self._tells_of_others(visitor, one) for one in value)
+        if isinstance(value, str) and len(value) > 20 and '_id"' in value:  # an event within a message
+            return self._is_foreign(visitor, value)
+        return False
+
+    def _is_foreign(self, visitor: Visitor, text: str) -> bool:
+        return self.belongings.foreign(visitor, ids_in(text))
+
+
+def bridge(web: WebSocket, upstream: UpstreamSocket, passed: Callable[[bytes, bool], bytes | None]) -> None:
+    """Has two WebSockets say to each other what `passed` lets through, until one of them ends."""
+
+    def from_visitor(data: bytes, is_text: bool) -> None:
+        if (said := passed(data, is_text)) is not None:
+            upstream.send(said, is_text)
+
+    def from_upstream(data: bytes, is_text: bool) -> None:
+        said = passed(data, is_text)
+        if said is None:
+            return
+        with contextlib.suppress(Closed):
+            if is_text:
+                web.send(said.decode("utf-8", "replace"))
+            else:
+                web.send_bytes(said)
+
+    def ended(code: int, reason: str) -> None:
+        web.close(code if code in _CODES else 1011, reason)
+
+    web.heard_bytes = lambda data: from_visitor(data, False)
+    web.listen(lambda text: from_visitor(text.encode("utf-8", "replace"), True))
+    upstream.listen(from_upstream, ended)
+    if not web.at_end(upstream.close):
+        upstream.leave()
+
+
+# ============================================================================================================
 # routes: one short function each
 # ============================================================================================================
 
@@ -16033,6 +17917,9 @@ ABSENT = (
 )  # fmt: skip
 # Where an error is a text: ChatGPT-API-server's paths, and Ollama's.
 PLAIN_ERRORS = ("/admin/", "/api/")
+MIRROR_PATHS = ("/login",)  # of ours, where the mirror's pages are
+# Paths that the API has too: they are the site's for who has signed in to the mirror.
+SITE_PATHS = ("/backend-api/", "/backend-anon/", "/public-api/")
 ROUTER = Router()
 
 
@@ -16052,9 +17939,6 @@ def _named_key(request: Request) -> str:
 def _body(request: Request) -> dict[str, Any]:
     """A JSON body that may be left out."""
     return request.json() if request.body.size else {}
-
-
-_HOST_TEXT = re.compile(r"[0-9A-Za-z._-]{1,253}(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\](:[0-9]{1,5})?")
 
 
 class App(Application):
@@ -16079,6 +17963,9 @@ class App(Application):
         self.web = Web(self.site, self.renewals, self.files, self.ledger, self.links)
         self.codex = Codex(CodexCalls(self.connections), self.web)
         self.agents = Agents(self.metrics)
+        self.mirror: Mirror | None = None
+        if settings.enable_gateway:
+            self.mirror = Mirror(settings, self.pool, self.renewals, self.site, self.links, self.keys.guesses)
         upstreams: tuple[Upstream, ...] = (self.codex, self.web, self.agents)
         self.upstreams = {upstream.name: upstream for upstream in upstreams}
         self.tokens = Tokens()
@@ -16101,8 +17988,14 @@ class App(Application):
         self.keys.refuse_pages(request)
         return self._admit(request)
 
+    def beside(self, request: Request) -> bool:
+        """The mirror's pages name their paths from the root of the server."""
+        return self.mirror is not None
+
     def shape(self, request: Request) -> str:
         """That of the API whose path it is."""
+        if request.endpoint is not None and request.endpoint is ROUTER.fallback:
+            return "site"
         anthropic = "anthropic-version" in request.headers and request.path.startswith("/v1/models")
         if anthropic or request.path.startswith("/v1/messages"):
             return "anthropic"
@@ -16126,6 +18019,8 @@ class App(Application):
         if "websocket" in request.headers.get("upgrade", "").lower() and request.path == "/v1/responses":
             text = "The Responses API is spoken over HTTP here; send POST /v1/responses."
             raise ApiError("upgrade_required", text, headers={"Upgrade": "HTTP/1.1"})
+        if self.mirror and self._is_mirrored(self.mirror, request):
+            return self._admit_visitor(self.mirror, request)
         try:
             request.endpoint = endpoint = ROUTER.find(request)
         except ApiError:
@@ -16157,6 +18052,37 @@ class App(Application):
                 return MAX_PUBLIC_BODY
             return whole
         return MAX_PUBLIC_BODY
+
+    def _is_mirrored(self, mirror: Mirror, request: Request) -> bool:
+        """Whether a request is for the site's pages: its path is none of the API's, or comes from who has such a page open."""
+        if request.beside or self.settings.api_prefix:
+            return request.beside and request.path not in MIRROR_PATHS
+        page = request.method == "GET" and "text/html" in request.headers.get("accept", "")
+        if request.path == "/":
+            return page or "token" in request.query or request.method != "GET"
+        if request.path.startswith("/v1/"):
+            return bool(_TELEMETRY.search(request.path))
+        if request.path.startswith(SITE_PATHS) and mirror.knows(request):
+            return True
+        try:
+            ROUTER.find(request)
+        except ApiError as error:
+            return error.code == "not_found" or page
+        return False
+
+    def _admit_visitor(self, mirror: Mirror, request: Request) -> int:
+        """Who asks for a page of the site's or for what that asks; pages of other sites may only lead there."""
+        request.endpoint, request.route, request.params = ROUTER.fallback, "mirror", {}
+        leads = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
+        if not leads and Keys._foreign(request):
+            raise ApiError("origin_refused", "Pages of other sites may not use the mirror.")
+        with contextlib.suppress(ApiError):  # which the answer is about
+            request.visitor = mirror.visitor(request)
+        if request.visitor is None:
+            return MAX_PUBLIC_BODY
+        request.asker = request.visitor.owner[:13]
+        request.encoded = True
+        return self.settings.max_body_mb << 20
 
     def _base(self, headers: Mapping[str, str]) -> str:
         """The URL of this server as a client has it; only its path where that does not say."""
@@ -16225,6 +18151,8 @@ class App(Application):
         if self._stale:
             self.pool.reload()
             self.keys.reload()
+            if self.mirror:
+                self.mirror.reload()
             self._stale = False
 
     def _refresh_on_schedule(self) -> None:
@@ -16268,7 +18196,7 @@ def relay(app: App, request: Request) -> Reply | Stream | Upgrade:
         if content_type.startswith("text/event-stream"):
             guard.pop_all()
             signs = call.headers.get("content-encoding", "identity") == "identity"
-            return Stream(functools.partial(_relayed, call), call.status, content_type, headers, signs)
+            return Stream(functools.partial(relayed, call), call.status, content_type, headers, signs)
         answer = call.whole()
         if _refuses_key(answer):
             app.keys.doubt(request)
@@ -16325,12 +18253,6 @@ def prove_key(app: App, request: Request) -> None:
         raise ApiError("invalid_api_key", "OpenAI's API does not take this key; send a valid one.")
     if answer.status == 429 or answer.status >= 500:
         raise refusal(answer.status, answer.headers, b"")
-
-
-def _relayed(call: Call, writer: Writer) -> None:
-    """Passes an answer on as it comes."""
-    with call:
-        call.carry(lambda data: writer.write(data, data.count(b"\n\n")), writer)
 
 
 class Streamed(Sink):
@@ -17874,6 +19796,95 @@ def tokens_sign_out(app: App, request: Request) -> Reply:
     return Reply(204, headers={"Set-Cookie": app.keys.sign_out(request)})
 
 
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+def _seed_named(app: App, seed: Any) -> Seed:
+    """A seed that there is; not_found for any other."""
+    known = app.store.seed(seed) if isinstance(seed, str) else None
+    if known is None:
+        raise ApiError("not_found", "There is no such seed.")
+    return known
+
+
+def bind_seed(pool: Pool, seed: str, token: str) -> Account:
+    """Gives a seed an account: one of the pool's by id or e-mail, or a session cookie, which is added. ApiError when it has no
+    session cookie."""
+    account = pool.find(token) or next(
+        (one for one in pool.accounts() if token and one.row.email == token), None
+    )
+    if account is None:
+        account = next((pool.find(row.id) for row in pool.add([token]).rows), None)
+    if account is None or account.row.guest:
+        raise unfit("token", "must be an account's id or e-mail, or a session cookie.")
+    if account.row.kind != SESSION:
+        raise unfit(
+            "token",
+            f"names an account that has no session cookie ({SESSION_COOKIE}), which the mirror needs.",
+        )
+    pool.store.put_seed(seed, account.id, time.time())
+    return account
+
+
+@ROUTER.on("GET", "/seedtoken", access="admin")
+def seeds_list(app: App, request: Request) -> Reply:
+    """chat2api's seeds with their accounts by id: `{"status", "data": {seed: id}}`, with `?seed=` one: `{"seed", "token"}`"""
+    if "seed" in request.query:
+        known = _seed_named(app, request.query["seed"])
+        return json_reply({"status": "success", "data": {"seed": known.seed, "token": known.account}})
+    return json_reply({"status": "success", "data": {one.seed: one.account for one in app.store.seeds()}})
+
+
+@ROUTER.on("POST", "/seedtoken", access="admin")
+def seeds_bind(app: App, request: Request) -> Reply:
+    """gives `{"seed"}` the account of `{"token"}`: an id, an e-mail or a session cookie; its chats stay its own"""
+    body = request.json()
+    seed, token = body.get("seed"), body.get("token")
+    if (
+        not isinstance(seed, str)
+        or not 0 < len(seed) <= MAX_SEED
+        or not seed.isprintable()
+        or seed == "clear"
+    ):
+        raise unfit("seed", f"must be a text of up to {MAX_SEED} printable characters other than `clear`.")
+    if not isinstance(token, str) or not token:
+        raise unfit("token", "must be an account's id or e-mail, or a session cookie.")
+    bind_seed(app.pool, seed, token)
+    if app.mirror:
+        app.mirror.reload()
+    return json_reply({"status": "success", "message": "Token updated successfully"})
+
+
+@ROUTER.on("DELETE", "/seedtoken", access="admin")
+def seeds_remove(app: App, request: Request) -> Reply:
+    """removes `{"seed"}`, with `"clear"` all of them; what they have begun stays upstream, and is nobody's"""
+    seed = request.json().get("seed")
+    if not seed:
+        raise unfit("seed", "is missing.")
+    if seed != "clear":
+        _seed_named(app, seed)
+    removed = app.store.remove_seeds(None if seed == "clear" else seed)
+    if app.mirror:
+        app.mirror.reload()
+    log(logging.WARNING, "seeds removed", count=removed)
+    return json_reply({"status": "success", "message": f"{removed} removed"})
+
+
+@ROUTER.on("GET", "/tokens/seeds", access="admin")
+def seeds_facts(app: App, request: Request) -> Reply:
+    """the mirror's seeds: the account of each, how many chats it has, and when it was last signed in with"""
+    shown = []
+    chats = app.store.chats_by_owner()
+    for one in app.store.seeds()[:MAX_LISTED]:
+        account = app.pool.find(one.account)
+        facts: dict[str, Any] = {"seed": one.seed, "account": one.account}
+        facts["email"] = account.row.email if account else ""
+        usable = bool(account and Mirror.is_usable(account))
+        facts |= {"usable": usable, "chats": chats.get(owner_of_seed(one.seed), 0), "used": iso(one.used)}
+        shown.append(facts)
+    return json_reply({"enabled": app.mirror is not None, "seeds": shown})
+
+
 # -- API users ---------------------------------------------------------------------------------------------------------
 
 
@@ -17938,13 +19949,14 @@ def metrics(app: App, request: Request) -> Reply:
 # ============================================================================================================
 
 
-def built_page(title: str, style: str, body: str, script: str) -> Reply:
-    """A page that loads nothing from anywhere, talks to this server alone, and runs no script but its own."""
+def built_page(title: str, style: str, body: str, script: str, sends: str = "'none'") -> Reply:
+    """A page that loads nothing from anywhere, talks to this server alone, and runs no script but its own. `sends` is where
+    its forms may lead."""
     policy = {"default-src": "'none'", "connect-src": "'self'", "img-src": "https: http: data:"}
     for name, text in (("style-src", style), ("script-src", script)):
         policy[name] = f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     policy |= dict.fromkeys(("base-uri", "form-action", "frame-ancestors", "trusted-types"), "'none'")
-    policy["require-trusted-types-for"] = "'script'"
+    policy |= {"require-trusted-types-for": "'script'", "form-action": sends}
     headers = {"Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items())}
     headers |= {
         "X-Content-Type-Options": "nosniff",
@@ -18156,6 +20168,14 @@ TOKENS_HTML = r"""
       <input id="user-limit" type="number" min="1" placeholder="Requests a day" aria-label="Requests a day">
       <button class="main">Add user</button>
     </form>
+    <form id="add-seed" class="card row" hidden>
+      <h2 class="wide">Seeds of the mirror</h2>
+      <ul id="seeds" class="wide"></ul>
+      <p id="seeds-said" class="wide" role="status"></p>
+      <input id="seed" class="grow" required maxlength="200" placeholder="Seed" aria-label="Seed" autocomplete="off">
+      <input id="seed-account" class="grow" required placeholder="Account: id or e-mail" aria-label="Account: id or e-mail">
+      <button class="main">Give it this account</button>
+    </form>
     <form id="clear" class="card row">
       <h2 class="grow">Remove all accounts</h2>
       <label for="word">Type <code>clear</code> to go on</label>
@@ -18174,6 +20194,7 @@ const BULK = document.querySelectorAll("[data-do]");
 const wanted = { offset: 0, q: "", state: "" };
 const accounts = new Map(); // id -> its row; only of those shown, so that nothing unseen is acted upon
 const users = new Map();
+const seeds = new Map();
 let asked = 0; // counts the list requests, so that an answer overtaken by a newer one is dropped
 let timer = 0;
 let drawn = ""; // the hours the chart shows
@@ -18198,9 +20219,9 @@ function say(where, text, error) {
 }
 
 /** Have the server change something, say what `told` makes of its answer, and look again. */
-async function change(where, path, body, told) {
+async function change(where, path, body, told, method = "POST") {
   try {
-    const result = await api("POST", path, body);
+    const result = await api(method, path, body);
     say(where, told(result));
     return result;
   } catch (error) {
@@ -18290,6 +20311,18 @@ function userRow({ user_id, name }) {
   return { node: el("li", { className: "row" }, el("b", {}, name), token, use, remove), update };
 }
 
+function seedRow({ seed }) {
+  const [on, use] = [el("span"), el("span", { className: "quiet grow" })];
+  const remove = button("Remove", null, "small bad");
+  const act = () => change($("seeds-said"), "/seedtoken", { seed }, () => `Removed ${seed}.`, "DELETE");
+  arm(remove, act, `Remove ${seed}`);
+  const update = ({ email, account, usable, chats, used }) => {
+    put(on, usable ? email || account : `${email || account || "no account"}, which cannot be visited`);
+    put(use, `${count(chats, "chat")}, signed in ${when(used)}`);
+  };
+  return { node: el("li", { className: "row" }, el("b", {}, seed), on, use, remove), update };
+}
+
 const picked = () => [...accounts.keys()].filter((id) => accounts.get(id).box.checked);
 
 function showPicked() {
@@ -18372,11 +20405,14 @@ async function poll() {
   try {
     const query = new URLSearchParams({ ...wanted, limit: PAGE });
     const get = (path) => api("GET", path, undefined, { signal: AbortSignal.timeout(15000) });
-    const [list, people] = await Promise.all([get(`/tokens/list?${query}`), get("/admin/users")]);
+    const asking = [get(`/tokens/list?${query}`), get("/admin/users"), get("/tokens/seeds")];
+    const [list, people, mirror] = await Promise.all(asking);
     if (mine !== asked) return;
     put($("trouble"), "");
     show(list);
     sync($("users"), people.users, "user_id", users, userRow);
+    $("add-seed").hidden = !mirror.enabled && !mirror.seeds.length;
+    sync($("seeds"), mirror.seeds, "seed", seeds, seedRow);
   } catch (error) {
     if (mine !== asked) return;
     if (error.status === 401) return signedOut($("pool").hidden ? "" : "Your sign-in has ended.");
@@ -18463,6 +20499,10 @@ $("add").ondragover = $("add").ondragleave = $("add").ondrop = (event) => {
   event.preventDefault();
   if (event.type === "drop") upload(event.dataTransfer.files);
 };
+onSubmit("add-seed", async () => {
+  const [seed, token] = [$("seed").value.trim(), $("seed-account").value.trim()];
+  if (await change($("seeds-said"), "/seedtoken", { seed, token }, () => `${seed} has this account now.`)) $("add-seed").reset();
+});
 onSubmit("add-user", async () => {
   const [name, limit] = [$("user-name").value.trim(), Number($("user-limit").value) || null];
   if (!name) return;
@@ -18900,7 +20940,107 @@ def tokens_page(app: App, request: Request) -> Reply:
     return TOKENS_PAGE
 
 
-@ROUTER.on("GET", "/", access="public")
+LOGIN_CSS = r"""
+main { max-width: 30rem; margin: 12vh auto 2rem; padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0 0 .3rem; }
+label { display: block; margin: 1.1rem 0 .3rem; font-weight: 600; }
+textarea, input { width: 100%; font: inherit; color: inherit; background: var(--card); padding: .6rem .7rem; }
+textarea, input { border: 1px solid var(--quiet); border-radius: 8px; }
+textarea { min-height: 5.5rem; resize: vertical; }
+button { margin-top: 1.2rem; font: inherit; font-weight: 600; padding: .55rem 1.3rem; border: 0; border-radius: 8px; }
+button { background: var(--accent); color: var(--on-accent); cursor: pointer; }
+.quiet { color: var(--quiet); font-size: .9rem; }
+[role=alert] { color: var(--bad); border-left: 3px solid currentColor; padding-left: .7rem; }
+"""
+LOGIN_HTML = """
+<main>
+<h1>Sign in to the mirror</h1>
+<p class="quiet">The pages of ChatGPT, through this server.</p>
+{failure}
+<form method="post" action="/login">
+<label for="token">Seed, or session cookie</label>
+<textarea id="token" name="token" autocomplete="off" spellcheck="false" autofocus required></textarea>
+{password}
+<button>Sign in</button>
+</form>
+<p class="quiet">A seed is a name of your own that only you should know: whoever types it sees its chats. With the session
+cookie of your own account ({cookie}) you see that account; access and refresh tokens open the API alone.</p>
+</main>
+"""
+PASSWORD_HTML = """<label for="password">Password of this mirror</label>
+<input id="password" name="password" type="password" autocomplete="current-password">"""
+
+
+def login_page(app: App, failure: ApiError | None = None) -> Reply:
+    """The page to sign in to the mirror at, with what was wrong."""
+    mirror = app.mirror
+    able = mirror and any(mirror.is_usable(one) for one in app.pool.accounts())
+    words = failure.text if failure else "" if able else f"{NO_SESSION} Your own session cookie does."
+    told = f'<p role="alert">{html.escape(words)}</p>' if words else ""
+    asks = PASSWORD_HTML if app.settings.gateway_password else ""
+    body = LOGIN_HTML.format(failure=told, password=asks, cookie=SESSION_COOKIE)
+    page = built_page("Sign in", BASE_CSS + LOGIN_CSS, body, "", "'self'")
+    page.headers["Cache-Control"] = "no-store"
+    return replace(
+        page,
+        status=failure.status if failure else 200,
+        headers=page.headers | (failure.headers if failure else {}),
+    )
+
+
+def _entered(app: App, request: Request, token: str, password: str) -> Reply:
+    """Signs a browser in to the mirror and leads it to the first page, by an address that tells nothing."""
+    if app.mirror is None:
+        raise ApiError("not_found", "There is no mirror here; ENABLE_GATEWAY=true opens it.")
+    try:
+        cookie = app.mirror.enter(request, token, password)
+    except ApiError as failure:
+        return login_page(app, failure)
+    return Reply(303, headers={"Location": "/", "Set-Cookie": cookie})
+
+
+@ROUTER.on("GET", "/login", access="public")
+def mirror_login(app: App, request: Request) -> Reply:
+    """the page to sign in to the mirror at, with ENABLE_GATEWAY"""
+    if app.mirror is None:
+        raise ApiError("not_found", "There is no mirror here; ENABLE_GATEWAY=true opens it.")
+    return login_page(app)
+
+
+@ROUTER.on("POST", "/login", access="public")
+def mirror_sign_in(app: App, request: Request) -> Reply:
+    """signs a browser in to the mirror: form fields `token` (a seed or a session cookie) and `password`"""
+    if Keys._foreign(request):
+        raise ApiError("origin_refused", "Sign in on a page of this server.")
+    form = parse_form(request.headers, request.body)
+    return _entered(app, request, _form_text(form, "token"), _form_text(form, "password"))
+
+
+# What a visitor who opens a page is told on one.
+_TOLD_ON_A_PAGE = (
+    "no_account", "invalid_api_key", "upstream_blocked", "upstream_error", "upstream_timeout", "store_unavailable",
+)  # fmt: skip
+
+
+@ROUTER.otherwise("/ and every other path", access="visitor")
+def mirrored(app: App, request: Request) -> Reply | Stream | Upgrade:
+    """with ENABLE_GATEWAY the site's own pages and what they ask; `/?token=SEED` signs in"""
+    mirror = app.mirror
+    if mirror is None:
+        raise ApiError("not_found", "There is nothing at this address.")
+    if request.path == "/" and request.query.get("token"):
+        return _entered(app, request, request.query["token"], request.query.get("password", ""))
+    page = request.method in ("GET", "HEAD") and "text/html" in request.headers.get("accept", "")
+    try:
+        request.visitor = request.visitor or mirror.visitor(request)
+        return mirror.answer(request)
+    except ApiError as failure:
+        if page and failure.code in _TOLD_ON_A_PAGE:
+            return login_page(app, failure)
+        raise
+
+
+@ROUTER.on("GET", "/", "/chat", access="public")
 def chat_page(app: App, request: Request) -> Reply:
     """a chat page against this server's own API; what Ollama says there, to a client that is no browser"""
     browser = "text/html" in request.headers.get("accept", "")
@@ -20123,7 +22263,7 @@ def setting_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
         for row in reversed(rows):
             meta = row.metadata
-            boolean = meta["kind"] in (BOOLEAN, OFF)
+            boolean = meta["kind"] == BOOLEAN
             default = f"={meta['default']}" if meta["default"] else ""
             shown = f"{meta['meaning']} [{row.name.upper()}{default}]"
             collected = click.option(
@@ -20241,6 +22381,12 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
     ):
         advice = "set AUTHORIZATION or API_PREFIX, or pass --open"
         fail(f"HOST: {settings.host!r} cannot be used without a key; {advice}")
+    visited = settings.enable_gateway and settings.auto_seed and not settings.gateway_password
+    if not anyone and visited and not is_loopback(settings.host):
+        advice = "set GATEWAY_PASSWORD or AUTO_SEED=false, or pass --open"
+        fail(
+            f"ENABLE_GATEWAY: whoever reaches {settings.host!r} could use the accounts by a new seed; {advice}"
+        )
     give_back_memory()
     start_logging(settings)
     os.umask(0o077)
@@ -20487,17 +22633,81 @@ def token_lines(path: pathlib.Path) -> list[str]:
 @AS_JSON
 @setting_flags("data_dir", "impersonate", "proxy_url")
 def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...], as_json: bool) -> None:
-    """Add accounts from FILEs: tokens one a line, what `accounts export` wrote, chat2api's data folder, ChatGPT-to-API's
-    access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one.
+    """Add accounts from FILEs: tokens one a line, what `accounts export` wrote, chat2api's data folder with its seeds,
+    ChatGPT-to-API's access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one.
     """
     settings = settled(flags)
     lines = list[str]()
+    seeds: dict[str, Any] = {}
+    chats: dict[str, Any] = {}
     for file in files:
+        path = pathlib.Path("/dev/stdin" if file == "-" else file)
         try:
-            lines += token_lines(pathlib.Path("/dev/stdin" if file == "-" else file))
+            lines += token_lines(path)
         except OSError as error:
             fail(f"{file}: {error.strerror or error}")
-    _store_accounts(settings, lines, as_json)
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir() or path.name == "seed_map.json":
+            seeds |= _map_in(folder / "seed_map.json")
+            chats |= _map_in(folder / "conversation_map.json")
+    try:
+        _store_accounts(settings, lines, as_json)
+    finally:
+        if seeds:
+            count = import_seeds(opened(settings), seeds, chats)
+            click.echo(f"seeds of the mirror: {count}", err=as_json)
+
+
+def _map_in(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object in a file, empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        value = read_json(path.read_text(encoding="utf-8-sig", errors="replace"))
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def import_seeds(store: Store, seeds: Mapping[str, Any], chats: Mapping[str, Any]) -> int:
+    """Stores chat2api's seed_map.json (`{seed: {"token", "conversations": [id]}}`) and conversation_map.json (`{id: {"title",
+    "create_time", …}}`): how many seeds there were. Seeds that are known stay on their accounts."""
+    rows = store.accounts("guest=0")
+    now = time.time()
+    count = 0
+    for seed, said in seeds.items():
+        if not isinstance(said, dict) or not 0 < len(seed) <= MAX_SEED or not seed.isprintable():
+            continue
+        token = str(said.get("token") or "")
+        account = ""
+        with contextlib.suppress(ValueError):
+            id = recognise(token).id
+            account = next(
+                (row.id for row in rows if row.id == id or token in (row.secret, row.access_token)), ""
+            )
+        if store.seed(seed) is None:
+            store.put_seed(seed, account, now)
+        listed = said.get("conversations")
+        ids = (
+            [one for one in listed if isinstance(one, str) and _UUID.fullmatch(one)]
+            if isinstance(listed, list)
+            else []
+        )
+        store.put_belongings(
+            _imported_chat(id, owner_of_seed(seed), account, chats.get(id), now) for id in ids
+        )
+        count += 1
+    return count
+
+
+def _imported_chat(id: str, owner: str, account: str, said: Any, now: float) -> Belonging:
+    facts = said if isinstance(said, dict) else {}
+    times = []
+    for name in ("create_time", "update_time"):
+        moment = now
+        with contextlib.suppress(ValueError):
+            moment = datetime.datetime.fromisoformat(str(facts.get(name)).replace("Z", "+00:00")).timestamp()
+        times.append(moment)
+    title = str(facts.get("title") or "")[:300]
+    archived = int(facts.get("is_archived") is True)
+    return Belonging(known_id(id), owner, account, "conversation", title, times[0], times[1], archived)
 
 
 @accounts.command("export")

@@ -15928,6 +15928,576 @@ def test_a_list_of_models_that_never_ends_is_not_waited_for(
     assert proxy.say(model="gpt-5.5") == "Hello wide world." and time.monotonic() - began < 6
 
 
+# --- the mirror ------------------------------------------------------------------------------------------------------
+
+
+def visit(proxy: Proxy, seed: str, **more: Any) -> httpx.Client:
+    """A browser, as far as HTTP goes, that is signed in to the mirror."""
+    browser = httpx.Client(timeout=60)
+    answer = browser.get(f"{proxy.url}/", params={"token": seed} | more)
+    assert answer.status_code == 303 and answer.headers["location"] == "/", answer.text
+    return browser
+
+
+def turn_of(text: str, conversation: str | None = None) -> dict[str, Any]:
+    """The body of a turn as the page sends it."""
+    message = {
+        "id": str(uuid.uuid4()),
+        "author": {"role": "user"},
+        "content": {"content_type": "text", "parts": [text]},
+    }
+    body = {
+        "action": "next",
+        "messages": [message],
+        "model": "gpt-4o",
+        "parent_message_id": "client-created-root",
+    }
+    return body | ({"conversation_id": conversation} if conversation else {})
+
+
+def converse(browser: httpx.Client, url: str, text: str, conversation: str | None = None) -> httpx.Response:
+    """A turn as the page takes it: requirements, no proof where none is asked for, the turn."""
+    api = f"{url}/backend-api"
+    bearer = {"Authorization": "Bearer anything"}
+    token = browser.post(f"{api}/sentinel/chat-requirements", json={}, headers=bearer).json()["token"]
+    headers = bearer | {"openai-sentinel-chat-requirements-token": token}
+    return browser.post(f"{api}/conversation", json=turn_of(text, conversation), headers=headers)
+
+
+MIRRORED = {"enable_gateway": "true"}
+
+
+@pytest.fixture
+def mirror(start: Start, weather: Weather) -> Proxy:
+    """A server with the mirror open, on one account that has a session cookie."""
+    weather.session_tokens[SESSION], weather.difficulty = "alice", ""
+    return start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED)
+
+
+def begun(browser: httpx.Client, proxy: Proxy, text: str = "hello") -> str:
+    """The id of a chat that a visitor has begun."""
+    answer = converse(browser, proxy.url, text)
+    assert answer.status_code == 200, answer.text
+    found = re.search(r'"conversation_id":"([^"]+)"', answer.text)
+    assert found
+    return found[1]
+
+
+def chats(browser: httpx.Client, proxy: Proxy, **query: Any) -> dict[str, Any]:
+    """A visitor's list of chats."""
+    return dict(browser.get(f"{proxy.url}/backend-api/conversations", params=query).json())
+
+
+BEARER = {"Authorization": "Bearer of-the-page"}
+
+
+def test_a_visitor_signs_in_with_a_seed_that_is_in_no_address_afterwards(
+    mirror: Proxy, weather: Weather
+) -> None:
+    page = {"Accept": "text/html"}
+    sent_away = httpx.get(mirror.url, headers=page)
+    assert (sent_away.status_code, sent_away.headers["location"]) == (302, "/login")
+    login = httpx.get(f"{mirror.url}/login")
+    assert (
+        login.status_code == 200
+        and "Sign in to the mirror" in login.text
+        and "form-action 'self'" in str(login.headers)
+    )
+    answer = httpx.post(f"{mirror.url}/login", data={"token": "anna"})
+    cookie = answer.headers["set-cookie"]
+    assert answer.status_code == 303 and answer.headers["location"] == "/"
+    assert all(word in cookie for word in ("HttpOnly", "SameSite=Lax", "Path=/")) and "Secure" not in cookie
+    assert "anna" not in cookie
+    browser = visit(mirror, "anna")
+    shown = browser.get(mirror.url, headers=page)
+    assert shown.status_code == 200 and "__mirrored" in shown.text and "frame-ancestors" in str(shown.headers)
+    told = [request for request in weather.seen if request.path == "/"][-1]
+    assert (
+        SESSION[:50] in told.headers["cookie"]
+        and "chatproxy" not in str(told.headers)
+        and "anna" not in str(told.headers)
+    )
+    # Signed out, the cookie is good for nothing more.
+    again = httpx.Client(timeout=60)
+    again.cookies.update(browser.cookies)
+    out = browser.get(f"{mirror.url}/auth/logout")
+    assert out.headers["location"] == "/login" and "Max-Age=0" in out.headers["set-cookie"]
+    assert again.get(mirror.url, headers=page).status_code == 302
+
+
+def test_a_cookie_that_was_not_made_here_signs_nobody_in(mirror: Proxy) -> None:
+    assert mirror.app.mirror
+    name = mirror.app.mirror.cookie
+    real = visit(mirror, "anna").cookies[name]
+    token, _, signature = real.partition(".")
+    for forged in (
+        token,
+        f"{token}.",
+        f"{token}.{'0' * 64}",
+        f"{'A' * 43}.{signature}",
+        f"x{real}",
+        signature,
+        "a.b",
+    ):
+        answer = httpx.get(f"{mirror.url}/backend-api/me", headers={"Cookie": f"{name}={forged}"} | BEARER)
+        assert answer.status_code == 401, forged
+
+
+def test_a_mirror_may_have_a_password_and_wrong_ones_are_slowed(start: Start, weather: Weather) -> None:
+    weather.session_tokens[SESSION] = "alice"
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, gateway_password="open-sesame")
+    assert 'type="password"' in httpx.get(f"{proxy.url}/login").text
+    assert "open-sesame" not in httpx.get(f"{proxy.url}/login").text
+
+    def enter(password: str) -> int:
+        form = {"token": "anna", "password": password}
+        return httpx.post(f"{proxy.url}/login", data=form).status_code
+
+    assert enter("") == enter("wrong") == 401 and enter("open-sesame") == 303
+    assert httpx.get(f"{proxy.url}/?token=anna").status_code == 401
+    began = time.monotonic()
+    for _ in range(6):
+        enter("wrong")
+    assert time.monotonic() - began > 0.9
+
+
+def test_an_unknown_seed_needs_auto_seed(start: Start, weather: Weather) -> None:
+    weather.session_tokens[SESSION] = "alice"
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, auto_seed="false")
+    refused = httpx.post(f"{proxy.url}/login", data={"token": "anna"})
+    assert refused.status_code == 401 and "not known" in refused.text
+    id = proxy.app.pool.accounts()[0].id
+    assert admin(proxy, "POST", "/seedtoken", json={"seed": "anna", "token": id}).status_code == 200
+    visit(proxy, "anna")
+
+
+def test_only_accounts_with_a_session_cookie_are_visited(start: Start) -> None:
+    proxy = start("alice", **MIRRORED)
+    page = httpx.get(f"{proxy.url}/login").text
+    assert "session cookie" in page and "None of this server" in page
+    refused = httpx.post(f"{proxy.url}/login", data={"token": "anna"})
+    assert refused.status_code == 503 and "session cookie" in refused.text
+    token = httpx.post(f"{proxy.url}/login", data={"token": cp.demo_token("alice")})
+    assert token.status_code == 400 and "opens the API and not the site" in token.text
+
+
+def test_seeds_are_administered_as_chat2api_has_it(mirror: Proxy, weather: Weather) -> None:
+    id = mirror.app.pool.accounts()[0].id
+    ask = functools.partial(admin, mirror)
+    made = ask("POST", "/seedtoken", json={"seed": "anna", "token": id}).json()
+    assert made["status"] == "success"
+    assert ask("GET", "/seedtoken").json()["data"] == {"anna": id}
+    assert ask("GET", "/seedtoken?seed=anna").json()["data"] == {"seed": "anna", "token": id}
+    assert ask("GET", "/seedtoken?seed=berta").status_code == 404
+    for body in (
+        {},
+        {"seed": "x"},
+        {"token": id},
+        {"seed": 5, "token": id},
+        {"seed": "x", "token": "nobody's"},
+    ):
+        assert ask("POST", "/seedtoken", json=body).status_code == 400, body
+    browser = visit(mirror, "anna")
+    begun(browser, mirror)
+    ask("POST", "/seedtoken", json={"seed": "anna", "token": id})
+    assert chats(browser, mirror)["total"] == 1
+    shown = ask("GET", "/tokens/seeds").json()
+    assert shown["enabled"] and [(one["seed"], one["chats"], one["usable"]) for one in shown["seeds"]] == [
+        ("anna", 1, True)
+    ]
+    assert ask("DELETE", "/seedtoken", json={}).status_code == 400
+    assert ask("DELETE", "/seedtoken", json={"seed": "berta"}).status_code == 404
+    assert ask("DELETE", "/seedtoken", json={"seed": "anna"}).json()["status"] == "success"
+    assert browser.get(f"{mirror.url}/backend-api/me", headers=BEARER).status_code == 401
+    visit(mirror, "carla")
+    assert ask("DELETE", "/seedtoken", json={"seed": "clear"}).status_code == 200
+    assert ask("GET", "/seedtoken").json()["data"] == {}
+
+
+def test_a_seeds_chats_stay_when_its_account_is_gone(mirror: Proxy, weather: Weather) -> None:
+    other = SESSION.replace("k", "m")
+    weather.session_tokens[other] = "bob"
+    browser = visit(mirror, "anna")
+    id = begun(browser, mirror)
+    mirror.app.pool.remove([mirror.app.pool.accounts()[0].id])
+    assert browser.get(mirror.url, headers={"Accept": "text/html"}).status_code == 503
+    mirror.app.pool.add([f"{cp.SESSION_COOKIE}={other}"])
+    kept = chats(browser, mirror)
+    assert kept["total"] == 1 and "on an account that is gone" in kept["items"][0]["title"]
+    assert browser.get(f"{mirror.url}/backend-api/conversation/{id}", headers=BEARER).status_code == 404
+    begun(browser, mirror)
+    titles = [one["title"] for one in chats(browser, mirror)["items"]]
+    assert len(titles) == 2 and "gone" not in titles[0]
+
+
+def test_what_is_changed_in_a_chat_is_seen_in_its_list(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    ids = [begun(browser, mirror, text) for text in ("one", "two", "three")]
+    api = f"{mirror.url}/backend-api/conversation"
+    assert browser.patch(f"{api}/{ids[0]}", json={"title": "Renamed"}, headers=BEARER).status_code == 200
+    assert browser.patch(f"{api}/{ids[1]}", json={"is_visible": False}, headers=BEARER).status_code == 200
+    titled = browser.post(f"{api}/gen_title/{ids[2]}", json={"message_id": "m"}, headers=BEARER)
+    assert titled.json()["title"] == "A demo chat"
+    shown = chats(browser, mirror)
+    assert shown["total"] == 2 and {one["title"] for one in shown["items"]} == {"Renamed", "A demo chat"}
+    assert browser.get(f"{api}/{ids[1]}", headers=BEARER).status_code == 404
+    assert (
+        chats(browser, mirror, limit=1)["total"] == 2 and len(chats(browser, mirror, limit=1)["items"]) == 1
+    )
+    assert chats(browser, mirror, offset=1)["items"] == shown["items"][1:]
+    # A server that is started anew knows all this.
+    assert converse(browser, mirror.url, "go on", ids[0]).status_code == 200
+    assert chats(browser, mirror)["items"][0]["id"] == ids[0]
+
+
+# Ways to ask for something by its id, which stands in the place of ID.
+ATTACKS: list[tuple[str, str, Any]] = [
+    *(("GET", path, None) for path in (
+        "/backend-api/conversation/ID", "/backend-api/conversations/ID", "/backend-api/conversation/ID/", "/c/ID",
+        "/c/ID.data", "/c/ID?_routes=x", "/backend-api/conversation/ID/stream_status", "/backend-api/conversation/ID/textdocs",
+        "/backend-api/conversation/ID/interpreter/download?message_id=m&sandbox_path=/mnt/data/a",
+        "/backend-api/conversation/ID/attachment/file-1/download", "/backend-api/f/conversation/ID",
+        "/backend-anon/conversation/ID", "/public-api/conversation/ID", "/backend-api/share/ID", "/share/ID", "/s/ID",
+        "/backend-api/synthesize?conversation_id=ID&message_id=m&voice=v", "/backend-api/textdoc/ID", "/backend-api/tasks/ID",
+        "/backend-api/files/download/x?conversation_id=ID", "/backend-api/images?id=ID", "/backend-api/anything?a=ID",
+        "/backend-api/anything?ID=1", "/backend-api/anything?a=1&a=ID", "/backend-api/new/thing/ID/deep", "/g/g-p-ID/project",
+        "/backend-api/projects/ID", "/backend-api/automations?conversation_id=ID", "/canvas/shared/ID", "/backend-api/a:ID",
+        "/~mirror/UPSTREAM/backend-api/conversation/ID", "/backend-api/conversation/%7BID%7D", "/backend-api/x@ID",
+        "/backend-api/conversation/urn:uuid:ID", "/backend-api/conversation/ID/message/ID", "/backend-api/x,ID",
+        "/backend-api/f/conversation/resume/ID", "/backend-api/estuary/content?id=ID&sig=1",
+    )),
+    *(("POST", path, body) for path, body in (
+        ("/backend-api/conversation", {"action": "next", "messages": [], "conversation_id": "ID"}),
+        ("/backend-api/f/conversation", {"action": "next", "messages": [], "conversation_id": "ID"}),
+        ("/backend-api/f/conversation/resume", {"conversation_id": "ID", "offset": 0}),
+        ("/backend-api/f/conversation/prepare", {"conversation_id": "ID"}),
+        ("/backend-api/stop_conversation", {"conversation_id": "ID"}),
+        ("/backend-api/conversation/gen_title/ID", {"message_id": "m"}),
+        ("/backend-api/conversation/message_feedback", {"conversation_id": "ID", "message_id": "m", "rating": "thumbsUp"}),
+        ("/backend-api/share/create", {"conversation_id": "ID", "current_node_id": "n"}),
+        ("/backend-api/anything", {"deep": {"er": [{"still": ["ID"]}]}}), ("/backend-api/anything", ["ID"]),
+        ("/backend-api/anything", "ID"), ("/backend-api/anything", {"ID": True}), ("/backend-api/anything", {"a": "x/ID/y"}),
+        ("/backend-api/conversation/search", {"ids": ["ID"]}), ("/backend-api/files/x", {"conversation_id": "ID"}),
+        ("/backend-api/conversation", {"messages": [{"id": "m", "metadata": {"attachments": [{"id": "ID"}]}}]}),
+        ("/backend-api/conversation", {"messages": [{"content": {"parts": [{"asset_pointer": "sediment://ID"}]}}]}),
+        ("/backend-api/conversation", {"messages": [{"content": {"parts": [{"asset_pointer": "file-service://ID"}]}}]}),
+        ("/backend-api/gizmos/snorlax/upsert", {"conversation_id": "ID"}), ("/backend-api/files", {"project_id": "ID"}),
+        ("/backend-api/conversation/ID/branch", {}), ("/backend-api/tasks", {"conversation_id": "ID"}),
+        ("/backend-api/textdocs", {"conversation_id": "ID"}), ("/backend-api/conversation/init", {"conversation_id": "ID"}),
+    )),
+    ("PATCH", "/backend-api/conversation/ID", {"title": "mine now"}), ("PATCH", "/backend-api/conversation/ID", {"is_visible": False}),
+    ("DELETE", "/backend-api/conversation/ID", None), ("PUT", "/backend-api/conversation/ID", {}), ("DELETE", "/backend-api/files/ID", None),
+    ("PATCH", "/backend-api/share/ID", {"is_public": True}), ("HEAD", "/backend-api/conversation/ID", None),
+]  # fmt: skip
+
+
+def spellings(id: str) -> list[str]:
+    """A UUID as it may be written."""
+    plain = id.replace("-", "")
+    return [id, id.upper(), plain, plain.upper(), "-".join(plain), f"{plain[:3]}-{plain[3:]}"]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ATTACKS)
+def test_no_visitor_reaches_what_is_anothers(
+    method: str, path: str, body: Any, mirror: Proxy, weather: Weather
+) -> None:
+    mine, other = visit(mirror, "anna"), visit(mirror, "berta")
+    id = begun(mine, mirror)
+    asked = len(weather.seen)
+    named = path.replace("UPSTREAM", weather.url.replace("://", "/"))
+    for spelling in spellings(id):
+        text = json.dumps(body).replace("ID", spelling) if body is not None else None
+        kind = {"Content-Type": "application/json"} if text else {}
+        url = mirror.url + named.replace("ID", spelling)
+        answer = other.request(method, url, content=text, headers=BEARER | kind)
+        assert answer.status_code in (400, 403, 404), (url, answer.status_code, answer.text[:200])
+    assert not [one.path for one in weather.seen[asked:] if one.path != "/api/auth/session"]
+
+
+def test_there_are_enough_attacks() -> None:
+    assert len(ATTACKS) >= 60
+
+
+CLOSED = (
+    "/backend-api/memories", "/backend-api/user_system_messages", "/backend-api/payments/checkout", "/backend-api/accounts/mfa_info",
+    "/backend-api/accounts/data_export", "/backend-api/accounts/x/invites", "/backend-api/subscriptions", "/admin/members",
+    "/backend-api/accounts/logout_all", "/backend-api/settings/clear_account_user_memory",
+)  # fmt: skip
+
+
+def ways_around(path: str, upstream: str) -> list[str]:
+    """Spellings of a path by which somebody may try to have it all the same: targets as they go over the wire."""
+    area, _, rest = path.rpartition("/")
+    letter = rest[0]
+    return [
+        path, f"{path}/", f"/{path}", f"{area}//{rest}", f"{area}/./{rest}", f"{area}/x/../{rest}", f"/x/..{path}", f"{path};x",
+        f"{path};/", f"{path}?x=1", f"{path}%3Fx", f"{path}#x", f"{path}%23", f"{path}%00", f"{path}%20", f"{path}%09", f"{path}.",
+        f"{path}.json", f"{path}.data", f"{area}%2F{rest}", f"{area}%2f{rest}", f"{area}%5C{rest}", f"{area}\\{rest}",
+        f"{area}/%{ord(letter):02x}{rest[1:]}", f"{area}/%25{ord(letter):02x}{rest[1:]}", path.upper(), path.title(),
+        f"{area}/{rest.upper()}", f"{area}/{letter.upper()}{rest[1:]}", f"{upstream}{path}", f"http://x{path}", f"http:{path}",
+        f"/~mirror/{upstream.replace('://', '/')}{path}", f"/~mirror/{upstream.replace('://', '/')}/{path}",
+        f"/~mirror/url?u={upstream}{path}", f"/~mirror/url?u={upstream}/{path}", f"/~mirror/url?u={upstream}/x/..{path}",
+        f"/~mirror/url?u={upstream}{area}%2f{rest}", f"/~mirror/HTTP/{upstream[7:]}{path}", f"/~mirror/{upstream}{path}",
+        f"/~mirror/http/x@{upstream[7:]}{path}", f"/~mirror/url?u=http://x@{upstream[7:]}{path}", f"/~mirror/~mirror{path}",
+        f"/assets/..{path}", f"/cdn/assets/../..{path}", f"/cdn/assets/%2e%2e/%2e%2e{path}", f"/_next/static/..;{path}",
+        f"{area}/{letter}\u0301{rest[1:]}".encode().decode("latin-1"), f"{area}/{rest[:-1]}%c5%bf", f"{area}/\uff4d".encode().decode("latin-1"),
+    ]  # fmt: skip
+
+
+def raw(
+    proxy: Proxy, method: str, target: str, headers: Mapping[str, str], body: bytes = b""
+) -> tuple[int, bytes]:
+    """Status and body of a request whose target is sent as it is."""
+    lines = [f"{method} {target} HTTP/1.1", "Host: x", "Connection: close", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=20) as sock:
+        sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        said = b"".join(iter(lambda: sock.recv(65536), b""))
+    return int(said.split(b" ")[1]), said.partition(b"\r\n\r\n")[2]
+
+
+def test_no_spelling_of_a_path_goes_around_what_is_closed(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    cookies = {"Cookie": "; ".join(f"{name}={value}" for name, value in browser.cookies.items())}
+    begun(browser, mirror)
+    tries = 0
+    asked = len(weather.seen)
+    for path in CLOSED:
+        for target in ways_around(path, weather.url):
+            for headers in (BEARER, {"Accept": "text/html"}):
+                raw(mirror, "GET", target, cookies | headers)
+                tries += 1
+    assert tries >= 200
+    words = (
+        "memor",
+        "user_system",
+        "payments",
+        "mfa",
+        "data_export",
+        "invites",
+        "subscriptions",
+        "admin",
+        "logout_all",
+        "clear_",
+    )
+    reached = {one.path for one in weather.seen[asked:] if any(word in one.path.lower() for word in words)}
+    assert not reached
+    # Whoever came with a session cookie of their own may all this.
+    own = SESSION.replace("k", "q")
+    weather.session_tokens[own] = "carla"
+    owner = visit(mirror, own)
+    owner.get(f"{mirror.url}/backend-api/memories", headers=BEARER)
+    assert weather.seen[-1].path == "/backend-api/memories"
+
+
+def test_nothing_that_is_everybodys_is_changed_by_a_seed(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    begun(browser, mirror)
+    asked = len(weather.seen)
+    for method, path in (
+        ("PATCH", "/backend-api/conversations"), ("DELETE", "/backend-api/conversations"), ("PATCH", "/backend-api/conversations/"),
+        ("POST", "/backend-api/conversations/archive_all"), ("PATCH", "/backend-api/settings/account_user_setting?feature=x&value=1"),
+        ("POST", "/backend-api/accounts/logout_all"), ("POST", "/backend-api/accounts/deactivate"), ("PATCH", "/backend-api/me"),
+        ("PATCH", "/Backend-Api/Conversations"), ("POST", "/backend-api/accounts/x/users"), ("PUT", "/backend-api/connectors/x"),
+    ):  # fmt: skip
+        answer = browser.request(method, mirror.url + path, json={"is_visible": False}, headers=BEARER)
+        assert answer.status_code == 403 and "closed" in answer.json()["detail"], path
+    assert len(weather.seen) == asked
+
+
+def test_a_way_of_the_sites_that_is_not_known_is_named_once(
+    mirror: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    browser = visit(mirror, "anna")
+    with caplog.at_level(logging.INFO, "chatproxy"):
+        for _ in range(3):
+            browser.get(f"{mirror.url}/backend-api/novelty/{uuid.uuid4()}", headers=BEARER)
+    told = [record for record in caplog.records if "refused to a seed" in record.getMessage()]
+    assert len(told) == 1 and "/backend-api/novelty/{id}" in str(told[0].__dict__)
+
+
+def test_nothing_of_this_server_or_the_visitor_goes_upstream(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    headers = BEARER | {
+        "X-Forwarded-For": "203.0.113.9", "CF-Connecting-IP": "203.0.113.9", "Forwarded": "for=203.0.113.9", "Via": "1.1 x",
+        "X-Real-IP": "203.0.113.9", "User-Agent": "visitors-own", "Sec-CH-UA": "visitors-own", "Origin": mirror.url,
+        "Referer": f"{mirror.url}/?token=anna", "X-Original-URL": "/backend-api/memories", "X-HTTP-Method-Override": "DELETE",
+        "OAI-Device-Id": str(uuid.uuid4()), "ChatGPT-Account-Id": "another", "X-OpenAI-Target-Path": "/backend-api/memories",
+        "X-Conduit-Token": "kept", "OAI-Language": "de-DE", "Accept-Language": "de", "X-New-Header": "kept",
+    }  # fmt: skip
+    answer = browser.get(f"{mirror.url}/backend-api/me", headers=headers)
+    assert answer.status_code == 200 and "set-cookie" not in answer.headers
+    sent = weather.seen[-1].headers
+    text = str(sent)
+    assert not any(
+        word in text
+        for word in ("203.0.113.9", "visitors-own", "anna", "of-the-page", "another", "memories", "chatproxy")
+    )
+    assert sent["x-conduit-token"] == sent["x-new-header"] == "kept" and sent["oai-language"] == "de-DE"
+    row = mirror.app.pool.accounts()[0].row
+    assert sent["oai-device-id"] == row.device and f"oai-did={row.device}" in sent["cookie"]
+    assert (
+        sent["origin"] == weather.url
+        and sent["referer"].startswith(weather.url)
+        and row.access_token in sent["authorization"]
+    )
+    assert "x-http-method-override" not in sent and "x-original-url" not in sent
+
+
+def test_no_token_of_the_account_reaches_a_visitor(mirror: Proxy, weather: Weather) -> None:
+    row = mirror.app.pool.accounts()[0].row
+    visit(mirror, "anna").get(f"{mirror.url}/backend-api/me", headers=BEARER)
+    fresh = cp.demo_token("alice")
+
+    def leaks(request: cp.Request) -> cp.Reply:
+        row = mirror.app.pool.accounts()[0].row
+        said = {
+            "accessToken": fresh,
+            "other": row.access_token,
+            "session": SESSION,
+            "mail": row.email,
+            "conduit": "eyJhbGciOiJub25lIn0.eyJhIjoxfQ.x",
+        }
+        return cp.json_reply(said)
+
+    for seed in ("anna", SESSION):
+        browser = visit(mirror, seed)
+        weather.add("/backend-api/me", leaks)
+        said = browser.get(f"{mirror.url}/backend-api/me", headers=BEARER).text
+        secrets_of_it = (fresh, SESSION, mirror.app.pool.accounts()[0].row.access_token)
+        assert not any(secret in said for secret in secrets_of_it) and "eyJhIjoxfQ" in said
+        assert ("alice@" in said) == (seed == SESSION)
+        page = browser.get(f"{mirror.url}/api/auth/session").json()
+        assert page["accessToken"] not in secrets_of_it and page["accessToken"].count(".") == 2
+    assert row.kind == "session"
+
+
+def test_telemetry_goes_nowhere(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    asked = len(weather.seen)
+    here = weather.url.replace("://", "/")
+    for path in (
+        "/ces/v1/t", "/ces/v1/m", "/v1/rgstr", "/v1/initialize", "/backend-api/lat/r", "/backend-api/edge", "/cdn-cgi/rum",
+        f"/~mirror/{here}/ces/v1/t", "/~mirror/https/ab.chatgpt.com/v1/rgstr", "/~mirror/https/o1.ingest.sentry.io/api/1/envelope/",
+        "/~mirror/url?u=https://browser-intake-datadoghq.com/api/v2/rum",
+    ):  # fmt: skip
+        answer = browser.post(mirror.url + path, content=b"what I did", headers={"Content-Encoding": "gzip"})
+        assert answer.status_code in (200, 202), path
+    assert len(weather.seen) == asked
+
+
+def test_no_private_address_is_reached_by_way_of_the_mirror(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    with socket.create_server(("127.0.0.1", 0)) as inside:
+        inside.settimeout(0.2)
+        port = inside.getsockname()[1]
+        for host in (
+            f"127.0.0.1:{port}",
+            f"localhost:{port}",
+            f"[::1]:{port}",
+            "169.254.169.254",
+            "10.0.0.1",
+            f"0.0.0.0:{port}",
+        ):
+            for method in ("GET", "PUT", "POST"):
+                url = f"{mirror.url}/~mirror/http/{host}/x"
+                assert browser.request(method, url).status_code in (400, 404, 405), host
+                url = f"{mirror.url}/~mirror/url?u=http://{host}/x"
+                assert browser.request(method, url).status_code in (400, 404, 405), host
+        with pytest.raises(TimeoutError):
+            inside.accept()
+
+
+def test_pages_of_other_sites_may_only_lead_to_the_mirror(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    for headers in (
+        {"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, {"Origin": "null"},
+    ):  # fmt: skip
+        for method in ("GET", "POST"):
+            answer = browser.request(method, f"{mirror.url}/backend-api/me", headers=BEARER | headers)
+            assert answer.status_code == 403, headers
+    led = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Accept": "text/html"}
+    assert browser.get(mirror.url, headers=led).status_code == 200
+
+
+def test_the_mirror_is_beside_a_prefix(start: Start, weather: Weather) -> None:
+    weather.session_tokens[SESSION] = "alice"
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, api_prefix="hidden")
+    root = proxy.url.removesuffix("/hidden")
+    assert httpx.get(f"{root}/v1/models").status_code in (401, 404)
+    assert httpx.get(root, headers={"Accept": "text/html"}).headers["location"] == "/login"
+    browser = httpx.Client()
+    assert browser.post(f"{root}/login", data={"token": "anna"}).status_code == 303
+    assert "__mirrored" in browser.get(root, headers={"Accept": "text/html"}).text
+    assert "Sign in" not in httpx.get(f"{root}/hidden/chat", headers={"Accept": "text/html"}).text
+
+
+def test_without_the_setting_there_is_no_mirror(proxy: Proxy) -> None:
+    for path in ("/login", "/c/x", "/backend-anything"):
+        assert httpx.get(proxy.url + path).status_code == 404
+    assert (
+        httpx.get(f"{proxy.url}/chat", headers={"Accept": "text/html"}).text
+        == httpx.get(proxy.url, headers={"Accept": "text/html"}).text
+    )
+
+
+def test_a_mirror_that_anybody_could_use_is_not_begun(tmp_path: pathlib.Path) -> None:
+    env = {
+        "DATA_DIR": str(tmp_path / "data"),
+        "ENABLE_GATEWAY": "true",
+        "AUTHORIZATION": KEY,
+        "HOST": "0.0.0.0",
+    }
+    done = run("serve", "--port", "0", env=env)
+    assert done.returncode and "GATEWAY_PASSWORD" in done.stderr
+
+
+def test_chat2apis_seeds_are_taken_over(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "chat2api"
+    folder.mkdir()
+    id = str(uuid.uuid4())
+    seeds = {
+        "anna": {"token": SESSION, "conversations": [id], "user_id": "u"},
+        "berta": {"token": "x", "conversations": []},
+        "": {},
+    }
+    chats_of_it = {
+        id: {"id": id, "title": "About cats", "create_time": "2025-03-01T10:00:00Z", "is_archived": False}
+    }
+    (folder / "seed_map.json").write_text(json.dumps(seeds))
+    (folder / "conversation_map.json").write_text(json.dumps(chats_of_it))
+    data = tmp_path / "data"
+    done = run("accounts", "import", str(folder), env={"DATA_DIR": str(data)})
+    assert "seeds of the mirror: 2" in done.stdout, done.stderr
+    store = cp.Store(str(data))
+    known = {one.seed: one.account for one in store.seeds()}
+    assert known["anna"] == store.accounts()[0].id and known["berta"] == ""
+    (chat,) = store.belongings(cp.owner_of_seed("anna"))
+    assert chat.title == "About cats" and chat.account == known["anna"] and chat.made < chat.changed
+    store.close()
+
+
+@given(st.uuids(), st.sampled_from(["", "urn:uuid:", "{", " ", "conversation-turn-", "a/", "x="]), st.data())
+def test_an_id_is_found_however_it_is_spelled(id: uuid.UUID, before: str, data: st.DataObject) -> None:
+    marks = data.draw(st.lists(st.sampled_from(["", "", "", "-"]), min_size=32, max_size=32))
+    text = "".join(c + mark for c, mark in zip(id.hex, marks, strict=True)).rstrip("-")
+    text = data.draw(
+        st.sampled_from([text, text.upper(), text.translate({ord("1"): "\uff11", ord("2"): "\u0662"})])
+    )
+    assert id.hex in list(cp.ids_in(before + text)), before + text
+
+
+def test_what_pages_send_holds_no_ids_where_there_are_none() -> None:
+    body = turn_of(f"What is {uuid.uuid4()}?") | {
+        "model": "gpt-5-5-thinking", "timezone": "America/Los_Angeles", "conversation_mode": {"kind": "primary_assistant"},
+        "system_hints": ["picture_v2", "search"], "supported_encodings": ["v1"], "enable_message_followups": True,
+        "client_contextual_info": {"is_dark_mode": False, "time_since_loaded": 12, "app_name": "chatgpt.com"},
+        "paragen_cot_summary_display_override": "allow", "force_parallel_switch": "auto", "thinking_effort": "standard",
+    }  # fmt: skip
+    assert not list(cp.ids_of(body))
+
+
 # --- faults that the tests must notice -----------------------------------------------------------------------------------
 #
 # `python test_chatproxy.py mutants` puts each of these faults into a copy of the program and runs the tests that are to
