@@ -17725,7 +17725,9 @@ class Mirror:
         """A URL of another host: the site's assets, signed files, its WebSockets, and what is public of anybody's."""
         url = self._named_url(request)
         try:
-            host, _, _ = Fetcher.parted(re.sub(r"^ws(s?:)", r"http\1", url))
+            host, port, _ = Fetcher.parted(re.sub(r"^ws(s?:)", r"http\1", url))
+            if "@" in urllib.parse.urlsplit(url).netloc or host.endswith("."):
+                raise ValueError("its host is spelled oddly")
         except ValueError as error:
             raise invalid(None, f"This is not a URL to be had here: {error}.") from None
         parts = urllib.parse.urlsplit(url)
@@ -17735,7 +17737,7 @@ class Mirror:
         if parts.scheme in ("ws", "wss"):
             return self._bridged(request, visitor, url, host)
         reads = request.method in ("GET", "HEAD")
-        if f"{parts.scheme}://{parts.netloc}".lower() == visitor.account.gateway.lower():
+        if (host, port) == Fetcher.parted(visitor.account.gateway)[:2]:
             path, query = parse_target(parts.path + (f"?{parts.query}" if parts.query else ""))
             if not {".", ".."}.isdisjoint(path.split("/")) or path.startswith(ELSEWHERE):
                 raise self._unknown()
