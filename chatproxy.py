@@ -16402,7 +16402,7 @@ _CLOSED = re.compile(
     r"api_?keys?|passkeys?|security|delete_account|identity|phone|email|workspace|connectors/links)"
 )
 _ONLY_READ = re.compile(
-    r"(?i)/(?:accounts|settings|me|user|users|beta_features|conversations|connectors)(?:/|$)"
+    r"(?i)(?:/[^/]*)?/(?:accounts|settings|me|users?|beta_features|conversations|connectors)(?:/|$)"
 )
 _SEARCH = re.compile(r"(?i)/conversations/search/?$")
 # Voice needs connections that no proxy carries.
@@ -16447,7 +16447,9 @@ _MADE_FIELDS = {
 }  # fmt: skip
 _TURN = re.compile(r"/(?:f/)?conversation(?:/resume)?")
 # GPTs that the site shows to everybody.
-_SHOWN_TO_ALL = re.compile(r"/gizmos/discovery(?!/recent|/mine)(?:/[a-z_-]{1,30})?")
+_SHOWN_TO_ALL = re.compile(
+    r"/public-api/gizmos/discovery(?:/[a-z_-]{1,30})?|/backend-[a-z]+/gizmos/discovery(?!/recent|/mine)(?:/[a-z_-]{1,30})?"
+)
 _STREAM_MARKS = re.compile(rb"asset_pointer|textdoc_id|title_generation|task_id")
 _NOT_PASSED = {
     "host", "cookie", "authorization", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
@@ -17224,7 +17226,7 @@ class Mirror:
         reads = request.method in ("GET", "HEAD")
         if not path.isascii() or re.search(r"[;\\%\s]", path):
             raise self._unknown()
-        writes_all = not reads and _ONLY_READ.search(path) and not _SEARCH.search(path)
+        writes_all = not reads and _ONLY_READ.match(path) and not _SEARCH.search(path)
         if _CLOSED.search(path) or writes_all:
             text = "This is the whole account's, which others use too: it is closed to visitors with a seed."
             raise ApiError("closed_to_seeds", text)
@@ -17470,7 +17472,7 @@ class Mirror:
             return body
         if not isinstance(value, (dict, list)) or "/sentinel/" in path or _TURN.fullmatch(rest):
             return body
-        if status < 300 and _SHOWN_TO_ALL.fullmatch(rest):
+        if status < 300 and _SHOWN_TO_ALL.fullmatch(path):
             self.belongings.show_to_all(id for id, _ in named_in(value, {"id": "gpt", "gizmo_id": "gpt"}))
             return body
         if status < 300:
@@ -17489,7 +17491,7 @@ class Mirror:
         if made:
             things = list(named_in(value, _MADE_FIELDS))
             if "gizmo" in rest or "project" in rest:
-                things += [(id, "project") for id, _ in named_in(value, {"id": "id"}) if id.startswith("g-")]
+                things += named_in(value, {"id": "project"})
             self.belongings.take(visitor, things)
         elif owned:
             self.belongings.take(visitor, named_in(value, _CONTENT_FIELDS))
@@ -17687,6 +17689,8 @@ class Mirror:
             headers = self._returned(request, visitor, call.headers) | self._page_policy()
             if request.method == "HEAD":
                 return Reply(call.status, b"", kind, headers)
+            if "text/html" in kind:  # of another host: never with these pages' rights
+                headers["Content-Security-Policy"] += "; sandbox allow-scripts allow-forms"
             if call.status != 200 or not size.isdigit() or int(size) > MAX_ASSET or "text/html" in kind:
                 guard.pop_all()
                 return Stream(functools.partial(relayed, call), call.status, kind, headers, False)
@@ -22240,6 +22244,773 @@ _CODEX_FAILURES = {
 }  # fmt: skip
 
 
+# The site's page: a small one of our own that does what the real one does where a mirror has to follow.
+SITE_HTML = r"""<!DOCTYPE html>
+<html lang="en" __FACTS__>
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>ChatGPT stand-in</title>
+<script nonce="__NONCE__">
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (event) => window.violations.push(event.blockedURI));
+</script>
+<script src="/_next/static/chunks/app.js"></script>
+<link rel="icon" href="__OTHER__/cdn/assets/logo-1x.png">
+<link rel="stylesheet" href="__OTHER__/cdn/assets/site.css">
+<link rel="modulepreload" href="__OTHER__/cdn/assets/chunk-0.js">
+<script id="bootstrap" type="application/json">__BOOTSTRAP__</script>
+<script type="module" src="__OTHER__/cdn/assets/app.js"></script>
+</head>
+<body>
+<nav aria-label="Chats">
+  <a id="home" href="/"><img id="logo" alt="" width="28" height="28"
+    srcset="__OTHER__/cdn/assets/logo-1x.png 1x, __OTHER__/cdn/assets/logo-2x.png 2x"> Stand-in</a>
+  <a id="new" href="/">New chat</a>
+  <ul id="chats"></ul>
+  <ul id="projects"></ul>
+</nav>
+<main>
+  <p id="welcome">__WELCOME__</p>
+  <p id="trouble" role="alert" hidden></p>
+  <div id="messages" aria-live="polite"></div>
+  <form id="composer" hidden>
+    <textarea id="prompt" rows="2" aria-label="Message" placeholder="Ask anything"></textarea>
+    <label class="attach">Picture <input id="picture" type="file" accept="image/*"></label>
+    <span id="attached"></span>
+    <button id="stop" type="button" disabled>Stop</button>
+    <button id="send">Send</button>
+  </form>
+  <footer><span id="who"></span> <span id="socket">offline</span></footer>
+</main>
+</body>
+</html>
+"""
+SITE_CSS = r""":root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #10795f; }
+* { box-sizing: border-box; }
+body { margin: 0; display: flex; min-height: 100vh; font: 16px/1.5 system-ui, sans-serif; }
+nav { width: 300px; padding: 12px; border-right: 1px solid var(--line); background: var(--soft); }
+nav a { display: block; padding: 6px 8px; border-radius: 6px; color: inherit; text-decoration: none; }
+nav a:hover, nav a[aria-current] { background: var(--line); }
+nav ul { list-style: none; margin: 12px 0; padding: 0; }
+nav li { display: flex; align-items: center; gap: 4px; }
+nav li a, nav li input { flex: 1; min-width: 0; }
+nav li a { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+nav li button { padding: 1px 5px; font-size: 11px; }
+#home { display: flex; align-items: center; gap: 8px; font-weight: 600; }
+#logo { border-radius: 50%; }
+main { flex: 1; min-width: 0; display: flex; flex-direction: column; padding: 16px; }
+main { max-width: 760px; margin: 0 auto; }
+#messages { flex: 1; }
+article { margin: 12px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+article.user { margin-left: auto; width: fit-content; max-width: 80%; padding: 8px 14px; }
+article.user { border-radius: 16px; background: var(--line); }
+article img { display: block; max-width: 100%; margin-top: 8px; border-radius: 8px; }
+#trouble { padding: 8px 12px; border-left: 3px solid #c33; background: #c331; overflow-wrap: anywhere; }
+form { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; padding: 10px; }
+form { border: 1px solid var(--line); border-radius: 14px; }
+form[hidden] { display: none; }
+textarea { flex: 1 0 100%; padding: 6px; border: 0; outline: 0; resize: vertical; }
+.attach { cursor: pointer; color: var(--accent); }
+.attach:focus-within { outline: 2px solid var(--accent); }
+.attach input { position: absolute; width: 1px; opacity: 0; }
+#attached { flex: 1; font-size: 14px; opacity: .7; }
+button { padding: 6px 14px; border: 1px solid var(--line); border-radius: 8px; }
+button, textarea { font: inherit; color: inherit; background: transparent; }
+button:disabled { opacity: .4; }
+#send { color: #fff; background: var(--accent); }
+footer { display: flex; justify-content: space-between; padding-top: 8px; font-size: 13px; opacity: .7; }
+#socket::before { content: ""; display: inline-block; width: 12px; height: 12px; margin-right: 4px;
+  background: url("__OTHER__/cdn/assets/logo-1x.png?from=css") center / cover; }
+@media (max-width: 640px) {
+  body { flex-direction: column; }
+  nav { width: 100%; max-height: 35vh; overflow: auto; border-right: 0; border-bottom: 1px solid var(--line); }
+  main { width: 100%; }
+}
+"""
+SITE_APP_JS = r"""import * as zero from "__OTHER__/cdn/assets/chunk-0.js";
+import * as one from "__OTHER__/cdn/assets/chunk-1.js";
+import * as two from "__OTHER__/cdn/assets/chunk-2.js";
+import * as three from "./chunk-3.js";
+import * as four from "./chunk-4.js";
+
+const boot = JSON.parse(document.getElementById("bootstrap").textContent);
+const $ = (id) => document.getElementById(id);
+const device = /(?:^|; )oai-did=([^;]+)/.exec(document.cookie)?.[1] ?? "";
+const site = {
+  conversation: "", gizmo: "", model: "auto", last: "", worker: "", serviceWorker: "", chunks: 0,
+  chats: [], errors: [], refused: [], messages: new Map(), echoes: [], encodings: ["v1"],
+};
+const places = new Map(); // file id → where its bytes are
+let socket = null, running = null, listed = 0;
+
+function complain(error) {
+  site.errors.push(String(error?.message ?? error));
+  $("trouble").textContent = site.errors.at(-1);
+  $("trouble").hidden = false;
+}
+addEventListener("error", (event) => complain(event.error ?? event.message));
+addEventListener("unhandledrejection", (event) => complain(event.reason));
+
+function newId() { // crypto.randomUUID is missing where the page comes over plain HTTP
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  bytes[6] = 64 | (bytes[6] & 15);
+  bytes[8] = 128 | (bytes[8] & 63);
+  const digits = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return digits.replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
+}
+
+function element(name, facts = {}, ...children) {
+  const made = Object.assign(document.createElement(name), facts);
+  made.append(...children);
+  return made;
+}
+
+// -- calls ------------------------------------------------------------------------------------------------
+
+async function call(method, path, body, { signal, headers = {} } = {}) {
+  const own = { Authorization: `Bearer ${boot.accessToken}`, "oai-device-id": device };
+  own["oai-language"] = navigator.language;
+  if (body !== undefined) own["Content-Type"] = "application/json";
+  const url = path.startsWith("/") ? path : `/backend-api/${path}`;
+  const sent = body && JSON.stringify(body);
+  const answer = await fetch(url, { method, signal, headers: { ...own, ...headers }, body: sent });
+  if (answer.ok) return answer;
+  throw new Error(`${method} ${path}: ${answer.status} ${(await answer.text()).slice(0, 200)}`);
+}
+const ask = async (...asked) => (await call(...asked)).json();
+
+function digest(text) { // FNV-1a with a finisher, as eight digits
+  let hash = 2166136261;
+  for (let at = 0; at < text.length; at++) hash = Math.imul(hash ^ text.charCodeAt(at), 16777619);
+  hash = Math.imul(hash ^ (hash >>> 16), 2246822507);
+  hash = Math.imul(hash ^ (hash >>> 13), 3266489909);
+  return ((hash ^ (hash >>> 16)) >>> 0).toString(16).padStart(8, "0");
+}
+
+async function proof(prefix, seed, difficulty) {
+  const facts = [
+    screen.width + screen.height, String(new Date()), 4294705152, 0, navigator.userAgent,
+    document.scripts[1]?.src ?? null, boot.build, navigator.language, navigator.languages.join(","), 0,
+    "onLine−true", "location", "alert", performance.now(), newId(), "", navigator.hardwareConcurrency,
+    performance.timeOrigin, 0, 0, 0, 0, 0, 0, 0,
+  ];
+  for (let tried = 1; tried <= 500000; tried++) {
+    facts[3] = tried;
+    facts[9] = Math.round(tried / 2);
+    const answer = btoa(String.fromCharCode(...new TextEncoder().encode(JSON.stringify(facts))));
+    if (digest(seed + answer).slice(0, difficulty.length) <= difficulty) return `${prefix}${answer}~S`;
+    if (tried % 2000 === 0) await new Promise((go) => setTimeout(go));
+  }
+  throw new Error("The proof of work was not found.");
+}
+
+async function requirements(signal) {
+  const path = "sentinel/chat-requirements";
+  const asked = { p: await proof("gAAAAAC", String(Math.random()), "0fffff") };
+  const { prepare_token, proofofwork } = await ask("POST", `${path}/prepare`, asked, { signal });
+  const { required, seed, difficulty } = proofofwork;
+  const found = required ? await proof("gAAAAAB", seed, difficulty) : undefined;
+  const { token } = await ask("POST", `${path}/finalize`, { prepare_token, proofofwork: found }, { signal });
+  const headers = { "openai-sentinel-chat-requirements-token": token };
+  return found ? { ...headers, "openai-sentinel-proof-token": found } : headers;
+}
+
+// -- one turn ---------------------------------------------------------------------------------------------
+
+function changed(whole, { p: path = "", o: operation = "add", v: value }) {
+  if (operation === "patch") return value.reduce((now, change) => changed(now, change), whole);
+  const steps = path.split("/").slice(1);
+  const last = steps.pop();
+  if (last === undefined) return value;
+  const holder = steps.reduce((node, step) => (node[step] ??= {}), whole);
+  const old = holder[last];
+  if (operation === "remove") delete holder[last];
+  else if (operation === "truncate") holder[last] = old.slice(0, value);
+  else if (operation !== "append") holder[last] = value;
+  else if (typeof old === "string") holder[last] = old + value;
+  else holder[last] = Array.isArray(old) ? old.concat(value) : { ...old, ...value };
+  return whole;
+}
+
+async function read(answer, heard) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const documents = new Map();
+  let before = { p: "", o: "add", c: 0 }, rest = "";
+  for (let piece = await reader.read(); !piece.done; piece = await reader.read()) {
+    const events = (rest + piece.value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.slice(event.indexOf("data: ") + 6);
+      if (!data.startsWith("{")) continue; // the encoding's name, and [DONE]
+      let value = JSON.parse(data);
+      if (value.error) throw new Error(value.error.message ?? value.error);
+      if ("v" in value) {
+        before = { ...before, ...value };
+        value = changed(documents.get(before.c), before);
+        documents.set(before.c, value);
+      }
+      if (value.message) heard(value);
+    }
+  }
+}
+
+function paint(message) {
+  const parts = message.content?.parts ?? [];
+  const text = parts.filter((part) => typeof part === "string").join("\n");
+  const pictures = parts.flatMap((part) => (part.asset_pointer ? part.asset_pointer.split("://")[1] : []));
+  const role = message.author.role;
+  const said = role === "user" || (role === "assistant" && (message.recipient ?? "all") === "all");
+  if (!said && !pictures.length) return;
+  $("welcome").hidden = true;
+  site.messages.set(message.id, { role, text, pictures });
+  let article = document.getElementById(message.id);
+  if (!article) {
+    article = element("article", { id: message.id, className: role }, element("div"));
+    $("messages").append(article);
+  }
+  article.firstChild.textContent = text;
+  for (const id of pictures) {
+    if (article.querySelector(`[data-file="${id}"]`)) continue;
+    const image = element("img", { alt: "A picture" });
+    image.onerror = () => complain(`The picture ${id} cannot be shown.`);
+    image.dataset.file = id;
+    article.append(image);
+    picture(id).then((place) => (image.src = place)).catch(complain);
+  }
+}
+
+async function picture(id) {
+  if (!places.has(id)) {
+    const found = await ask("GET", `files/download/${id}?conversation_id=${site.conversation}&inline=true`);
+    places.set(id, found.download_url);
+  }
+  return places.get(id);
+}
+
+async function attach(file) {
+  const facts = { file_name: file.name, file_size: file.size, use_case: "multimodal" };
+  const { file_id: id, upload_url } = await ask("POST", "files", facts);
+  const headers = { "x-ms-blob-type": "BlockBlob", "x-ms-version": "2020-04-08", "Content-Type": file.type };
+  const stored = await fetch(upload_url, { method: "PUT", headers, body: file });
+  if (!stored.ok) throw new Error(`The upload was answered with ${stored.status}.`);
+  places.set(id, (await ask("POST", `files/${id}/uploaded`, {})).download_url);
+  const bitmap = await createImageBitmap(file);
+  const size = { width: bitmap.width, height: bitmap.height };
+  const pointer = { content_type: "image_asset_pointer", asset_pointer: `file-service://${id}` };
+  const attachment = { id, name: file.name, size: file.size, mime_type: file.type, ...size };
+  return { part: { ...pointer, size_bytes: file.size, ...size }, attachment };
+}
+
+async function turn(text, file) {
+  if (running) throw new Error("An answer is under way.");
+  const control = (running = new AbortController());
+  const { signal } = control;
+  const began = site.conversation;
+  let drawing = false;
+  $("trouble").hidden = $("send").disabled = true;
+  $("stop").disabled = false;
+  try {
+    const attached = file ? [await attach(file)] : [];
+    const parts = [...attached.map((given) => given.part), text];
+    const content = { content_type: file ? "multimodal_text" : "text", parts };
+    const metadata = file ? { attachments: attached.map((given) => given.attachment) } : {};
+    const message = { id: newId(), author: { role: "user" }, content, metadata };
+    message.create_time = Date.now() / 1000;
+    paint(message);
+    const usual = { kind: "primary_assistant" };
+    const kind = site.gizmo ? { kind: "gizmo_interaction", gizmo_id: site.gizmo } : usual;
+    const body = {
+      action: "next", model: site.model, parent_message_id: site.last || newId(), conversation_mode: kind,
+      conversation_id: began || undefined, timezone_offset_min: new Date().getTimezoneOffset(),
+      system_hints: [], supports_buffering: true, supported_encodings: site.encodings,
+    };
+    const headers = { Accept: "text/event-stream", "x-oai-turn-trace-id": newId() };
+    Object.assign(headers, await requirements(signal));
+    const early = { ...body, client_prepare_state: "none" };
+    const { conduit_token } = await ask("POST", "f/conversation/prepare", early, { signal });
+    if (conduit_token) headers["x-conduit-token"] = conduit_token;
+    const whole = { ...body, messages: [message], client_prepare_state: "success" };
+    const answer = await call("POST", "f/conversation", whole, { signal, headers });
+    await read(answer, (told) => {
+      site.last = told.message.id;
+      drawing ||= told.message.metadata?.async_task_type === "image_gen";
+      const id = told.conversation_id;
+      if (id && !site.conversation) history.pushState(null, "", `/c/${id}`);
+      site.conversation ||= id;
+      paint(told.message);
+    });
+    if (drawing) await awaitDrawing(site.conversation, signal);
+    if (!began) await ask("POST", `conversation/gen_title/${site.conversation}`, { message_id: site.last });
+  } catch (error) {
+    if (error.name !== "AbortError") throw error;
+  } finally {
+    running = null;
+    $("stop").disabled = true;
+    $("send").disabled = false;
+  }
+  await listChats();
+  return [...site.messages.values()].at(-1);
+}
+
+async function awaitDrawing(id, signal) {
+  for (const until = Date.now() + 20000; Date.now() < until; await new Promise((go) => setTimeout(go, 300))) {
+    const { mapping } = await ask("GET", `conversation/${id}`, undefined, { signal });
+    const told = Object.values(mapping).map((node) => node.message);
+    const added = told.filter((message) => message?.author.role === "tool" && !site.messages.has(message.id));
+    const drawn = added.find((message) => message.content.parts?.some((part) => part.asset_pointer));
+    if (drawn) return paint(drawn);
+  }
+  throw new Error("The drawing did not come.");
+}
+
+async function stop() {
+  running?.abort();
+  if (site.conversation) await ask("POST", "stop_conversation", { conversation_id: site.conversation });
+}
+
+// -- chats ------------------------------------------------------------------------------------------------
+
+async function listChats() {
+  const number = ++listed;
+  const { items } = await ask("GET", "conversations?offset=0&limit=28&order=updated");
+  if (number !== listed) return; // a later list is under way
+  site.chats = items.map(({ id, title }) => ({ id, title }));
+  $("chats").replaceChildren(...site.chats.map(row));
+}
+
+function row({ id, title }) {
+  const link = linkTo(`/c/${id}`, title);
+  link.ariaCurrent = id === site.conversation ? "page" : null;
+  const change = async (facts) => {
+    await ask("PATCH", `conversation/${id}`, facts);
+    if (facts.is_visible === false && id === site.conversation) go(null, "/");
+    await listChats();
+  };
+  const rename = () => {
+    const input = element("input", { value: title, ariaLabel: "New title" });
+    input.onkeydown = (event) => {
+      if (event.key === "Enter") change({ title: input.value });
+      if (event.key === "Escape") input.replaceWith(link);
+    };
+    link.replaceWith(input);
+    input.select();
+  };
+  const button = (textContent, onclick) => element("button", { textContent, onclick });
+  const drop = () => change({ is_visible: false });
+  return element("li", {}, link, button("Rename", rename), button("Delete", drop));
+}
+
+function go(event, path) {
+  event?.preventDefault();
+  history.pushState(null, "", path);
+  return open().catch(complain);
+}
+
+function linkTo(path, textContent) {
+  return element("a", { href: path, textContent, onclick: (event) => go(event, path) });
+}
+const gizmoLink = ({ id, display }) => linkTo(`/g/${id}`, display.name);
+
+async function open() { // shows what the address names
+  const [, area, id = ""] = /^\/(?:(c|g)\/([\w-]+))?/.exec(location.pathname);
+  const welcome = (text) => { $("welcome").textContent = text; $("welcome").hidden = !text; };
+  running?.abort();
+  Object.assign(site, { conversation: area === "c" ? id : "", gizmo: area === "g" ? id : "", last: "" });
+  site.messages.clear();
+  $("messages").replaceChildren();
+  $("trouble").hidden = true;
+  for (const link of $("chats").querySelectorAll("a")) {
+    link.ariaCurrent = link.pathname === location.pathname ? "page" : null;
+  }
+  welcome(area === "c" ? "" : "What can I help with?");
+  if (area === "c") {
+    const { mapping, current_node } = await ask("GET", `conversation/${id}`);
+    if (site.conversation !== id) return;
+    const path = [];
+    for (let node = mapping[current_node]; node; node = mapping[node.parent]) path.unshift(node.message);
+    path.filter(Boolean).forEach(paint);
+    site.last = current_node;
+  } else if (area === "g") {
+    const { gizmo } = await ask("GET", `gizmos/${id}`);
+    welcome(gizmo.display.name);
+  } else if (location.pathname === "/gpts") {
+    const { list } = await ask("GET", "/public-api/gizmos/discovery/recent");
+    $("welcome").replaceChildren("GPTs: ", ...list.items.map((item) => gizmoLink(item.resource.gizmo)));
+  }
+}
+
+// -- the start --------------------------------------------------------------------------------------------
+
+const address = async () => (await ask("POST", "celsius/ws/user", {})).websocket_url;
+
+async function connect() {
+  socket = new WebSocket(await address());
+  socket.onopen = () => {
+    $("socket").textContent = "live";
+    socket.send(JSON.stringify({ type: "subscribe", topic_id: "conversations" }));
+  };
+  socket.onmessage = ({ data }) => {
+    const told = JSON.parse(data);
+    if (told.type === "echo") site.echoes.push(told.text);
+    if (told.topic_id === "conversation-turn-complete") listChats().catch(complain);
+  };
+  socket.onclose = () => {
+    $("socket").textContent = "offline";
+    setTimeout(() => connect().catch(complain), 3000);
+  };
+}
+
+function report() {
+  const facts = JSON.stringify({ event: "page_view", build: boot.build });
+  navigator.sendBeacon(`${boot.urls.telemetry}/ces/v1/t`, facts);
+  fetch(`${boot.urls.telemetry}/v1/rgstr`, { method: "POST", body: facts }).catch(complain);
+  const request = new XMLHttpRequest();
+  request.open("POST", `${boot.urls.telemetry}/ces/v1/m`);
+  request.send(facts);
+}
+
+async function start() {
+  const chunks = [zero, one, two, three, four];
+  const rest = Array.from({ length: boot.chunks }, (_, number) => `${boot.urls.assets}/chunk-${number}.js`);
+  chunks.push(...await Promise.all(rest.slice(chunks.length).map((url) => import(url))));
+  site.chunks = new Set(chunks.map((chunk) => chunk.number)).size;
+  report();
+  const worker = new Worker("/cdn/assets/worker.js");
+  worker.onmessage = ({ data }) => (site.worker = data);
+  const registered = navigator.serviceWorker?.register("/sw.js");
+  registered?.then(() => (site.serviceWorker = "registered"), complain);
+  if (!boot.accessToken) return;
+  $("who").textContent = boot.user.email;
+  $("composer").hidden = false;
+  const wanted = ["models", "gizmos/snorlax/sidebar", "me", "settings/user", "memories", "tasks"];
+  wanted.push("accounts/check/v4-2023-04-27", "user_system_messages");
+  const told = await Promise.allSettled(wanted.map((path) => ask("GET", path)));
+  site.refused = wanted.filter((_, at) => told[at].status === "rejected");
+  site.model = told[0].value?.models[0]?.slug ?? "auto";
+  const projects = told[1].value?.items ?? [];
+  $("projects").replaceChildren(...projects.map(({ gizmo }) => element("li", {}, gizmoLink(gizmo.gizmo))));
+  connect().catch(complain);
+  await Promise.all([listChats(), open()]);
+}
+
+const ready = start();
+ready.catch(complain);
+$("home").onclick = $("new").onclick = (event) => boot.accessToken && go(event, "/");
+addEventListener("popstate", () => boot.accessToken && open().catch(complain));
+$("stop").onclick = () => stop().catch(complain);
+$("picture").onchange = () => ($("attached").textContent = $("picture").files[0]?.name ?? "");
+$("prompt").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  $("send").click();
+};
+$("composer").onsubmit = (event) => {
+  event.preventDefault();
+  const text = $("prompt").value.trim(), file = $("picture").files[0];
+  if (!text) return;
+  $("composer").reset();
+  $("attached").textContent = "";
+  turn(text, file).catch(complain);
+};
+window.site = {
+  ready, stop,
+  ask: (text, file) => turn(text, file),
+  echo: (text) => socket.send(JSON.stringify({ type: "echo", text })),
+  setEncodings: (names) => (site.encodings = names),
+  state: () => ({
+    ...site, signedIn: Boolean(boot.accessToken), user: boot.user, build: boot.build, device,
+    running: Boolean(running), messages: [...site.messages.values()], socket: $("socket").textContent,
+    path: location.pathname, duplicates: globalThis.siteChunks.length - site.chunks, violations: window.violations,
+  }),
+};
+"""
+SITE_CHUNK_JS = r"""// Part __NUMBER__ of the page's scripts.
+(globalThis.siteChunks ??= []).push(__NUMBER__);
+export const number = __NUMBER__;
+export const source = "__OTHER__/cdn/assets/chunk-__NUMBER__.js";
+"""
+SITE_WORKER_JS = r"""// Tells whoever made it what a picture on the other host was answered with.
+fetch("__OTHER__/cdn/assets/logo-1x.png?from=worker").then(
+  (answer) => self.postMessage(answer.status),
+  (error) => self.postMessage(`failed: ${error.message}`),
+);
+"""
+SITE_SERVICE_WORKER_JS = r"""// Tells that it was installed, and passes on what the page fetches.
+self.addEventListener("install", (event) => {
+  const told = fetch("__OTHER__/ces/v1/t", { method: "POST", body: '{"event": "installed"}' });
+  event.waitUntil(told.catch(() => undefined).then(() => self.skipWaiting()));
+});
+self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
+self.addEventListener("fetch", (event) => {
+  if (event.request.url.includes("/cdn/assets/chunk-")) event.respondWith(fetch(event.request));
+});
+"""
+SITE_GPTS = {"g-demo4Gpt7x": "Demo GPT"}  # that everybody may use
+DEMO_SESSION = "eyJhbGciOiJkaXIiLCJlbmMiOiJBMjU2R0NNIn0..demo.demo-session.demo"  # the cookie of its account
+
+
+class DemoSite(Demo):
+    """The stand-in with its web site: the page, assets on another host name, and the calls that only the page makes."""
+
+    elsewhere = False  # whether files go to and come from the other host
+    router = Router()
+    for one in Demo.router.endpoints:
+        router.on(one.method, one.path)(one.function)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions: dict[str, str] = {}  # session cookies → names of accounts
+        self.chunk_count = 12  # scripts that the page is cut into; five at least
+        self.telemetry: list[str] = []  # "HOST /path" of what the page tells about itself
+        self.projects: dict[str, tuple[str, dict[str, Any]]] = {}  # by id: owner, and what it is
+        self._stopped: set[str] = set()  # conversations whose answer is to end
+        self._sockets_lock = threading.Lock()
+        self._sockets: dict[str, list[WebSocket]] = {}  # by owner
+        self._verifying: dict[str, str] = {}  # what a socket's URL has → owner
+
+    @property
+    def other_url(self) -> str:
+        """The same server by its other host name."""
+        return self.url.replace("127.0.0.1", "localhost")
+
+    def respond(self, request: Request) -> Reply | Stream | Upgrade:
+        """Answers any call; pictures are also for who has but the session's cookie, as an <img> does."""
+        if request.path == "/backend-api/estuary/content" and not Keys.given(request):
+            name = self._signed_in(request)
+            if name is not None:
+                request.headers["authorization"] = f"Bearer {demo_token(name)}"
+        return super().respond(request)
+
+    # -- the page ------------------------------------------------------------------------------------------------------
+
+    def _signed_in(self, request: Request) -> str | None:
+        """The account of the session that a browser's cookies name, which may be cut into parts."""
+        cookies = dict(re.findall(r"([^=;\s]+)=([^;\s]*)", request.headers.get("cookie", "")))
+        parts = sorted(name for name in cookies if re.fullmatch(rf"{SESSION_COOKIE}(\.\d)?", name))
+        return self.sessions.get("".join(cookies[part] for part in parts))
+
+    @router.on("GET", "/", "/gpts", "/c/{id}", "/g/{id}")
+    def start_page(self, request: Request) -> Reply:
+        """The page, whose scripts and build the fingerprint names; with an access token for who is signed in."""
+        name, other = self._signed_in(request), self.other_url
+        nonce = secrets.token_urlsafe(16)
+        urls = {"assets": f"{other}/cdn/assets", "files": other, "telemetry": other}
+        urls["socket"] = other.replace("http", "ws", 1)
+        bootstrap: dict[str, Any] = {"build": "prod-demo1", "chunks": self.chunk_count, "urls": urls}
+        if name is not None:
+            bootstrap["accessToken"] = demo_token(name)
+            bootstrap["user"] = {"id": f"user-{name}", "email": f"{name}@demo.example", "name": name}
+        facts = 'data-build="prod-demo1" data-conversation-document-affinity="demo-1" data-worker-version-id="demo.2"'
+        page = SITE_HTML.replace("__FACTS__", facts).replace("__NONCE__", nonce).replace("__OTHER__", other)
+        page = page.replace("__WELCOME__", "Log in to begin." if name is None else "What can I help with?")
+        page = page.replace("__BOOTSTRAP__", compact(bootstrap).replace("<", "\\u003c"))
+        policy = (
+            f"default-src 'self'; script-src 'self' 'nonce-{nonce}' {other}; style-src 'self' {other}; "
+            f"img-src 'self' data: blob: {other}; connect-src 'self' {other} {urls['socket']}; worker-src 'self'; "
+            f"frame-src 'self' {other}; media-src 'self' {other}; form-action 'self' {other}; "
+            "base-uri 'none'; object-src 'none'; frame-ancestors 'self'"
+        )
+        headers = {"Content-Security-Policy": policy, "Set-Cookie": "oai-sc=demo; Path=/; Secure"}
+        if not re.search(r"(?:^|;\s*)oai-did=", request.headers.get("cookie", "")):
+            headers["set-cookie"] = f"oai-did={new_id()}; Path=/; Max-Age=31536000"
+        return Reply(200, page.encode(), "text/html; charset=utf-8", headers)
+
+    @router.on("GET", "/api/auth/session")
+    def auth_session(self, request: Request) -> Reply:
+        """A session's access token; {} when the session is over."""
+        name = self._signed_in(request)
+        if name is None:
+            return json_reply({})
+        user = {"id": f"user-{name}", "name": name, "email": f"{name}@demo.example"}
+        facts = {"expires": "2099-01-01T00:00:00.000Z", "accessToken": demo_token(name)}
+        return json_reply({"user": user} | facts)
+
+    @router.on("GET", "/cdn/assets/{name}", "/_next/static/chunks/{name}")
+    def asset(self, request: Request) -> Reply:
+        """A file of the page, which never changes."""
+        found = self.file_of_page(request.params["name"])
+        if found is None:
+            return Reply(404)
+        kind, content = found
+        data = content.replace("__OTHER__", self.other_url).encode() if isinstance(content, str) else content
+        headers = {"Cache-Control": "public, max-age=31536000, immutable", "Timing-Allow-Origin": "*"}
+        headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Reply(304, b"", kind, headers)
+        return Reply(200, data, kind, headers)
+
+    def file_of_page(self, name: str) -> tuple[str, str | bytes] | None:
+        """The type and the content of a file of the page, None where there is none."""
+        script, style = "text/javascript; charset=utf-8", "text/css; charset=utf-8"
+        number = re.fullmatch(r"chunk-([0-9]{1,3})\.js", name)
+        if number and int(number[1]) < max(self.chunk_count, 5):
+            return script, SITE_CHUNK_JS.replace("__NUMBER__", number[1])
+        logo = demo_image().read()
+        files: dict[str, tuple[str, str | bytes]] = {
+            "app.js": (script, SITE_APP_JS),
+            "worker.js": (script, SITE_WORKER_JS),
+            "site.css": (style, SITE_CSS),
+            "logo-1x.png": ("image/png", logo),
+            "logo-2x.png": ("image/png", logo),
+        }
+        return files.get(name)
+
+    @router.on("GET", "/_next/static/chunks/app.js")
+    def older_script(self, request: Request) -> Reply:
+        """A script of the page's that does nothing."""
+        return Reply(200, b"// Nothing is left here.\n", "text/javascript; charset=utf-8")
+
+    @router.on("GET", "/sw.js")
+    def service_worker(self, request: Request) -> Reply:
+        """The page's service worker."""
+        script = SITE_SERVICE_WORKER_JS.replace("__OTHER__", self.other_url)
+        return Reply(200, script.encode(), "text/javascript; charset=utf-8")
+
+    @router.on("POST", "/ces/v1/t", "/ces/v1/m", "/v1/rgstr", "/v1/initialize")
+    def take_telemetry(self, request: Request) -> Reply:
+        """Counts what the page tells about itself."""
+        self.telemetry.append(f"{request.headers.get('host', '')} {request.path}")
+        return json_reply({"success": True}, 202)
+
+    # -- its socket ----------------------------------------------------------------------------------------------------
+
+    def _account(self, request: Request) -> str:
+        """The owner that an account's call is for; guests have nothing of their own."""
+        if request.params["api"] != "backend-api":
+            raise ApiError("invalid_api_key", "Unauthorized")
+        return self._owner(request)
+
+    @router.on("POST", "/{api}/celsius/ws/user")
+    def socket_address(self, request: Request) -> Reply:
+        """The URL of the account's socket."""
+        owner, verify = self._account(request), secrets.token_urlsafe(24)
+        self._verifying[verify] = owner
+        place = f"{self.other_url.replace('http', 'ws', 1)}/p4/ws/user/{owner}"
+        return json_reply({"websocket_url": f"{place}?verify={verify}"})
+
+    @router.on("GET", "/p4/ws/user/{id}")
+    def site_socket(self, request: Request) -> Reply | Upgrade:
+        """The account's socket: it tells what happens in its conversations, and echoes."""
+        owner = request.params["id"]
+        if self._verifying.get(request.query.get("verify", "")) != owner:
+            return _detail(403, "Forbidden")
+        return Upgrade(handshake(request), functools.partial(self._serve_socket, owner))
+
+    def _serve_socket(self, owner: str, web: WebSocket) -> None:
+        with self._sockets_lock:
+            self._sockets.setdefault(owner, []).append(web)
+        try:
+            while (text := web.receive()) is not None:
+                said = json.loads(text)
+                if said.get("type") == "echo":
+                    web.send(text)
+        finally:
+            with self._sockets_lock:
+                self._sockets[owner].remove(web)
+
+    def push(self, name: str, value: Any) -> int:
+        """Sends a message to all sockets of the account of this name: how many there are."""
+        with self._sockets_lock:
+            sockets = list(self._sockets.get(f"user-{name}", ()))
+        for web in sockets:
+            with contextlib.suppress(Closed):
+                web.send(compact(value))
+        return len(sockets)
+
+    # -- its turns -----------------------------------------------------------------------------------------------------
+
+    def turn(self, request: Request, body: Mapping[str, Any]) -> Iterator[bytes]:
+        """The bytes of a turn's stream; the account's sockets are told of its end."""
+        id = str(body.get("conversation_id") or uuid.uuid4())
+        self._stopped.discard(id)
+        yield from super().turn(request, dict(body) | {"conversation_id": id})
+        talk = self.conversations.get(id)
+        if talk is not None and talk.kept:
+            message = {"type": "message", "topic_id": "conversation-turn-complete"}
+            payload = {"conversation_id": id, "title": talk.title}
+            self.push(talk.owner.removeprefix("user-"), message | {"payload": payload})
+
+    def say(self, body: Mapping[str, Any], words: Iterable[str], *given: Any, **more: Any) -> Iterator[bytes]:
+        """The events of an answer of these words, or of those before it was stopped."""
+        return super().say(body, self._until_stopped(str(body.get("conversation_id")), words), *given, **more)
+
+    def _until_stopped(self, id: str, words: Iterable[str]) -> Iterator[str]:
+        for word in words:
+            if id in self._stopped:
+                return
+            yield word
+
+    @router.on("POST", "/{api}/stop_conversation")
+    def stop_conversation(self, request: Request) -> Reply:
+        """Ends the answer that is under way in a conversation."""
+        id = request.json().get("conversation_id")
+        self._own(request, id)
+        self._stopped.add(str(id))
+        return json_reply({"success": True})
+
+    # -- its files -----------------------------------------------------------------------------------------------------
+
+    @router.on("POST", "/{api}/files")
+    def create_file(self, request: Request) -> Reply:
+        """Announces a file: where to upload it."""
+        reply: Reply = super().create_file(request)
+        if self.elsewhere:
+            reply.body = reply.body.replace(self.url.encode(), self.other_url.encode())
+        return reply
+
+    def _place(self, id: str) -> str:
+        """Where a file's bytes are for a while."""
+        return f"{self.other_url}/blob/{id}?sig=demo" if self.elsewhere else super()._place(id)
+
+    # -- what else an account has --------------------------------------------------------------------------------------
+
+    @router.on("GET", "/{api}/gizmos/snorlax/sidebar")
+    def list_projects(self, request: Request) -> Reply:
+        """The caller's projects."""
+        owner = self._account(request)
+        own = [facts for whose, facts in self.projects.values() if whose == owner]
+        items = [{"gizmo": {"gizmo": facts, "tools": [], "files": []}} for facts in own]
+        return json_reply({"items": items, "cursor": None})
+
+    @router.on("POST", "/{api}/gizmos/snorlax/upsert")
+    def make_project(self, request: Request) -> Reply:
+        """Begins a project, or changes the one of that `gizmo_id`."""
+        owner, body = self._account(request), request.json()
+        name = (body.get("display") or {}).get("name")
+        if not isinstance(name, str) or not isinstance(body.get("instructions"), str):
+            return _detail(422, [{"loc": ["body", "display"], "msg": "field required"}])
+        id = str(body.get("gizmo_id") or f"g-p-{secrets.token_hex(16)}")
+        if "gizmo_id" in body and self.projects.get(id, ("",))[0] != owner:
+            return _detail(404, "Gizmo not found")
+        facts = {"id": id, "short_url": id, "gizmo_type": "snorlax", "instructions": body["instructions"]}
+        facts |= {"display": {"name": name}, "author": {"user_id": owner}}
+        self.projects[id] = (owner, facts)
+        return json_reply({"resource": {"gizmo": facts, "tools": [], "files": []}})
+
+    @router.on("GET", "/{api}/gizmos/{id}")
+    def one_gizmo(self, request: Request) -> Reply:
+        """A GPT that everybody may use, or a project of the caller's."""
+        owner, id = self._account(request), request.params["id"]
+        if id in SITE_GPTS:
+            return json_reply(self._gpt(id))
+        whose, facts = self.projects.get(id, ("", {}))
+        if whose != owner:
+            return _detail(404, "Gizmo not found")
+        return json_reply({"gizmo": facts, "tools": [], "files": []})
+
+    @staticmethod
+    def _gpt(id: str) -> dict[str, Any]:
+        display = {"name": SITE_GPTS[id], "description": "A GPT of the demo."}
+        return {"gizmo": {"id": id, "short_url": id, "gizmo_type": "gpt", "display": display}, "tools": []}
+
+    @router.on("GET", "/public-api/gizmos/discovery/recent", "/{api}/gizmos/discovery/recent")
+    def list_gpts(self, request: Request) -> Reply:
+        """The GPTs that everybody may use."""
+        items = [{"resource": self._gpt(id)} for id in SITE_GPTS]
+        return json_reply({"title": "Recent", "list": {"items": items, "cursor": None}})
+
+
 # ============================================================================================================
 # cli: commands and the life of the process
 # ============================================================================================================
@@ -22445,7 +23216,8 @@ class Daemon:
         threading.stack_size(1024 * 1024)
         settings = self.settings
         if self.demo:
-            upstream = Demo()
+            upstream = DemoSite()
+            upstream.sessions[DEMO_SESSION] = "demo-site"
             _, url = upstream.listen()
             settings = replace(settings, chatgpt_base_url=(url,), openai_auth_url=url, openai_api_url=url)
         store = opened(settings)
@@ -22453,6 +23225,8 @@ class Daemon:
         app = App(settings, store, self.solver, keys)
         if self.demo and not app.pool.accounts():
             app.pool.add([demo_token("demo"), demo_token("demo-codex", client=BROWSER_CLIENT)])
+            if settings.enable_gateway:
+                app.pool.add([f"{SESSION_COOKIE}={DEMO_SESSION}"])
         server = self._bind(app)
         store.tells = True
         self.solver.start()

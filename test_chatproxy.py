@@ -44,6 +44,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16496,6 +16497,536 @@ def test_what_pages_send_holds_no_ids_where_there_are_none() -> None:
         "paragen_cot_summary_display_override": "allow", "force_parallel_switch": "auto", "thinking_effort": "standard",
     }  # fmt: skip
     assert not list(cp.ids_of(body))
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+
+SITE_TONE = (
+    struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", 8036, b"WAVE", b"fmt ", 16, 1, 1, 8000, 8000, 1, 8, b"data", 8000
+    )
+    + b"\x80" * 8000
+)
+PROBE_JS = r"""// Every way that a page has to reach another host, each of them with an absolute URL.
+const asset = (name) => `__OTHER__/cdn/assets/${name}?probe=${Math.random().toString(36).slice(2)}`;
+const wait = (milliseconds) => new Promise((go) => setTimeout(go, milliseconds));
+const until = async (met, failure) => {
+  for (let tries = 0; !met(); tries++) {
+    if (tries > 80) throw new Error(failure);
+    await wait(50);
+  }
+};
+const event = (target, name) => new Promise((go) => target.addEventListener(name, go, { once: true }));
+const place = () => document.body.appendChild(document.createElement("div"));
+const ok = (answer) => { if (!answer.ok) throw new Error(`it was answered with ${answer.status}`); };
+
+function made(name, facts) { // an element of the page whose properties are set before it stands there
+  return place().appendChild(Object.assign(document.createElement(name), facts));
+}
+
+// By the picture itself: an error may be mended later.
+const loaded = (image) => until(() => image.naturalWidth, "it is not shown");
+
+// A frame of this origin is looked into, any other one must say the word.
+async function framed(frame, word) {
+  let said = false;
+  const hear = ({ data, source }) => { said ||= source === frame.contentWindow && data === word; };
+  addEventListener("message", hear);
+  return async () => {
+    await event(frame, "load");
+    const text = frame.contentDocument?.body.textContent ?? "";
+    await until(() => said || text.includes(word), `it loaded something else: ${text.trim().slice(0, 80)}`);
+  };
+}
+
+async function heard(worker) {
+  const answer = await new Promise((go, fail) => {
+    worker.onmessage = ({ data }) => go(data);
+    worker.onerror = () => fail(new Error("its script did not load"));
+  });
+  worker.terminate();
+  if (answer !== 200) throw new Error(String(answer));
+}
+
+const ways = (urls) => ({
+  "fetch of a string": async () => ok(await fetch(asset("logo-1x.png"))),
+  "fetch of a URL": async () => ok(await fetch(new URL(asset("logo-1x.png")))),
+  "fetch of a Request": async () => ok(await fetch(new Request(asset("logo-1x.png")))),
+  "XMLHttpRequest": async () => {
+    const request = new XMLHttpRequest();
+    request.open("GET", asset("logo-1x.png"));
+    request.send();
+    await event(request, "loadend");
+    if (request.status !== 200) throw new Error(`it was answered with ${request.status}`);
+  },
+  "WebSocket": async () => {
+    const socket = new WebSocket(urls.socket);
+    socket.onopen = () => socket.send(JSON.stringify({ type: "echo", text: "probe" }));
+    const told = await Promise.race([event(socket, "message"), event(socket, "close")]);
+    socket.close();
+    if (JSON.parse(told.data ?? "{}").text !== "probe") throw new Error(`it was closed with ${told.code}`);
+  },
+  "EventSource": async () => {
+    const source = new EventSource(asset("events"));
+    const told = await Promise.race([event(source, "message"), event(source, "error")]);
+    source.close();
+    if (told.type === "error") throw new Error("it was refused");
+  },
+  "sendBeacon": async () => {
+    if (!navigator.sendBeacon(`${urls.telemetry}/ces/v1/t`, "probe")) throw new Error("it was refused");
+  },
+  "Worker": () => heard(new Worker(asset("worker.js"))),
+  "module Worker": () => heard(new Worker(asset("worker.js"), { type: "module" })),
+  "img src": () => loaded(made("img", { src: asset("logo-1x.png") })),
+  "img srcset": () => {
+    return loaded(made("img", { srcset: `${asset("logo-1x.png")} 1x, ${asset("logo-2x.png")} 2x` }));
+  },
+  "new Image": () => loaded(Object.assign(new Image(), { src: asset("logo-1x.png") })),
+  "setAttribute": () => {
+    const image = made("img", {});
+    image.setAttribute("src", asset("logo-1x.png"));
+    return loaded(image);
+  },
+  "innerHTML": () => {
+    const holder = place();
+    holder.innerHTML = `<p>markup <img src="${asset("logo-1x.png")}"></p>`;
+    return loaded(holder.querySelector("img"));
+  },
+  "CSS background": async () => {
+    const url = asset("logo-2x.png");
+    const mark = url.slice(url.indexOf("probe="));
+    const shown = (entry) => entry.name.includes(mark) && entry.encodedBodySize && entry.responseStatus < 400;
+    performance.clearResourceTimings(); // there is room for 250
+    made("div", { textContent: "\u00a0" }).style.backgroundImage = `url("${url}")`;
+    await until(() => performance.getEntriesByType("resource").some(shown), "it is not shown");
+  },
+  "script src": () => event(made("script", { src: asset("classic.js") }), "load"),
+  "stylesheet": async () => {
+    const link = document.createElement("link");
+    Object.assign(link, { rel: "stylesheet", href: asset("extra.css") });
+    document.head.append(link);
+    await event(link, "load");
+    const value = getComputedStyle(document.documentElement).getPropertyValue("--extra").trim();
+    if (value !== "1") throw new Error("it has no effect");
+  },
+  "import()": async () => { await import(asset("chunk-0.js")); },
+  "iframe src": async () => {
+    const frame = document.createElement("iframe");
+    const done = await framed(frame, "framed");
+    frame.src = asset("frame.html");
+    place().append(frame);
+    await done();
+  },
+  "video src": async () => {
+    const video = made("video", { src: asset("tone.wav"), preload: "auto", muted: true });
+    await until(() => video.duration, "it does not play");
+  },
+  "form action": async () => {
+    const frame = made("iframe", { name: "answer" });
+    const form = made("form", { method: "post", action: `${urls.telemetry}/ces/v1/t`, target: "answer" });
+    form.append(Object.assign(document.createElement("input"), { name: "event", value: "form" }));
+    form.submit();
+    await event(frame, "load");
+    const text = frame.contentDocument?.body.textContent;
+    if (text?.includes("success") === false) throw new Error(`it was answered with ${text.slice(0, 80)}`);
+  },
+});
+
+export async function probe(urls) {
+  const late = () => wait(5000).then(() => { throw new Error("nothing came in time"); });
+  const tried = Object.entries(ways(urls)).map(async ([name, way]) => {
+    const failed = (error) => `failed: ${error.message}`;
+    return [name, await Promise.race([Promise.resolve().then(way), late()]).then(() => "ok", failed)];
+  });
+  return Object.fromEntries(await Promise.all(tried));
+}
+"""
+
+
+class MirroredSite(cp.DemoSite):
+    """The stand-in's site with more that an account has, and a script that tries every way that a page has out of it."""
+
+    router = cp.Router()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions[SESSION] = "alice"
+        self.elsewhere, self.pace = True, 0.01
+        self.shares: dict[str, tuple[str, str]] = {}  # by id: owner, conversation
+        self.asked: list[cp.Request] = []
+
+    def respond(self, request: cp.Request) -> cp.Reply | cp.Stream | cp.Upgrade:
+        self.asked.append(dataclasses.replace(request))
+        return super().respond(request)
+
+    def file_of_page(self, name: str) -> tuple[str, str | bytes] | None:
+        framed = '<!DOCTYPE html><p>framed</p><script>parent.postMessage("framed", "*");</script>'
+        more: dict[str, tuple[str, str | bytes]] = {
+            "probe.js": ("text/javascript; charset=utf-8", PROBE_JS),
+            "classic.js": ("text/javascript; charset=utf-8", "globalThis.siteClassic = true;\n"),
+            "extra.css": ("text/css; charset=utf-8", ":root { --extra: 1; }\n"),
+            "frame.html": ("text/html; charset=utf-8", framed),
+            "tone.wav": ("audio/wav", SITE_TONE),
+        }
+        return more.get(name) or super().file_of_page(name)
+
+    @router.on("GET", "/cdn/assets/events")
+    def site_events(self, request: cp.Request) -> cp.Stream:
+        """Three server-sent events."""
+        return cp.streamed(self.frames(cp.data_event({"number": number}) for number in range(3)), signs=False)
+
+    def _talks(self, owner: str) -> list[tuple[str, cp.DemoConversation]]:
+        """An account's conversations with their ids, the one changed last first."""
+        own = [(id, talk) for id, talk in self.conversations.items() if talk.owner == owner and talk.kept]
+        return sorted(own, key=lambda one: one[1].updated, reverse=True)
+
+    @router.on("GET", "/{api}/conversations/search")
+    def search_conversations(self, request: cp.Request) -> cp.Reply:
+        """The caller's conversations in which a text stands."""
+        wanted = request.query.get("query", "").lower()
+        if not wanted:
+            return cp._detail(422, [{"loc": ["query", "query"], "msg": "field required"}])
+        items = []
+        for id, talk in self._talks(self._account(request)):
+            parts = [part for one in talk.messages for part in one.get("content", {}).get("parts", ())]
+            texts = [talk.title, *(part for part in parts if isinstance(part, str))]
+            snippet = next((text[:200] for text in texts if wanted in text.lower()), None)
+            if snippet is not None:
+                found = {"conversation_id": id, "title": talk.title, "update_time": talk.updated}
+                items.append(found | {"payload": {"kind": "message", "snippet": snippet}})
+        return cp.json_reply({"items": items, "cursor": None})
+
+    @router.on("GET", "/{api}/tasks")
+    def list_tasks(self, request: cp.Request) -> cp.Reply:
+        """The caller's drawings that were made behind an answer's end."""
+        tasks = [
+            {"task_id": one["metadata"]["image_gen_task_id"], "conversation_id": id, "title": talk.title}
+            for id, talk in self._talks(self._account(request))
+            for one in talk.messages
+            if one["author"].get("name") == "image_gen"
+        ]
+        return cp.json_reply({"tasks": tasks, "cursor": None})
+
+    @router.on("GET", "/{api}/my/recent/image_gen")
+    def list_drawings(self, request: cp.Request) -> cp.Reply:
+        """The caller's drawings."""
+        items = []
+        for id, talk in self._talks(self._account(request)):
+            talk.mapping()  # which lets in a drawing that is ready
+            for message in talk.messages:
+                for part in message.get("content", {}).get("parts", ()):
+                    if message["author"]["role"] == "tool" and isinstance(part, dict):
+                        found = {"id": message["id"], "conversation_id": id, "title": talk.title}
+                        items.append(found | {"asset_pointer": part["asset_pointer"]})
+        return cp.json_reply({"items": items, "cursor": None})
+
+    @router.on("GET", "/{api}/memories")
+    def list_memories(self, request: cp.Request) -> cp.Reply:
+        """What the site remembers of the caller."""
+        owner = self._account(request)
+        memory = {"id": f"memory-{hashlib.sha256(owner.encode()).hexdigest()[:16]}"}
+        memory |= {"content": f"The cat of {owner} is called Secret.", "updated_at": "2026-10-01T00:00:00Z"}
+        return cp.json_reply({"memories": [memory], "memory_max_tokens": 5000, "memory_num_tokens": 9})
+
+    @router.on("GET", "/{api}/user_system_messages")
+    def custom_instructions(self, request: cp.Request) -> cp.Reply:
+        """The caller's custom instructions."""
+        about = f"{self._account(request)} is learning to keep bees."
+        facts = {"object": "user_system_message_detail", "enabled": True, "about_user_message": about}
+        return cp.json_reply(facts | {"about_model_message": "Be brief."})
+
+    @router.on("POST", "/{api}/share/create")
+    def make_share(self, request: cp.Request) -> cp.Reply:
+        """Shares a conversation up to one of its messages."""
+        owner, body = self._account(request), request.json()
+        talk = self._own(request, id := body.get("conversation_id"))
+        if body.get("current_node_id") not in talk.mapping()["mapping"]:
+            return cp._detail(422, [{"loc": ["body", "current_node_id"], "msg": "unknown message"}])
+        share = str(uuid.uuid4())
+        self.shares[share] = (owner, str(id))
+        facts = {"share_id": share, "share_url": f"{self.url}/share/{share}", "title": talk.title}
+        return cp.json_reply(facts | {"is_public": True, "already_exists": False})
+
+    @router.on("GET", "/{api}/share/{id}")
+    def one_share(self, request: cp.Request) -> cp.Reply:
+        """A shared conversation, for everybody."""
+        id = request.params["id"]
+        talk = self.conversations.get(self.shares.get(id, ("", ""))[1])
+        if talk is None:
+            return cp._detail(404, "Share not found")
+        facts = {"share_id": id, "title": talk.title, "is_public": True}
+        return cp.json_reply(facts | talk.mapping())
+
+    @router.on("GET", "/{api}/shared_conversations")
+    def list_shares(self, request: cp.Request) -> cp.Reply:
+        """What the caller has shared."""
+        owner = self._account(request)
+        items = [
+            {"id": share, "conversation_id": id, "title": self.conversations[id].title}
+            for share, (whose, id) in self.shares.items()
+            if whose == owner and id in self.conversations
+        ]
+        return cp.json_reply({"items": items, "total": len(items), "limit": 100, "offset": 0})
+
+    @router.on("GET", "/{api}/textdocs")
+    def list_canvases(self, request: cp.Request) -> cp.Reply:
+        """The caller's canvases: none."""
+        self._account(request)
+        return cp.json_reply([])
+
+    @router.on("GET", "/{api}/conversation/{id}/textdocs")
+    def conversation_canvases(self, request: cp.Request) -> cp.Reply:
+        """The canvases of a conversation: none."""
+        self._own(request, request.params["id"])
+        return cp.json_reply([])
+
+    @router.on("GET", "/{api}/accounts/check/v4-2023-04-27")
+    def check_accounts(self, request: cp.Request) -> cp.Reply:
+        """The workspaces that the caller belongs to."""
+        owner = self._account(request)
+        auth = cp.claims(cp.Keys.given(request))["https://api.openai.com/auth"]
+        id, plan = auth["chatgpt_account_id"], auth["chatgpt_plan_type"]
+        account = {"account_id": id, "account_user_id": f"{owner}__{id}", "plan_type": plan}
+        account |= {"structure": "personal", "is_deactivated": False}
+        entitlement = {"has_active_subscription": plan != "free", "subscription_plan": f"chatgpt{plan}plan"}
+        whole = {"account": account, "features": [], "entitlement": entitlement}
+        return cp.json_reply({"accounts": {id: whole, "default": whole}, "account_ordering": [id]})
+
+    @router.on("GET", "/{api}/settings/user")
+    def user_settings(self, request: cp.Request) -> cp.Reply:
+        """The caller's settings."""
+        self._account(request)
+        return cp.json_reply({"settings": {"training_allowed": False}, "eligible_announcements": []})
+
+    for _endpoint in cp.Demo.router.endpoints:
+        if (_endpoint.method, _endpoint.path) not in {(one.method, one.path) for one in router.endpoints}:
+            router.on(_endpoint.method, _endpoint.path, access=_endpoint.access)(_endpoint.function)
+
+    for one in cp.DemoSite.router.endpoints:  # which come after the more particular ones above
+        router.on(one.method, one.path)(one.function)
+
+
+class Window:
+    """A visitor's browser with the mirror's page open, and what it has asked for."""
+
+    def __init__(self, chromium: playwright.Browser, proxy: Proxy, seed: str) -> None:
+        self.context = chromium.new_context(viewport={"width": 1100, "height": 800})
+        self.page = self.context.new_page()
+        self.url = proxy.url
+        self.asked: list[str] = []
+        self.faults: list[str] = []
+        self.context.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("websocket", lambda socket: self.asked.append(socket.url))
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.goto(f"{proxy.url}/login")
+        self.page.fill("#token", seed)
+        self.page.click("text=Sign in >> nth=-1")
+        self.ready()
+
+    def ready(self) -> None:
+        self.page.wait_for_function("window.site")
+        self.page.evaluate("window.site.ready")
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.page.evaluate("window.site.state()"))
+
+    def until(self, met: str) -> None:
+        """Waits for a JavaScript condition on `state`."""
+        self.page.wait_for_function(
+            f"(() => {{ const state = window.site.state(); return {met}; }})()", timeout=20_000
+        )
+
+    def ask(self, text: str) -> dict[str, Any]:
+        self.page.fill("#prompt", text)
+        self.page.click("#send")
+        self.until(
+            "!state.running && state.messages.length && state.chats.some(({ id }) => id === state.conversation)"
+        )
+        return self.state()
+
+
+@pytest.fixture
+def mirrored() -> Iterator[MirroredSite]:
+    site = MirroredSite()
+    server, _ = site.listen()
+    yield site
+    server.drain(0)
+
+
+@pytest.fixture
+def windows(mirrored: MirroredSite, start: Start) -> Iterator[Callable[[str], Window]]:
+    """Browsers that are signed in to a mirror of the site, by their seeds."""
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, upstream=mirrored.url)
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-sync"])
+        opened: dict[str, Window] = {}
+
+        def window(seed: str) -> Window:
+            if seed not in opened:
+                opened[seed] = Window(chromium, proxy, seed)
+            return opened[seed]
+
+        yield window
+        for one in opened.values():
+            hosts = {
+                urllib.parse.urlsplit(url).netloc
+                for url in one.asked
+                if not url.startswith(("data:", "blob:"))
+            }
+            assert hosts == {urllib.parse.urlsplit(one.url).netloc} and not one.faults
+            assert one.page.evaluate("window.violations") == []
+        chromium.close()
+    assert not mirrored.telemetry
+
+
+@in_a_browser
+def test_the_mirrored_page_does_in_a_browser_what_the_site_does(
+    windows: Callable[[str], Window], mirrored: MirroredSite
+) -> None:
+    one = windows("anna")
+    assert one.state()["signedIn"] and one.state()["chunks"] == 12 and one.page.url == f"{one.url}/"
+    one.until("state.worker === 200 && state.serviceWorker === 'registered' && state.socket === 'live'")
+    first = one.ask("Hello mirror")
+    assert (
+        "You asked: “Hello mirror”" in first["messages"][-1]["text"]
+        and first["path"] == f"/c/{first['conversation']}"
+    )
+    # A reload and the way back.
+    one.page.reload()
+    one.ready()
+    one.until("state.messages.length === 2")
+    one.page.click("#new")
+    one.until("state.path === '/'")
+    second = one.ask("Another one")
+    assert len(second["chats"]) == 2
+    one.page.go_back()
+    one.page.go_back()
+    one.until(f"state.conversation === '{first['conversation']}' && state.messages.length === 2")
+    # Renamed and deleted.
+    row = one.page.locator("#chats li").first
+    row.get_by_text("Rename").click()
+    one.page.keyboard.press("Control+a")
+    one.page.keyboard.type("About mirrors")
+    one.page.keyboard.press("Enter")
+    one.until("state.chats.some(({ title }) => title === 'About mirrors')")
+    one.page.locator("#chats li").first.get_by_text("Delete").click()
+    one.until("state.chats.length === 1")
+    # Stopped in the middle.
+    mirrored.pace = 0.5
+    one.page.click("#new")
+    one.page.fill("#prompt", "A long one")
+    one.page.click("#send")
+    one.until("state.messages.length === 2 && state.messages[1].text.length > 10")
+    one.page.click("#stop")
+    one.until("!state.running")
+    assert "the real one" not in one.state()["messages"][1]["text"]
+    assert not one.state()["errors"]
+
+
+@in_a_browser
+def test_every_way_out_of_the_page_leads_through_the_mirror(
+    windows: Callable[[str], Window], mirrored: MirroredSite
+) -> None:
+    one = windows("anna")
+    told = one.page.evaluate(
+        """async () => {
+            const { probe } = await import(document.querySelector('script[type=module]').src.replace('app.js', 'probe.js'));
+            const boot = JSON.parse(document.getElementById('bootstrap').textContent);
+            const headers = { Authorization: `Bearer ${boot.accessToken}`, 'Content-Type': 'application/json' };
+            const answer = await fetch('/backend-api/celsius/ws/user', { method: 'POST', body: '{}', headers });
+            return probe({ ...boot.urls, socket: (await answer.json()).websocket_url });
+        }"""
+    )
+    assert len(told) >= 20 and set(told.values()) == {"ok"}, told
+    one.page.wait_for_timeout(300)
+
+
+@in_a_browser
+def test_pictures_go_up_and_down_through_the_mirror(
+    windows: Callable[[str], Window], mirrored: MirroredSite
+) -> None:
+    one = windows("anna")
+    picture: playwright.FilePayload = {
+        "name": "p.png",
+        "mimeType": "image/png",
+        "buffer": cp.demo_image().read(),
+    }
+    one.page.set_input_files("#picture", picture)
+    one.ask("What is this?")
+    one.page.wait_for_function(
+        "[...document.querySelectorAll('#messages img')].some((one) => one.naturalWidth === 64)"
+    )
+    assert any(request.method == "PUT" and request.path.startswith("/upload/") for request in mirrored.asked)
+    mirrored.drawing_time = None
+    one.page.click("#new")
+    one.ask("Draw a cat")
+    one.page.wait_for_function(
+        "[...document.querySelectorAll('#messages img')].some((one) => one.naturalWidth === 64)"
+    )
+    assert not one.state()["errors"]
+
+
+@in_a_browser
+def test_two_visitors_of_one_account_find_nothing_of_each_other(
+    windows: Callable[[str], Window], mirrored: MirroredSite
+) -> None:
+    one, other = windows("anna"), windows("berta")
+    mine = one.ask("The secret word is xylophone")
+    asked = other.ask("Hello")
+    other.until("state.socket === 'live'")
+    assert [chat["id"] for chat in asked["chats"]] == [asked["conversation"]]
+    call = """async ([method, path, body]) => {
+        const { accessToken } = JSON.parse(document.getElementById('bootstrap').textContent);
+        const headers = { Authorization: `Bearer ${accessToken}`, 'Content-Type': 'application/json' };
+        const answer = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
+        return [answer.status, await answer.text()];
+    }"""
+
+    def call_of(window: Window, method: str, path: str, body: Any = None) -> tuple[int, str]:
+        status, text = window.page.evaluate(call, [method, path, body])
+        return int(status), str(text)
+
+    made = call_of(
+        one,
+        "POST",
+        "/backend-api/gizmos/snorlax/upsert",
+        {"instructions": "", "display": {"name": "Xylophone plans"}},
+    )
+    project = json.loads(made[1])["resource"]["gizmo"]["id"]
+    shared = {"conversation_id": mine["conversation"], "current_node_id": mine["last"]}
+    share = json.loads(call_of(one, "POST", "/backend-api/share/create", shared)[1])["share_id"]
+    for path in ("/backend-api/conversations/search?query=xylophone", "/backend-api/gizmos/snorlax/sidebar",
+                 "/backend-api/shared_conversations", "/backend-api/tasks", "/backend-api/my/recent/image_gen", "/backend-api/textdocs"):  # fmt: skip
+        status, text = call_of(other, "GET", path)
+        assert status == 200 and "ylophone" not in text and mine["conversation"] not in text, (path, text)
+    assert json.loads(call_of(other, "GET", "/backend-api/shared_conversations")[1])["total"] == 0
+    assert json.loads(call_of(one, "GET", "/backend-api/shared_conversations")[1])["total"] == 1
+    assert "ylophone" in call_of(one, "GET", "/backend-api/conversations/search?query=xylophone")[1]
+    for path in (
+        f"/backend-api/gizmos/{project}",
+        f"/backend-api/share/{share}",
+        f"/c/{mine['conversation']}",
+        f"/share/{share}",
+    ):
+        assert call_of(other, "GET", path)[0] == 404, path
+        assert call_of(one, "GET", path)[0] in (200, 404)
+    for path in ("/backend-api/memories", "/backend-api/user_system_messages"):
+        assert call_of(other, "GET", path)[0] == 403
+    # A socket of the account tells each of their own chats alone.
+    heard = """() => { window.heard = []; const take = WebSocket.prototype; return true; }"""
+    assert other.page.evaluate(heard)
+    address = json.loads(call_of(other, "POST", "/backend-api/celsius/ws/user", {})[1])["websocket_url"]
+    other.page.evaluate(
+        "(url) => { const s = new WebSocket(url); s.onmessage = ({ data }) => heard.push(data); return new Promise((go) => s.onopen = go); }",
+        address,
+    )
+    for conversation in (mine["conversation"], asked["conversation"]):
+        told_of = {"type": "x", "payload": {"conversation_id": conversation}}
+        wait_until(functools.partial(lambda value: mirrored.push("alice", value) >= 3, told_of))
+    other.page.wait_for_function("window.heard.length > 0")
+    told = str(other.page.evaluate("window.heard"))
+    assert asked["conversation"] in told and mine["conversation"] not in told
 
 
 # --- faults that the tests must notice -----------------------------------------------------------------------------------
