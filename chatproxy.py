@@ -1197,11 +1197,7 @@ class Seed(NamedTuple):
     account: str
     added: float
     used: float
-
-
-def owner_of_seed(seed: str) -> str:
-    """Whose the things of a seed are (see `Scope`)."""
-    return f"seed-{hashlib.sha256(seed.encode('utf-8', 'replace')).hexdigest()[:32]}"
+    owner: str  # of its things (see `Scope`): not that of another seed of the same name, which was removed
 
 
 class Belonging(NamedTuple):
@@ -1298,7 +1294,8 @@ MIGRATIONS = (
     """,
     """
     CREATE TABLE seeds (
-        seed TEXT PRIMARY KEY, account TEXT NOT NULL, added REAL NOT NULL, used REAL NOT NULL) WITHOUT ROWID;
+        seed TEXT PRIMARY KEY, account TEXT NOT NULL, added REAL NOT NULL, used REAL NOT NULL, owner TEXT NOT NULL
+        ) WITHOUT ROWID;
     CREATE TABLE visits (digest TEXT PRIMARY KEY, seed TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
     CREATE INDEX visits_by_seed ON visits (seed);
     CREATE TABLE belongings (
@@ -1312,6 +1309,8 @@ TABLES = set(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS)))
 RESPONSE_LIFE = 86400.0
 LOOSE_FILE_LIFE = 7 * 86400.0
 TALLY_LIFE = 3 * 86400.0
+MAX_VISITS = 50  # browsers that are signed in to the mirror with one seed
+SEED_LIFE = 180 * 86400.0  # seconds that a seed is kept which has no chats and is not signed in with
 MAX_RESPONSES = 256 << 20  # characters of kept responses; the oldest go first
 MAX_RESPONSES_OF_ONE = 64 << 20  # of one owner's
 ROOM_FOR_A_TOKEN = 1 << 16  # bytes that the disk must take before a token is exchanged
@@ -1584,6 +1583,8 @@ class Store:
             self._shorten("1", (), MAX_RESPONSES)
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
             db.execute("DELETE FROM visits WHERE until < ?", (now,))
+            chats = "SELECT 1 FROM belongings WHERE belongings.owner=seeds.owner"
+            db.execute(f"DELETE FROM seeds WHERE used < ? AND NOT EXISTS ({chats})", (now - SEED_LIFE,))
             # The last of a subject stays: it tells when that was last used.
             later = "SELECT 1 FROM tallies AS later WHERE later.subject=tallies.subject AND later.since>tallies.since"
             db.execute(f"DELETE FROM tallies WHERE since < ? AND EXISTS ({later})", (now - TALLY_LIFE,))
@@ -1643,18 +1644,18 @@ class Store:
 
     def seeds(self) -> list[Seed]:
         """The mirror's seeds, in the order of their names."""
-        return [
-            Seed(*row) for row in self._rows("SELECT seed, account, added, used FROM seeds ORDER BY seed")
-        ]
+        query = "SELECT seed, account, added, used, owner FROM seeds ORDER BY seed"
+        return [Seed(*row) for row in self._rows(query)]
 
     def seed(self, seed: str) -> Seed | None:
-        rows = self._rows("SELECT seed, account, added, used FROM seeds WHERE seed=?", seed)
+        rows = self._rows("SELECT seed, account, added, used, owner FROM seeds WHERE seed=?", seed)
         return Seed(*rows[0]) if rows else None
 
     def put_seed(self, seed: str, account: str, now: float) -> None:
         """A seed gets an account; what belongs to it stays."""
         changes = "ON CONFLICT(seed) DO UPDATE SET account=excluded.account, used=excluded.used"
-        self._write(f"INSERT INTO seeds VALUES (?, ?, ?, ?) {changes}", seed, account, now, now)
+        owner = f"seed-{secrets.token_hex(16)}"
+        self._write(f"INSERT INTO seeds VALUES (?, ?, ?, ?, ?) {changes}", seed, account, now, now, owner)
 
     def remove_seeds(self, seed: str | None = None) -> int:
         """Removes a seed (all of them: None), with its visits and what is known to belong to it; how many there were."""
@@ -1662,20 +1663,23 @@ class Store:
             named = "seed=?" if seed is not None else "1"
             values = (seed,) if seed is not None else ()
             db.execute(f"DELETE FROM visits WHERE {named}", values)
-            if seed is None:
-                db.execute("DELETE FROM belongings")
-            else:
-                db.execute("DELETE FROM belongings WHERE owner=?", (owner_of_seed(seed),))
+            own = f"SELECT owner FROM seeds WHERE {named}"
+            db.execute(f"DELETE FROM belongings WHERE owner IN ({own})", values)
             return db.execute(f"DELETE FROM seeds WHERE {named}", values).rowcount
 
     def put_visit(self, digest: str, seed: str, until: float) -> None:
-        """A browser is signed in with a seed, until a time."""
-        self._write("INSERT INTO visits VALUES (?, ?, ?)", digest, seed, until)
+        """A browser is signed in with a seed, until a time; of many the one that ends first is forgotten."""
+        newest = "SELECT digest FROM visits WHERE seed=? ORDER BY until DESC LIMIT ?"
+        with self.writing() as db:
+            db.execute("INSERT INTO visits VALUES (?, ?, ?)", (digest, seed, until))
+            db.execute(
+                f"DELETE FROM visits WHERE seed=? AND digest NOT IN ({newest})", (seed, seed, MAX_VISITS)
+            )
 
-    def visit(self, digest: str, now: float) -> str | None:
-        """The seed that a browser is signed in with."""
-        rows = self._rows("SELECT seed FROM visits WHERE digest=? AND until>?", digest, now)
-        return str(rows[0][0]) if rows else None
+    def visit(self, digest: str) -> tuple[str, float] | None:
+        """The seed that a browser is signed in with, and until when."""
+        rows = self._rows("SELECT seed, until FROM visits WHERE digest=?", digest)
+        return (str(rows[0][0]), float(rows[0][1])) if rows else None
 
     def remove_visit(self, digest: str) -> None:
         self._write("DELETE FROM visits WHERE digest=?", digest)
@@ -1691,6 +1695,19 @@ class Store:
         """How many chats each visitor of the mirror has."""
         query = "SELECT owner, COUNT(*) FROM belongings WHERE kind='conversation' GROUP BY owner"
         return {str(owner): int(count) for owner, count in self._rows(query)}
+
+    def is_anothers(self, owner: str, ids: list[str]) -> bool:
+        """Whether one of some things belongs to another visitor than this one."""
+        marks = ", ".join("?" * len(ids))
+        return bool(
+            self._rows(f"SELECT 1 FROM belongings WHERE id IN ({marks}) AND owner<>? LIMIT 1", *ids, owner)
+        )
+
+    def change_belonging(self, thing: Belonging) -> None:
+        """Changes what is noted of something, unless it is gone."""
+        columns = "title=?, changed=?, archived=?, starred=?"
+        values = (thing.title, thing.changed, thing.archived, thing.starred, thing.id, thing.owner)
+        self._write(f"UPDATE belongings SET {columns} WHERE id=? AND owner=?", *values)
 
     def put_belongings(self, things: Iterable[Belonging]) -> None:
         """Notes to whom things belong; whom something belongs to stays who was noted first."""
@@ -3074,6 +3091,8 @@ class UpstreamSocket:
 
     def _ready(self, events: int) -> None:
         """It has something to read, or room."""
+        if self._over:
+            return
         if self._unsent:
             self._flush()
         for _ in range(self.MAX_FRAMES):
@@ -3090,6 +3109,8 @@ class UpstreamSocket:
             self._end(1006, "the upstream is gone")
             return False
         frame = self._frame[0]
+        if not frame.flags & (_TEXT_MESSAGE | _BYTES_MESSAGE | _MORE_FOLLOWS | _LAST_MESSAGE):
+            return True  # a ping or pong, which libcurl sees to
         self._message += ffi.buffer(self._buffer, self._size[0])[:]
         if len(self._message) > self.MAX_MESSAGE:
             self._end(1009, "a message of the upstream is too long")
@@ -3108,6 +3129,7 @@ class UpstreamSocket:
     def _end(self, code: int, reason: str) -> None:
         if not self._over:
             self._over = True
+            self._unsent.clear()
             self._loop.unwatch(self._fd, self._ready)
             self._handle.close()
             self._ended(code, reason)
@@ -3385,6 +3407,11 @@ class WebSocket:
     def send_bytes(self, data: bytes) -> None:
         """Sends a message of bytes; Closed as in `send`."""
         self._put(_BINARY, data)
+
+    def unsent(self) -> int:
+        """How many bytes wait for the client to read them."""
+        with self._lock:
+            return sum(len(frame) for frame, _ in self._unsent)
 
     def ping(self, payload: bytes = b"") -> None:
         """Sends a ping, cut to 125 bytes; its pong only counts as a sign of life. Closed as in `send`."""
@@ -6797,6 +6824,11 @@ def as_form(
     return f"multipart/form-data; boundary={mark}", body
 
 
+def target_of(path: str) -> list[tuple[str, str]]:
+    """The headers by which the page's scripts name the path of a call, and its route."""
+    return [("x-openai-target-path", path), ("x-openai-target-route", _ID_STEP.sub("/{id}", path))]
+
+
 def _led(host: str, port: int, addresses: list[str]) -> str:
     """The addresses of a host as `Handle.lead` takes them, "" for none."""
     shown = [f"[{one}]" if ":" in one else one for one in addresses if one]
@@ -6839,8 +6871,8 @@ class ChatGPT:
         if row is not account.row or cookies is not account.cookies or page is not now:
             lines = self._lasting_headers(account, now)
         path = (area or self._area(account)) + path.partition("?")[0]
-        target = f"x-openai-target-path: {path}", f"x-openai-target-route: {_ID_STEP.sub('/{id}', path)}"
-        ours = [f"Content-Type: {kind}".encode(), *(line.encode("ascii", "replace") for line in target)]
+        target = [f"{name}: {value}".encode("ascii", "replace") for name, value in target_of(path)]
+        ours = [f"Content-Type: {kind}".encode(), *target]
         return [b"Accept: " + accept, *ours, *lines, *extra]
 
     def _lasting_headers(self, account: Account, page: Page | None) -> list[bytes]:
@@ -6942,7 +6974,7 @@ class ChatGPT:
         call = self.connections.call(
             account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence)
         )
-        call.handle.learn_agent(lambda agent: self._agents.update({account.egress.browser: agent}))
+        self.learn_agent(account, call)
         with call, contextlib.suppress(Refusal):
             answer = call.whole()
             self.connections.heard("page", account, answer.status, answer.headers)
@@ -6957,6 +6989,10 @@ class ChatGPT:
                     scripts, build[1] if build else None, now, number[1] if number else ""
                 )
         return self._pages[key]
+
+    def learn_agent(self, account: Account, call: Call) -> None:
+        """Has a call tell the user agent of an account's browser."""
+        call.handle.learn_agent(lambda agent: self._agents.update({account.egress.browser: agent}))
 
     def agent_of(self, account: Account) -> str:
         """The user agent that an account's browser names, "" while that is not known."""
@@ -16217,11 +16253,15 @@ class Keys:
         request.admin = True
         request.scope = Scope("key-admin", everyone=True)
         if self.settings.administrator is None:
-            browsed = not sessions and "sec-fetch-site" in request.headers  # a link that changes something
+            by_browser = "sec-fetch-site" in request.headers or "origin" in request.headers
+            browsed = not sessions and by_browser  # a link that changes something
+            if by_browser and self.settings.enable_gateway:
+                text = "With the mirror open, set ADMIN_KEY: its pages are at the same address as this one."
+                raise ApiError("invalid_api_key", text)
             if self._users:
                 text = "There are API users now: set ADMIN_KEY to administer this server."
                 raise ApiError("invalid_api_key", text)
-            if browsed or not self._local(request) or self._foreign(request):
+            if browsed or not self._local(request) or self.is_foreign(request):
                 text = (
                     "Until ADMIN_KEY is set, admin routes answer only this machine, with no proxy in between."
                 )
@@ -16275,7 +16315,7 @@ class Keys:
         return "", 0
 
     @staticmethod
-    def _foreign(request: Request) -> bool:
+    def is_foreign(request: Request) -> bool:
         """Whether a browser says that another site's page is behind a request. What says nothing is no browser."""
         headers = request.headers
         if site := headers.get("sec-fetch-site"):
@@ -16300,7 +16340,7 @@ class Keys:
         closed = is_loopback(self.settings.host) and not self.settings.api_prefix
         named = closed and not is_loopback(host)
         changes = request.method not in ("GET", "HEAD")
-        if named or (changes and self._foreign(request)):
+        if named or (changes and self.is_foreign(request)):
             text = (
                 "Pages of other sites may not ask a server that has no key; set AUTHORIZATION to allow them."
             )
@@ -16311,7 +16351,7 @@ class Keys:
         headers = request.headers
         digest = self._cookie(request)
         changes = request.method not in ("GET", "HEAD")
-        if self._foreign(request) or (changes and not {"origin", "sec-fetch-site"} & set(headers)):
+        if self.is_foreign(request) or (changes and not {"origin", "sec-fetch-site"} & set(headers)):
             return False
         return digest is not None and self._sessions.get(digest, 0.0) > time.time()
 
@@ -16321,7 +16361,7 @@ class Keys:
 
     def sign_in(self, request: Request, key: str) -> str:
         """Begins a session of the administrator's: its cookie, as a header. It ends with the process or its time."""
-        if self._foreign(request):
+        if self.is_foreign(request):
             text = "Sign in on a page of this server; a reverse proxy in front of it must pass the Host header on."
             raise ApiError("invalid_api_key", text)
         if self.settings.administrator is None:
@@ -16370,10 +16410,14 @@ WORKER_MARK = "chatproxy-worker"  # in the query of a worker's script, which get
 VISITOR_COOKIE = "chatproxy_mirror_{}"  # and the port
 VISIT_LIFE = 30 * 86400.0
 MAX_SEED = 200  # characters
+ASKED_ANEW = 600.0  # seconds between two doubts about an account's session
 MAX_SEEDS = 10_000
+ALL_SEEDS = "clear"  # what stands for all of them in chat2api's calls
 MAX_PAGE = 8 << 20  # bytes of what is looked through: pages, scripts, JSON
 ASSETS_ROOM = 200 << 20  # bytes of the site's assets that are kept
 MAX_ASSET = 16 << 20
+MAX_UNREAD = 2 << 20  # bytes of a WebSocket that wait for its visitor
+MAX_MESSAGE = 256 << 10  # bytes of a message on one that is looked through
 CHECK_HOST = "challenges.cloudflare.com"  # a human check is the visitor's own, and nobody's else
 # Hosts of the site that have scripts and styles for its pages; their files are got without credentials.
 ASSET_HOSTS = (
@@ -16382,7 +16426,7 @@ ASSET_HOSTS = (
 )  # fmt: skip
 # Hosts that files are uploaded to by signed URLs, and those of the site's WebSockets: these, and what ends like this.
 FILE_HOSTS = (".oaiusercontent.com", ".blob.core.windows.net", "files.openai.com")
-SOCKET_HOSTS = (".chatgpt.com", ".webpubsub.azure.com")
+SOCKET_HOSTS = (".chatgpt.com",)
 # What only tells of the visitor, is answered here, and goes nowhere.
 _TELEMETRY_HOSTS = re.compile(
     r"(?:^|\.)(?:ab\.chatgpt\.com|featuregates\.org|statsigapi\.net|statsig\.com|prodregistryv2\.org|sentry\.io|"
@@ -16399,7 +16443,8 @@ _ASSET_PATH = re.compile(r"/(?:cdn/assets|assets|_next/static|static)(?:/(?!\.\.
 _CLOSED = re.compile(
     r"(?i)/(?:memor|user_system_messages|custom_instructions|personality|data_export|export|payments?|checkout|"
     r"subscriptions?|billing|customer_portal|invoices?|logout_all|logout-all|mfa|invites?|admin|deactivate|clear_account|"
-    r"api_?keys?|passkeys?|security|delete_account|identity|phone|email|workspace|connectors/links)"
+    r"api_?keys?|passkeys?|security|delete_account|identity|phone|email|workspace|connectors/links|parental|"
+    r"notifications|credits|referral|gizmo_creator_profile|wham/(?:settings|environments))"
 )
 _ONLY_READ = re.compile(
     r"(?i)(?:/[^/]*)?/(?:accounts|settings|me|users?|beta_features|conversations|connectors)(?:/|$)"
@@ -16410,24 +16455,28 @@ _VOICE = re.compile(r"(?i)/(?:realtime|api/livekit|voice_token|vp)(?:/|$)")
 # Ids: UUIDs in any spelling, those with a word before them, and long hexadecimal ones.
 _UUID = re.compile(r"(?<![0-9A-Za-z])(?:[0-9a-fA-F]-*){31}[0-9a-fA-F](?![0-9A-Za-z])")
 _NAMED = re.compile(
-    r"(?<![0-9A-Za-z])(?:g-p-|[A-Za-z]{1,20}[-_](?:[A-Za-z]{1,12}[-_])?)"
-    r"(?:(?=[A-Za-z]*[0-9])[0-9A-Za-z]{8,}|[0-9A-Za-z]{16,})(?![0-9A-Za-z])"
+    r"(?<![0-9A-Za-z])(?:(?:g-p|file|libfile|share|task|task_e|proj|project|img|image|memory|asst|thread|cdx|gzm)[-_]"
+    r"(?:(?=[A-Za-z]*[0-9])[0-9A-Za-z]{8,}|[0-9A-Za-z]{16,})|[A-Za-z]{1,20}[-_](?=[A-Za-z]*[0-9])[0-9A-Za-z]{20,})"
+    r"(?![0-9A-Za-z])"
 )
 _HEXADECIMAL = re.compile(r"(?<![0-9A-Za-z_-])(?=[a-f]*[0-9])[0-9a-f]{20,31}(?![0-9A-Za-z])")
-_SPELLED = re.compile(r"(?i)[\s{+]*(?:urn:)?(?:uuid:)?[\s{+]*([0-9a-f_+\s-]{24,80})[\s}]*")
+_AROUND_DIGITS = re.compile(r"[\s{}+_-]|urn:|uuid:")  # what readers of a UUID take no notice of
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
+_GPT = re.compile(r"(?<![0-9A-Za-z])g-(?!p-)[0-9A-Za-z]{6,40}(?![0-9A-Za-z])")
 # Fields of a request that hold no id of anything kept: texts, proofs, and ids that the page makes itself.
 _FREE_FIELDS = {
     "text", "title", "prompt", "query", "q", "name", "file_name", "instructions", "description", "user_message", "p",
-    "proofofwork", "prepare_token", "turnstile", "turnstile_token", "so", "so_token", "cursor", "model", "timezone",
+    "proofofwork", "prepare_token", "turnstile", "turnstile_token", "so", "so_token", "cursor", "timezone",
     "parent_message_id", "message_id", "parent_id", "websocket_request_id", "turn_trace_id", "client_request_id",
     "request_id", "trace_id", "device_id", "session_id", "exchange_id", "turn_exchange_id", "last_message_id", "node_id",
     "current_node_id", "current_node", "client_prepare_id", "nonce", "stream_id", "locale", "sig", "signature",
 }  # fmt: skip
 # Fields of an answer by which one tells whose a thing is.
 _OWNED_FIELDS = re.compile(
-    r"(?:^|_)(?:conversation|file|gizmo|project|task|share|textdoc|canvas|image|asset|automation|thread|topic)_?"
-    r"(?:ids?|pointers?)$|^id$|^asset_pointer_link$|^share_url$"
+    r"(?i)(?:conversation|file|gizmo|project|task|share|textdoc|canvas|image|asset|automation|thread)s?_?"
+    r"(?:ids?|pointers?|link)$|^id$"
 )
+_CHAT_ADDRESS = re.compile(r"/(?:c|share|s|e|conversation)/[^/?#\s]{6,100}")
 # Fields that name something which belongs to a conversation, in its own answers.
 _CONTENT_FIELDS = {
     "asset_pointer": "file",
@@ -16435,34 +16484,42 @@ _CONTENT_FIELDS = {
     "textdoc_id": "canvas",
     "task_id": "task",
     "async_task_id": "task",
+    "turn_exchange_id": "turn",
+    "topic_id": "turn",
 }
 # Calls that make something: what it is, by the field of the answer that names it.
 _MAKING = re.compile(
     r"/(?:files|library/files|gizmos|gizmos/create|gizmos/snorlax/upsert|projects|share/create|share/post|textdocs|"
-    r"conversation/[^/]+/textdocs|shared_conversations)"
+    r"conversation/[^/]+/textdocs|shared_conversations|tasks|automations|wham/tasks)"
 )
 _MADE_FIELDS = {
     "file_id": "file", "library_file_id": "file", "share_id": "share", "textdoc_id": "canvas", "project_id": "project",
     "task_id": "task", "upload_id": "file",
 }  # fmt: skip
 _TURN = re.compile(r"/(?:f/)?conversation(?:/resume)?")
+_LOCALE = re.compile(r"(?:^|[;,]\s*)oai-locale=([A-Za-z]{2,3}(?:-[0-9A-Za-z]{2,8}){0,2})(?=$|[;,\s])")
+_PROOFS = re.compile(r"/backend-(?:api|anon)/sentinel/[a-z/_-]{1,60}")
 # GPTs that the site shows to everybody.
 _SHOWN_TO_ALL = re.compile(
     r"/public-api/gizmos/discovery(?:/[a-z_-]{1,30})?|/backend-[a-z]+/gizmos/discovery(?!/recent|/mine)(?:/[a-z_-]{1,30})?"
 )
-_STREAM_MARKS = re.compile(rb"asset_pointer|textdoc_id|title_generation|task_id")
+# What an event has in which something else than the conversation is named.
+_STREAM_MARKS = (
+    b"asset_pointer", b"textdoc_id", b"title_generation", b"task_id", b"stream_handoff", b"topic_id", b"eyJ", b"@",
+)  # fmt: skip
 _NOT_PASSED = {
     "host", "cookie", "authorization", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
     "content-length", "expect", "accept-encoding", "user-agent", "origin", "referer", "oai-device-id", "x-request-id",
     "chatgpt-account-id", "x-openai-target-path", "x-openai-target-route", "x-http-method", "x-http-method-override",
-    "x-method-override", "x-requested-with", "x-admin-key", "authkey",
+    "x-method-override", "x-requested-with", "x-admin-key", "authkey", "range", "if-range", "device-memory", "dpr", "rtt",
+    "downlink", "ect", "viewport-width", "save-data", "dnt", "sec-gpc",
 } | _FRONT_NAMES  # fmt: skip
-_NOT_PASSED_PREFIXES = ("sec-ch-ua", "sec-websocket-", "proxy-", "x-chatproxy", *_FRONT_PREFIXES)
+_NOT_PASSED_PREFIXES = ("sec-ch-", "sec-websocket-", "proxy-", "x-chatproxy", *_FRONT_PREFIXES)
 _NOT_RETURNED = {
     "set-cookie", "content-security-policy", "content-security-policy-report-only", "strict-transport-security",
     "content-encoding", "content-length", "transfer-encoding", "connection", "keep-alive", "alt-svc", "report-to", "nel",
     "server", "date", "link", "refresh", "clear-site-data", "reporting-endpoints", "location", "content-type", "upgrade",
-    "x-request-id", "via", "age", "expires", "pragma", "cache-control", "etag", "permissions-policy", "x-frame-options",
+    "x-request-id", "service-worker-allowed", "via", "age", "expires", "pragma", "cache-control", "etag", "permissions-policy", "x-frame-options",
 }  # fmt: skip
 _NOT_RETURNED_PREFIXES = ("cf-", "access-control-", "x-ms-request", "x-amz", "cross-origin-")
 # What an answer of any other host may be: nothing that a browser would run as a part of these pages.
@@ -16481,19 +16538,23 @@ _POLICY = {
     "base-uri": "'self'",
     "object-src": "'none'",
 }
+# What a browser has kept of a visit is not for the next visitor.
+NOTHING_STAYS = {"Clear-Site-Data": '"cache", "storage"'}
 _CONFINED = {
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 }
 _PAGE_HEADERS = {"Referrer-Policy": "same-origin", "X-Content-Type-Options": "nosniff"}
+# Kinds of answers that are looked through before they go on; SVG is a picture.
+_LOOKED_THROUGH = re.compile(r"(?!image/)(?:text/(?!css)|.*json|.*javascript|.*xml|.*x-component|$)")
 # Tokens of the site: three parts an access token, five a session's cookie.
-_SITE_TOKEN = re.compile(r"eyJ[\w-]{8,}\.[\w-]*\.[\w-]*(?:\.[\w-]+\.[\w-]+)?")
+_SITE_TOKEN = re.compile(r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]*\.[\w-]*(?:\.[\w-]+\.[\w-]+)?")
 _VISITOR_MAIL = "visitor@chatproxy.invalid"
-_ABSOLUTE_ATTRIBUTE = re.compile(
-    r"""(?i)(<(?!a\b)[a-z][^<>]*?\s(?:src|href|action|poster|data|srcset|imagesrcset)\s*=\s*)(?:"([^"<>]*)"|'([^'<>]*)')"""
+_TAG = re.compile(r"<(/?)([A-Za-z][\w-]*)(?:\s[^<>]{0,20000})?>")
+_NAMING = re.compile(
+    r"""(?i)(\s(?:src|href|action|formaction|poster|data|srcset|imagesrcset)\s*=\s*["'])([^"']*)"""
 )
-_OWN_POLICY = re.compile(
-    r"""(?i)<meta\b[^<>]*http-equiv\s*=\s*["']?(?:content-security-policy|refresh)[^<>]*>"""
-)
+_HOST_OF_URL = re.compile(r"(?i)(?:(https?:)|(?<![^\s,]))//([\w.:-]+)(?=[/?\s,]|$)")
+_OWN_POLICY = re.compile(r"""(?i)http-equiv\s*=\s*["']?(?:content-security-policy|refresh)""")
 _INTEGRITY = re.compile(r"""(?i)\sintegrity\s*=\s*(?:"[^"<>]*"|'[^'<>]*')""")
 NO_SESSION = "None of this server's accounts can be visited: the mirror needs an account that was added with its session cookie."
 
@@ -16517,7 +16578,8 @@ MIRROR_JS = r"""(() => {
     return `${own}/~mirror/${scheme}/${url.host}${rest}`;
   };
   const many = (value) => String(value).replace(/(^|,\s*)([^\s,]+)/g, (all, before, url) => before + through(url));
-  const styled = (value) => String(value).replace(/url\((["']?)([^"')]+)\1\)/g, (all, mark, url) => `url("${through(url)}")`);
+  const styled = (value) => String(value).replace(/url\((["']?)([^"')]+)\1\)/g,
+    (all, mark, url) => (through(url) === url ? all : `url("${through(url)}")`));
   const worker = (value) => {
     const url = new URL(String(through(value)), here.href);
     if (!/^https?:$/.test(url.protocol)) return value;
@@ -16527,14 +16589,18 @@ MIRROR_JS = r"""(() => {
   const replaced = (holder, name, make) => {
     if (holder && holder[name]) holder[name] = make(holder[name]);
   };
-  replaced(scope, "fetch", (fetch) => function (input, options) {
+  replaced(scope, "fetch", (fetch) => async function (input, options) {
     if (!(input instanceof Request)) return fetch.call(this, through(input), options);
     const url = through(input.url);
-    return fetch.call(this, url === input.url ? input : new Request(url, input), options);
+    if (url === input.url) return fetch.call(this, input, options);
+    const body = /^(GET|HEAD)$/.test(input.method) ? undefined : await input.arrayBuffer();
+    const { method, headers, signal, redirect, cache } = input;
+    return fetch.call(this, url, { method, headers, signal, redirect, cache, body, ...options });
   });
   const constructed = (name, map) => replaced(scope, name, (Kind) => new Proxy(Kind, {
     construct: (target, [url, ...rest], asked) => Reflect.construct(target, [map(url), ...rest], asked),
   }));
+  constructed("Request", (input) => (input instanceof Request ? input : through(input)));
   constructed("WebSocket", through);
   constructed("EventSource", through);
   constructed("Worker", worker);
@@ -16565,10 +16631,16 @@ MIRROR_JS = r"""(() => {
   shown("userAgent", settings.agent);
   if (settings.agent) {
     shown("appVersion", settings.agent.replace(/^Mozilla\//, ""));
-    shown("platform", /Windows/.test(settings.agent) ? "Win32" : /Mac/.test(settings.agent) ? "MacIntel" : "Linux x86_64");
+    const system = /Windows/.test(settings.agent) ? "Windows" : /Mac/.test(settings.agent) ? "macOS" : "Linux";
+    shown("platform", { Windows: "Win32", macOS: "MacIntel", Linux: "Linux x86_64" }[system]);
+    const version = /Chrome\/(\d+)/.exec(settings.agent)?.[1];
+    const named = (version) => ["Chromium", "Google Chrome"].map((brand) => ({ brand, version }));
+    const hints = { brands: named(version), mobile: false, platform: system };
+    const more = { architecture: "x86", bitness: "64", model: "", platformVersion: "", fullVersionList: named(`${version}.0.0.0`) };
+    shown("userAgentData", version && { ...hints, toJSON: () => hints, getHighEntropyValues: async () => ({ ...hints, ...more }) });
   }
   if (!scope.document) return;
-  document.cookie = `oai-did=${settings.device}; path=/; samesite=lax`;
+  try { document.cookie = `oai-did=${settings.device}; path=/; samesite=lax`; } catch { /* a frame that has no cookies */ }
   const links = {src: through, href: through, action: through, formaction: through, poster: through, data: through,
     srcset: many, imagesrcset: many, "xlink:href": through, style: styled};
   const loads = (element, name) => links[name] && !(name === "href" && /^(a|area|base)$/i.test(element.localName));
@@ -16600,7 +16672,7 @@ MIRROR_JS = r"""(() => {
     for (const name of Object.keys(links)) {
       const value = element.getAttribute && element.getAttribute(name);
       const better = value && mapped(element, name, value);
-      if (value && better !== value && new RegExp("(https?|wss?):").test(value)) element.setAttribute(name, better);
+      if (value && better !== value) element.setAttribute(name, better);
     }
   };
   new MutationObserver((changes) => {
@@ -16634,6 +16706,11 @@ class Asset(NamedTuple):
     kind: str
     names_hosts: bool
 
+    @property
+    def room(self) -> int:
+        """The bytes that it takes on a disk, with what is noted of it."""
+        return self.size + 8192
+
 
 class Assets:
     """The site's assets on disk, found by their URL and kept by the digest of what they are; of too many those that were used
@@ -16657,7 +16734,7 @@ class Assets:
                     if (self._folder / asset.digest).stat().st_size == asset.size:
                         found.append((path.stat().st_mtime, str(url), asset))
             self._known = OrderedDict((url, asset) for _, url, asset in sorted(found))
-            self._size = sum(asset.size for asset in set(self._known.values()))
+            self._size = sum(asset.room for asset in set(self._known.values()))
         return self._known
 
     def find(self, url: str) -> Asset | None:
@@ -16682,7 +16759,7 @@ class Assets:
             self._written(self._folder / asset.digest, data)
             self._written(self._place(url), compact([url, *asset]).encode())
             if asset not in known.values():
-                self._size += asset.size
+                self._size += asset.room
             known[url] = asset
             known.move_to_end(url)
             while self._size > ASSETS_ROOM and len(known) > 1:
@@ -16708,7 +16785,7 @@ class Assets:
         self._place(url).unlink(missing_ok=True)
         if self._known is not None and asset not in self._known.values():
             (self._folder / asset.digest).unlink(missing_ok=True)
-            self._size -= asset.size
+            self._size -= asset.room
 
 
 def known_id(text: str) -> str:
@@ -16721,14 +16798,29 @@ def ids_in(text: str) -> Iterator[str]:
     """What may be the id of something kept upstream, wherever it stands in a text and however it is spelled."""
     if not text.isascii():  # Python takes any script's digits for digits
         text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFKC", text))
-    if match := _SPELLED.fullmatch(text):
-        plain = re.sub(r"[-_+\s]", "", match[1]).lower()
-        if 20 <= len(plain) <= 32:
+    if "\\u" in text:
+        text = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
+    if 20 <= len(text) <= 200:
+        plain = _AROUND_DIGITS.sub("", text.lower())
+        if 20 <= len(plain) <= 32 and not plain.strip("0123456789abcdef"):
             yield plain.zfill(32)
             return
-    for pattern in (_UUID, _NAMED, _HEXADECIMAL):
+    for pattern in (_UUID, _GPT, _NAMED, _HEXADECIMAL):
         yield from map(known_id, pattern.findall(text))
         text = pattern.sub(" ", text)  # a part of one is none
+
+
+def all_ids(value: Any) -> Iterator[str]:
+    """The ids in all fields and texts of a JSON value."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from ids_in(str(key))
+            yield from all_ids(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from all_ids(one)
+    elif isinstance(value, (str, int)):
+        yield from ids_in(str(value))
 
 
 def ids_of(value: Any, name: str = "", within: str = "") -> Iterator[str]:
@@ -16739,14 +16831,31 @@ def ids_of(value: Any, name: str = "", within: str = "") -> Iterator[str]:
             yield from ids_of(one, str(key), name)
     elif isinstance(value, list):
         for one in value:
-            if not (name == "parts" and isinstance(one, str)):
+            if not (name == "parts" and within == "content" and isinstance(one, str)):
                 yield from ids_of(one, name, within)
     elif (
         isinstance(value, (str, int))
         and name not in _FREE_FIELDS
-        and not (name == "id" and within == "messages")
+        and not (name == "id" and within in ("messages", "partial_query"))
     ):
         yield from ids_in(str(value))
+
+
+def owned_ids(value: Any, name: str = "") -> Iterator[str]:
+    """The ids in the fields of an answer by which one tells whose a thing is, also within the events that a text is."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from ids_in(str(key))
+            yield from owned_ids(one, str(key))
+    elif isinstance(value, list):
+        for one in value:
+            yield from owned_ids(one, name)
+    elif isinstance(value, str) and name != "id" and _OWNED_FIELDS.search(name):
+        yield from ids_in(value)
+    elif isinstance(value, str):
+        for line in value.split("\n") if "data: {" in value else [value]:
+            told = Answer(200, {}, line.removeprefix("data:").encode("utf-8", "replace")).object()
+            yield from owned_ids(told) if told else ids_in(" ".join(_CHAT_ADDRESS.findall(line)))
 
 
 def named_in(value: Any, fields: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -16781,13 +16890,20 @@ class Belongings:
     def of(self, owner: str) -> dict[str, Belonging]:
         """The things of a visitor, by id."""
         with self._belongings_lock:
-            things = self._here.get(owner)
-            if things is None:
-                things = self._here[owner] = {one.id: one for one in self._store.belongings(owner)}
-                if len(self._here) > self.MAX_HERE:
-                    self._here.popitem(last=False)
+            if (things := self._here.get(owner)) is not None:
+                self._here.move_to_end(owner)
+                return things
+        return self._read(owner)
+
+    def _read(self, owner: str) -> dict[str, Belonging]:
+        """The same from the store: another process may have noted something."""
+        things = {one.id: one for one in self._store.belongings(owner)}
+        with self._belongings_lock:
+            self._here[owner] = things
             self._here.move_to_end(owner)
-            return things
+            if len(self._here) > self.MAX_HERE:
+                self._here.popitem(last=False)
+        return things
 
     def show_to_all(self, ids: Iterable[str]) -> None:
         """The site shows these to everybody."""
@@ -16797,9 +16913,16 @@ class Belongings:
             while len(self._shown_to_all) > MAX_REMEMBERED:
                 self._shown_to_all.popitem(last=False)
 
-    def foreign(self, visitor: Visitor, ids: Iterable[str]) -> bool:
-        """Whether one of these is neither the visitor's nor everybody's."""
-        own = self.of(visitor.owner)
+    def foreign(self, visitor: Visitor, ids: Iterable[str], reads: bool = True) -> bool:
+        """Whether one of these is not the visitor's: nor, for who only `reads`, everybody's."""
+        ids = list(ids)
+        if not ids or not self.seem_foreign(visitor, ids, reads):
+            return False
+        self._read(visitor.owner)
+        return self.seem_foreign(visitor, ids, reads)
+
+    def seem_foreign(self, visitor: Visitor, ids: Iterable[str], reads: bool = True) -> bool:
+        """The same, as far as this process knows."""
         row = visitor.account.row
         account = {
             known_id(row.workspace),
@@ -16807,14 +16930,19 @@ class Belongings:
             known_id((visitor.account.owner() or ("",))[0]),
         }
         return any(
-            one not in account and one not in self._shown_to_all and not self._holds(own, visitor, one)
+            one not in account and not (reads and one in self._shown_to_all) and not self.owns(visitor, [one])
             for one in ids
         )
 
-    @staticmethod
-    def _holds(own: Mapping[str, Belonging], visitor: Visitor, id: str) -> bool:
-        thing = own.get(id)
-        return thing is not None and thing.account == visitor.account.id
+    def owns(self, visitor: Visitor, ids: Iterable[str]) -> bool:
+        """Whether one of these is a thing of the visitor's on the account that it is on."""
+        own = self.of(visitor.owner)
+        account = visitor.account.id
+        return any((thing := own.get(one)) is not None and thing.account == account for one in ids)
+
+    def anothers(self, visitor: Visitor, ids: Iterable[str]) -> bool:
+        """Whether one of these is known to be another visitor's."""
+        return self._store.is_anothers(visitor.owner, list(dict.fromkeys(ids))[:500])
 
     def take(self, visitor: Visitor, things: Iterable[tuple[str, str]], title: str = "") -> None:
         """Notes that things (id, kind) are this visitor's, unless they are somebody's; before any browser hears of them."""
@@ -16832,9 +16960,9 @@ class Belongings:
 
     def change(self, visitor: Visitor, id: str, **columns: Any) -> None:
         """Changes what is noted of a thing."""
-        if thing := self.of(visitor.owner).get(id):
-            changed = thing._replace(**columns)
-            self._store.put_belongings([changed])
+        thing = self.of(visitor.owner).get(id)
+        if thing and (changed := thing._replace(**columns)) != thing:
+            self._store.change_belonging(changed)
             self.of(visitor.owner)[id] = changed
 
     def drop(self, visitor: Visitor, id: str) -> None:
@@ -16861,17 +16989,17 @@ class MirroredTurn:
             events = whole + mark
             if len(self._rest) > MAX_PAGE:
                 raise too_large()
-            if events and (not self._conversation or _STREAM_MARKS.search(events)):
+            if events and (not self._conversation or any(mark in events for mark in _STREAM_MARKS)):
                 return events
             writer.write(events, events.count(b"\n\n"))
             return None
 
         while (events := call.carry(take, writer)) is not None:
             self._learn(events)
-            writer.write(events, events.count(b"\n\n"))
+            writer.write(self._mirror.without_tokens(self._visitor, events), events.count(b"\n\n"))
         if self._rest:
             self._learn(self._rest)
-            writer.write(self._rest, 1)
+            writer.write(self._mirror.without_tokens(self._visitor, self._rest), 1)
 
     def _learn(self, events: bytes) -> None:
         """Notes whose the things are that some events name."""
@@ -16914,8 +17042,13 @@ class Mirror:
         self._own_visits: OrderedDict[str, tuple[Account, float]] = (
             OrderedDict()
         )  # by the digest of their cookie
-        self._seed_visits: OrderedDict[str, str] = OrderedDict()  # the same: seeds
+        self._seed_visits: OrderedDict[str, tuple[str, float]] = (
+            OrderedDict()
+        )  # the same: seeds, and until when
         self._refused_routes: set[str] = set()  # that the log has named
+        self._asked_anew: dict[
+            str, float
+        ] = {}  # accounts whose session was doubted, and when (time.monotonic())
 
     # -- who visits ------------------------------------------------------------------------------------------------
 
@@ -16928,6 +17061,7 @@ class Mirror:
     def enter(self, request: Request, text: str, password: str = "") -> str:
         """Signs a browser in with a seed or a session cookie of the visitor's own: its cookie, as a header. ApiError that says
         what is wrong."""
+        self.guesses.slow_down(request)  # right or wrong: who may not ask learns neither
         wanted = self.settings.gateway_password
         if wanted and not hmac.compare_digest(wanted.encode(), password.encode("utf-8", "replace")):
             self.guesses.slow_down(request, wrong=bool(password))
@@ -16940,7 +17074,8 @@ class Mirror:
         try:
             row = callers_token(text)
         except ValueError:
-            self._seed_of(request, text)
+            account = self._seed_of(request, text)
+            self.store.put_seed(text, account.id, time.time())
             self.store.put_visit(self._digest(token), text, until)
         else:
             account = self._own_account(request, row)
@@ -16950,9 +17085,9 @@ class Mirror:
                     self._own_visits.popitem(last=False)
         return self._cookie_header(request, f"{token}.{self._signature(token)}", int(VISIT_LIFE))
 
-    def _seed_of(self, request: Request, seed: str) -> None:
-        """Sees to it that a seed has an account."""
-        if len(seed) > MAX_SEED or not seed.isprintable():
+    def _seed_of(self, request: Request, seed: str) -> Account:
+        """The account of a seed, which may be new."""
+        if len(seed) > MAX_SEED or not seed.isprintable() or seed == ALL_SEEDS:
             raise invalid("token", f"A seed is a text of up to {MAX_SEED} printable characters.")
         known = self.store.seed(seed)
         if known is None:
@@ -16963,7 +17098,7 @@ class Mirror:
                 )
             if len(self.store.seeds()) >= MAX_SEEDS:
                 raise overloaded("There are too many seeds")
-        self._seated(seed, known)
+        return self._seated(seed, known)
 
     def _own_account(self, request: Request, row: AccountRow) -> Account:
         """The account of a visitor's own session cookie, once the site has taken that."""
@@ -16989,19 +17124,20 @@ class Mirror:
         now = time.time()
         with self._visits_lock:
             own = self._own_visits.get(digest)
-            seed = self._seed_visits.get(digest)
+            seated = self._seed_visits.get(digest)
         if own:
             return Visitor(own[0].id, own[0]) if own[1] > now else None
-        if seed is None:
-            seed = self.store.visit(digest, now)
-            if seed is None:
+        if seated is None:
+            seated = self.store.visit(digest)
+            if seated is None:
                 return None
             with self._visits_lock:
-                self._seed_visits[digest] = seed
+                self._seed_visits[digest] = seated
                 if len(self._seed_visits) > MAX_REMEMBERED:
                     self._seed_visits.popitem(last=False)
-        known = self.store.seed(seed)
-        return Visitor(owner_of_seed(seed), self._seated(seed, known), seed) if known else None
+        seed, until = seated
+        known = self.store.seed(seed) if until > now else None
+        return Visitor(known.owner, self._seated(seed, known), seed) if known else None
 
     def _seated(self, seed: str, known: Seed | None) -> Account:
         """The account that a seed is on: another one when that is gone or has lost its session."""
@@ -17019,6 +17155,10 @@ class Mirror:
         account = min(usable, key=lambda one: load[one.id])
         self.store.put_seed(seed, account.id, time.time())
         return account
+
+    def _visits(self, digest: str) -> bool:
+        """Whether a browser is signed in still, as far as this process knows."""
+        return digest in self._own_visits or digest in self._seed_visits
 
     @staticmethod
     def is_usable(account: Account) -> bool:
@@ -17067,6 +17207,10 @@ class Mirror:
     def answer(self, request: Request) -> Reply | Stream | Upgrade:
         """The answer to any request that is none of the API's."""
         path = request.path
+        if request.method not in _METHODS:
+            raise ApiError(
+                "method_not_allowed", "The mirror knows no such method.", headers={"Allow": "GET, POST"}
+            )
         reads = request.method in ("GET", "HEAD")
         page = reads and "text/html" in request.headers.get("accept", "")
         if _TELEMETRY.search(path):
@@ -17114,7 +17258,7 @@ class Mirror:
     def _local(self, request: Request, visitor: Visitor, path: str) -> Reply | None:
         """What the site's own server would answer and is answered here: its sign-in, and a seed's list of chats."""
         if path in ("/auth/logout", "/api/auth/signout", "/logout"):
-            cookie = {"Set-Cookie": self.leave(request)}
+            cookie = {"Set-Cookie": self.leave(request), **NOTHING_STAYS}
             page = request.method in ("GET", "HEAD")
             return (
                 Reply(302, headers={"Location": "/login"} | cookie)
@@ -17230,7 +17374,7 @@ class Mirror:
         if _CLOSED.search(path) or writes_all:
             text = "This is the whole account's, which others use too: it is closed to visitors with a seed."
             raise ApiError("closed_to_seeds", text)
-        if "/sentinel/" in path:
+        if _PROOFS.fullmatch(path):
             return request.body if request.body.size else None, False
         steps = path.split("/")
         named = [
@@ -17245,10 +17389,10 @@ class Mirror:
         if request.body.size:
             body, more = self._judged_body(request)
             asked += more
-        if self.belongings.foreign(visitor, [*named, *asked]):
+        if self.belongings.foreign(visitor, named, reads) or self.belongings.foreign(visitor, asked):
             self._tell_refused(request.method, path)
             raise self._unknown()
-        return body, bool(named) and not any(one in self.belongings._shown_to_all for one in named)
+        return body, self.belongings.owns(visitor, named)
 
     def _judged_body(self, request: Request) -> tuple[Blob | bytes | None, list[str]]:
         """A body, and the ids in it. What is JSON is written anew: two readers of a name that is there twice would differ."""
@@ -17266,9 +17410,12 @@ class Mirror:
         if kind == "multipart/form-data":
             form = parse_form(request.headers, request.body)
             texts = [(name, one) for name, parts in form.items() for one in parts if one.file_name is None]
-            return request.body, [
-                id for name, one in texts if name not in _FREE_FIELDS for id in ids_in(one.text()[:10_000])
-            ]
+            judged = [one.text() for name, one in texts if name not in _FREE_FIELDS]
+            return request.body, [id for text in (*form, *judged) for id in ids_in(text[:MAX_PAGE])]
+        if kind == "application/x-www-form-urlencoded" and request.body.size <= MAX_PUBLIC_BODY:
+            fields = fields_of(request.body.read().decode("utf-8", "replace"))
+            text = urllib.parse.urlencode(fields, errors="replace").encode()
+            return text, [id for name, value in fields for part in (name, value) for id in ids_in(part)]
         raise ApiError("unsupported_encoding", "Only JSON and forms are passed on for visitors with a seed.")
 
     @staticmethod
@@ -17308,6 +17455,8 @@ class Mirror:
                 call = guard.enter_context(
                     self.connections.call(account, method, url, lines, body, request.watch)
                 )
+                if not self.site.agent_of(account):
+                    self.site.learn_agent(account, call)
                 call.start()
                 self._heard(account, call)
                 if call.status == 401 and again and "authorization" in request.headers:
@@ -17339,6 +17488,8 @@ class Mirror:
             place = urllib.parse.urlsplit(headers["referer"]).path
             plain = place if re.fullmatch(r"/(?:[cg]/[\w/-]{1,200})?", place) else "/"
             lines.append(f"Referer: {account.gateway}{plain}".encode())
+        if "range" in headers and request.path.endswith(("/content", "/download")):
+            lines.append(f"Range: {headers['range']}".encode("latin-1"))
         if "oai-device-id" in headers:
             lines.append(f"oai-device-id: {row.device}".encode())
         if "authorization" in headers:
@@ -17347,12 +17498,18 @@ class Mirror:
                 lines.append(f"chatgpt-account-id: {row.workspace}".encode())
         if self.settings.auth_key:
             lines.append(f"authkey: {self.settings.auth_key}".encode())
-        return [*lines, *_cookie_line(browser_cookies(account, row.secret))]
+        if "x-openai-target-path" in headers:
+            lines += [f"{name}: {value}".encode() for name, value in target_of(request.path)]
+        cookies = browser_cookies(account, row.secret)
+        if locale := _LOCALE.search(headers.get("cookie", "")):
+            cookies["oai-locale"] = locale[1]
+        return [*lines, *_cookie_line(cookies)]
 
     def _heard(self, account: Account, call: Call) -> None:
         """Keeps the cookies of an answer; a new session cookie takes the old one's place."""
         self.connections.heard("mirror", account, call.status, call.headers)
-        if (session := renewed_session(account)) and session != account.row.secret:
+        session = renewed_session(account)
+        if session and session != account.row.secret and account.row.state == "ready":
             self.pool.renewed(account, account.row.access_token, session)
 
     def _passed(
@@ -17371,27 +17528,21 @@ class Mirror:
         if request.method == "HEAD":
             return Reply(call.status, b"", kind or "application/octet-stream", headers)
         if plain == "text/event-stream":
+            stream = Stream(self._carried(request, visitor, path, call), call.status, kind, headers, False)
             guard.pop_all()
-            return Stream(
-                self._carried(request, visitor, path, call), call.status, kind, headers, signs=False
-            )
-        looked = plain in (
-            "text/html",
-            "application/json",
-            "text/x-script",
-            "text/plain",
-            "",
-        ) or plain.endswith(("+json", "javascript", "ndjson", "xml", "x-component"))
-        if not looked or call.status in (204, 206, 304):
+            return stream
+        api = _API.match(path) is not None
+        if api and not plain.endswith("json"):  # somebody's file may be anything: it is never a page of ours
+            headers |= _CONFINED | {"X-Content-Type-Options": "nosniff"}
+            if not _HARMLESS.match(plain) and plain not in ("text/x-script", ""):
+                headers["Content-Disposition"] = "attachment"
+        if not _LOOKED_THROUGH.match(plain) or call.status in (204, 304):
             guard.pop_all()
-            return Stream(
-                functools.partial(relayed, call),
-                call.status,
-                kind or "application/octet-stream",
-                headers,
-                False,
-            )
+            write = functools.partial(relayed, call)
+            return Stream(write, call.status, kind or "application/octet-stream", headers, False)
         body = call.whole().body
+        if len(body) > MAX_PAGE and visitor.seed is not None:
+            raise too_large()
         blocked = (
             plain == "text/html"
             and call.status >= 400
@@ -17399,17 +17550,38 @@ class Mirror:
         )
         if blocked or "challenge" in call.headers.get("cf-mitigated", ""):
             raise refusal(403, call.headers, body)
-        if plain == "text/html":
+        if not api and visitor.seed is not None:
+            self._look_for_others(visitor, path, body)
+        if plain == "text/html" and not api:
+            self._see_session(request, visitor, call.status, body)
             return Reply(call.status, self._page(request, visitor, body), kind, headers | self._page_policy())
-        if plain.endswith("javascript"):
+        if plain.endswith("javascript") and not api:
             text = self._with_script(request, visitor, body)
             return Reply(
                 call.status, self._with_own_hosts(request, visitor, text), kind, headers | self._page_policy()
             )
-        body = self._without_tokens(visitor, body)
         if visitor.seed is not None:
             body = self._filtered(request, visitor, path, call.status, body, owned)
-        return Reply(call.status, body, kind or "application/json", headers)
+        return Reply(call.status, self.without_tokens(visitor, body), kind or "application/json", headers)
+
+    def _look_for_others(self, visitor: Visitor, path: str, body: bytes) -> None:
+        """not_found for a page of a seed's in which another visitor's chats are named."""
+        if self.belongings.anothers(visitor, map(known_id, _UUID.findall(body.decode("utf-8", "replace")))):
+            log(
+                logging.WARNING,
+                "a page of the site names another visitor's things",
+                account=visitor.account.name,
+            )
+            raise self._unknown()
+
+    def _see_session(self, request: Request, visitor: Visitor, status: int, body: bytes) -> None:
+        """Whether the account is signed in still is asked when a page looks as if it were not, once in a while."""
+        account = visitor.account
+        now = time.monotonic()
+        doubted = status == 200 and b"accessToken" not in body
+        if doubted and now - self._asked_anew.get(account.id, -math.inf) > ASKED_ANEW:
+            self._asked_anew[account.id] = now
+            self.renewals.token(account, request.watch, account.row.access_token)
 
     @staticmethod
     def _page_policy() -> dict[str, str]:
@@ -17425,25 +17597,32 @@ class Mirror:
         }
         if location := headers.get("location"):
             kept["Location"] = self._led(visitor, location)
-        return {name: value for name, value in kept.items() if _VALUE.fullmatch(value)}
+        secrets_of_it = (visitor.account.row.access_token or "-", visitor.account.row.secret)
+        return {
+            name: value
+            for name, value in kept.items()
+            if _VALUE.fullmatch(value) and not any(secret in value for secret in secrets_of_it)
+        }
 
     def _led(self, visitor: Visitor, location: str) -> str:
         """Where a redirect of the site's leads a visitor."""
         parts = urllib.parse.urlsplit(urllib.parse.urljoin(visitor.account.gateway + "/", location))
-        rest = parts.path + (f"?{parts.query}" if parts.query else "")
+        rest = "/" + parts.path.lstrip("/\\") + (f"?{parts.query}" if parts.query else "")
         if f"{parts.scheme}://{parts.netloc}" == visitor.account.gateway:
-            return "/login" if parts.path.startswith("/auth/") else rest or "/"
+            return "/login" if parts.path.startswith("/auth/") else rest
         if re.search(r"(?:^|\.)auth\d?\.openai\.com$", parts.netloc):
             return "/login"
-        return f"{ELSEWHERE}{parts.scheme}/{parts.netloc}{rest or '/'}"
+        return f"{ELSEWHERE}{parts.scheme}/{parts.netloc}{rest}"
 
     def _carried(
         self, request: Request, visitor: Visitor, path: str, call: Call
     ) -> Callable[[Writer], Reply | None]:
         """How a stream of events goes on to the visitor."""
         rest = _API.sub("/", path, count=1)
-        if visitor.seed is None or not _TURN.fullmatch(rest):
+        if visitor.seed is None:
             return functools.partial(relayed, call)
+        if not _TURN.fullmatch(rest):
+            return functools.partial(self._events_of_own, visitor, call)
         asked: dict[str, Any] = {}
         with contextlib.suppress(ApiError):
             asked = request.json()
@@ -17459,6 +17638,20 @@ class Mirror:
 
         return write
 
+    def _events_of_own(self, visitor: Visitor, call: Call, writer: Writer) -> None:
+        """Passes on a stream that is no turn's without the events that name what is not the seed's."""
+        rest = b""
+        with call:
+            for data in call.pieces():
+                whole, mark, rest = (rest + data).rpartition(b"\n\n")
+                if len(rest) > MAX_PAGE:
+                    raise too_large()
+                for event in (whole + mark).split(b"\n\n")[:-1]:
+                    text = self.without_tokens(visitor, event)
+                    if not self._is_foreign(visitor, text.decode("utf-8", "replace")):
+                        writer.write(text + b"\n\n", 1)
+                writer.drain()
+
     def _filtered(
         self, request: Request, visitor: Visitor, path: str, status: int, body: bytes, owned: bool
     ) -> bytes:
@@ -17470,11 +17663,10 @@ class Mirror:
             if not owned and self._is_foreign(visitor, body.decode("utf-8", "replace")):
                 raise self._unknown() from None
             return body
-        if not isinstance(value, (dict, list)) or "/sentinel/" in path or _TURN.fullmatch(rest):
+        if not isinstance(value, (dict, list)) or _PROOFS.fullmatch(path):
             return body
         if status < 300 and _SHOWN_TO_ALL.fullmatch(path):
-            self.belongings.show_to_all(id for id, _ in named_in(value, {"id": "gpt", "gizmo_id": "gpt"}))
-            return body
+            self.belongings.show_to_all(id for id, _ in named_in(value, {"id": "gpt"}) if _GPT.fullmatch(id))
         if status < 300:
             self._note(request, visitor, rest, value, owned)
         if rest.rstrip("/") == "/me":
@@ -17531,21 +17723,17 @@ class Mirror:
         if isinstance(value, dict):
             kept: dict[str, Any] = {}
             for name, one in value.items():
-                if isinstance(one, str) and _OWNED_FIELDS.search(name) and self._is_foreign(visitor, one):
-                    return None
+                if isinstance(one, str):
+                    naming = (
+                        one if _OWNED_FIELDS.search(name) else " ".join(_CHAT_ADDRESS.findall(one[:2000]))
+                    )
+                    if self._is_foreign(visitor, naming):
+                        return None
                 if self._is_foreign(visitor, name):
                     continue
                 part = self._own_part(visitor, one)
                 if part is None and one is not None:
-                    if isinstance(one, dict) and name in (
-                        "gizmo",
-                        "resource",
-                        "item",
-                        "conversation",
-                        "file",
-                    ):
-                        return None
-                    continue
+                    return None
                 kept[name] = part
             before, after = ([one for one in all.values() if isinstance(one, list)] for all in (value, kept))
             if sum(map(len, before)) != sum(map(len, after)) and len(before) == 1:
@@ -17567,9 +17755,8 @@ class Mirror:
     def _page(self, request: Request, visitor: Visitor, body: bytes) -> bytes:
         """A page of the site's with our script before any of its own."""
         text = body.decode("utf-8", "replace")
-        text = _INTEGRITY.sub("", _OWN_POLICY.sub("", text))
-        text = _ABSOLUTE_ATTRIBUTE.sub(lambda match: self._attribute(visitor, match), text)
-        text = self._with_own_hosts(request, visitor, self._without_tokens(visitor, text.encode())).decode()
+        text = self._own_tags(visitor, text)
+        text = self._with_own_hosts(request, visitor, self.without_tokens(visitor, text.encode())).decode()
         script = f"<script>{self._script(visitor)}</script>"
         head = re.search(r"(?i)<head(?:\s[^<>]*)?>", text)
         place = head.end() if head else 0
@@ -17577,15 +17764,28 @@ class Mirror:
             place = doctype.end()
         return (text[:place] + script + text[place:]).encode()
 
-    def _attribute(self, visitor: Visitor, match: re.Match[str]) -> str:
-        """An attribute that names other hosts, as this server has them."""
-        value = match[2] if match[2] is not None else match[3]
-        mapped = re.sub(
-            r"(?i)(https?:)?//([\w.:-]+)(?=[/?\s,]|$)",
-            lambda one: self._prefix(visitor, one[1], one[2]),
-            value,
-        )
-        return f'{match[1]}"{mapped}"' if '"' not in mapped else match[0]
+    def _own_tags(self, visitor: Visitor, text: str) -> str:
+        """Markup whose tags name other hosts as this server has them; what is inside of scripts and styles stays as it is."""
+        pieces = []
+        at, inside = 0, ""
+        for match in _TAG.finditer(text):
+            ends, name = match[1] == "/", match[2].lower()
+            if inside or ends:
+                inside = "" if ends and name == inside else inside
+                continue
+            inside = name if name in ("script", "style", "textarea") else ""
+            tag = _INTEGRITY.sub("", match[0])
+            if name == "meta" and _OWN_POLICY.search(tag):
+                tag = ""
+            elif name != "a":
+                tag = _NAMING.sub(lambda one: one[1] + self._own_hosts(visitor, one[2]), tag)
+            pieces += [text[at : match.start()], tag]
+            at = match.end()
+        return "".join([*pieces, text[at:]])
+
+    def _own_hosts(self, visitor: Visitor, value: str) -> str:
+        """The value of an attribute, with the URLs of other hosts as this server has them."""
+        return _HOST_OF_URL.sub(lambda one: self._prefix(visitor, one[1], one[2]), value)
 
     def _prefix(self, visitor: Visitor, scheme: str | None, host: str) -> str:
         own = urllib.parse.urlsplit(visitor.account.gateway)
@@ -17631,7 +17831,7 @@ class Mirror:
         others = {"localhost", "127.0.0.1"} - {gateway.hostname}
         return [f"{gateway.scheme}://{host}:{gateway.port}" for host in others]
 
-    def _without_tokens(self, visitor: Visitor, body: bytes) -> bytes:
+    def without_tokens(self, visitor: Visitor, body: bytes) -> bytes:
         """A text without the account's tokens: what stands for an access token, and nothing for a session's cookie. A seed's
         has not the account's e-mail either."""
         row = visitor.account.row
@@ -17698,7 +17898,13 @@ class Mirror:
         asset = Asset("", len(data), kind, self._names_hosts(kind, data, visitor))
         age = re.search(r"max-age=(\d{1,10})", told := call.headers.get("cache-control", "").lower())
         lasting = "immutable" in told or (age and int(age[1]) >= 86400)
-        if lasting and "private" not in told and "no-store" not in told and len(data) <= MAX_ASSET:
+        if (
+            lasting
+            and "?" not in url
+            and "private" not in told
+            and "no-store" not in told
+            and len(data) <= MAX_ASSET
+        ):
             asset = self.assets.keep(url, kind, data, asset.names_hosts)
             headers["ETag"] = self._tag(request, asset)
             headers["Cache-Control"] = "private, max-age=31536000, immutable"
@@ -17762,7 +17968,7 @@ class Mirror:
             place = self.site.visited_place(visitor.account, url, request.watch)
         except ValueError as error:
             raise ApiError("not_found", f"This cannot be had: {error}.") from None
-        if reads and of_site and not parts.path.startswith(("/blob/", "/upload/")):
+        if reads and (host in ASSET_HOSTS or (beside and _ASSET_PATH.fullmatch(parts.path))):
             return self._asset(request, visitor, url, place)
         return self._file(request, visitor, url, place, reads)
 
@@ -17777,6 +17983,7 @@ class Mirror:
         if scheme not in ("http", "https", "ws", "wss") or not _HOST_TEXT.fullmatch(host):
             raise ApiError("not_found", "This is not a URL to be had here.")
         query = f"?{request.raw_query}" if request.raw_query else ""
+        query = re.sub(rf"[?&]{WORKER_MARK}=1$", "", query)
         return f"{scheme}://{host}{Mirror._encoded(slash + path) or '/'}{query}"
 
     def _of_anybody(self, request: Request, url: str) -> Reply | Stream:
@@ -17839,61 +18046,70 @@ class Mirror:
         if protocol := request.headers.get("sec-websocket-protocol"):
             lines.append(f"Sec-WebSocket-Protocol: {protocol}".encode("latin-1"))
             answer["Sec-WebSocket-Protocol"] = protocol.partition(",")[0].strip()
-        upstream = UpstreamSocket(self.connections.loop, visitor.account.egress, url, lines, place)
+        self.belongings.of(visitor.owner)  # in memory from now on: the loop waits for no disk
 
         def serve(web: WebSocket) -> bool:
-            bridge(web, upstream, functools.partial(self._heard_by, visitor))
+            upstream = UpstreamSocket(self.connections.loop, visitor.account.egress, url, lines, place)
+            alive = functools.partial(self._visits, self._visit(request) or "")
+            bridge(web, upstream, functools.partial(self._heard_by, visitor), alive)
             return True
 
         return Upgrade(answer, serve)
 
-    def _heard_by(self, visitor: Visitor, data: bytes, is_text: bool) -> bytes | None:
-        """What a visitor is told, or says, of a message on a WebSocket; None for nothing."""
+    def _heard_by(self, visitor: Visitor, data: bytes, is_text: bool, told: bool) -> bytes | None:
+        """What goes on of a message on a WebSocket, which the site has `told` or the visitor says; None for nothing. For the
+        loop: it is judged by what is in memory."""
         if visitor.seed is None:
             return data
-        if not is_text:
+        if not is_text or len(data) > MAX_MESSAGE:
             return None
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):
-            return None if self.belongings.foreign(visitor, ids_in(data.decode("utf-8", "replace"))) else data
-        if isinstance(value, list):
-            kept = [one for one in value if not self._tells_of_others(visitor, one)]
-            return compact(kept).encode() if kept else None
-        return None if self._tells_of_others(visitor, value) else data
+            ids = list(ids_in(data.decode("utf-8", "replace")))
+            return None if self.belongings.seem_foreign(visitor, ids) else data
+        values = value if isinstance(value, list) else [value]
+        kept = [one for one in values if self._may_pass(visitor, one, told)]
+        if not kept:
+            return None
+        written = compact(kept if isinstance(value, list) else kept[0]).encode("utf-8", "replace")
+        return self.without_tokens(visitor, written) if told else written
 
-    def _tells_of_others(self, visitor: Visitor, value: Any) -> bool:
-        """Whether a message of a WebSocket names a chat or another thing that is not the visitor's."""
-        if isinstance(value, dict):
-            return any(
-                (
-                    isinstance(one, str)
-                    and _OWNED_FIELDS.search(name)
-                    and name != "id"
-                    and self._is_foreign(visitor, one)
-                )
-                or self._tells_of_others(visitor, one)
-                for name, one in value.items()
-            )
-        if isinstance(value, list):
-            return any(self._tells_of_others(visitor, one) for one in value)
-        if isinstance(value, str) and len(value) > 20 and '_id"' in value:  # an event within a message
-            return self._is_foreign(visitor, value)
-        return False
+    def _may_pass(self, visitor: Visitor, value: Any, told: bool) -> bool:
+        """Whether a message names nothing that is not the visitor's. What the site tells of a chat of theirs has ids of messages
+        too, which nobody knows."""
+        ids = list(all_ids(value))
+        if not self.belongings.seem_foreign(visitor, ids):
+            return True
+        if not told or not self.belongings.owns(visitor, ids):
+            return False
+        return not self.belongings.seem_foreign(visitor, owned_ids(value))
 
     def _is_foreign(self, visitor: Visitor, text: str) -> bool:
         return self.belongings.foreign(visitor, ids_in(text))
 
 
-def bridge(web: WebSocket, upstream: UpstreamSocket, passed: Callable[[bytes, bool], bytes | None]) -> None:
-    """Has two WebSockets say to each other what `passed` lets through, until one of them ends."""
+def bridge(
+    web: WebSocket, upstream: UpstreamSocket, passed: Callable[[bytes, bool, bool], bytes | None],
+    alive: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Has two WebSockets say to each other what `passed` lets through (a message, whether it is a text, and whether the site
+    says it), until one of them ends, the visitor is no more `alive`, or reads too slowly."""
 
     def from_visitor(data: bytes, is_text: bool) -> None:
-        if (said := passed(data, is_text)) is not None:
+        if not alive():
+            web.close(1008, "signed out")
+        elif (said := passed(data, is_text, False)) is not None:
             upstream.send(said, is_text)
 
     def from_upstream(data: bytes, is_text: bool) -> None:
-        said = passed(data, is_text)
+        if not alive():
+            web.close(1008, "signed out")
+            return
+        if web.unsent() > MAX_UNREAD:
+            web.drop("the client reads too slowly")
+            return
+        said = passed(data, is_text, True)
         if said is None:
             return
         with contextlib.suppress(Closed):
@@ -18080,7 +18296,7 @@ class App(Application):
         """Who asks for a page of the site's or for what that asks; pages of other sites may only lead there."""
         request.endpoint, request.route, request.params = ROUTER.fallback, "mirror", {}
         leads = request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"
-        if not leads and Keys._foreign(request):
+        if not leads and Keys.is_foreign(request):
             raise ApiError("origin_refused", "Pages of other sites may not use the mirror.")
         with contextlib.suppress(ApiError):  # which the answer is about
             request.visitor = mirror.visitor(request)
@@ -19850,7 +20066,7 @@ def seeds_bind(app: App, request: Request) -> Reply:
         not isinstance(seed, str)
         or not 0 < len(seed) <= MAX_SEED
         or not seed.isprintable()
-        or seed == "clear"
+        or seed == ALL_SEEDS
     ):
         raise unfit("seed", f"must be a text of up to {MAX_SEED} printable characters other than `clear`.")
     if not isinstance(token, str) or not token:
@@ -19867,9 +20083,9 @@ def seeds_remove(app: App, request: Request) -> Reply:
     seed = request.json().get("seed")
     if not seed:
         raise unfit("seed", "is missing.")
-    if seed != "clear":
+    if seed != ALL_SEEDS:
         _seed_named(app, seed)
-    removed = app.store.remove_seeds(None if seed == "clear" else seed)
+    removed = app.store.remove_seeds(None if seed == ALL_SEEDS else seed)
     if app.mirror:
         app.mirror.reload()
     log(logging.WARNING, "seeds removed", count=removed)
@@ -19886,7 +20102,7 @@ def seeds_facts(app: App, request: Request) -> Reply:
         facts: dict[str, Any] = {"seed": one.seed, "account": one.account}
         facts["email"] = account.row.email if account else ""
         usable = bool(account and Mirror.is_usable(account))
-        facts |= {"usable": usable, "chats": chats.get(owner_of_seed(one.seed), 0), "used": iso(one.used)}
+        facts |= {"usable": usable, "chats": chats.get(one.owner, 0), "used": iso(one.used)}
         shown.append(facts)
     return json_reply({"enabled": app.mirror is not None, "seeds": shown})
 
@@ -20965,7 +21181,7 @@ LOGIN_HTML = """
 {failure}
 <form method="post" action="/login">
 <label for="token">Seed, or session cookie</label>
-<textarea id="token" name="token" autocomplete="off" spellcheck="false" autofocus required></textarea>
+<textarea id="token" name="token" autocomplete="off" spellcheck="false" autofocus required>{given}</textarea>
 {password}
 <button>Sign in</button>
 </form>
@@ -20973,24 +21189,33 @@ LOGIN_HTML = """
 cookie of your own account ({cookie}) you see that account; access and refresh tokens open the API alone.</p>
 </main>
 """
+TOLD_HTML = """
+<main>
+<h1>The mirror</h1>
+{failure}
+<p><a href="/">To the chats</a></p>
+</main>
+"""
 PASSWORD_HTML = """<label for="password">Password of this mirror</label>
 <input id="password" name="password" type="password" autocomplete="current-password">"""
 
 
-def login_page(app: App, failure: ApiError | None = None) -> Reply:
-    """The page to sign in to the mirror at, with what was wrong."""
+def login_page(app: App, failure: ApiError | None = None, given: str = "", inside: bool = False) -> Reply:
+    """The page to sign in to the mirror at, with what was wrong and the seed that was `given`; for who is `inside` already it
+    says what was wrong alone."""
     mirror = app.mirror
     able = mirror and any(mirror.is_usable(one) for one in app.pool.accounts())
     words = failure.text if failure else "" if able else f"{NO_SESSION} Your own session cookie does."
     told = f'<p role="alert">{html.escape(words)}</p>' if words else ""
     asks = PASSWORD_HTML if app.settings.gateway_password else ""
-    body = LOGIN_HTML.format(failure=told, password=asks, cookie=SESSION_COOKIE)
-    page = built_page("Sign in", BASE_CSS + LOGIN_CSS, body, "", "'self'")
-    page.headers["Cache-Control"] = "no-store"
+    page = TOLD_HTML if inside else LOGIN_HTML
+    body = page.format(failure=told, password=asks, cookie=SESSION_COOKIE, given=html.escape(given))
+    built = built_page("Sign in", BASE_CSS + LOGIN_CSS, body, "", "'self'")
+    built.headers["Cache-Control"] = "no-store"
     return replace(
-        page,
+        built,
         status=failure.status if failure else 200,
-        headers=page.headers | (failure.headers if failure else {}),
+        headers=built.headers | (failure.headers if failure else {}),
     )
 
 
@@ -21002,7 +21227,7 @@ def _entered(app: App, request: Request, token: str, password: str) -> Reply:
         cookie = app.mirror.enter(request, token, password)
     except ApiError as failure:
         return login_page(app, failure)
-    return Reply(303, headers={"Location": "/", "Set-Cookie": cookie})
+    return Reply(303, headers={"Location": "/", "Set-Cookie": cookie, **NOTHING_STAYS})
 
 
 @ROUTER.on("GET", "/login", access="public")
@@ -21016,7 +21241,7 @@ def mirror_login(app: App, request: Request) -> Reply:
 @ROUTER.on("POST", "/login", access="public")
 def mirror_sign_in(app: App, request: Request) -> Reply:
     """signs a browser in to the mirror: form fields `token` (a seed or a session cookie) and `password`"""
-    if Keys._foreign(request):
+    if Keys.is_foreign(request):
         raise ApiError("origin_refused", "Sign in on a page of this server.")
     form = parse_form(request.headers, request.body)
     return _entered(app, request, _form_text(form, "token"), _form_text(form, "password"))
@@ -21024,7 +21249,7 @@ def mirror_sign_in(app: App, request: Request) -> Reply:
 
 # What a visitor who opens a page is told on one.
 _TOLD_ON_A_PAGE = (
-    "no_account", "invalid_api_key", "upstream_blocked", "upstream_error", "upstream_timeout", "store_unavailable",
+    "no_account", "invalid_api_key", "not_found", "closed_to_seeds", "upstream_blocked", "upstream_error", "upstream_timeout", "store_unavailable",
 )  # fmt: skip
 
 
@@ -21035,6 +21260,8 @@ def mirrored(app: App, request: Request) -> Reply | Stream | Upgrade:
     if mirror is None:
         raise ApiError("not_found", "There is nothing at this address.")
     if request.path == "/" and request.query.get("token"):
+        if Keys.is_foreign(request):  # who follows a link decides whether it is to sign this browser in
+            return login_page(app, given=request.query["token"])
         return _entered(app, request, request.query["token"], request.query.get("password", ""))
     page = request.method in ("GET", "HEAD") and "text/html" in request.headers.get("accept", "")
     try:
@@ -21042,7 +21269,7 @@ def mirrored(app: App, request: Request) -> Reply | Stream | Upgrade:
         return mirror.answer(request)
     except ApiError as failure:
         if page and failure.code in _TOLD_ON_A_PAGE:
-            return login_page(app, failure)
+            return login_page(app, failure, inside=request.visitor is not None)
         raise
 
 
@@ -23449,7 +23676,8 @@ def import_seeds(store: Store, seeds: Mapping[str, Any], chats: Mapping[str, Any
     now = time.time()
     count = 0
     for seed, said in seeds.items():
-        if not isinstance(said, dict) or not 0 < len(seed) <= MAX_SEED or not seed.isprintable():
+        fits = 0 < len(seed) <= MAX_SEED and seed.isprintable() and seed != ALL_SEEDS
+        if not isinstance(said, dict) or not fits:
             continue
         token = str(said.get("token") or "")
         account = ""
@@ -23466,9 +23694,8 @@ def import_seeds(store: Store, seeds: Mapping[str, Any], chats: Mapping[str, Any
             if isinstance(listed, list)
             else []
         )
-        store.put_belongings(
-            _imported_chat(id, owner_of_seed(seed), account, chats.get(id), now) for id in ids
-        )
+        if known := store.seed(seed):
+            store.put_belongings(_imported_chat(id, known.owner, account, chats.get(id), now) for id in ids)
         count += 1
     return count
 

@@ -16474,7 +16474,9 @@ def test_chat2apis_seeds_are_taken_over(tmp_path: pathlib.Path) -> None:
     store = cp.Store(str(data))
     known = {one.seed: one.account for one in store.seeds()}
     assert known["anna"] == store.accounts()[0].id and known["berta"] == ""
-    (chat,) = store.belongings(cp.owner_of_seed("anna"))
+    anna = store.seed("anna")
+    assert anna
+    (chat,) = store.belongings(anna.owner)
     assert chat.title == "About cats" and chat.account == known["anna"] and chat.made < chat.changed
     store.close()
 
