@@ -20236,7 +20236,8 @@ const $ = (id) => document.getElementById(id);
 
 // Everything is asked below the path this page stands at. The origin is spelled out because a path that
 // begins with two slashes would otherwise name another host.
-const BASE = location.origin + location.pathname.replace($("tokens") ? /[/]tokens[/]*$/ : "", "")
+const STEP = $("tokens") ? "tokens" : $("chat").dataset.step;
+const BASE = location.origin + location.pathname.replace(STEP ? new RegExp(`[/]${STEP}[/]*$`) : "", "")
   .replace(/[/]+$/, "");
 
 /** A new element. `props` are properties where it has such, else attributes; strings become text. */
@@ -20685,7 +20686,7 @@ async function upload(files) {
   return result;
 }
 
-$("to-chat").href = `${BASE}/`;
+$("to-chat").href = `${BASE}/chat`;
 for (const state of ["", ...STATES]) {
   const chip = button(`${state || "all"} `, () => look({ state }), state && `dot ${state}`);
   chip.value = state;
@@ -20775,7 +20776,7 @@ figcaption { display: flex; padding: 0.25rem 0.8rem; background: var(--soft); al
 """
 
 CHAT_HTML = r"""
-<main id="chat">
+<main id="chat" data-step="">
   <header class="row">
     <h1 class="grow">Chat</h1>
     <select id="model" aria-label="Model"><option>gpt-4o</option></select>
@@ -21153,7 +21154,13 @@ $("question").focus();
 """
 
 TOKENS_PAGE = built_page("chatproxy accounts", BASE_CSS + TOKENS_CSS, TOKENS_HTML, BASE_JS + TOKENS_JS)
-CHAT_PAGE = built_page("chatproxy", BASE_CSS + CHAT_CSS, CHAT_HTML, BASE_JS + CHAT_JS)
+# The chat page by the last step of its path.
+CHAT_PAGES = {
+    step: built_page(
+        "chatproxy", BASE_CSS + CHAT_CSS, CHAT_HTML.replace('step=""', f'step="{step}"'), BASE_JS + CHAT_JS
+    )
+    for step in ("", "chat")
+}
 
 
 @ROUTER.on("GET", "/tokens", access="public")
@@ -21171,6 +21178,7 @@ textarea, input { border: 1px solid var(--quiet); border-radius: 8px; }
 textarea { min-height: 5.5rem; resize: vertical; }
 button { margin-top: 1.2rem; font: inherit; font-weight: 600; padding: .55rem 1.3rem; border: 0; border-radius: 8px; }
 button { background: var(--accent); color: var(--on-accent); cursor: pointer; }
+form { margin-bottom: 1.5rem; }
 .quiet { color: var(--quiet); font-size: .9rem; }
 [role=alert] { color: var(--bad); border-left: 3px solid currentColor; padding-left: .7rem; }
 """
@@ -21276,10 +21284,9 @@ def mirrored(app: App, request: Request) -> Reply | Stream | Upgrade:
 @ROUTER.on("GET", "/", "/chat", access="public")
 def chat_page(app: App, request: Request) -> Reply:
     """a chat page against this server's own API; what Ollama says there, to a client that is no browser"""
-    browser = "text/html" in request.headers.get("accept", "")
-    return (
-        CHAT_PAGE if browser else Reply(body=b"Ollama is running", content_type="text/plain; charset=utf-8")
-    )
+    if "text/html" in request.headers.get("accept", ""):
+        return CHAT_PAGES[request.path[1:]]
+    return Reply(body=b"Ollama is running", content_type="text/plain; charset=utf-8")
 
 
 # ============================================================================================================

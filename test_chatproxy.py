@@ -16437,10 +16437,10 @@ def test_the_mirror_is_beside_a_prefix(start: Start, weather: Weather) -> None:
 def test_without_the_setting_there_is_no_mirror(proxy: Proxy) -> None:
     for path in ("/login", "/c/x", "/backend-anything"):
         assert httpx.get(proxy.url + path).status_code == 404
-    assert (
-        httpx.get(f"{proxy.url}/chat", headers={"Accept": "text/html"}).text
-        == httpx.get(proxy.url, headers={"Accept": "text/html"}).text
-    )
+    page = {"Accept": "text/html"}
+    assert len(httpx.get(f"{proxy.url}/chat", headers=page).text) == len(
+        httpx.get(proxy.url, headers=page).text
+    ) + len("chat")
 
 
 def test_a_mirror_that_anybody_could_use_is_not_begun(tmp_path: pathlib.Path) -> None:
@@ -17031,6 +17031,420 @@ def test_two_visitors_of_one_account_find_nothing_of_each_other(
     assert asked["conversation"] in told and mine["conversation"] not in told
 
 
+# -- what attacks have found ------------------------------------------------------------------------------------------------
+
+
+def said_by_the_site(
+    weather: Weather, path: str, body: bytes, kind: str = "application/json", **headers: str
+) -> None:
+    """Has the stand-in's next answer to a call be this."""
+    weather.add(path, lambda _: cp.Reply(200, body, kind, dict(headers)))
+
+
+def test_no_text_keeps_the_judge_from_its_work() -> None:
+    began = time.monotonic()
+    for text in (
+        " " * 200_000 + "x",
+        "a-" * 100_000,
+        "g-" * 100_000,
+        "0" * 200_000,
+        "{" * 100_000,
+        "eyJ" * 60_000,
+        "\u4e00" * 50_000,
+    ):
+        list(cp.ids_in(text))
+        cp._SITE_TOKEN.sub("", text)
+        cp._TAG.sub("", "<meta http-equiv=refresh " + text)
+    assert time.monotonic() - began < 10
+
+
+def test_an_id_of_the_account_opens_nothing(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    browser.get(f"{mirror.url}/backend-api/me", headers=BEARER)
+    foreign = str(uuid.uuid4())
+    row = mirror.app.pool.accounts()[0].row
+    for path in (f"/backend-api/accounts/{row.device}/things", f"/backend-api/things/{row.device}/list"):
+        said_by_the_site(
+            weather,
+            path,
+            json.dumps({"items": [{"conversation_id": foreign, "title": "xylophone"}], "total": 1}).encode(),
+        )
+        answer = browser.get(mirror.url + path, headers=BEARER)
+        assert answer.json() == {"items": [], "total": 0}, path
+
+
+OTHERS: list[Any] = [
+    {"conversation_id": "ID"}, {"conversationId": "ID", "title": "xylophone"}, {"url": "/c/ID", "title": "xylophone"},
+    {"title": "xylophone", "task": {"conversation_id": "ID"}}, {"id": "ID", "title": "xylophone"}, {"file_id": "file-ID0aB7cD"},
+    {"share_url": "https://chatgpt.com/share/ID", "title": "xylophone"}, {"gizmo": {"id": "g-p-ID", "name": "xylophone"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("thing", OTHERS)
+def test_an_answer_tells_nothing_of_others(thing: Any, mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    foreign = uuid.uuid4().hex
+    one = json.loads(json.dumps(thing).replace("ID", foreign))
+    for value in (
+        {"items": [one, {"title": "mine"}], "total": 2},
+        [one],
+        {foreign: one},
+        {"deep": {"list": [one]}},
+    ):
+        said_by_the_site(weather, "/backend-api/novelty", json.dumps(value).encode())
+        text = browser.get(f"{mirror.url}/backend-api/novelty", headers=BEARER).text
+        assert foreign not in text and "xylophone" not in text, value
+    said_by_the_site(weather, "/backend-api/novelty", json.dumps(one).encode())
+    assert browser.get(f"{mirror.url}/backend-api/novelty", headers=BEARER).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/json", "text/csv", "application/x-ndjson", "text/plain", "text/event-stream", "application/jsonl"],
+)
+def test_an_answer_of_any_kind_is_looked_through(kind: str, mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    foreign = str(uuid.uuid4())
+    said_by_the_site(
+        weather, "/backend-api/novelty", f'data: {{"conversation_id": "{foreign}"}}\n\n'.encode(), kind
+    )
+    answer = browser.get(f"{mirror.url}/backend-api/novelty", headers=BEARER | {"Range": "bytes=0-"})
+    assert foreign not in answer.text
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["image/svg+xml", "text/html", "text/javascript", "application/xhtml+xml", "text/xml", "application/pdf"],
+)
+def test_a_file_of_somebodys_is_never_a_page_of_ours(kind: str, mirror: Proxy, weather: Weather) -> None:
+    for seed in ("anna", SESSION):
+        browser = visit(mirror, seed)
+        browser.get(f"{mirror.url}/backend-api/me", headers=BEARER)
+        said_by_the_site(
+            weather,
+            "/backend-api/estuary/content",
+            b"<svg onload='x()'/>",
+            kind,
+            **{"Service-Worker-Allowed": "/"},
+        )
+        answer = browser.get(f"{mirror.url}/backend-api/estuary/content")
+        headers = answer.headers
+        assert answer.status_code == 200 and headers["content-security-policy"].startswith("sandbox"), seed
+        assert headers["x-content-type-options"] == "nosniff" and "service-worker-allowed" not in headers
+        if not kind.startswith(("image/", "application/pdf")):
+            assert headers["content-disposition"] == "attachment"
+
+
+def test_proofs_are_no_way_around(mirror: Proxy, weather: Weather) -> None:
+    one, other = visit(mirror, "anna"), visit(mirror, "berta")
+    id = begun(one, mirror)
+    asked = len(weather.seen)
+    for method, path in (
+        ("GET", f"/backend-api/conversation/{id}/sentinel/"),
+        ("POST", "/backend-api/x/sentinel/y"),
+    ):
+        answer = other.request(
+            method,
+            mirror.url + path,
+            headers=BEARER,
+            json={"conversation_id": id} if method == "POST" else None,
+        )
+        assert answer.status_code == 404
+    for method in ("TRACE", "PROPFIND", "BREW"):
+        assert other.request(method, f"{mirror.url}/backend-api/me", headers=BEARER).status_code == 405
+    assert len(weather.seen) == asked
+
+
+def test_what_is_shown_to_all_is_only_read(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    listed = {
+        "items": [{"resource": {"gizmo": {"id": "g-kCfSnQcgT", "files": [{"id": "file-Priv0aB7cD1234"}]}}}]
+    }
+    for path, allowed in (
+        ("/backend-api/gizmos/discovery/recent", False),
+        ("/public-api/gizmos/discovery/recent", True),
+    ):
+        said_by_the_site(weather, path, json.dumps(listed).encode())
+        browser.get(mirror.url + path, headers=BEARER)
+        asked = len(weather.seen)
+        browser.get(f"{mirror.url}/backend-api/gizmos/g-kCfSnQcgT", headers=BEARER)
+        assert (len(weather.seen) > asked) == allowed, path
+    asked = len(weather.seen)
+    for method in ("PATCH", "DELETE", "PUT", "POST"):
+        assert (
+            browser.request(
+                method, f"{mirror.url}/backend-api/gizmos/g-kCfSnQcgT", headers=BEARER
+            ).status_code
+            == 404
+        )
+    assert (
+        browser.get(f"{mirror.url}/backend-api/files/file-Priv0aB7cD1234", headers=BEARER).status_code == 404
+    )
+    assert len(weather.seen) == asked
+
+
+def test_a_right_password_tells_nobody_who_has_guessed_too_often(start: Start, weather: Weather) -> None:
+    weather.session_tokens[SESSION] = "alice"
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, gateway_password="open-sesame")
+
+    def enter(password: str) -> int:
+        return httpx.post(
+            f"{proxy.url}/login", data={"token": "anna", "password": password}, timeout=60
+        ).status_code
+
+    for _ in range(5):
+        enter("wrong")
+    with concurrent.futures.ThreadPoolExecutor(12) as crowd:
+        answers = [crowd.submit(enter, "open-sesame" if i == 11 else "wrong") for i in range(12)]
+        codes = [answer.result() for answer in answers]
+    assert codes[11] in (303, 429) and 429 in codes
+
+
+def test_a_link_of_another_site_signs_nobody_in(mirror: Proxy) -> None:
+    led = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Accept": "text/html"}
+    answer = httpx.get(f"{mirror.url}/", params={"token": '"><script>x</script>'}, headers=led)
+    assert answer.status_code == 200 and "set-cookie" not in answer.headers
+    assert "<script>x" not in answer.text and "&lt;script&gt;x" in answer.text
+
+
+def test_the_word_for_all_seeds_is_no_seed(mirror: Proxy) -> None:
+    assert httpx.post(f"{mirror.url}/login", data={"token": "clear"}).status_code == 400
+    assert (
+        admin(
+            mirror, "POST", "/seedtoken", json={"seed": "clear", "token": mirror.app.pool.accounts()[0].id}
+        ).status_code
+        == 400
+    )
+
+
+def test_a_seed_that_is_made_anew_has_nothing_of_the_old_one(mirror: Proxy) -> None:
+    old = visit(mirror, "anna")
+    begun(old, mirror)
+    admin(mirror, "DELETE", "/seedtoken", json={"seed": "anna"})
+    fresh = visit(mirror, "anna")
+    assert chats(fresh, mirror)["total"] == 0
+    assert old.get(f"{mirror.url}/backend-api/me", headers=BEARER).status_code == 401
+
+
+def test_a_visit_ends_with_its_time_and_of_many_the_oldest(
+    mirror: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser = visit(mirror, "anna")
+    assert chats(browser, mirror)["total"] == 0
+    for _ in range(cp.MAX_VISITS):
+        visit(mirror, "anna")
+    assert len(mirror.app.store._rows("SELECT * FROM visits")) == cp.MAX_VISITS
+    late = visit(mirror, "anna")
+    chats(late, mirror)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + cp.VISIT_LIFE + 60)
+    assert late.get(f"{mirror.url}/backend-api/conversations").status_code == 401
+
+
+def test_secrets_are_found_behind_escapes(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    browser.get(f"{mirror.url}/backend-api/me", headers=BEARER)
+    row = mirror.app.pool.accounts()[0].row
+    spelled = f'{{"a": "\\u0065{row.access_token[1:]}", "b": "\\u0065{SESSION[1:]}", "c": "\\u0061{row.email[1:]}"}}'.encode()
+    said_by_the_site(weather, "/backend-api/me", spelled, **{"X-Token": row.access_token})
+    answer = browser.get(f"{mirror.url}/backend-api/me", headers=BEARER)
+    told = answer.text + str(answer.headers)
+    assert not any(secret in told for secret in (row.access_token, SESSION, row.email))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_message_on_a_socket_tells_of_ones_own_alone(told: bool, mirror: Proxy) -> None:
+    browser = visit(mirror, "anna")
+    own, foreign = begun(browser, mirror), str(uuid.uuid4())
+    assert mirror.app.mirror
+    seed = mirror.app.store.seed("anna")
+    assert seed
+    visitor = cp.Visitor(seed.owner, mirror.app.pool.accounts()[0], "anna")
+
+    def heard(value: Any) -> bytes | None:
+        assert mirror.app.mirror
+        data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        return mirror.app.mirror._heard_by(visitor, data, True, told)
+
+    kept_back: list[Any] = [
+        {"payload": {"id": foreign, "title": "x"}}, {"conversation": {"id": foreign}}, {"conversation_ids": [foreign]},
+        {"conversationId": foreign}, {"updates": {foreign: {}}}, {"body": json.dumps({"id": foreign})}, {"url": f"/c/{foreign}"},
+        {"conversation_id": foreign, "other": own}, f"not JSON {foreign}", [{"conversation_id": foreign}],
+        {"encoded_item": f'event: delta\ndata: {{"conversation_id": "{foreign}"}}', "conversation_id": own},
+    ]  # fmt: skip
+    for value in kept_back:
+        assert heard(value) is None, value
+    assert heard({"type": "ping"}) and heard({"conversation_id": own, "title": "x"})
+    assert (
+        heard([{"conversation_id": foreign}, {"conversation_id": own}])
+        == json.dumps([{"conversation_id": own}], separators=(",", ":")).encode()
+    )
+    # What the site tells of an own chat has ids of messages, which the visitor's side has no need of.
+    item = (
+        f'event: delta\ndata: {{"v": {{"message": {{"id": "{uuid.uuid4()}"}}, "conversation_id": "{own}"}}}}'
+    )
+    assert (heard({"payload": {"conversation_id": own, "encoded_item": item}}) is not None) == told
+    assert mirror.app.mirror._heard_by(visitor, b"\x00", False, told) is None
+
+
+def test_markup_names_this_server_and_scripts_stay_as_they_are(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    html = """<!DOCTYPE html><html><head data-x><script>var a = "<img src='/same'>", b = "https://files.example/x";</script>
+    <meta http-equiv="Content-Security-Policy" content="default-src 'none'"><meta name=x content=y>
+    <link rel=stylesheet integrity="sha256-x" href='//cdn.example/a.css'></head>
+    <body><img srcset="https://a.example/1.png 1x, https://b.example/2.png 2x" src="https://a.example/1.png"><a href="https://out.example/">out</a>
+    <form action="https://a.example/f"></form><img src="/x//y"></body></html>"""
+    said_by_the_site(weather, "/x", html.encode(), "text/html")
+    text = browser.get(f"{mirror.url}/x", headers={"Accept": "text/html"}).text
+    assert (
+        text.index("__mirrored") < text.index("var a")
+        and """"<img src='/same'>", b = "https://files.example/x";""" in text
+    )
+    assert (
+        "Content-Security-Policy" not in text
+        and "integrity" not in text
+        and "<meta name=x content=y>" in text
+    )
+    scheme = weather.url.partition(":")[0]
+    for wanted in (
+        f"href='/~mirror/{scheme}/cdn.example/a.css'", '"/~mirror/https/a.example/1.png 1x, /~mirror/https/b.example/2.png 2x"',
+        'src="/~mirror/https/a.example/1.png"', 'action="/~mirror/https/a.example/f"', '<a href="https://out.example/">', 'src="/x//y"',
+    ):  # fmt: skip
+        assert wanted in text, wanted
+
+
+def test_the_pages_own_ids_are_let_through(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    early = {
+        "partial_query": {
+            "id": str(uuid.uuid4()),
+            "author": {"role": "user"},
+            "content": {"content_type": "text", "parts": ["x"]},
+        }
+    }
+    asked = early | {
+        "parent_message_id": str(uuid.uuid4()),
+        "model": "gpt-5-5-thinking",
+        "client_prepare_state": "none",
+    }
+    answer = browser.post(
+        f"{mirror.url}/backend-api/f/conversation/prepare",
+        json=asked,
+        headers=BEARER | {"X-OpenAI-Target-Path": "/evil"},
+    )
+    assert answer.status_code in (200, 404)
+    sent = weather.seen[-1]
+    assert sent.path == "/backend-api/f/conversation/prepare" == sent.headers["x-openai-target-path"]
+
+
+def test_beside_an_open_mirror_no_browser_administers_without_a_key(start: Start, weather: Weather) -> None:
+    proxy = start("alice", **MIRRORED, admin_key="", authorization="")
+    by_browser = {"Sec-Fetch-Site": "same-origin"}
+    assert httpx.get(f"{proxy.url}/tokens/list").status_code == 200
+    assert httpx.get(f"{proxy.url}/tokens/list", headers=by_browser).status_code == 401
+
+
+def test_a_socket_that_is_not_read_takes_little_room(mirrored: MirroredSite, start: Start) -> None:
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, upstream=mirrored.url)
+    browser = visit(proxy, "anna")
+    place = browser.post(f"{proxy.url}/backend-api/celsius/ws/user", json={}, headers=BEARER).json()[
+        "websocket_url"
+    ]
+    parts = urllib.parse.urlsplit(place)
+    cookies = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
+    lines = [f"GET /~mirror/ws/{parts.netloc}{parts.path}?{parts.query} HTTP/1.1", f"Host: {proxy.url[7:]}", f"Cookie: {cookies}",
+             "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: " + "A" * 22 + "==", "", ""]  # fmt: skip
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=20) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall("\r\n".join(lines).encode())
+        assert b" 101 " in sock.recv(4096)
+        wait_until(lambda: mirrored.push("alice", {"type": "hello"}) == 1)
+        for _ in range(200):
+            if not mirrored.push("alice", {"type": "flood", "text": "x " * 60_000}):
+                break
+            time.sleep(0.01)
+        wait_until(lambda: mirrored.push("alice", {"type": "hello"}) == 0)
+
+
+def test_a_socket_ends_with_the_visit(mirrored: MirroredSite, windows: Callable[[str], Window]) -> None:
+    one = windows("anna")
+    one.until("state.socket === 'live'")
+    one.page.evaluate("fetch('/auth/logout', { redirect: 'manual' })")
+    wait_until(lambda: mirrored.push("alice", {"type": "x"}) == 0)
+    one.page.evaluate(
+        "navigator.serviceWorker.getRegistrations().then((all) => all.forEach((one) => one.unregister()))"
+    )
+
+
+@in_a_browser
+def test_the_built_in_chat_is_beside_the_mirror(windows: Callable[[str], Window]) -> None:
+    one = windows("anna")
+    other = one.context.new_page()
+    other.goto(f"{one.url}/chat")
+    assert (
+        other.evaluate("BASE") == one.url and other.get_attribute("#to-tokens", "href") == f"{one.url}/tokens"
+    )
+    other.goto(f"{one.url}/tokens")
+    assert other.get_attribute("#to-chat", "href") == f"{one.url}/chat"
+
+
+def test_assets_are_had_once(mirrored: MirroredSite, start: Start) -> None:
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, upstream=mirrored.url)
+    here = f"{proxy.url}/~mirror/{mirrored.other_url.replace('://', '/')}/cdn/assets/app.js"
+
+    def asked() -> int:
+        return sum(request.path == "/cdn/assets/app.js" for request in mirrored.asked)
+
+    for seed in ("anna", "berta"):
+        browser = visit(proxy, seed)
+        got = browser.get(here)
+        assert got.status_code == 200 and "immutable" in got.headers["cache-control"] and asked() == 1
+        # What it imports from the other host is had by way of this server, whatever name that is called by.
+        assert f"{proxy.url}/~mirror/http/localhost:" in got.text and '"http://localhost' not in got.text
+        again = browser.get(here, headers={"If-None-Match": got.headers["etag"]})
+        assert again.status_code == 304 and not again.content
+        other = browser.get(here, headers={"Host": "mirror.example"})
+        assert "http://mirror.example/~mirror/" in other.text and other.headers["etag"] != got.headers["etag"]
+        worker = browser.get(f"{here}?{cp.WORKER_MARK}=1", headers={"If-None-Match": got.headers["etag"]})
+        assert worker.text.startswith("(() =>") and worker.text.endswith(got.text)
+    assert cp.Assets(proxy.app.store.path.parent / "mirror").find(f"{mirrored.other_url}/cdn/assets/app.js")
+    assert asked() == 1
+
+
+def test_a_chat_is_noted_before_any_of_it_is_told(mirror: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser = visit(mirror, "anna")
+    told: list[bool] = []
+    write = cp.Writer.write
+
+    def watched(writer: cp.Writer, data: bytes, events: int = 0) -> None:
+        if found := re.search(rb'"conversation_id":"([^"]+)"', data):
+            told.append(
+                bool(
+                    mirror.app.store._rows(
+                        "SELECT 1 FROM belongings WHERE id=?", cp.known_id(found[1].decode())
+                    )
+                )
+            )
+        write(writer, data, events)
+
+    monkeypatch.setattr(cp.Writer, "write", watched)
+    begun(browser, mirror)
+    assert told and all(told)
+
+
+def test_the_least_room_is_kept_for_assets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cp, "ASSETS_ROOM", 100_000)
+    assets = cp.Assets(tmp_path / "mirror")
+    for number in range(20):
+        assets.keep(f"https://x/{number}.js", "text/javascript", bytes([number]) * 10_000, False)
+        assets.find("https://x/0.js")
+    kept = [number for number in range(20) if assets.find(f"https://x/{number}.js")]
+    assert kept == [0, 16, 17, 18, 19] and len(list((tmp_path / "mirror").iterdir())) == 10
+    again = cp.Assets(tmp_path / "mirror")
+    asset = again.find("https://x/19.js")
+    assert asset and again.read(asset) == bytes([19]) * 10_000
+
+
 # --- faults that the tests must notice -----------------------------------------------------------------------------------
 #
 # `python test_chatproxy.py mutants` puts each of these faults into a copy of the program and runs the tests that are to
@@ -17039,6 +17453,66 @@ def test_two_visitors_of_one_account_find_nothing_of_each_other(
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ('a foreign id is passed on',
+     '        if self.belongings.foreign(visitor, named, reads) or self.belongings.foreign(visitor, asked):\n', '        if False:\n',
+     'no_visitor_reaches'),
+    ('an id of the account opens its answers',
+     '        return body, self.belongings.owns(visitor, named)\n', '        return body, bool(named)\n',
+     'id_of_the_account'),
+    ("what is everybody's is open to seeds",
+     '        if _CLOSED.search(path) or writes_all:\n', '        if writes_all:\n',
+     'spelling_of_a_path'),
+    ("everybody's settings are changed by seeds",
+     '        if _CLOSED.search(path) or writes_all:\n', '        if _CLOSED.search(path):\n',
+     'everybodys_is_changed'),
+    ("a chat is another's before it is noted",
+     '                self._mirror.belongings.take(\n', '                str(\n',
+     'two_visitors or anothers or noted_before'),
+    ('an answer is not looked through',
+     '            body = self._filtered(request, visitor, path, call.status, body, owned)\n', '            pass\n',
+     'tells_nothing_of_others'),
+    ('tokens reach the visitor',
+     'return Reply(call.status, self.without_tokens(visitor, body), kind', 'return Reply(call.status, body, kind',
+     'token_of_the_account'),
+    ("a visitor's headers go upstream",
+     'if name not in _NOT_PASSED\n', 'if name\n',
+     'goes_upstream'),
+    ('a file is a page of ours',
+     '            headers |= _CONFINED | {"X-Content-Type-Options": "nosniff"}\n            if not _HARMLESS.match(plain)', '            if not _HARMLESS.match(plain)',
+     'never_a_page'),
+    ('a private address is reached',
+     '            if not beside and not self.settings.allow_private_urls:\n', '            if False:\n',
+     'private_address_is_reached'),
+    ('a cookie need not be signed',
+     'if found and hmac.compare_digest(self._signature(found[1]), found[2]):', 'if found:',
+     'cookie_that_was_not_made'),
+    ('a visit outlives its sign-out',
+     '            self.store.remove_visit(digest)\n', '',
+     'visitor_signs_in'),
+    ('a right password is told to whoever guesses',
+     '        self.guesses.slow_down(request)  # right or wrong: who may not ask learns neither\n', '',
+     'guessed_too_often'),
+    ('telemetry goes on',
+     '        if _TELEMETRY.search(path):\n            return self._unsent(request)\n', '',
+     'telemetry_goes_nowhere'),
+    ('a socket tells of all chats',
+     '        if not self.belongings.seem_foreign(visitor, ids):\n            return True\n', '        return True\n',
+     'message_on_a_socket'),
+    ('a socket is not heard out',
+     '        if web.unsent() > MAX_UNREAD:\n', '        if False:\n',
+     'not_read_takes'),
+    ('other methods go upstream',
+     '        if request.method not in _METHODS:\n', '        if False:\n',
+     'proofs_are_no'),
+    ('a link signs a browser in',
+     '        if Keys.is_foreign(request):  # who follows', '        if False:  # who follows',
+     'another_site_signs'),
+    ('a seed made anew has what the old one had',
+     'owner = f"seed-{secrets.token_hex(16)}"', 'owner = f"seed-{seed}"',
+     'made_anew'),
+    ('assets are not kept',
+     '        if lasting and "?" not in url', '        if False and "?" not in url',
+     'assets_are_had_once'),
     ('names are sent as they are',
      '        if _PLAIN_NAME.fullmatch(name):\n            return name\n        digest', '        return name\n        digest',
      'tools_and_all_else_are_told_natively'),
