@@ -16417,7 +16417,7 @@ MAX_PAGE = 8 << 20  # bytes of what is looked through: pages, scripts, JSON
 ASSETS_ROOM = 200 << 20  # bytes of the site's assets that are kept
 MAX_ASSET = 16 << 20
 MAX_UNREAD = 2 << 20  # bytes of a WebSocket that wait for its visitor
-MAX_MESSAGE = 256 << 10  # bytes of a message on one that is looked through
+MAX_HEARD = 256 << 10  # bytes of a message on one that is looked through
 CHECK_HOST = "challenges.cloudflare.com"  # a human check is the visitor's own, and nobody's else
 # Hosts of the site that have scripts and styles for its pages; their files are got without credentials.
 ASSET_HOSTS = (
@@ -16462,7 +16462,7 @@ _NAMED = re.compile(
 _HEXADECIMAL = re.compile(r"(?<![0-9A-Za-z_-])(?=[a-f]*[0-9])[0-9a-f]{20,31}(?![0-9A-Za-z])")
 _AROUND_DIGITS = re.compile(r"[\s{}+_-]|urn:|uuid:")  # what readers of a UUID take no notice of
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
-_GPT = re.compile(r"(?<![0-9A-Za-z])g-(?!p-)[0-9A-Za-z]{6,40}(?![0-9A-Za-z])")
+_GPT_ID = re.compile(r"(?<![0-9A-Za-z])g-(?!p-)[0-9A-Za-z]{6,40}(?![0-9A-Za-z])")
 # Fields of a request that hold no id of anything kept: texts, proofs, and ids that the page makes itself.
 _FREE_FIELDS = {
     "text", "title", "prompt", "query", "q", "name", "file_name", "instructions", "description", "user_message", "p",
@@ -16805,7 +16805,7 @@ def ids_in(text: str) -> Iterator[str]:
         if 20 <= len(plain) <= 32 and not plain.strip("0123456789abcdef"):
             yield plain.zfill(32)
             return
-    for pattern in (_UUID, _GPT, _NAMED, _HEXADECIMAL):
+    for pattern in (_UUID, _GPT_ID, _NAMED, _HEXADECIMAL):
         yield from map(known_id, pattern.findall(text))
         text = pattern.sub(" ", text)  # a part of one is none
 
@@ -17666,7 +17666,9 @@ class Mirror:
         if not isinstance(value, (dict, list)) or _PROOFS.fullmatch(path):
             return body
         if status < 300 and _SHOWN_TO_ALL.fullmatch(path):
-            self.belongings.show_to_all(id for id, _ in named_in(value, {"id": "gpt"}) if _GPT.fullmatch(id))
+            self.belongings.show_to_all(
+                id for id, _ in named_in(value, {"id": "gpt"}) if _GPT_ID.fullmatch(id)
+            )
         if status < 300:
             self._note(request, visitor, rest, value, owned)
         if rest.rstrip("/") == "/me":
@@ -18061,7 +18063,7 @@ class Mirror:
         loop: it is judged by what is in memory."""
         if visitor.seed is None:
             return data
-        if not is_text or len(data) > MAX_MESSAGE:
+        if not is_text or len(data) > MAX_HEARD:
             return None
         try:
             value = json.loads(data)

@@ -895,7 +895,7 @@ def test_a_flag_wins_over_a_variable_and_an_alias_counts() -> None:
         ("LOG_FORMAT", "xml"),
         ("IMPERSONATE", "lynx"),
         ("TLS_CERT", "/nonexistent.pem"),
-        ("ENABLE_GATEWAY", "true"),
+        ("ENABLE_GATEWAY", "perhaps"),
         ("OPENAI_API_URL", "https://x:99999"),
     ],
 )
@@ -16198,21 +16198,19 @@ def spellings(id: str) -> list[str]:
     return [id, id.upper(), plain, plain.upper(), "-".join(plain), f"{plain[:3]}-{plain[3:]}"]
 
 
-@pytest.mark.parametrize(("method", "path", "body"), ATTACKS)
-def test_no_visitor_reaches_what_is_anothers(
-    method: str, path: str, body: Any, mirror: Proxy, weather: Weather
-) -> None:
+def test_no_visitor_reaches_what_is_anothers(mirror: Proxy, weather: Weather) -> None:
     mine, other = visit(mirror, "anna"), visit(mirror, "berta")
     id = begun(mine, mirror)
     asked = len(weather.seen)
-    named = path.replace("UPSTREAM", weather.url.replace("://", "/"))
-    for spelling in spellings(id):
-        text = json.dumps(body).replace("ID", spelling) if body is not None else None
-        kind = {"Content-Type": "application/json"} if text else {}
-        url = mirror.url + named.replace("ID", spelling)
-        answer = other.request(method, url, content=text, headers=BEARER | kind)
-        assert answer.status_code in (400, 403, 404), (url, answer.status_code, answer.text[:200])
-    assert not [one.path for one in weather.seen[asked:] if one.path != "/api/auth/session"]
+    for method, path, body in ATTACKS:
+        named = path.replace("UPSTREAM", weather.url.replace("://", "/"))
+        for spelling in spellings(id):
+            text = json.dumps(body).replace("ID", spelling) if body is not None else None
+            kind = {"Content-Type": "application/json"} if text else {}
+            url = mirror.url + named.replace("ID", spelling)
+            answer = other.request(method, url, content=text, headers=BEARER | kind)
+            assert answer.status_code in (400, 403, 404), (url, answer.status_code, answer.text[:200])
+            assert not [one.path for one in weather.seen[asked:] if one.path != "/api/auth/session"], url
 
 
 def test_there_are_enough_attacks() -> None:
@@ -17417,7 +17415,8 @@ def test_a_chat_is_noted_before_any_of_it_is_told(mirror: Proxy, monkeypatch: py
     write = cp.Writer.write
 
     def watched(writer: cp.Writer, data: bytes, events: int = 0) -> None:
-        if found := re.search(rb'"conversation_id":"([^"]+)"', data):
+        found = re.search(rb'"conversation_id":"([^"]+)"', data)
+        if found and writer._request.route == "mirror":  # and not the stand-in's own
             told.append(
                 bool(
                     mirror.app.store._rows(
@@ -17466,8 +17465,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '        if _CLOSED.search(path) or writes_all:\n', '        if _CLOSED.search(path):\n',
      'everybodys_is_changed'),
     ("a chat is another's before it is noted",
-     '                self._mirror.belongings.take(\n', '                str(\n',
-     'two_visitors or anothers or noted_before'),
+     'self._mirror.belongings.take(self._visitor, [(self._conversation, self._kind)], "New chat")', "pass",
+     "noted_before"),
     ('an answer is not looked through',
      '            body = self._filtered(request, visitor, path, call.status, body, owned)\n', '            pass\n',
      'tells_nothing_of_others'),
@@ -17475,8 +17474,8 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'return Reply(call.status, self.without_tokens(visitor, body), kind', 'return Reply(call.status, body, kind',
      'token_of_the_account'),
     ("a visitor's headers go upstream",
-     'if name not in _NOT_PASSED\n', 'if name\n',
-     'goes_upstream'),
+     "if name not in _NOT_PASSED and not name.startswith", "if not name.startswith",
+     "goes_upstream"),
     ('a file is a page of ours',
      '            headers |= _CONFINED | {"X-Content-Type-Options": "nosniff"}\n            if not _HARMLESS.match(plain)', '            if not _HARMLESS.match(plain)',
      'never_a_page'),
@@ -17510,9 +17509,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ('a seed made anew has what the old one had',
      'owner = f"seed-{secrets.token_hex(16)}"', 'owner = f"seed-{seed}"',
      'made_anew'),
-    ('assets are not kept',
-     '        if lasting and "?" not in url', '        if False and "?" not in url',
-     'assets_are_had_once'),
+    ("assets are not kept",
+     "            asset = self.assets.keep(url, kind, data, asset.names_hosts)\n", "            pass\n",
+     "assets_are_had_once"),
     ('names are sent as they are',
      '        if _PLAIN_NAME.fullmatch(name):\n            return name\n        digest', '        return name\n        digest',
      'tools_and_all_else_are_told_natively'),
@@ -17792,9 +17791,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ('results are taken for the first call',
      '        unanswered.remove(given["name"])', '        pass',
      'test_ollamas_clients_call_tools_and_send_pictures'),
-    ('a compressed body is read as it is',
-     'if headers.get("content-encoding", "identity").lower() != "identity" and not request.key:', 'if False:',
-     'test_a_compressed_body_is_refused_as_what_it_is'),
+    ("a compressed body is read as it is",
+     'if headers.get("content-encoding", "identity").lower() != "identity" and not passed:', "if False:",
+     "test_a_compressed_body_is_refused_as_what_it_is"),
     ('known tools are those that begin alike',
      'if tools is None or not data.startswith(json_of, start):', 'if tools is None:',
      'test_tools_that_were_sent_before_are_read_as_what_they_are'),
@@ -19305,7 +19304,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if (size > 125 or not final) if opcode >= _CLOSE else", "if False if opcode >= _CLOSE else",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
     ("binary messages are text",
-     "if opcode == _BINARY:", "if False:",
+     "if opcode == _BINARY and not self.heard_bytes:", "if False:",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
     ("a length may be in a longer form",
      "if size < least or size >> 63:", "if size >> 63:",
@@ -19413,7 +19412,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "or self._strangers[place] >= MAX_STRANGERS // 4", "",
      "test_one_address_does_not_take_all_places_of_new_tokens"),
     ("an accepted token stays a guess",
-     "self.guesses.forgive(request.peer)", "pass",
+     "            self._prove(request)\n        finally:\n            with self._remembered_lock:\n                self._strangers -= Counter([place])\n        self.guesses.forgive(request.peer)\n", "            self._prove(request)\n        finally:\n            with self._remembered_lock:\n                self._strangers -= Counter([place])\n",
      "test_a_token_that_the_upstream_will_not_speak_of"),
     ("a guest is asked about at every call",
      "            self._proved[digest] = None", "            pass",
@@ -19440,13 +19439,13 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'if "@" not in parts.netloc:', "if True:",
      "test_administration_without_a_key_is_for_this_machine_asked_directly"),
     ("any page may ask a server without a key",
-     "if named or (changes and self._foreign(request)):", "if False:",
+     "if named or (changes and self.is_foreign(request)):", "if False:",
      "test_other_sites_pages_get_nothing"),
     ("a name that leads here may ask a server without a key",
-     "if named or (changes and self._foreign(request)):", "if changes and self._foreign(request):",
+     "if named or (changes and self.is_foreign(request)):", "if changes and self.is_foreign(request):",
      "test_other_sites_pages_get_nothing"),
     ("a name that leads here may read",
-     "if named or (changes and self._foreign(request)):", "if changes and (named or self._foreign(request)):",
+     "if named or (changes and self.is_foreign(request)):", "if changes and (named or self.is_foreign(request)):",
      "test_a_browser_reads_nothing_under_a_name"),
     ("a cookie over its own HTTPS is not Secure",
      "secure = self.settings.tls_cert or request", "secure = request",
@@ -19588,8 +19587,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "lines, None, kept=False)", "lines, None)",
      "test_junk_tokens_leave_nothing_and_reach_nothing"),
     ("a key is accepted when OpenAI's API is down",
-     'if answer.status == 429 or answer.status >= 500:\n        raise refusal(answer.status, answer.headers, b"")\n\n\ndef _relayed',
-     'if False:\n        raise refusal(answer.status, answer.headers, b"")\n\n\ndef _relayed',
+     '    if answer.status == 429 or answer.status >= 500:\n        raise refusal(answer.status, answer.headers, b"")\n\n\nclass Streamed', '    if False:\n        raise refusal(answer.status, answer.headers, b"")\n\n\nclass Streamed',
      "test_wrong_tokens_of_callers_count_as_wrong_keys"),
     ("a response that could not be kept is said to be",
      'whole["store"] = wanted.echo["store"] = False', "pass",
@@ -19833,7 +19831,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '"form-action", "frame-ancestors", ', '"form-action", ',
      "test_the_pages_are_closed_to_others"),
     ("a page takes markup from text",
-     'policy["require-trusted-types-for"] = "\'script\'"', "pass",
+     "policy |= {\"require-trusted-types-for\": \"'script'\", \"form-action\": sends}", 'policy |= {"form-action": sends}',
      "test_a_page_runs_its_own_script_and_talks_to_nobody_else"),
     ("a page tells others where it was",
      '"Referrer-Policy": "no-referrer",', '"Referrer-Policy": "unsafe-url",',
