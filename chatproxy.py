@@ -17560,7 +17560,7 @@ class Mirror:
             return Reply(
                 call.status, self._with_own_hosts(request, visitor, text), kind, headers | self._page_policy()
             )
-        if visitor.seed is not None:
+        if visitor.seed is not None and api:  # a page's own data is whole, or not at all
             body = self._filtered(request, visitor, path, call.status, body, owned)
         return Reply(call.status, self.without_tokens(visitor, body), kind or "application/json", headers)
 
@@ -17660,9 +17660,13 @@ class Mirror:
         try:
             value = json.loads(body) if body.strip() else None
         except (ValueError, RecursionError):
-            if not owned and self._is_foreign(visitor, body.decode("utf-8", "replace")):
-                raise self._unknown() from None
-            return body
+            lines = body.split(b"\n")
+            own = [
+                line
+                for line in lines
+                if owned or not self._is_foreign(visitor, line.decode("utf-8", "replace"))
+            ]
+            return b"\n".join(own)
         if not isinstance(value, (dict, list)) or _PROOFS.fullmatch(path):
             return body
         if status < 300 and _SHOWN_TO_ALL.fullmatch(path):

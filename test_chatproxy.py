@@ -9746,21 +9746,24 @@ def test_no_request_costs_much_whatever_it_is(
     env = {"DATA_DIR": str(tmp_path), "CHATGPT_BASE_URL": weather.url, "OPENAI_AUTH_URL": weather.url}
     env |= {"OPENAI_API_URL": weather.url, "AUTHORIZATION": KEY, "ADMIN_KEY": ADMIN}
     assert run("accounts", "add", cp.demo_token("alice"), env=env).returncode == 0
-    wrong: list[tuple[Any, ...]] = []
+    dear: dict[str, tuple[Any, ...]] = {}
     with Served(env=env) as served:
         process, address = Process(served.process.pid, 0), ("127.0.0.1", int(served.url.rpartition(":")[2]))
-        for attempt in range(3):  # the first time some of it is loaded; and this machine may be busy
-            wrong = []
+        for attempt in range(4):  # the first time some of it is loaded; and this machine may be busy
+            found: dict[str, tuple[Any, ...]] = {}
             with Pings(served.url) as pings:
                 for name, data, code in attacks:
-                    found, cpu, memory = cost(process, address, data, len(data) if "byte by" in name else 1)
-                    if found != code or cpu > seconds or memory > megabytes:
-                        wrong.append((name, found, round(cpu, 3), round(memory, 1)))
+                    status, cpu, memory = cost(process, address, data, len(data) if "byte by" in name else 1)
+                    assert status == code, name
+                    if cpu > seconds or memory > megabytes:
+                        found[name] = (round(cpu, 3), round(memory, 1))
             if pings.slowest > 0.25:
-                wrong.append(("ping", pings.slowest))
-            if attempt and not wrong:
+                found["ping"] = (pings.slowest,)
+            # What costs much does so each time.
+            dear = {name: told for name, told in found.items() if name in dear or not attempt}
+            if attempt and not dear:
                 break
-    assert not wrong
+    assert not dear
 
 
 def user_of(proxy: Proxy, name: str = "") -> str:
