@@ -16410,6 +16410,7 @@ WORKER_MARK = "chatproxy-worker"  # in the query of a worker's script, which get
 VISITOR_COOKIE = "chatproxy_mirror_{}"  # and the port
 VISIT_LIFE = 30 * 86400.0
 MAX_SEED = 200  # characters
+READ_ANEW = 0.5  # seconds for which what is known to belong to somebody is not read again
 ASKED_ANEW = 600.0  # seconds between two doubts about an account's session
 MAX_SEEDS = 10_000
 ALL_SEEDS = "clear"  # what stands for all of them in chat2api's calls
@@ -16473,7 +16474,7 @@ _FREE_FIELDS = {
 }  # fmt: skip
 # Fields of an answer by which one tells whose a thing is.
 _OWNED_FIELDS = re.compile(
-    r"(?i)(?:conversation|file|gizmo|project|task|share|textdoc|canvas|image|asset|automation|thread)s?_?"
+    r"(?i)(?:conversation|file|gizmo|project|task|share|textdoc|canvas|image|asset|automation|thread|topic)s?_?"
     r"(?:ids?|pointers?|link)$|^id$"
 )
 _CHAT_ADDRESS = re.compile(r"/(?:c|share|s|e|conversation)/[^/?#\s]{6,100}")
@@ -16484,8 +16485,6 @@ _CONTENT_FIELDS = {
     "textdoc_id": "canvas",
     "task_id": "task",
     "async_task_id": "task",
-    "turn_exchange_id": "turn",
-    "topic_id": "turn",
 }
 # Calls that make something: what it is, by the field of the answer that names it.
 _MAKING = re.compile(
@@ -16501,8 +16500,10 @@ _LOCALE = re.compile(r"(?:^|[;,]\s*)oai-locale=([A-Za-z]{2,3}(?:-[0-9A-Za-z]{2,8
 _PROOFS = re.compile(r"/backend-(?:api|anon)/sentinel/[a-z/_-]{1,60}")
 # GPTs that the site shows to everybody.
 _SHOWN_TO_ALL = re.compile(
-    r"/public-api/gizmos/discovery(?:/[a-z_-]{1,30})?|/backend-[a-z]+/gizmos/discovery(?!/recent|/mine)(?:/[a-z_-]{1,30})?"
+    r"/(?:public-api|backend-[a-z]+)/gizmos/discovery/"
+    r"(?:featured|trending|popular|dalle|writing|productivity|research|programming|education|lifestyle|by_?chatgpt)"
 )
+TURN_ID = "turn {}"  # how the id of a turn is noted: it opens nothing that is kept
 # What an event has in which something else than the conversation is named.
 _STREAM_MARKS = (
     b"asset_pointer", b"textdoc_id", b"title_generation", b"task_id", b"stream_handoff", b"topic_id", b"eyJ", b"@",
@@ -16544,6 +16545,13 @@ _CONFINED = {
     "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 }
 _PAGE_HEADERS = {"Referrer-Policy": "same-origin", "X-Content-Type-Options": "nosniff"}
+# Kinds of answers that a page is made with: those that may not do anything, and those that a page runs.
+_OF_PAGES = re.compile(
+    r"(?:application|text)/(?:[\w.+-]+\+)?json|text/x-script|(?:font|audio|video)/.*|image/(?!svg).*"
+)
+_RUN_BY_PAGES = re.compile(
+    r"text/html|text/css|(?:text|application)/javascript|application/(?:wasm|manifest\+json)"
+)
 # Kinds of answers that are looked through before they go on; SVG is a picture.
 _LOOKED_THROUGH = re.compile(r"(?!image/)(?:text/(?!css)|.*json|.*javascript|.*xml|.*x-component|$)")
 # Tokens of the site: three parts an access token, five a session's cookie.
@@ -16880,6 +16888,7 @@ class Belongings:
         self._store = store
         self._belongings_lock = threading.Lock()
         self._here: OrderedDict[str, dict[str, Belonging]] = OrderedDict()
+        self._read_at: dict[str, float] = {}  # when they were read, time.monotonic()
         self._shown_to_all: OrderedDict[str, None] = OrderedDict()
 
     def reload(self) -> None:
@@ -16899,10 +16908,11 @@ class Belongings:
         """The same from the store: another process may have noted something."""
         things = {one.id: one for one in self._store.belongings(owner)}
         with self._belongings_lock:
+            self._read_at[owner] = time.monotonic()
             self._here[owner] = things
             self._here.move_to_end(owner)
             if len(self._here) > self.MAX_HERE:
-                self._here.popitem(last=False)
+                self._read_at.pop(self._here.popitem(last=False)[0], None)
         return things
 
     def show_to_all(self, ids: Iterable[str]) -> None:
@@ -16918,6 +16928,8 @@ class Belongings:
         ids = list(ids)
         if not ids or not self.seem_foreign(visitor, ids, reads):
             return False
+        if time.monotonic() - self._read_at.get(visitor.owner, -math.inf) < READ_ANEW:
+            return True
         self._read(visitor.owner)
         return self.seem_foreign(visitor, ids, reads)
 
@@ -16942,7 +16954,7 @@ class Belongings:
 
     def anothers(self, visitor: Visitor, ids: Iterable[str]) -> bool:
         """Whether one of these is known to be another visitor's."""
-        return self._store.is_anothers(visitor.owner, list(dict.fromkeys(ids))[:500])
+        return self._store.is_anothers(visitor.owner, list(dict.fromkeys(ids))[:20_000])
 
     def take(self, visitor: Visitor, things: Iterable[tuple[str, str]], title: str = "") -> None:
         """Notes that things (id, kind) are this visitor's, unless they are somebody's; before any browser hears of them."""
@@ -17016,6 +17028,10 @@ class MirroredTurn:
             if said.get("type") == "title_generation" and isinstance(title, str) and self._conversation:
                 self._mirror.belongings.change(self._visitor, self._conversation, title=title[:300])
             things += named_in(said, _CONTENT_FIELDS)
+            if (
+                said.get("type") == "stream_handoff"
+            ):  # by which the page's WebSocket names the turn, and nothing else does
+                things += ((TURN_ID.format(id), "turn") for id in all_ids(said))
         if things:
             self._mirror.belongings.take(self._visitor, things)
 
@@ -17258,6 +17274,8 @@ class Mirror:
     def _local(self, request: Request, visitor: Visitor, path: str) -> Reply | None:
         """What the site's own server would answer and is answered here: its sign-in, and a seed's list of chats."""
         if path in ("/auth/logout", "/api/auth/signout", "/logout"):
+            if Keys.is_foreign(request):
+                raise ApiError("origin_refused", "Sign out on a page of this server.")
             cookie = {"Set-Cookie": self.leave(request), **NOTHING_STAYS}
             page = request.method in ("GET", "HEAD")
             return (
@@ -17459,7 +17477,12 @@ class Mirror:
                     self.site.learn_agent(account, call)
                 call.start()
                 self._heard(account, call)
-                if call.status == 401 and again and "authorization" in request.headers:
+                if (
+                    call.status == 401
+                    and again
+                    and "authorization" in request.headers
+                    and self._may_ask_anew(account)
+                ):
                     guard.close()
                     self.renewals.token(account, request.watch, token)
                     continue
@@ -17532,7 +17555,9 @@ class Mirror:
             guard.pop_all()
             return stream
         api = _API.match(path) is not None
-        if api and not plain.endswith("json"):  # somebody's file may be anything: it is never a page of ours
+        if not _OF_PAGES.fullmatch(plain) and not (
+            not api and _RUN_BY_PAGES.fullmatch(plain)
+        ):  # somebody's file may be anything: it is never a page of ours
             headers |= _CONFINED | {"X-Content-Type-Options": "nosniff"}
             if not _HARMLESS.match(plain) and plain not in ("text/x-script", ""):
                 headers["Content-Disposition"] = "attachment"
@@ -17561,7 +17586,10 @@ class Mirror:
                 call.status, self._with_own_hosts(request, visitor, text), kind, headers | self._page_policy()
             )
         if visitor.seed is not None and api:  # a page's own data is whole, or not at all
-            body = self._filtered(request, visitor, path, call.status, body, owned)
+            try:
+                body = self._filtered(request, visitor, path, call.status, body, owned)
+            except RecursionError:
+                raise too_large() from None
         return Reply(call.status, self.without_tokens(visitor, body), kind or "application/json", headers)
 
     def _look_for_others(self, visitor: Visitor, path: str, body: bytes) -> None:
@@ -17574,13 +17602,18 @@ class Mirror:
             )
             raise self._unknown()
 
+    def _may_ask_anew(self, account: Account) -> bool:
+        """Whether an account's token may be doubted now: visitors do not decide how often."""
+        now = time.monotonic()
+        may = now - self._asked_anew.get(account.id, -math.inf) > ASKED_ANEW
+        if may:
+            self._asked_anew[account.id] = now
+        return may
+
     def _see_session(self, request: Request, visitor: Visitor, status: int, body: bytes) -> None:
         """Whether the account is signed in still is asked when a page looks as if it were not, once in a while."""
         account = visitor.account
-        now = time.monotonic()
-        doubted = status == 200 and b"accessToken" not in body
-        if doubted and now - self._asked_anew.get(account.id, -math.inf) > ASKED_ANEW:
-            self._asked_anew[account.id] = now
+        if status == 200 and b"accessToken" not in body and self._may_ask_anew(account):
             self.renewals.token(account, request.watch, account.row.access_token)
 
     @staticmethod
@@ -17697,7 +17730,9 @@ class Mirror:
         if not match or not isinstance(value, dict):
             return
         id = known_id(match[1])
-        asked = request.json() if request.method == "PATCH" and request.body.size else {}
+        asked: dict[str, Any] = {}
+        with contextlib.suppress(ApiError):
+            asked = request.json() if request.method == "PATCH" and request.body.size else {}
         if request.method == "DELETE" or asked.get("is_visible") is False:
             self.belongings.drop(visitor, id)
             return
@@ -17875,7 +17910,7 @@ class Mirror:
         if found:
             tag = self._tag(request, found)
             headers = {"ETag": tag, "Cache-Control": "private, max-age=31536000, immutable", **_PAGE_HEADERS}
-            headers |= self._page_policy() if found.kind.endswith("javascript") else {}
+            headers |= self._rights_of(found.kind)
             if tag in request.headers.get("if-none-match", "") and WORKER_MARK not in request.query:
                 return Reply(304, b"", found.kind, headers)
             data = self.assets.read(found)
@@ -17895,9 +17930,8 @@ class Mirror:
             headers = self._returned(request, visitor, call.headers) | self._page_policy()
             if request.method == "HEAD":
                 return Reply(call.status, b"", kind, headers)
-            if "text/html" in kind:  # of another host: never with these pages' rights
-                headers["Content-Security-Policy"] += "; sandbox allow-scripts allow-forms"
-            if call.status != 200 or not size.isdigit() or int(size) > MAX_ASSET or "text/html" in kind:
+            headers |= self._rights_of(kind)
+            if call.status != 200 or not size.isdigit() or int(size) > MAX_ASSET or "html" in kind.lower():
                 guard.pop_all()
                 return Stream(functools.partial(relayed, call), call.status, kind, headers, False)
             data = call.whole().body
@@ -17915,6 +17949,14 @@ class Mirror:
             headers["ETag"] = self._tag(request, asset)
             headers["Cache-Control"] = "private, max-age=31536000, immutable"
         return Reply(200, self._asset_text(request, visitor, asset, data), kind, headers)
+
+    def _rights_of(self, kind: str) -> dict[str, str]:
+        """The policy for a file of the site's assets: what is no part of a page is shut in where it is opened."""
+        headers = self._page_policy()
+        plain = kind.partition(";")[0].strip().lower()
+        if plain == "text/html" or not (_OF_PAGES.fullmatch(plain) or _RUN_BY_PAGES.fullmatch(plain)):
+            headers["Content-Security-Policy"] += "; sandbox allow-scripts allow-forms"
+        return headers
 
     def _names_hosts(self, kind: str, data: bytes, visitor: Visitor) -> bool:
         texts = ("javascript", "text/css", "json")
@@ -18084,12 +18126,14 @@ class Mirror:
     def _may_pass(self, visitor: Visitor, value: Any, told: bool) -> bool:
         """Whether a message names nothing that is not the visitor's. What the site tells of a chat of theirs has ids of messages
         too, which nobody knows."""
-        ids = list(all_ids(value))
+        named = list(all_ids(value))
+        ids = [id for id in named if not self.belongings.owns(visitor, [TURN_ID.format(id)])]
         if not self.belongings.seem_foreign(visitor, ids):
             return True
-        if not told or not self.belongings.owns(visitor, ids):
+        if not told or (len(ids) == len(named) and not self.belongings.owns(visitor, ids)):
             return False
-        return not self.belongings.seem_foreign(visitor, owned_ids(value))
+        judged = (id for id in owned_ids(value) if not self.belongings.owns(visitor, [TURN_ID.format(id)]))
+        return not self.belongings.seem_foreign(visitor, judged)
 
     def _is_foreign(self, visitor: Visitor, text: str) -> bool:
         return self.belongings.foreign(visitor, ids_in(text))

@@ -16516,7 +16516,7 @@ const asset = (name) => `__OTHER__/cdn/assets/${name}?probe=${Math.random().toSt
 const wait = (milliseconds) => new Promise((go) => setTimeout(go, milliseconds));
 const until = async (met, failure) => {
   for (let tries = 0; !met(); tries++) {
-    if (tries > 80) throw new Error(failure);
+    if (tries > 400) throw new Error(failure);
     await wait(50);
   }
 };
@@ -16637,7 +16637,7 @@ const ways = (urls) => ({
 });
 
 export async function probe(urls) {
-  const late = () => wait(5000).then(() => { throw new Error("nothing came in time"); });
+  const late = () => wait(25000).then(() => { throw new Error("nothing came in time"); });
   const tried = Object.entries(ways(urls)).map(async ([name, way]) => {
     const failed = (error) => `failed: ${error.message}`;
     return [name, await Promise.race([Promise.resolve().then(way), late()]).then(() => "ok", failed)];
@@ -17156,6 +17156,51 @@ def test_proofs_are_no_way_around(mirror: Proxy, weather: Weather) -> None:
     assert len(weather.seen) == asked
 
 
+def test_nobody_claims_a_chat_by_naming_it(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    own, foreign = begun(browser, mirror), str(uuid.uuid4())
+    weather.echoes = True
+    body = turn_of("x @ eyJ", own)
+    body["messages"][0]["metadata"] = {
+        "turn_exchange_id": foreign,
+        "topic_id": foreign,
+        "message_id": foreign,
+    }
+    token = browser.post(
+        f"{mirror.url}/backend-api/sentinel/chat-requirements", json={}, headers=BEARER
+    ).json()["token"]
+    headers = BEARER | {"openai-sentinel-chat-requirements-token": token}
+    browser.post(f"{mirror.url}/backend-api/conversation", json=body, headers=headers)
+    browser.get(f"{mirror.url}/backend-api/conversation/{own}", headers=BEARER)
+    assert browser.get(f"{mirror.url}/backend-api/conversation/{foreign}", headers=BEARER).status_code == 404
+
+
+def test_a_long_list_of_others_is_no_burden(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    begun(browser, mirror)
+    things = {"items": [{"conversation_id": str(uuid.uuid4()), "title": "x"} for _ in range(3000)]}
+    assert mirror.app.mirror
+    seed = mirror.app.store.seed("anna")
+    assert seed
+    visitor = cp.Visitor(seed.owner, mirror.app.pool.accounts()[0], "anna")
+    mirror.app.mirror.belongings.take(visitor, [(uuid.uuid4().hex, "file") for _ in range(3000)])
+    said_by_the_site(weather, "/backend-api/novelty", json.dumps(things).encode())
+    began = time.monotonic()
+    assert browser.get(f"{mirror.url}/backend-api/novelty", headers=BEARER).json() == {"items": []}
+    assert time.monotonic() - began < 5
+
+
+def test_a_path_that_is_always_refused_renews_once(mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    browser.get(f"{mirror.url}/backend-api/me", headers=BEARER)
+    before = weather.count("/api/auth/session")
+    for _ in range(5):
+        for _ in range(2):
+            weather.add("/backend-api/me", status(401, {"detail": "no"}))
+        browser.get(f"{mirror.url}/backend-api/me", headers=BEARER)
+    assert weather.count("/api/auth/session") <= before + 1
+
+
 def test_what_is_shown_to_all_is_only_read(mirror: Proxy, weather: Weather) -> None:
     browser = visit(mirror, "anna")
     listed = {
@@ -17163,7 +17208,8 @@ def test_what_is_shown_to_all_is_only_read(mirror: Proxy, weather: Weather) -> N
     }
     for path, allowed in (
         ("/backend-api/gizmos/discovery/recent", False),
-        ("/public-api/gizmos/discovery/recent", True),
+        ("/public-api/gizmos/discovery/mine", False),
+        ("/public-api/gizmos/discovery/featured", True),
     ):
         said_by_the_site(weather, path, json.dumps(listed).encode())
         browser.get(mirror.url + path, headers=BEARER)
