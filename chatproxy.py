@@ -16414,7 +16414,7 @@ READ_ANEW = 0.5  # seconds for which what is known to belong to somebody is not 
 ASKED_ANEW = 600.0  # seconds between two doubts about an account's session
 MAX_SEEDS = 10_000
 ALL_SEEDS = "clear"  # what stands for all of them in chat2api's calls
-MAX_PAGE = 8 << 20  # bytes of what is looked through: pages, scripts, JSON
+MAX_PAGE = 8 << 20  # bytes of what is looked through for a seed: a body, an answer, an event
 ASSETS_ROOM = 200 << 20  # bytes of the site's assets that are kept
 MAX_ASSET = 16 << 20
 MAX_UNREAD = 2 << 20  # bytes of a WebSocket that wait for its visitor
@@ -17546,7 +17546,7 @@ class Mirror:
     ) -> Reply | Stream | Upgrade:
         """The site's answer as the visitor gets it: looked through where it is text, else as it comes."""
         kind = call.headers.get("content-type", "")
-        headers = self._returned(request, visitor, call.headers)
+        headers = self._returned(visitor, call.headers)
         plain = kind.partition(";")[0].strip().lower()
         if request.method == "HEAD":
             return Reply(call.status, b"", kind or "application/octet-stream", headers)
@@ -17576,7 +17576,7 @@ class Mirror:
         if blocked or "challenge" in call.headers.get("cf-mitigated", ""):
             raise refusal(403, call.headers, body)
         if not api and visitor.seed is not None:
-            self._look_for_others(visitor, path, body)
+            self._look_for_others(visitor, body)
         if plain == "text/html" and not api:
             self._see_session(request, visitor, call.status, body)
             return Reply(call.status, self._page(request, visitor, body), kind, headers | self._page_policy())
@@ -17592,7 +17592,7 @@ class Mirror:
                 raise too_large() from None
         return Reply(call.status, self.without_tokens(visitor, body), kind or "application/json", headers)
 
-    def _look_for_others(self, visitor: Visitor, path: str, body: bytes) -> None:
+    def _look_for_others(self, visitor: Visitor, body: bytes) -> None:
         """not_found for a page of a seed's in which another visitor's chats are named."""
         if self.belongings.anothers(visitor, map(known_id, _UUID.findall(body.decode("utf-8", "replace")))):
             log(
@@ -17621,7 +17621,7 @@ class Mirror:
         policy = "; ".join(f"{name} {value}" for name, value in _POLICY.items())
         return {"Content-Security-Policy": policy, **_PAGE_HEADERS}
 
-    def _returned(self, request: Request, visitor: Visitor, headers: Mapping[str, str]) -> dict[str, str]:
+    def _returned(self, visitor: Visitor, headers: Mapping[str, str]) -> dict[str, str]:
         """The headers of an answer that go on to the visitor."""
         kept = {
             name.title(): value
@@ -17676,14 +17676,19 @@ class Mirror:
         rest = b""
         with call:
             for data in call.pieces():
-                whole, mark, rest = (rest + data).rpartition(b"\n\n")
+                whole, mark, rest = (rest + data).replace(b"\r\n", b"\n").rpartition(b"\n\n")
                 if len(rest) > MAX_PAGE:
                     raise too_large()
-                for event in (whole + mark).split(b"\n\n")[:-1]:
-                    text = self.without_tokens(visitor, event)
-                    if not self._is_foreign(visitor, text.decode("utf-8", "replace")):
-                        writer.write(text + b"\n\n", 1)
+                events = (whole + mark).split(b"\n\n")[:-1]
+                writer.write(*self._own_events(visitor, events))
                 writer.drain()
+            writer.write(*self._own_events(visitor, [rest] if rest else []))
+
+    def _own_events(self, visitor: Visitor, events: list[bytes]) -> tuple[bytes, int]:
+        """Those of some events that name nothing foreign, as they are written, and how many they are."""
+        texts = [self.without_tokens(visitor, event) for event in events]
+        own = [text for text in texts if not self._is_foreign(visitor, text.decode("utf-8", "replace"))]
+        return b"".join(text + b"\n\n" for text in own), len(own)
 
     def _filtered(
         self, request: Request, visitor: Visitor, path: str, status: int, body: bytes, owned: bool
@@ -17927,7 +17932,7 @@ class Mirror:
             call.start()
             kind = call.headers.get("content-type", "application/octet-stream")
             size = call.headers.get("content-length", "0")
-            headers = self._returned(request, visitor, call.headers) | self._page_policy()
+            headers = self._returned(visitor, call.headers) | self._page_policy()
             if request.method == "HEAD":
                 return Reply(call.status, b"", kind, headers)
             headers |= self._rights_of(kind)
@@ -18064,9 +18069,7 @@ class Mirror:
             call.start()
             kind = call.headers.get("content-type", "application/octet-stream")
             headers = (
-                self._returned(request, visitor, call.headers)
-                | _CONFINED
-                | {"X-Content-Type-Options": "nosniff"}
+                self._returned(visitor, call.headers) | _CONFINED | {"X-Content-Type-Options": "nosniff"}
             )
             if call.status in (301, 302, 303, 307, 308) or request.method == "HEAD":
                 return Reply(call.status, b"", kind, headers)

@@ -17156,6 +17156,16 @@ def test_proofs_are_no_way_around(mirror: Proxy, weather: Weather) -> None:
     assert len(weather.seen) == asked
 
 
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"])
+def test_a_stream_that_is_no_turns_is_cut_to_ones_own(end: str, mirror: Proxy, weather: Weather) -> None:
+    browser = visit(mirror, "anna")
+    own, foreign = begun(browser, mirror), str(uuid.uuid4())
+    events = [f'data: {{"conversation_id": "{id}", "n": {n}}}' for n, id in enumerate((own, foreign, own))]
+    said_by_the_site(weather, "/backend-api/novelty", end.join(events).encode(), "text/event-stream")
+    text = browser.get(f"{mirror.url}/backend-api/novelty", headers=BEARER).text
+    assert re.findall(r'"n": (\d)', text) == ["0", "2"] and foreign not in text
+
+
 def test_nobody_claims_a_chat_by_naming_it(mirror: Proxy, weather: Weather) -> None:
     browser = visit(mirror, "anna")
     own, foreign = begun(browser, mirror), str(uuid.uuid4())
