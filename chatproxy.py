@@ -23,6 +23,7 @@ import bisect
 import codecs
 import contextlib
 import datetime
+import email.utils
 import errno
 import fcntl
 import functools
@@ -32,6 +33,7 @@ import heapq
 import hmac
 import html
 import http
+import http.client
 import http.server
 import importlib.util
 import io
@@ -41,14 +43,17 @@ import json
 import logging
 import math
 import mimetypes
+import operator
 import os
 import pathlib
+import pwd
 import queue
 import random
 import re
 import resource
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -57,6 +62,7 @@ import sqlite3
 import ssl
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import termios
@@ -75,7 +81,7 @@ from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 # The interpreter keeps the syntax tree of a script, here 35 MB, for as long as that runs, and its compiled form for no next
 # start. So the server goes on as a module, in the same process: imported from this folder, not from the working directory.
-if __name__ == "__main__" and sys.argv[1:2] == ["serve"] and sys.executable and hasattr(sys, "orig_argv"):
+if __name__ == "__main__" and "serve" in sys.argv[1:4] and sys.executable and hasattr(sys, "orig_argv"):
     place = pathlib.Path(__file__).resolve()
     given = sys.orig_argv[1:]
     options = given[: -len(sys.argv)]  # the interpreter's own
@@ -202,6 +208,33 @@ def _some_of(*words: str) -> Kind:
     return Kind(parse, f"{' and '.join(words)} in any order, or one of them")
 
 
+def _worker_count(text: str) -> int:
+    if text.lower() == "auto":
+        return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    return cast(int, _number(1, MAX_WORKERS).parse(text))
+
+
+def _database(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if (
+        parts.scheme not in ("postgresql", "postgres")
+        or not parts.path.strip("/")
+        or re.search(r"[\s\0]", text)
+    ):
+        raise ValueError
+    return text
+
+
+def _existing_file(text: str) -> str:
+    """A file's path as it is given: what a symbolic link leads to may change."""
+    path = pathlib.Path(text).expanduser().absolute()
+    with path.open("rb"):
+        return str(path)
+
+
+MAX_WORKERS = 64
+WORKER_COUNT = Kind(_worker_count, f"a whole number from 1 to {MAX_WORKERS}, or auto")
+DATABASE = Kind(_database, "a postgresql:// URL with a database's name")
 BOOLEAN = Kind(_boolean, "true or false")
 HOST_NAME = Kind(_matching(r"[0-9A-Za-z.:_%-]+"), "a host name or an IP address")
 WEB = Kind(_url("http", "https"), "an http:// or https:// URL")
@@ -215,7 +248,7 @@ KEYS = Kind(_several(KEY.parse), "keys of printable ASCII without spaces, separa
 PREFIX = Kind(lambda text: _matching(r"[0-9A-Za-z._~/-]+")(text).strip("/"), "letters, digits and . _ ~ - /")
 DIFFICULTY = Kind(lambda text: _matching(r"[0-9A-Fa-f]{1,32}")(text).lower(), "1 to 32 hexadecimal digits")
 EXISTING = Kind(
-    lambda text: str(pathlib.Path(text).expanduser().resolve(strict=True)),
+    _existing_file,
     "a file that exists and may be read",
 )
 FOLDER = Kind(lambda text: str(pathlib.Path(text).expanduser().absolute()), "a folder")
@@ -239,9 +272,16 @@ def _data_dir() -> str:
 
 
 def setting(
-    default: str, kind: Kind, meaning: str, alias: str = "", secret: bool = False, hidden: bool = False
+    default: str,
+    kind: Kind,
+    meaning: str,
+    alias: str = "",
+    secret: bool = False,
+    hidden: bool = False,
+    fixed: bool = False,
 ) -> Any:
-    """One row: `default` is text as a person would write it, "" is unset (None, or an empty tuple for lists)."""
+    """One row: `default` is text as a person would write it, "" is unset (None, or an empty tuple for lists). What is
+    `fixed` is read at the start alone."""
     return field(
         metadata={
             "default": default,
@@ -250,6 +290,7 @@ def setting(
             "alias": alias,
             "secret": secret,
             "hidden": hidden,
+            "fixed": fixed,
         }
     )
 
@@ -258,8 +299,8 @@ def setting(
 class Settings:
     """Every setting; the field `max_body_mb` is the variable MAX_BODY_MB and the flag --max-body-mb."""
 
-    host: str = setting("127.0.0.1", HOST_NAME, "address to listen on")
-    port: int = setting("5005", _number(0, 65535), "port to listen on; 0 takes any free one")
+    host: str = setting("127.0.0.1", HOST_NAME, "address to listen on", fixed=True)
+    port: int = setting("5005", _number(0, 65535), "port to listen on; 0 takes any free one", fixed=True)
     tls_cert: str | None = setting("", EXISTING, "PEM file with the certificate chain; with TLS_KEY: HTTPS")
     tls_key: str | None = setting("", EXISTING, "PEM file with the certificate's private key")
     api_prefix: str | None = setting(
@@ -359,6 +400,7 @@ class Settings:
         "false",
         BOOLEAN,
         "open the web mirror: the site's own pages at `/`, on the accounts that have a session cookie",
+        fixed=True,
     )
     auto_seed: bool = setting(
         "true",
@@ -374,6 +416,7 @@ class Settings:
         "",
         FOLDER,
         "folder of the store; unset: `$STATE_DIRECTORY`, else `$XDG_STATE_HOME/chatproxy`, else `~/.local/state/chatproxy`",
+        fixed=True,
     )
     max_body_mb: int = setting("20", _number(1, 2048), "largest request body, in MiB")
     max_connections: int = setting("2048", _number(1, 100_000), "most client connections at a time")
@@ -392,6 +435,19 @@ class Settings:
     heartbeat: int = setting(
         "15", _number(1, 3600), "seconds of silence after which a streaming client gets a sign of life"
     )
+    workers: int = setting(
+        "1",
+        WORKER_COUNT,
+        "processes that share the socket and the store; `auto` is one a CPU, and more than one is for what one CPU cannot do",
+        fixed=True,
+    )
+    store_url: str | None = setting(
+        "",
+        DATABASE,
+        "`postgresql://USER:PASSWORD@HOST/DATABASE`: several machines share one store; unset: a SQLite file in DATA_DIR",
+        secret=True,
+        fixed=True,
+    )
     log_level: str = setting(
         "info", _one_of("debug", "info", "warning", "error"), "lowest level that is logged, on stderr"
     )
@@ -402,25 +458,86 @@ class Settings:
         """The key that opens the admin routes, None when only loopback clients may."""
         return self.admin_key or (self.authorization[0] if self.authorization else None)
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes serve from the same store."""
+        return self.workers > 1 or self.store_url is not None
+
+    def take_over(self, anew: Settings) -> list[str]:
+        """Has the values of settings that were read anew, for everybody who has these; the names of those that changed, and
+        that only a new start takes over."""
+        late = []
+        for row in fields(self):
+            value = getattr(anew, row.name)
+            if not row.metadata["fixed"]:
+                object.__setattr__(self, row.name, value)
+            elif value != getattr(self, row.name):
+                late.append(row.name.upper())
+        return late
+
 
 class Origin(NamedTuple):
-    """A setting's text as given, and where it came from: flag, env (which variable) or default."""
+    """A setting's text as given, and where it came from: flag, env, file or credential (by which name, if by another than
+    its own), or default."""
 
     text: str
     source: str
 
 
-def gather(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, Origin]:
-    """The text of every setting by field name: the flag wins over the variable, an empty text is unset."""
+def gather(
+    flags: Mapping[str, str | None], environ: Mapping[str, str], file: Mapping[str, str] | None = None
+) -> dict[str, Origin]:
+    """The text of every setting by field name: the flag wins over the variable, that over the file of variables and that
+    over a credential of systemd's (`LoadCredential=NAME:FILE`). An empty text is unset."""
     found = {}
+    places = {"env": environ, "file": file or {}, "credential": _credentials(environ)}
     for row in fields(Settings):
         names = [row.name.upper(), *filter(None, [row.metadata["alias"]])]
+        given = [(place, name) for place in places for name in names if places[place].get(name)]
         if flag := flags.get(row.name):
             found[row.name] = Origin(flag, "flag")
-        elif name := next((name for name in names if environ.get(name)), None):
-            found[row.name] = Origin(environ[name], "env" if name == names[0] else f"env {name}")
+        elif given:
+            place, name = given[0]
+            found[row.name] = Origin(places[place][name], place if name == names[0] else f"{place} {name}")
         else:
             found[row.name] = Origin(row.metadata["default"], "default")
+    return found
+
+
+def _credentials(environ: Mapping[str, str]) -> dict[str, str]:
+    """The credentials that systemd has loaded for this service, by the upper-case names of their files."""
+    found = {}
+    if folder := environ.get("CREDENTIALS_DIRECTORY"):
+        with contextlib.suppress(OSError):
+            for one in os.scandir(folder):
+                if one.name.upper() in ("TLS_CERT", "TLS_KEY"):  # the setting is where the file is
+                    found[one.name.upper()] = one.path
+                else:
+                    text = pathlib.Path(one.path).read_bytes()[:65536]
+                    found[one.name.upper()] = text.decode("utf-8", "replace").strip()
+    return found
+
+
+def read_variables(path: str) -> dict[str, str]:
+    """The variables of a file as systemd's EnvironmentFile= has them: NAME=VALUE lines, the value in quotes or not, `#` and `;`
+    at the beginning of a comment. SettingError when it cannot be read or a line is none of these."""
+    found = {}
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise SettingError(f"--env-file: {path!r} cannot be read: {error.strerror or error}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line[0] in "#;":
+            continue
+        name, equals, value = line.partition("=")
+        name = name.removeprefix("export ").strip()
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise SettingError(f"--env-file: line {number} of {path!r} is not NAME=VALUE")
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        found[name] = value
     return found
 
 
@@ -747,6 +864,9 @@ class Metrics:
         self._values: dict[str, dict[str, float]] = {}
         self._histograms: dict[str, dict[str, list[float]]] = {}
         self._gauges: dict[str, Callable[[], Mapping[str, float]]] = {}
+        self._joined: dict[
+            str, Callable[[float, float], float]
+        ] = {}  # how gauges of several processes are one
 
     def add(self, name: str, amount: float = 1, labels: str = "") -> None:
         """Adds to a counter (or an up-and-down gauge); `labels` is text such as `route="/v1",status="200"`."""
@@ -762,18 +882,56 @@ class Metrics:
             row[index] += 1
             row[-1] += seconds
 
-    def gauge(self, name: str, read: Callable[[], Mapping[str, float]]) -> None:
-        """A gauge that is read when asked for: `read` gives values by labels."""
+    def gauge(
+        self,
+        name: str,
+        read: Callable[[], Mapping[str, float]],
+        joined: Callable[[float, float], float] | None = None,
+    ) -> None:
+        """A gauge that is read when asked for: `read` gives values by labels. Those of several worker processes are
+        `joined`; without that every process tells of what all have together."""
         self._gauges[name] = read
+        if joined:
+            self._joined[name] = joined
 
-    def render(self) -> str:
-        """Prometheus text format, version 0.0.4."""
+    def snapshot(self) -> dict[str, Any]:
+        """What other processes add to theirs, as JSON has it."""
         with self._values_lock:
             plain = {name: dict(series) for name, series in self._values.items()}
             histograms = {
                 name: {k: list(v) for k, v in rows.items()} for name, rows in self._histograms.items()
             }
-        plain |= {name: dict(read()) for name, read in self._gauges.items()}
+        plain |= {name: dict(self._gauges[name]()) for name in self._joined}
+        return {"plain": plain, "histograms": histograms}
+
+    @staticmethod
+    def lasting(snapshot: dict[str, Any]) -> dict[str, Any]:
+        """What stays of a process that has ended: all that it has counted."""
+        plain = {name: series for name, series in snapshot["plain"].items() if name.endswith("_total")}
+        return {"plain": plain, "histograms": snapshot["histograms"]}
+
+    def joined(self, snapshots: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """Several processes' as one."""
+        plain: dict[str, dict[str, float]] = {}
+        histograms: dict[str, dict[str, list[float]]] = {}
+        for one in snapshots:
+            for name, series in one["plain"].items():
+                join = self._joined.get(name, operator.add)
+                known = plain.setdefault(name, {})
+                for labels, value in series.items():
+                    known[labels] = join(known[labels], value) if labels in known else value
+            for name, rows in one["histograms"].items():
+                counts = histograms.setdefault(name, {})
+                for labels, row in rows.items():
+                    before = counts.get(labels, [0.0] * len(row))
+                    counts[labels] = [a + b for a, b in zip(before, row, strict=True)]
+        return {"plain": plain, "histograms": histograms}
+
+    def render(self, others: Iterable[dict[str, Any]] = ()) -> str:
+        """Prometheus text format, version 0.0.4, with what other processes have counted."""
+        whole = self.joined([self.snapshot(), *others])
+        plain, histograms = whole["plain"], whole["histograms"]
+        plain |= {name: dict(read()) for name, read in self._gauges.items() if name not in self._joined}
         lines = []
         for name, series in sorted(plain.items()):
             kind = "counter" if name.endswith("_total") else "gauge"
@@ -1109,7 +1267,467 @@ def _jpeg_facts(blob: Blob) -> tuple[str, int, int] | None:
 
 
 # ============================================================================================================
-# store: one SQLite file for what must outlive the process
+# database: the store's SQL, in one SQLite file or on a PostgreSQL server
+# ============================================================================================================
+
+
+class StoreError(Exception):
+    """The store cannot be opened; one line that says why, and what to do."""
+
+
+# What processes tell each other of.
+TOPICS = ("accounts", "users", "visits", "belongings")
+
+
+class DatabaseTrouble(Exception):
+    """The database cannot be used just now; the text is the cause in its own words."""
+
+
+class Statements(Protocol):
+    """Where statements go, with a `?` for each value."""
+
+    def execute(self, query: str, values: Sequence[Any] = (), /) -> Any: ...
+
+    def executemany(self, query: str, rows: Iterable[Sequence[Any]], /) -> Any: ...
+
+
+class Database(Protocol):
+    """SQL, as the store needs it: statements that both kinds of database understand, with a `?` for each value. Whatever
+    is done raises DatabaseTrouble while the database cannot be used."""
+
+    server: bool  # whether it is on another machine, which may go away and come back
+
+    def rows(self, query: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """The rows of a query; those of a statement that changes something and returns them (RETURNING), too."""
+
+    def writing(self) -> contextlib.AbstractContextManager[Statements]:
+        """A transaction: everything inside is kept, or after an exception nothing. One inside another is part of it;
+        processes take turns."""
+
+    def version(self) -> int:
+        """The version of the schema, 0 where there is none."""
+
+    def set_version(self, version: int) -> None: ...
+
+    def tables(self) -> set[str]: ...
+
+    def note(self, topic: str) -> None:
+        """Has other processes know, once the transaction is kept, that something of a topic has changed."""
+
+    def changes(self, seconds: float) -> set[str]:
+        """The topics of which other processes have changed something, waiting for that up to so many seconds."""
+
+    def exclusively(self, id: str, patience: float) -> contextlib.AbstractContextManager[None]:
+        """No other process is in such a block for the same id; within one process the caller sees to that. TimeoutError
+        when another is for `patience` seconds; its end, however it ends, lets the next one in."""
+
+    def close(self) -> None: ...
+
+
+def _place_of_turn(id: str, size: int) -> int:
+    """The number that stands for an id among locks."""
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:size], "big", signed=True)
+
+
+class SqliteDatabase:
+    """A file of SQLite's, which all processes of a machine may use at a time.
+
+    WAL with synchronous=FULL: what a method has returned from survives kill -9 and a power cut. One connection serves
+    all threads under a lock.
+    """
+
+    server = False
+    LOOK = 0.2  # seconds between two looks at whether another process has written
+
+    def __init__(self, path: pathlib.Path, turns: int) -> None:
+        """`turns` is a file whose bytes processes lock (see `exclusively`)."""
+        self._turns = turns
+        self._connection_lock = threading.RLock()
+        self._open = True
+        with self._told():
+            self.connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+                self.connection.execute(f"PRAGMA {pragma}")
+        self._seen = self._data_version()
+        self._numbers: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says DatabaseTrouble for what SQLite says of its file."""
+        try:
+            yield
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError):
+            raise  # a fault of this program
+        except sqlite3.Error as error:
+            raise DatabaseTrouble(str(error)) from None
+
+    def rows(self, query: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        with self._connection_lock, self._told():
+            return self.connection.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Statements]:
+        with self._connection_lock:
+            if self.connection.in_transaction:
+                yield self.connection
+                return
+            with self._told():
+                self.connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self.connection
+                    self.connection.execute("COMMIT")
+                finally:
+                    if self.connection.in_transaction:  # some failures have rolled it back already
+                        self.connection.execute("ROLLBACK")
+
+    def version(self) -> int:
+        return int(self.rows("PRAGMA user_version", ())[0][0])
+
+    def set_version(self, version: int) -> None:
+        self.connection.execute(f"PRAGMA user_version={version}")
+
+    def tables(self) -> set[str]:
+        return {row[0] for row in self.rows("SELECT name FROM sqlite_master WHERE type='table'", ())}
+
+    def note(self, topic: str) -> None:
+        query = "INSERT INTO changes VALUES (?, 1) ON CONFLICT(topic) DO UPDATE SET number=changes.number+1"
+        self.connection.execute(query, (topic,))
+
+    def _data_version(self) -> int:
+        with self._connection_lock:
+            return int(self.rows("PRAGMA data_version", ())[0][0]) if self._open else -1
+
+    def changes(self, seconds: float) -> set[str]:
+        end = time.monotonic() + seconds
+        while self._open and (now := self._data_version()) == self._seen:
+            left = end - time.monotonic()
+            if left <= 0:
+                return set()
+            time.sleep(min(self.LOOK, left))
+        with self._connection_lock:
+            if not self._open:
+                return set()
+            numbers = dict(self.rows("SELECT topic, number FROM changes", ()))
+        changed = {topic for topic, number in numbers.items() if self._numbers.get(topic) != number}
+        self._seen, self._numbers = now, numbers
+        return changed
+
+    @contextlib.contextmanager
+    def exclusively(self, id: str, patience: float) -> Iterator[None]:
+        place = abs(_place_of_turn(id, 7))
+        end = time.monotonic() + patience
+        while True:
+            try:  # not by waiting for the lock: the kernel would take two threads in two processes for a deadlock
+                fcntl.lockf(self._turns, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise TimeoutError from None
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._turns, fcntl.LOCK_UN, 1, place)
+
+    def close(self) -> None:
+        with self._connection_lock:
+            self._open = False
+            self.connection.close()
+        os.close(self._turns)
+
+
+class _LostConnection(DatabaseTrouble):
+    """A connection broke, or the server took back what it had begun: a new attempt may succeed at once."""
+
+
+class PostgresDatabase:
+    """A database on a PostgreSQL server, which processes of several machines may use at a time.
+
+    A thread that needs it takes one of a few connections. When the server cannot be reached, everybody waits for it for
+    PATIENCE seconds in all; then everything fails at once until `try_again` succeeds. Other processes hear of changes by NOTIFY. Needs the package psycopg and a connection of its own
+    to the server: a pooler that shares one out by transactions loses locks and notices.
+    """
+
+    server = True
+    MAX_CONNECTIONS = 8
+    PATIENCE = 5.0  # seconds that a thread waits for one of them, and all for a server that is away
+    CHANNEL = "chatproxy"
+    WRITES = 0x63686174  # the advisory lock of transactions
+    # Seconds that nobody takes a lock after locks were lost: who had one may still be at it.
+    LOCK_GRACE = 3.0
+    # What PostgreSQL has other words for: REAL is too short for a time, and INTEGER for a count of tokens.
+    TYPES = (
+        (r"\) WITHOUT ROWID", ")"),
+        (r"\bREAL\b", "DOUBLE PRECISION"),
+        (r"\bINTEGER\b", "BIGINT"),
+        (r"\bBLOB\b", "BYTEA"),
+    )
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._psycopg: Any = importlib.import_module("psycopg")
+        except ImportError:
+            text = "STORE_URL: PostgreSQL needs one more package: pip install 'psycopg[binary]>=3.2,<4'"
+            raise StoreError(text) from None
+        self._url = url
+        self.lost = ""  # why the server cannot be reached
+        self._given_up = 0.0  # time.monotonic() from which nobody waits for that
+        self._reached = threading.Event()
+        self._id = secrets.token_hex(8)
+        self._room = threading.Semaphore(self.MAX_CONNECTIONS)
+        self._idle: deque[Any] = deque()
+        self._here = threading.local()  # the `transaction` of a thread
+        self._listener: Any = None
+        self._heard_once = False
+        self._locks_lock = threading.Lock()
+        self._locks: Any = None
+        self._locks_from = 0.0  # time.monotonic() before which no lock is taken
+        with self._lent():
+            pass
+
+    # -- connections -----------------------------------------------------------------------------------------------
+
+    def _connected(self) -> Any:
+        """A new connection, which gives up a server that has gone silent after some seconds."""
+        try:
+            return self._psycopg.connect(
+                self._url, autocommit=True, connect_timeout=5, application_name="chatproxy", keepalives_idle=5,
+                keepalives_interval=2, keepalives_count=3, tcp_user_timeout=10_000,
+                options="-c statement_timeout=20s -c lock_timeout=10s -c synchronous_commit=on",
+            )  # fmt: skip
+        except self._psycopg.Error as error:
+            if not self.lost:
+                self._given_up = time.monotonic() + self.PATIENCE
+                self._reached.clear()
+            self.lost = self._cause(error)
+            raise DatabaseTrouble(self.lost) from None
+
+    def _await(self) -> None:
+        """Waits for a server that is away."""
+        if self.lost:
+            self._reached.wait(max(0.0, self._given_up - time.monotonic()))
+        if self.lost:
+            raise DatabaseTrouble(self.lost)
+
+    @staticmethod
+    def _cause(error: Exception) -> str:
+        """What an error says, in one line."""
+        return " ".join(str(error).split())[:300] or type(error).__name__
+
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[Any]:
+        """A connection, for one thread."""
+        if not self._room.acquire(timeout=self.PATIENCE):
+            raise DatabaseTrouble("all connections to it are busy")
+        try:
+            self._await()
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._new()
+            sound = False
+            try:
+                with self._told(connection):
+                    yield connection
+                sound = True
+            finally:
+                if sound or connection.info.transaction_status == 0:  # not broken, and in no transaction
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+        finally:
+            self._room.release()
+
+    @contextlib.contextmanager
+    def _told(self, connection: Any) -> Iterator[None]:
+        """Says DatabaseTrouble for what is no fault of this program's. A connection that broke takes the idle ones along."""
+        known = self._psycopg
+        try:
+            yield
+        except (known.errors.DeadlockDetected, known.errors.SerializationFailure) as error:
+            raise _LostConnection(self._cause(error)) from None
+        except (known.OperationalError, known.InterfaceError, known.errors.ReadOnlySqlTransaction) as error:
+            if not connection.closed:
+                raise DatabaseTrouble(self._cause(error)) from None
+            while self._idle:
+                with contextlib.suppress(IndexError):
+                    self._idle.pop().close()
+            raise _LostConnection(self._cause(error)) from None
+
+    def _new(self) -> Any:
+        """A new connection, be it after a wait."""
+        with contextlib.suppress(DatabaseTrouble):
+            return self._connected()
+        self._await()
+        return self._connected()
+
+    def try_again(self) -> None:
+        """Whether the server can be reached; DatabaseTrouble when it cannot."""
+        connection = self._connected()
+        connection.close()
+        self.lost = ""
+        self._reached.set()
+
+    # -- statements ------------------------------------------------------------------------------------------------
+
+    class _Transaction:
+        """Statements on one connection."""
+
+        def __init__(self, connection: Any) -> None:
+            self._connection = connection
+
+        def execute(self, query: str, values: Sequence[Any] = (), /) -> Any:
+            return self._connection.execute(*_for_postgres(query, values))
+
+        def executemany(self, query: str, rows: Iterable[Sequence[Any]], /) -> Any:
+            with self._connection.cursor() as cursor:
+                cursor.executemany(_for_postgres(query, ())[0], [_for_postgres("", row)[1] for row in rows])
+
+    def rows(self, query: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        def read(transaction: Statements) -> list[tuple[Any, ...]]:
+            found: list[tuple[Any, ...]] = transaction.execute(query, values).fetchall()
+            return found
+
+        if (current := getattr(self._here, "transaction", None)) is not None:
+            return read(current)
+        try:
+            with self._lent() as connection:
+                return read(self._Transaction(connection))
+        except _LostConnection:  # the server was started anew meanwhile, perhaps
+            with self._lent() as connection:
+                return read(self._Transaction(connection))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Statements]:
+        if (current := getattr(self._here, "transaction", None)) is not None:
+            yield current
+            return
+        with contextlib.ExitStack() as stack:
+            connection = self._begun(stack)
+            transaction = self._here.transaction = self._Transaction(connection)
+            try:
+                yield transaction
+                connection.execute("COMMIT")
+            except BaseException:
+                if not connection.closed:
+                    with contextlib.suppress(self._psycopg.Error):
+                        connection.execute("ROLLBACK")
+                raise
+            finally:
+                self._here.transaction = None
+
+    def _begun(self, stack: contextlib.ExitStack) -> Any:
+        """A connection with a transaction begun, on a second one if the first was broken: nothing is done yet."""
+        begin = f"BEGIN; SELECT pg_advisory_xact_lock({self.WRITES})"
+        for again in (True, False):
+            try:
+                with contextlib.ExitStack() as begun:
+                    connection = begun.enter_context(self._lent())
+                    connection.execute(begin)
+                    stack.enter_context(begun.pop_all())
+                    return connection
+            except _LostConnection:
+                if not again:
+                    raise
+        raise AssertionError("unreachable")
+
+    def version(self) -> int:
+        return int(self.rows("SELECT version FROM chatproxy_schema", ())[0][0]) if self.tables() else 0
+
+    def set_version(self, version: int) -> None:
+        with self.writing() as db:
+            db.execute("CREATE TABLE IF NOT EXISTS chatproxy_schema (version INTEGER NOT NULL)")
+            db.execute("DELETE FROM chatproxy_schema")
+            db.execute("INSERT INTO chatproxy_schema VALUES (?)", (version,))
+
+    def tables(self) -> set[str]:
+        query = "SELECT table_name FROM information_schema.tables WHERE table_schema=current_schema()"
+        names = {row[0] for row in self.rows(query, ())}
+        return names if "chatproxy_schema" in names else set()
+
+    # -- other processes -------------------------------------------------------------------------------------------
+
+    def note(self, topic: str) -> None:
+        self._here.transaction.execute("SELECT pg_notify(?, ?)", (self.CHANNEL, f"{topic} {self._id}"))
+
+    def changes(self, seconds: float) -> set[str]:
+        topics = set[str]()
+        try:
+            if self._listener is None:
+                if self.lost:
+                    time.sleep(min(seconds, 0.3))
+                    self.try_again()
+                self._listener = self._connected()
+                self._listener.execute(f"LISTEN {self.CHANNEL}")
+                missed, self._heard_once = self._heard_once, True
+                if missed:
+                    return set(TOPICS)
+            for notice in self._listener.notifies(timeout=seconds, stop_after=1):
+                topic, _, writer = notice.payload.partition(" ")
+                if writer != self._id:
+                    topics.add(topic)
+        except self._psycopg.Error:
+            listener, self._listener = self._listener, None
+            listener.close()
+        return topics
+
+    @contextlib.contextmanager
+    def exclusively(self, id: str, patience: float) -> Iterator[None]:
+        place = _place_of_turn(id, 8)
+        end = time.monotonic() + patience
+        while not self._lock("SELECT pg_try_advisory_lock(?)", place):
+            if time.monotonic() >= end:
+                raise TimeoutError
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(DatabaseTrouble):
+                self._lock("SELECT pg_advisory_unlock(?)", place)
+
+    def _lock(self, query: str, place: int) -> bool:
+        """Asks for a lock, or gives it back, on the connection that holds all of this process's: False when it is another's,
+        or that connection broke, with which all of them are gone."""
+        with self._locks_lock:
+            if self.lost:
+                raise DatabaseTrouble(self.lost)
+            if time.monotonic() < self._locks_from:
+                return False
+            if self._locks is None:
+                self._locks = self._connected()
+            try:
+                with self._told(self._locks):
+                    row = self._locks.execute(*_for_postgres(query, (place,))).fetchone()
+            except DatabaseTrouble:
+                self._locks.close()
+                self._locks = None
+                self._locks_from = time.monotonic() + self.LOCK_GRACE
+                return False
+            return bool(row[0])
+
+    def close(self) -> None:
+        for connection in (*self._idle, self._listener, self._locks):
+            if connection is not None:
+                connection.close()
+        self._idle.clear()
+
+
+def _for_postgres(query: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
+    """A statement and its values as PostgreSQL has them, whose texts have no NUL."""
+    plain = [one.replace("\0", "\ufffd") if isinstance(one, str) else one for one in values]
+    return _statement_for_postgres(query), plain
+
+
+@functools.lru_cache(500)
+def _statement_for_postgres(query: str) -> str:
+    if query.lstrip().startswith(("CREATE", "ALTER")):
+        for sqlite_word, word in PostgresDatabase.TYPES:
+            query = re.sub(sqlite_word, word, query)
+    return query.replace("?", "%s")
+
+
+# ============================================================================================================
+# store: what must outlive the process
 # ============================================================================================================
 
 
@@ -1303,70 +1921,90 @@ MIGRATIONS = (
         made REAL NOT NULL, changed REAL NOT NULL, archived INTEGER NOT NULL, starred INTEGER NOT NULL) WITHOUT ROWID;
     CREATE INDEX belongings_by_owner ON belongings (owner, kind, changed);
     """,
+    """
+    CREATE TABLE sessions (digest TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
+    ALTER TABLE visits ADD COLUMN account TEXT NOT NULL DEFAULT '';
+    CREATE TABLE changes (topic TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE instances (id TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
+    CREATE TABLE secrets (name TEXT PRIMARY KEY, secret TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE linked (
+        id TEXT NOT NULL, number INTEGER NOT NULL, made REAL NOT NULL, data BLOB NOT NULL, PRIMARY KEY (id, number));
+    """,
 )
-TABLES = set(re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS)))
+# Of no use to a copy: who was at work, and when something changed.
+PASSING = ("room", "changes", "instances", "linked")
+
+
+def tables_of(version: int) -> list[str]:
+    """The tables of a schema, those that others refer to first."""
+    return re.findall(r"CREATE TABLE (\w+)", "".join(MIGRATIONS[:version]))
+
+
+TABLES = set(tables_of(len(MIGRATIONS)))
+
+
+def create_schema(db: Statements, have: int, wanted: int) -> None:
+    """Brings a database from one version of the schema to another."""
+    for script in MIGRATIONS[have:wanted]:
+        for statement in filter(str.strip, script.split(";")):
+            db.execute(statement)
+
+
+STORE_PATIENCE = 5.0  # seconds that a request waits for a database that is away
 # Seconds that a response is kept, a file that came inside a message, and a tally.
 RESPONSE_LIFE = 86400.0
 LOOSE_FILE_LIFE = 7 * 86400.0
 TALLY_LIFE = 3 * 86400.0
 MAX_VISITS = 50  # browsers that are signed in to the mirror with one seed
+MAX_SESSIONS = 1000  # of administrators
+LINK_LIFE = 3600.0  # seconds that a link to a file of an answer is good for
 SEED_LIFE = 180 * 86400.0  # seconds that a seed is kept which has no chats and is not signed in with
 MAX_RESPONSES = 256 << 20  # characters of kept responses; the oldest go first
 MAX_RESPONSES_OF_ONE = 64 << 20  # of one owner's
 ROOM_FOR_A_TOKEN = 1 << 16  # bytes that the disk must take before a token is exchanged
 
 
-class StoreError(Exception):
-    """The store cannot be opened; one line that says why, and what to do."""
-
-
 def store_advice(cause: str) -> str:
-    """Advice for a store that cannot be used, by the cause that SQLite gives."""
+    """Advice for a store that cannot be used, by the cause that the database gives."""
     if re.search(r"full|locked|I/O|read-?only|unable to open", cause):
         return "make room on its disk, and see to it that this user may write there"
+    if re.search(r"connect|server|resolve|password|role|authentication|timeout|expired", cause):
+        return "see to it that the server runs, can be reached from here, and lets this user in"
     return "restore a copy of it, or move it away and add the accounts anew"
 
 
 class StoreUnavailable(ApiError):
-    """The store cannot be read or written just now: its disk is full, or the file is damaged or locked for long."""
+    """The store cannot be read or written just now: its disk is full, the file is damaged or locked for long, or its
+    server is away. `place` is the setting that says where it is."""
 
-    def __init__(self, cause: str) -> None:
+    def __init__(self, cause: str, place: str = "DATA_DIR") -> None:
         text = "The server's store cannot be used just now; its disk may be full. Try again later."
+        if place == "STORE_URL":
+            text = "The server's database cannot be reached just now; try again later."
         super().__init__("store_unavailable", text, headers={"Retry-After": "30"})
-        self.cause = cause
+        self.cause, self.place = cause, place
 
 
 class Store:
-    """The SQLite file `chatproxy.db` in a folder of mode 0700, itself of mode 0600.
+    """What the server keeps: on a PostgreSQL server, or in the SQLite file `chatproxy.db`, which is of mode 0600 in a
+    folder of mode 0700. Other processes may write beside it, of which `changes` tells."""
 
-    WAL with synchronous=FULL: what a method has returned from survives kill -9 and a power cut. One connection serves
-    all threads under a lock; other processes may write beside it, which `changed` notices.
-    """
-
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, url: str | None = None) -> None:
         path = pathlib.Path(folder)
+        self.place = "STORE_URL" if url else "DATA_DIR"
         self.trouble = ""  # why the last attempt to use it failed
         self.tells = False  # whether trouble is logged: once somebody serves, who goes on nevertheless
+        self.database: Database
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path = path / STORE_FILE
             self._private(path, 0o700)
-            for name in (STORE_FILE, "chatproxy.lock"):
-                file = os.open(path / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                self._private(path / name, 0o600)
-                if name == "chatproxy.lock":
-                    self._turns = file
-                else:
-                    os.close(file)
-            self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
-            self._db_lock = threading.RLock()
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
-                self._db.execute(f"PRAGMA {pragma}")
+            self.database = PostgresDatabase(url) if url else self._file(path)
             self._migrate()
-            self._version = self._data_version()
+            self.changes(0.0)
         except StoreUnavailable as error:
             raise self._error(error.cause) from None
-        except sqlite3.Error as error:
+        except DatabaseTrouble as error:
             raise self._error(str(error)) from None
         except OSError as error:
             why = (
@@ -1375,7 +2013,20 @@ class Store:
             raise StoreError(f"DATA_DIR: {folder!r} cannot be used: {why}") from None
 
     def _error(self, cause: str) -> StoreError:
-        return StoreError(f"DATA_DIR: {str(self.path)!r} cannot be used: {cause}; {store_advice(cause)}")
+        where = repr(str(self.path)) if self.place == "DATA_DIR" else "the database"
+        return StoreError(f"{self.place}: {where} cannot be used: {cause}; {store_advice(cause)}")
+
+    def _file(self, path: pathlib.Path) -> SqliteDatabase:
+        """The SQLite file in a folder, with the one whose bytes are locks."""
+        turns = -1
+        for name in (STORE_FILE, "chatproxy.lock"):
+            file = os.open(path / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._private(path / name, 0o600)
+            if name == "chatproxy.lock":
+                turns = file
+            else:
+                os.close(file)
+        return SqliteDatabase(self.path, turns)
 
     @staticmethod
     def _private(path: pathlib.Path, mode: int) -> None:
@@ -1386,101 +2037,155 @@ class Store:
             raise StoreError(f"DATA_DIR: {str(path)!r} cannot be used: {text}")
 
     def _migrate(self) -> None:
-        """Brings the schema to this program's version; two processes at once take turns."""
-        with self.writing():
-            have = self._db.execute("PRAGMA user_version").fetchone()[0]
+        """Brings the schema to this program's version, with a copy of what was there before; two processes at once take
+        turns."""
+        with self.writing() as db:
+            have = self.database.version()
             if have > len(MIGRATIONS):
-                raise StoreError(f"DATA_DIR: {self.path} was written by a newer chatproxy (schema {have})")
-            known = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+                raise StoreError(f"{self.place}: the store was written by a newer chatproxy (schema {have})")
+            known = self.database.tables()
             if have < 0 or (have and not known) or (have == len(MIGRATIONS) and TABLES - known):
-                raise sqlite3.DatabaseError(
-                    "it is not a database of chatproxy's, or tables of it are missing"
-                )
-            for script in MIGRATIONS[have:]:
-                for statement in filter(str.strip, script.split(";")):
-                    self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+                raise DatabaseTrouble("it is not a database of chatproxy's, or tables of it are missing")
+            if have == len(MIGRATIONS):
+                return
+            if have:
+                self._keep_copy(have)
+            create_schema(db, have, len(MIGRATIONS))
+            self.database.set_version(len(MIGRATIONS))
+
+    def _keep_copy(self, version: int) -> None:
+        """A copy of the store as the program before had it."""
+        file = self.path.with_name(f"{STORE_FILE}.schema-{version}")
+        file.unlink(missing_ok=True)
+        self.back_up(file)
+
+    def back_up(self, file: pathlib.Path) -> None:
+        """Writes the whole store, as it is at one moment, into a new SQLite file of mode 0600; FileExistsError for one that
+        is there. Others go on using the store."""
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        try:
+            with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as copy:
+                if isinstance(self.database, SqliteDatabase):
+                    # A connection of its own: this store's may be in the middle of a change.
+                    with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as source:
+                        source.backup(copy)
+                    copy.execute("PRAGMA journal_mode=DELETE")
+                else:
+                    self._write_out(copy)
+        except sqlite3.Error as error:
+            file.unlink()
+            raise OSError(errno.EIO, f"it cannot be written: {error}") from None
+        except BaseException:
+            file.unlink()
+            raise
+
+    def _write_out(self, copy: sqlite3.Connection) -> None:
+        """Copies every row into an empty SQLite file."""
+        with self.writing():
+            version = self.database.version()
+            copy.execute("BEGIN")
+            create_schema(copy, 0, version)
+            for table, rows in self.everything(version):
+                if rows:
+                    copy.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+            copy.execute(f"PRAGMA user_version={version}")
+            copy.execute("COMMIT")
+
+    def everything(self, version: int) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+        """Every table of a schema with its rows, those that others refer to first."""
+        for table in tables_of(version):
+            yield table, self._rows(f"SELECT * FROM {table}")
+
+    def take_over(self, tables: Iterable[tuple[str, list[tuple[Any, ...]]]]) -> int:
+        """Has these rows instead of all that is here, in one step; how many there are."""
+        count = 0
+        with self.writing() as db:
+            for table in reversed(tables_of(len(MIGRATIONS))):
+                db.execute(f"DELETE FROM {table}")
+            for table, rows in tables:
+                if rows and table not in PASSING:
+                    marks = ", ".join("?" * len(rows[0]))
+                    db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+                    count += len(rows)
+            self._note(*TOPICS)
+        return count
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: everything inside is kept, or after an exception nothing. One inside another is part of it."""
-        with self._db_lock:
-            if self._db.in_transaction:
-                yield self._db
-                return
-            with self._watched():
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._db
-                    self._db.execute("COMMIT")
-                finally:
-                    if self._db.in_transaction:  # some failures have rolled it back already
-                        self._db.execute("ROLLBACK")
+    def writing(self, *topics: str) -> Iterator[Statements]:
+        """A transaction: everything inside is kept, or after an exception nothing. One inside another is part of it. Other
+        processes are told of the topics that it changes."""
+        with self._watched(), self.database.writing() as db:
+            yield db
+            self._note(*topics)
+
+    def _note(self, *topics: str) -> None:
+        for topic in topics:
+            self.database.note(topic)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """Says StoreUnavailable for what SQLite says of its file, and notes that the store cannot be used."""
+        """Says StoreUnavailable for trouble with the database, and notes that the store cannot be used."""
         try:
             yield
-        except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError):
-            raise  # a fault of this program
-        except sqlite3.Error as error:
+        except DatabaseTrouble as error:
             if not self.trouble and self.tells:
                 log(logging.ERROR, "the store cannot be used", reason=str(error))
             self.trouble = str(error)
-            raise StoreUnavailable(str(error)) from None
+            raise StoreUnavailable(str(error), self.place) from None
 
     def try_room(self) -> None:
-        """Whether the disk takes what a new token needs; StoreUnavailable when it does not. Ends the store's trouble."""
-        self._write("INSERT INTO room VALUES (zeroblob(?))", ROOM_FOR_A_TOKEN)
+        """Whether the store takes what a new token needs; StoreUnavailable when it does not. Ends the store's trouble."""
+        with self.writing() as db:
+            db.execute("INSERT INTO room VALUES (?)", (bytes(ROOM_FOR_A_TOKEN),))
         self._write("DELETE FROM room")
         if self.trouble:
             self.trouble = ""
             log(logging.WARNING, "the store can be used again")
 
-    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._db_lock, self._watched():
-            return self._db.execute(query, values).fetchall()
+    def await_ready(self, watch: Watch) -> None:
+        """Waits for a server of the store's that is away to come back, for a moment; StoreUnavailable when it does not."""
+        if self.trouble and self.database.server:
+            end = time.monotonic() + STORE_PATIENCE
+            while self.trouble and time.monotonic() < end:
+                watch.pause(0.1)
+            if self.trouble:
+                raise StoreUnavailable(self.trouble, self.place)
 
-    def _write(self, query: str, *values: Any) -> int:
-        """One statement as a transaction; how many rows it changed."""
-        with self.writing() as db:
-            return db.execute(query, values).rowcount
-
-    def close(self) -> None:
-        with self._db_lock:
-            self._db.close()
-        os.close(self._turns)
+    def changes(self, seconds: float) -> set[str]:
+        """The topics of which other processes have changed something, waiting for that up to so many seconds."""
+        with self._watched():
+            topics = self.database.changes(seconds)
+        if self.trouble and self.database.server:
+            self.try_room()
+        return topics
 
     @contextlib.contextmanager
     def exclusively(self, id: str, patience: float) -> Iterator[None]:
-        """No other process is in such a block for the same account; within one process the caller sees to that.
-        TimeoutError when another is for `patience` seconds; its end, however it ends, lets the next one in."""
-        place = int.from_bytes(hashlib.sha256(id.encode()).digest()[:7], "big")
-        end = time.monotonic() + patience
-        while True:
-            try:  # not by waiting for the lock: the kernel would take two threads in two processes for a deadlock
-                fcntl.lockf(self._turns, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise TimeoutError from None
-                time.sleep(0.05)
-        try:
+        """No other process is in such a block for the same account (see Database)."""
+        with self._watched(), self.database.exclusively(id, patience):
             yield
-        finally:
-            fcntl.lockf(self._turns, fcntl.LOCK_UN, 1, place)
 
-    def _data_version(self) -> int:
-        return int(self._rows("PRAGMA data_version")[0][0])
+    def damage(self) -> str:
+        """What is wrong with the file, "" when it is sound."""
+        if self.database.server:
+            self._rows("SELECT COUNT(*) FROM accounts")
+            return ""
+        told = str(self._rows("PRAGMA quick_check(1)")[0][0])
+        return "" if told == "ok" else told
 
-    def changed(self) -> bool:
-        """Whether another process has written since the last call."""
-        before = self._version
-        self._version = self._data_version()
-        return before != self._version
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._watched():
+            return self.database.rows(query, values)
 
-    def accounts(self, where: str = "1", *values: Any) -> list[AccountRow]:
+    def _write(self, query: str, *values: Any, topic: str = "") -> int:
+        """One statement as a transaction; how many rows it changed."""
+        with self.writing(*filter(None, (topic,))) as db:
+            return int(db.execute(query, values).rowcount)
+
+    def close(self) -> None:
+        self.database.close()
+
+    def accounts(self, where: str = "TRUE", *values: Any) -> list[AccountRow]:
         """The accounts in the order in which they were added."""
         columns = ", ".join(_ACCOUNT_COLUMNS)
         query = f"SELECT {columns} FROM accounts WHERE {where} ORDER BY added, id"
@@ -1497,7 +2202,7 @@ class Store:
         marks = ", ".join("?" * len(_ACCOUNT_COLUMNS))
         updates = ", ".join(f"{name}=excluded.{name}" for name in _ACCOUNT_COLUMNS[1:])
         query = f"INSERT INTO accounts ({names}) VALUES ({marks}) ON CONFLICT(id) DO UPDATE SET {updates}"
-        with self.writing() as db:
+        with self.writing("accounts") as db:
             rows = merge({row.id: row for row in self.accounts()})
             db.executemany(query, [tuple(getattr(row, name) for name in _ACCOUNT_COLUMNS) for row in rows])
         return rows
@@ -1505,23 +2210,23 @@ class Store:
     def update_account(self, id: str, **columns: Any) -> None:
         """Changes some columns of one account, so that two processes never undo each other's others."""
         assignments = ", ".join(f"{name}=?" for name in columns)
-        self._write(f"UPDATE accounts SET {assignments} WHERE id=?", *columns.values(), id)
+        self._write(f"UPDATE accounts SET {assignments} WHERE id=?", *columns.values(), id, topic="accounts")
 
     def swap_states(self, ids: Iterable[str], was: str, state: str) -> int:
         """Accounts of the pool that are in a state get into another; how many did."""
         query = "UPDATE accounts SET state=? WHERE id=? AND state=? AND guest=0"
-        with self.writing() as db:
+        with self.writing("accounts") as db:
             return sum(db.execute(query, (state, id, was)).rowcount for id in ids)
 
     def update_accounts(self, column: str, values: Mapping[str, str]) -> None:
         """Changes one column of many accounts, by id, in one transaction."""
-        with self.writing() as db:
+        with self.writing("accounts") as db:
             pairs = [(value, id) for id, value in values.items()]
             db.executemany(f"UPDATE accounts SET {column}=? WHERE id=?", pairs)
 
     def remove_accounts(self, ids: Iterable[str] | None = None) -> list[str]:
         """Removes accounts, all of the pool when none are named, and what is known of them; those that there were."""
-        with self.writing() as db:
+        with self.writing("accounts") as db:
             if ids is None:
                 ids = [row[0] for row in self._rows("SELECT id FROM accounts WHERE guest=0")]
             removed = [id for id in ids if db.execute("DELETE FROM accounts WHERE id=?", (id,)).rowcount]
@@ -1531,7 +2236,7 @@ class Store:
 
     def absorb_account(self, id: str, other: str, **columns: Any) -> None:
         """An account gets these columns and what another one held, which is removed."""
-        with self.writing() as db:
+        with self.writing("accounts") as db:
             db.execute("UPDATE conversations SET account=? WHERE account=?", (id, other))
             db.execute("UPDATE files SET account=? WHERE account=?", (id, other))
             self.remove_accounts([other])
@@ -1545,10 +2250,10 @@ class Store:
     def put_wait(self, account: str, model: str, until: float, strikes: int) -> None:
         query = "INSERT INTO waits SELECT id, ?, ?, ? FROM accounts WHERE id=? ON CONFLICT(account, model)"
         changes = "DO UPDATE SET until=excluded.until, strikes=excluded.strikes"
-        self._write(f"{query} {changes}", model, until, strikes, account)
+        self._write(f"{query} {changes}", model, until, strikes, account, topic="accounts")
 
     def remove_wait(self, account: str, model: str) -> None:
-        self._write("DELETE FROM waits WHERE account=? AND model=?", account, model)
+        self._write("DELETE FROM waits WHERE account=? AND model=?", account, model, topic="accounts")
 
     def conversation(self, id: str) -> Held | None:
         """The holder of a conversation, None when that is not known."""
@@ -1580,9 +2285,12 @@ class Store:
             db.execute("DELETE FROM waits WHERE until < ?", (now - 86400,))
             db.execute("DELETE FROM conversations WHERE used < ?", (now - 180 * 86400,))
             db.execute("DELETE FROM responses WHERE made < ?", (now - RESPONSE_LIFE,))
-            self._shorten("1", (), MAX_RESPONSES)
+            self._shorten("TRUE", (), MAX_RESPONSES)
             db.execute("DELETE FROM files WHERE purpose='' AND used < ?", (now - LOOSE_FILE_LIFE,))
-            db.execute("DELETE FROM visits WHERE until < ?", (now,))
+            self._end_visits(db, "until < ?", now)
+            db.execute("DELETE FROM sessions WHERE until < ?", (now,))
+            db.execute("DELETE FROM instances WHERE until < ?", (now,))
+            db.execute("DELETE FROM linked WHERE made < ?", (now - LINK_LIFE,))
             chats = "SELECT 1 FROM belongings WHERE belongings.owner=seeds.owner"
             db.execute(f"DELETE FROM seeds WHERE used < ? AND NOT EXISTS ({chats})", (now - SEED_LIFE,))
             # The last of a subject stays: it tells when that was last used.
@@ -1596,7 +2304,8 @@ class Store:
 
     def put_file(self, file: File) -> None:
         marks = ", ".join("?" * len(File._fields))
-        self._write(f"INSERT OR REPLACE INTO files VALUES ({marks})", *file)
+        updates = ", ".join(f"{name}=excluded.{name}" for name in File._fields[1:])
+        self._write(f"INSERT INTO files VALUES ({marks}) ON CONFLICT(id) DO UPDATE SET {updates}", *file)
 
     def move_file(self, account: str, old: str, new: str) -> None:
         """An account holds a file under another id upstream."""
@@ -1628,15 +2337,16 @@ class Store:
             db.execute(
                 "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", (id, owner, response, items, now, size)
             )
-            db.executemany("INSERT OR IGNORE INTO items VALUES (?, ?)", [(item, id) for item in named])
+            rows = [(item, id) for item in named]
+            db.executemany("INSERT INTO items VALUES (?, ?) ON CONFLICT DO NOTHING", rows)
             self._shorten("owner=?", (owner,), MAX_RESPONSES_OF_ONE)
 
     def _shorten(self, where: str, values: tuple[str, ...], most: int) -> None:
         """Forgets the oldest of some responses, as far as together they have more than so many characters."""
-        total = self._rows(f"SELECT TOTAL(size) FROM responses WHERE {where}", *values)[0][0]
+        total = self._rows(f"SELECT COALESCE(SUM(size), 0) FROM responses WHERE {where}", *values)[0][0]
         if total > most:
             sizes = f"SELECT id, SUM(size) OVER (ORDER BY made DESC, id) AS size FROM responses WHERE {where}"
-            excess = f"SELECT id FROM ({sizes}) WHERE size > ?"
+            excess = f"SELECT id FROM ({sizes}) AS sums WHERE size > ?"
             self._write(f"DELETE FROM responses WHERE id IN ({excess})", *values, most)
 
     def remove_response(self, id: str) -> None:
@@ -1655,34 +2365,55 @@ class Store:
         """A seed gets an account; what belongs to it stays."""
         changes = "ON CONFLICT(seed) DO UPDATE SET account=excluded.account, used=excluded.used"
         owner = f"seed-{secrets.token_hex(16)}"
-        self._write(f"INSERT INTO seeds VALUES (?, ?, ?, ?, ?) {changes}", seed, account, now, now, owner)
+        values = (seed, account, now, now, owner)
+        self._write(f"INSERT INTO seeds VALUES (?, ?, ?, ?, ?) {changes}", *values)
 
     def remove_seeds(self, seed: str | None = None) -> int:
         """Removes a seed (all of them: None), with its visits and what is known to belong to it; how many there were."""
-        with self.writing() as db:
-            named = "seed=?" if seed is not None else "1"
+        with self.writing("visits", "belongings") as db:
+            named = "seed=?" if seed is not None else "TRUE"
             values = (seed,) if seed is not None else ()
-            db.execute(f"DELETE FROM visits WHERE {named}", values)
+            db.execute(f"DELETE FROM visits WHERE account='' AND {named}", values)
             own = f"SELECT owner FROM seeds WHERE {named}"
             db.execute(f"DELETE FROM belongings WHERE owner IN ({own})", values)
             return db.execute(f"DELETE FROM seeds WHERE {named}", values).rowcount
 
     def put_visit(self, digest: str, seed: str, until: float) -> None:
         """A browser is signed in with a seed, until a time; of many the one that ends first is forgotten."""
-        newest = "SELECT digest FROM visits WHERE seed=? ORDER BY until DESC LIMIT ?"
-        with self.writing() as db:
-            db.execute("INSERT INTO visits VALUES (?, ?, ?)", (digest, seed, until))
-            db.execute(
-                f"DELETE FROM visits WHERE seed=? AND digest NOT IN ({newest})", (seed, seed, MAX_VISITS)
-            )
+        newest = "SELECT digest FROM visits WHERE seed=? AND account='' ORDER BY until DESC LIMIT ?"
+        query = f"DELETE FROM visits WHERE seed=? AND account='' AND digest NOT IN ({newest})"
+        with self.writing("visits") as db:
+            db.execute("INSERT INTO visits (digest, seed, until) VALUES (?, ?, ?)", (digest, seed, until))
+            db.execute(query, (seed, seed, MAX_VISITS))
 
-    def visit(self, digest: str) -> tuple[str, float] | None:
-        """The seed that a browser is signed in with, and until when."""
-        rows = self._rows("SELECT seed, until FROM visits WHERE digest=?", digest)
-        return (str(rows[0][0]), float(rows[0][1])) if rows else None
+    def put_own_visit(self, digest: str, row: AccountRow, until: float) -> None:
+        """A browser is signed in with a session cookie of its own, until a time: its account is kept as long."""
+        values = (digest, "", until, row.id)
+        with self.writing() as db:
+            self.merge_accounts(lambda known: [known.get(row.id) or row])
+            db.execute("INSERT INTO visits (digest, seed, until, account) VALUES (?, ?, ?, ?)", values)
+
+    def _end_visits(self, db: Statements, where: str, *values: Any) -> None:
+        """Ends visits to the mirror, and forgets the visitors' own accounts that no other visit needs."""
+        found = self._rows(f"SELECT DISTINCT account FROM visits WHERE {where} AND account<>''", *values)
+        db.execute(f"DELETE FROM visits WHERE {where}", values)
+        for (account,) in found:
+            others = "SELECT 1 FROM visits WHERE account=?"
+            query = f"DELETE FROM accounts WHERE id=? AND guest=1 AND NOT EXISTS ({others})"
+            db.execute(query, (account, account))
+
+    def visit(self, digest: str) -> tuple[str, float, str] | None:
+        """The seed that a browser is signed in with, until when, and else the id of the visitor's own account."""
+        rows = self._rows("SELECT seed, until, account FROM visits WHERE digest=?", digest)
+        return (str(rows[0][0]), float(rows[0][1]), str(rows[0][2])) if rows else None
 
     def remove_visit(self, digest: str) -> None:
-        self._write("DELETE FROM visits WHERE digest=?", digest)
+        with self.writing("visits") as db:
+            self._end_visits(db, "digest=?", digest)
+
+    def all_visits(self) -> set[str]:
+        """The browsers that are signed in, by the digests of their cookies."""
+        return {row[0] for row in self._rows("SELECT digest FROM visits")}
 
     def belongings(self, owner: str) -> list[Belonging]:
         """What belongs to a visitor of the mirror."""
@@ -1707,17 +2438,18 @@ class Store:
         """Changes what is noted of something, unless it is gone."""
         columns = "title=?, changed=?, archived=?, starred=?"
         values = (thing.title, thing.changed, thing.archived, thing.starred, thing.id, thing.owner)
-        self._write(f"UPDATE belongings SET {columns} WHERE id=? AND owner=?", *values)
+        self._write(f"UPDATE belongings SET {columns} WHERE id=? AND owner=?", *values, topic="belongings")
 
     def put_belongings(self, things: Iterable[Belonging]) -> None:
         """Notes to whom things belong; whom something belongs to stays who was noted first."""
         changes = "title=excluded.title, changed=excluded.changed, archived=excluded.archived, starred=excluded.starred"
         query = f"INSERT INTO belongings VALUES ({', '.join('?' * len(Belonging._fields))}) ON CONFLICT(id) DO UPDATE SET"
-        with self.writing() as db:
-            db.executemany(f"{query} {changes} WHERE owner=excluded.owner", [tuple(one) for one in things])
+        query = f"{query} {changes} WHERE belongings.owner=excluded.owner"
+        with self.writing("belongings") as db:
+            db.executemany(query, [tuple(one) for one in things])
 
     def remove_belonging(self, id: str, owner: str) -> None:
-        self._write("DELETE FROM belongings WHERE id=? AND owner=?", id, owner)
+        self._write("DELETE FROM belongings WHERE id=? AND owner=?", id, owner, topic="belongings")
 
     def users(self) -> list[User]:
         rows = self._rows("SELECT id, name, token_hash, added, daily_limit FROM users ORDER BY added, id")
@@ -1725,17 +2457,18 @@ class Store:
 
     def put_user(self, user: User) -> None:
         columns = "id, name, token_hash, added, daily_limit"
-        self._write(f"INSERT INTO users ({columns}) VALUES (?, ?, ?, ?, ?)", *user)
+        self._write(f"INSERT INTO users ({columns}) VALUES (?, ?, ?, ?, ?)", *user, topic="users")
 
     def remove_user(self, id: str) -> bool:
-        with self.writing() as db:
+        with self.writing("users") as db:
             db.execute("DELETE FROM tallies WHERE subject=?", (id,))
-            return db.execute("DELETE FROM users WHERE id=?", (id,)).rowcount > 0
+            return int(db.execute("DELETE FROM users WHERE id=?", (id,)).rowcount) > 0
 
     def last_tallies(self) -> list[tuple[str, float, Tally]]:
         """(subject, since, tally) of each subject's last day."""
-        columns = "subject, since, answers, failures, requests, tokens, MAX(used)"
-        rows = self._rows(f"SELECT {columns} FROM tallies WHERE subject != '' GROUP BY subject")
+        columns = "subject, since, answers, failures, requests, tokens, used"
+        newest = "SELECT MAX(since) FROM tallies AS one WHERE one.subject=tallies.subject"
+        rows = self._rows(f"SELECT {columns} FROM tallies WHERE subject<>'' AND since=({newest})")
         return [(row[0], row[1], Tally(*row[2:])) for row in rows]
 
     def tallies(self, subject: str, since: float) -> dict[float, Tally]:
@@ -1746,11 +2479,66 @@ class Store:
     def add_tallies(self, more: Mapping[tuple[str, float], Tally]) -> None:
         """Adds to tallies, by subject and when their time began."""
         names = ", ".join(Tally._fields)
-        sums = ", ".join(f"{name}={name}+excluded.{name}" for name in Tally._fields[:4])
+        sums = ", ".join(f"{name}=tallies.{name}+excluded.{name}" for name in Tally._fields[:4])
         query = f"INSERT INTO tallies (subject, since, {names}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-        change = f"ON CONFLICT DO UPDATE SET {sums}, used=MAX(used, excluded.used)"
+        last = "CASE WHEN tallies.used > excluded.used THEN tallies.used ELSE excluded.used END"
+        change = f"ON CONFLICT (subject, since) DO UPDATE SET {sums}, used={last}"
         with self.writing() as db:
             db.executemany(f"{query} {change}", [(*key, *tally) for key, tally in more.items()])
+
+    def admit(self, user: str, since: float, limit: int, now: float) -> bool:
+        """Counts a request of an API user, unless as many were counted since then as it may make."""
+        fresh = "INSERT INTO tallies VALUES (?, ?, 0, 0, 0, 0, ?) ON CONFLICT (subject, since) DO NOTHING"
+        counted = "UPDATE tallies SET requests=requests+1, used=? WHERE subject=? AND since=? AND requests<?"
+        with self.writing() as db:
+            db.execute(fresh, (user, since, now))
+            return int(db.execute(counted, (now, user, since, limit)).rowcount) > 0
+
+    def put_session(self, digest: str, until: float) -> None:
+        """An administrator is signed in to the pages, until a time; of many the one that ends first is forgotten."""
+        newest = "SELECT digest FROM sessions ORDER BY until DESC LIMIT ?"
+        with self.writing() as db:
+            db.execute("INSERT INTO sessions VALUES (?, ?)", (digest, until))
+            db.execute(f"DELETE FROM sessions WHERE digest NOT IN ({newest})", (MAX_SESSIONS,))
+
+    def session(self, digest: str) -> float:
+        """Until when an administrator is signed in; 0 for nobody."""
+        rows = self._rows("SELECT until FROM sessions WHERE digest=?", digest)
+        return float(rows[0][0]) if rows else 0.0
+
+    def remove_session(self, digest: str) -> None:
+        self._write("DELETE FROM sessions WHERE digest=?", digest)
+
+    def instances(self, own: str, until: float, now: float) -> list[str]:
+        """Says that a process is at work until a time; all that are, in order."""
+        query = "INSERT INTO instances VALUES (?, ?) ON CONFLICT(id) DO UPDATE SET until=excluded.until"
+        self._write(query, own, until)
+        return [row[0] for row in self._rows("SELECT id FROM instances WHERE until>=? ORDER BY id", now)]
+
+    def remove_instance(self, own: str) -> None:
+        self._write("DELETE FROM instances WHERE id=?", own)
+
+    def secret(self, name: str) -> str:
+        """A secret of all processes that have this store, made with the first question for it."""
+        query = "INSERT INTO secrets VALUES (?, ?) ON CONFLICT DO NOTHING"
+        self._write(query, name, secrets.token_hex(32))
+        return str(self._rows("SELECT secret FROM secrets WHERE name=?", name)[0][0])
+
+    def put_linked(self, id: str, pieces: Iterable[bytes], now: float, most: int) -> None:
+        """Keeps a file of an answer, of up to `most` bytes with all others; the oldest go."""
+        sizes = "SELECT id, SUM(SUM(LENGTH(data))) OVER (ORDER BY made DESC, id) AS size FROM linked GROUP BY id, made"
+        with self.writing() as db:
+            for number, piece in enumerate(pieces):
+                db.execute("INSERT INTO linked VALUES (?, ?, ?, ?)", (id, number, now, piece))
+            excess = f"SELECT id FROM ({sizes}) AS sums WHERE size > ?"
+            db.execute(f"DELETE FROM linked WHERE id IN ({excess})", (most,))
+
+    def linked(self, id: str) -> Iterator[bytes]:
+        """The pieces of such a file; none when it is not there."""
+        number = 0
+        while rows := self._rows("SELECT data FROM linked WHERE id=? AND number=?", id, number):
+            yield bytes(rows[0][0])
+            number += 1
 
 
 _ACCOUNT_COLUMNS = tuple(column.name for column in fields(AccountRow))
@@ -1954,16 +2742,16 @@ def requirements_token(configuration: list[Any], algorithm: str) -> str:
 class Solver:
     """Processes that solve hard proofs, so that they stop nobody: a thread would hold the interpreter for all others.
 
-    They are forked before any thread exists, one fewer than there are cores but at most four, and take jobs off one
+    They are forked before any thread exists, one fewer than there are cores but at most four (or `most`), and take jobs off one
     datagram socket as they get free: JSON [number, [seed, difficulty, configuration, algorithm]] there,
     [number, token] back. When they are lost, proofs are solved in the calling thread.
     """
 
-    def __init__(self, busy_cpu: int | None = None) -> None:
+    def __init__(self, busy_cpu: int | None = None, most: int = 4) -> None:
         """`busy_cpu` is the processor that the calling process keeps to: the solvers stay away from it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._processes = []
-        for _ in range(min(4, max(1, (os.cpu_count() or 1) - 1))):
+        for _ in range(min(most, max(1, (os.cpu_count() or 1) - 1))):
             if not (process := os.fork()):
                 ours.close()
                 self._serve(theirs, busy_cpu)
@@ -2025,9 +2813,10 @@ class Solver:
         """A solver process: job after job, until its parent is gone."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        os.nice(10)
-        if busy_cpu is not None:
-            os.sched_setaffinity(0, os.sched_getaffinity(0) - {busy_cpu})
+        with contextlib.suppress(OSError):  # a service may not be allowed to
+            os.nice(10)
+            if busy_cpu is not None:
+                os.sched_setaffinity(0, os.sched_getaffinity(0) - {busy_cpu})
         parent = os.getppid()
         jobs.settimeout(2.0)
         while os.getppid() == parent:
@@ -3674,6 +4463,128 @@ class WebSocket:
 
 
 # ============================================================================================================
+# peers: the worker processes of one server, and what they tell each other
+# ============================================================================================================
+
+MAX_TOLD = 64 << 20  # bytes of a message
+PEER_PATIENCE = 1.0  # seconds that others have for an answer
+EVERYBODY, MANAGER = 255, 254  # to whom messages are, beside numbers of workers
+_TOLD = struct.Struct("!IBB")
+
+
+def told(to: int, sender: int, data: bytes) -> bytes:
+    """A message between processes, on a stream socket: its length, to whom it is and from whom, and its bytes."""
+    return _TOLD.pack(len(data), to, sender) + data
+
+
+class Inbox:
+    """Takes the bytes of such a socket as they come, and gives whole messages."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def take(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """The messages that are whole now: to whom, from whom, and their bytes. ValueError for what is none."""
+        self._data += data
+        while len(self._data) >= _TOLD.size:
+            size, to, sender = _TOLD.unpack_from(self._data)
+            if size > MAX_TOLD:
+                raise ValueError
+            end = _TOLD.size + size
+            if len(self._data) < end:
+                return
+            message = bytes(self._data[_TOLD.size : end])
+            del self._data[:end]
+            yield to, sender, message
+
+
+class Peers:
+    """The other worker processes of this server, as one of them has them: by way of the process that has started them,
+    which passes messages on. Messages are JSON objects with a `kind`; who hears them does so in the loop."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, number: int) -> None:
+        self.number = number
+        self.others: set[int] = set()  # numbers of those that are at work
+        self.lost = threading.Event()  # set once the process that has started them is gone
+        self._loop, self._socket = loop, sock
+        self._send_lock = threading.Lock()
+        self._inbox = Inbox()
+        self._hearers: dict[str, list[Callable[[int, dict[str, Any]], object]]] = {}
+        self._answerers: dict[str, Callable[[], dict[str, Any]]] = {}
+        self._asked: dict[str, tuple[list[dict[str, Any]], set[int], Watch]] = {}
+        self.hear("roster", self._count)
+        self.hear("ask", self._answer)
+        self.hear("answer", self._answered)
+
+    def start(self) -> None:
+        """Begins to hear, once everybody who wants to has said so."""
+        self._loop.soon(lambda: self._loop.watch(self._socket.fileno(), select.EPOLLIN, self._readable))
+
+    def hear(self, kind: str, hearer: Callable[[int, dict[str, Any]], object]) -> None:
+        """Calls somebody with the sender's number and what was told, for each message of a kind."""
+        self._hearers.setdefault(kind, []).append(hearer)
+
+    def answers(self, kind: str, answerer: Callable[[], dict[str, Any]]) -> None:
+        """Has somebody answer a question of the others'."""
+        self._answerers[kind] = answerer
+
+    def tell(self, kind: str, to: int = EVERYBODY, **said: Any) -> None:
+        """Tells one of the others, or all of them."""
+        data = told(to, self.number, compact({"kind": kind} | said).encode("utf-8", "replace"))
+        if len(data) - _TOLD.size > MAX_TOLD:
+            raise invalid(None, "The question is too long for an agent.")
+        with self._send_lock, contextlib.suppress(OSError):  # who is gone is noticed by whoever reads
+            self._socket.sendall(data)
+
+    def ask(self, kind: str, watch: Watch) -> list[dict[str, Any]]:
+        """What the others, and the process that has started them, answer to a question in time."""
+        number = new_id()
+        answers: list[dict[str, Any]] = []
+        awaited = {*self.others, MANAGER}
+        self._asked[number] = (answers, awaited, watch)
+        try:
+            self.tell("ask", what=kind, number=number)
+            self.tell("ask", MANAGER, what=kind, number=number)
+            with contextlib.suppress(TimeoutError):
+                watch.wait(lambda: not awaited, PEER_PATIENCE)
+        finally:
+            del self._asked[number]
+        return list(answers)
+
+    # -- in the loop -----------------------------------------------------------------------------------------------
+
+    def _readable(self, _: int) -> None:
+        try:
+            data = self._socket.recv(1 << 18, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.unwatch(self._socket.fileno(), self._readable)
+            self.lost.set()
+            return
+        for _to, sender, message in self._inbox.take(data):
+            said = json.loads(message)
+            for hearer in self._hearers.get(said["kind"], ()):
+                hearer(sender, said)
+
+    def _count(self, _: int, said: dict[str, Any]) -> None:
+        self.others = set(said["workers"]) - {self.number}
+
+    def _answer(self, sender: int, said: dict[str, Any]) -> None:
+        if answerer := self._answerers.get(said["what"]):
+            self.tell("answer", sender, number=said["number"], answer=answerer())
+
+    def _answered(self, sender: int, said: dict[str, Any]) -> None:
+        if asked := self._asked.get(said["number"]):
+            answers, awaited, watch = asked
+            answers.append(said["answer"])
+            awaited.discard(sender)
+            watch.ring()
+
+
+# ============================================================================================================
 # accounts: identity, lease, cool-down, what an account is told and what becomes of it
 # ============================================================================================================
 
@@ -3689,6 +4600,7 @@ FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
 MAX_WAIT = 40 * 86400.0  # whatever is named
 _WORKSPACE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 RENEWAL_AHEAD, RENEWAL_SPREAD = 600.0, 300.0  # seconds
+INSTANCE_LIFE = 15  # seconds that a process counts as being at work after it has said so
 # What a new access token changes.
 _TOKEN_COLUMNS = ("access_token", "expires", "email", "plan", "workspace", "state", "reason")
 PROXY_PATIENCE = 3  # calls in a row that a proxy may leave without a connection
@@ -4016,6 +4928,7 @@ class Account:
         self.unreached = 0  # how many calls in a row did not get through its proxy
         self.answered = False
         self.used = 0.0
+        self.preferred = True  # whether this process asks it before others
 
     @property
     def id(self) -> str:
@@ -4105,17 +5018,31 @@ class Ledger:
     """Counts the work of accounts and API users today (local time), and of all accounts together by the hour. It
     counts in memory; counts that are not saved yet are lost when the process is killed."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, shared: bool = False) -> None:
+        """`shared`: other processes count in the same store, whose limits are then looked up there."""
+        self.store, self.shared = store, shared
         self._tallies_lock = threading.Lock()
         self._day = (0.0, 0.0)  # the day that is counted: its beginning and end, Unix seconds
         self._unsaved: dict[tuple[str, float], Tally] = {}
-        begun = self._begun(now := time.time())
-        self._hours = store.tallies("", now - 86400)
-        self._today = {
-            subject: tally if since == begun else Tally(used=tally.used)
-            for subject, since, tally in store.last_tallies()
-        }
+        self._hours: dict[float, Tally] = {}
+        self._today: dict[str, Tally] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """Takes in what is stored, by other processes too."""
+        now = time.time()
+        hours = self.store.tallies("", now - 86400)
+        last = self.store.last_tallies()
+        with self._tallies_lock:
+            begun = self._begun(now)
+            self._hours = hours
+            self._today = {
+                subject: tally if since == begun else Tally(used=tally.used) for subject, since, tally in last
+            }
+            for (subject, since), tally in self._unsaved.items():
+                known = self._today if subject else self._hours
+                key: Any = subject or since
+                known[key] = known.get(key, Tally()).plus(tally)
 
     def _begun(self, now: float) -> float:
         """The beginning of today; a new day begins with nothing counted."""
@@ -4150,7 +5077,14 @@ class Ledger:
         """Counts a request of an API user; past its limit, how many seconds the day still has."""
         with self._tallies_lock:
             now = time.time()
-            self._begun(now)
+            begun, end = self._begun(now), self._day[1]
+        if self.shared and limit is not None:
+            if not self.store.admit(user, begun, limit, now):
+                return end - now
+            with self._tallies_lock:
+                self._today[user] = self._today.get(user, Tally()).plus(Tally(requests=1, used=now))
+            return 0.0
+        with self._tallies_lock:
             if limit is not None and self.today(user).requests >= limit:
                 return self._day[1] - now
             self._count(user, Tally(requests=1, used=now))
@@ -4170,12 +5104,14 @@ class Ledger:
             return [(start, self._hours.get(start, Tally())) for start in starts]
 
     def save(self) -> None:
-        """Stores what was counted since the last time."""
+        """Stores what was counted since the last time, and takes in what other processes have."""
         with self._tallies_lock:
             unsaved, self._unsaved = self._unsaved, {}
         try:
             if unsaved:
                 self.store.add_tallies(unsaved)
+            if self.shared:
+                self._read()
         except StoreUnavailable:  # it will be tried again
             with self._tallies_lock:
                 for key, tally in unsaved.items():
@@ -4210,6 +5146,8 @@ class Pool:
         self._codex: list[Account] = []  # those not set aside that the Codex backend takes
         self._by_secret: dict[str, Account] = {}  # those that renew themselves, by their current token
         self._cursor = 0
+        self.instance = secrets.token_hex(8)  # this process, among those that have the store
+        self._instances: tuple[str, ...] = ()  # those at work, if there are several
         self._guests: OrderedDict[str, Account] = OrderedDict()
         # Guests whose tokens nobody has accepted yet.
         self._arriving: OrderedDict[str, Account] = OrderedDict()
@@ -4232,6 +5170,7 @@ class Pool:
                     if account is None and not row.guest:  # a caller's own until now: one object an account
                         account = self._guests.pop(row.id, None)
                 if account:
+                    self._refit(account, row, load)
                     if row.cookies != account.row.cookies:  # some came with a token that was added anew
                         account.cookies = account.cookies | _cookies_of(row)
                     told = Allowance.of_json(row.allowance)
@@ -4251,6 +5190,34 @@ class Pool:
             with self._accounts_lock:
                 self._accounts = accounts
             self._order()
+            self._share_out()
+
+    def share(self, now: float) -> None:
+        """Says that this process is at work, and hears which others are: each has accounts that it asks first."""
+        instances = tuple(self.store.instances(self.instance, now + INSTANCE_LIFE, now))
+        if instances != self._instances:
+            self._instances = instances
+            self._share_out()
+
+    def _share_out(self) -> None:
+        """Gives every account to one of the processes at work, so that few change hands when those do."""
+        several = len(self._instances) > 1
+        for account in self.accounts():
+            owner = max(self._instances, key=lambda one: stable_number(one + account.id)) if several else ""
+            account.preferred = owner in ("", self.instance)
+
+    def leave(self) -> None:
+        """This process ends: others need not leave its accounts to it."""
+        self.store.remove_instance(self.instance)
+
+    def _refit(self, account: Account, row: AccountRow, load: Counter[str]) -> None:
+        """Gives an account its part of a configuration that has changed."""
+        proxy, proxies = account.egress.proxy, self.settings.proxy_url
+        if (
+            proxy not in proxies if proxies else proxy
+        ) or account.gateway not in self.settings.chatgpt_base_url:
+            fitted = self._configured(row, load)
+            account.egress, account.gateway = fitted.egress, fitted.gateway
 
     def _configured(self, row: AccountRow, load: Counter[str]) -> Account:
         """Gives an account its part of the configuration: a proxy for life (the least used) and a gateway."""
@@ -4392,6 +5359,13 @@ class Pool:
                 self._guests.popitem(last=False)
         return account
 
+    def kept_guest(self, id: str) -> Account | None:
+        """A guest whom the store knows, and whose token the upstream has accepted; None for nobody."""
+        row = self.store.account(id)
+        if row is None or row.state != "ready":
+            return None
+        return self.welcome(self._configured(row, Counter()))
+
     def login_free(self) -> Account:
         """The account of callers who need no key and bring none."""
         id = "free-caller"
@@ -4491,7 +5465,7 @@ class Pool:
                 order = [one] if one and one.row.state == "ready" and one.speaks_web() else []
             elif not order and self._turn_order:
                 raise login_required()
-            usable = None
+            usable = second = None
             size = len(order)
             first = self._cursor
             stride = 1
@@ -4507,13 +5481,17 @@ class Pool:
                     able = account.token_valid(now) or account.retry_renewal[0] <= now
                     sure = not account.wait_for(besides, now) and not account.doubtful()
                     if able and account not in tried and sure:
-                        self._cursor = (first + step + 1) % size
-                        account.used = now
-                        return account
+                        second = second or account
+                        if account.preferred:
+                            self._cursor = (first + step + 1) % size
+                            account.used = now
+                            return account
                     usable = usable or account
             if usable is None:
                 raise self._none(order, (model,), now, holder is not None)
-            return usable
+            account = second or usable
+            account.used = now
+            return account
 
     def lease_codex(
         self, model: str, fit: list[Account], tried: Collection[Account], rank: Callable[[Account], Any]
@@ -4915,10 +5893,14 @@ class Connections:
 
     def __init__(self, settings: Settings, pool: Pool, loop: Loop, metrics: Metrics) -> None:
         self.settings, self.pool, self.metrics = settings, pool, metrics
-        self.silence = float(settings.upstream_timeout)
         self.loop = loop
         self.handles = Handles(loop)
         self.guest_handles = Handles(loop, together=True)
+
+    @property
+    def silence(self) -> float:
+        """Seconds of the upstream's silence that end a call."""
+        return float(self.settings.upstream_timeout)
 
     def call(
         self, account: Account, method: str, url: str, headers: list[bytes], body: bytes | Blob | None, watch: Watch,
@@ -6841,7 +7823,6 @@ class ChatGPT:
     def __init__(self, connections: Connections, fetcher: Fetcher, solver: Solver) -> None:
         self.connections, self.fetcher, self.solver = connections, fetcher, solver
         self.settings, self.pool, self.metrics = connections.settings, connections.pool, connections.metrics
-        self.silence = connections.silence
         self._ahead = ThreadPoolExecutor(16, thread_name_prefix="ahead")
         self._erasing = ThreadPoolExecutor(4, thread_name_prefix="erase")
         # Conversations to be deleted: whose, failures so far, and the time.monotonic() of the next try.
@@ -6972,7 +7953,7 @@ class ChatGPT:
         headers = [b"Expect:", *_cookie_line(account.cookies | {DEVICE_COOKIE: account.row.device})]
         url = account.gateway + "/"
         call = self.connections.call(
-            account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.silence)
+            account, "GET", url, headers, None, watch, min(PAGE_SILENCE, self.connections.silence)
         )
         self.learn_agent(account, call)
         with call, contextlib.suppress(Refusal):
@@ -7129,7 +8110,7 @@ class ChatGPT:
         egress = Egress("", "")
         token = ""
         call = self.connections.handles.call(
-            "arkose", egress, "POST", url, _JSON_HEADERS, body, watch, self.silence
+            "arkose", egress, "POST", url, _JSON_HEADERS, body, watch, self.connections.silence
         )
         with call, contextlib.suppress(Refusal):
             answer = call.whole()
@@ -7243,7 +8224,7 @@ class ChatGPT:
         path = "/f/conversation/resume"
         headers = self._headers(account, path, *conduit, accept=b"text/event-stream")
         data = compact(body).encode()
-        silence = min(STREAM_SILENCE, self.silence)
+        silence = min(STREAM_SILENCE, self.connections.silence)
         return self._streaming(account, self._base(account) + path, headers, data, watch, silence=silence)
 
     def turn(
@@ -7494,7 +8475,7 @@ class ChatGPT:
 
     def _indexed(self, account: Account, id: str, watch: Watch) -> None:
         """Waits until the site has read a document."""
-        end = time.monotonic() + self.silence
+        end = time.monotonic() + self.connections.silence
         pause = 0.1
         while time.monotonic() < end:
             said = self._insistently(
@@ -7659,7 +8640,7 @@ class ChatGPT:
             return slugs
         try:
             said = self._object(
-                "models", account, "/models", watch, silence=min(MODELS_SILENCE, self.silence)
+                "models", account, "/models", watch, silence=min(MODELS_SILENCE, self.connections.silence)
             )
         except Refusal:
             account.models = (time.time() - MODELS_LIFE + 60, slugs)  # and tried again in a minute
@@ -8681,7 +9662,6 @@ class Files:
         return self.site.downloaded(account, url, watch)
 
 
-LINK_LIFE = 3600.0  # seconds that a link to a file of an answer is good for
 MAX_LINKED, MAX_LINKED_FILE = 512 << 20, 64 << 20  # bytes of all such files, and of one
 _LINKED_ID = re.compile(r"answer-[0-9a-f]{32}")
 
@@ -8690,16 +9670,21 @@ class Links:
     """Files of answers that only an account may fetch, kept here for LINK_LIFE for whoever has their link.
 
     A link is the path `/v1/files/ID/content` with `name`, `type`, `until` (Unix seconds) and `signature`, an HMAC of the rest
-    with a key of this server's. The files lie in the folder `links` beside the store; the oldest go for want of room.
+    with a key of this server's. The files lie in the folder `links` beside the store, or in the database that several
+    machines share; the oldest go for want of room.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._folder = folder
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._in_store = store.database.server
+        self._folder = store.path.parent / "links"
         self._folder_lock = threading.Lock()
 
     @functools.cached_property
     def _key(self) -> bytes:
         """The key of this server's links, made with the first one; it goes where it belongs whole, or not at all."""
+        if self._in_store:
+            return bytes.fromhex(self._store.secret("links"))
         self._folder.mkdir(mode=0o700, exist_ok=True)
         path = self._folder / "key"
         if not path.exists():
@@ -8718,42 +9703,57 @@ class Links:
         """The link to a file of these bytes, "" when it is too large or there is no room for it."""
         id = f"answer-{secrets.token_hex(16)}"
         path = self._folder / id
-        size = 0
         facts = {"name": name, "type": mime, "until": str(int(time.time() + LINK_LIFE))}
         try:
             query = urllib.parse.urlencode(
                 facts | {"signature": self._signature(id, facts)}, errors="replace"
             )
+            if self._in_store:
+                self._store.put_linked(id, self._not_too_large(pieces), time.time(), MAX_LINKED)
+                return f"/v1/files/{id}/content?{query}"
             with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-                for piece in pieces:
+                for piece in self._not_too_large(pieces):
                     file.write(piece)
-                    size += len(piece)
-                    if size > MAX_LINKED_FILE:
-                        raise OSError(errno.EFBIG, "it is too large")
         except BaseException as error:
             with contextlib.suppress(OSError):
                 path.unlink()
-            if not isinstance(error, OSError):
+            if not isinstance(error, (OSError, StoreUnavailable)):
                 raise
-            log(logging.WARNING, "a file of an answer cannot be kept", reason=error.strerror)
+            reason = error.strerror if isinstance(error, OSError) else error.cause
+            log(logging.WARNING, "a file of an answer cannot be kept", reason=reason)
             return ""
         self.sweep(time.time())
         return f"/v1/files/{id}/content?{query}"
+
+    @staticmethod
+    def _not_too_large(pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The pieces of a file; OSError once they are too many."""
+        size = 0
+        for piece in pieces:
+            size += len(piece)
+            if size > MAX_LINKED_FILE:
+                raise OSError(errno.EFBIG, "it is too large")
+            yield piece
 
     def file(self, id: str, query: Mapping[str, str]) -> tuple[Blob, str, str] | None:
         """Bytes, name and type of a file, for who has its link; None for a link that is none, or not any more."""
         facts = {name: query.get(name, "") for name in ("name", "type", "until")}
         given = query.get("signature", "").encode("utf-8", "replace")
-        if not given or not _LINKED_ID.fullmatch(id) or not self._folder.exists():
+        if not given or not _LINKED_ID.fullmatch(id) or not (self._in_store or self._folder.exists()):
             return None
         try:
             if not hmac.compare_digest(self._signature(id, facts).encode(), given):
                 return None
             if int(facts["until"]) < time.time():
                 return None
-            return Blob.of_file(self._folder / id), facts["name"], facts["type"]
+            if not self._in_store:
+                return Blob.of_file(self._folder / id), facts["name"], facts["type"]
         except OSError:
             return None
+        blob = Blob()
+        for piece in self._store.linked(id):
+            blob.write(piece)
+        return (blob, facts["name"], facts["type"]) if blob.size else None
 
     def of(self, url: str) -> Blob | None:
         """The bytes that a URL of such a link leads to."""
@@ -8978,10 +9978,13 @@ class Attempts:
     """The loop over attempts, which every upstream asks in: one of those that may answer after the other, with the remedies
     that there are for a refusal, until the work is done or is not to be tried again."""
 
-    retries: float = math.inf  # how many more are tried
-
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+
+    @property
+    def retries(self) -> float:
+        """How many more are tried."""
+        return math.inf
 
     def lease(self, attempt: Attempt) -> Any:
         """Chooses the next one to ask; ApiError when there is none."""
@@ -9060,7 +10063,10 @@ class Turns(Attempts):
         super().__init__(connections.metrics)
         self.settings, self.pool, self.renewals = connections.settings, connections.pool, renewals
         self.ledger = ledger
-        self.retries = self.settings.retry_times
+
+    @property
+    def retries(self) -> float:
+        return self.settings.retry_times
 
     def do(
         self,
@@ -10783,6 +11789,13 @@ class CodexCalls:
 
     def __init__(self, connections: Connections) -> None:
         self.connections, self.settings, self.metrics = connections, connections.settings, connections.metrics
+        self.take_settings()
+        self._catalogs: dict[str, tuple[Mapping[str, Any], ...]] = {}  # lists of models, by their digest
+        # Parts of requests that a gateway has refused, which are left out until a time.monotonic().
+        self._refused_parts: dict[tuple[str, str], float] = {}
+
+    def take_settings(self) -> None:
+        """Says it is the program of the settings, which may have changed."""
         program, _, rest = self.settings.codex_client.partition(" ")
         self.originator, _, self.version = program.partition("/")
         agent = f"{program} {rest or '(Ubuntu 24.04; x86_64) xterm-256color'}"
@@ -10791,9 +11804,6 @@ class CodexCalls:
             f"User-Agent: {agent}",
             f"version: {self.version}",
         ]
-        self._catalogs: dict[str, tuple[Mapping[str, Any], ...]] = {}  # lists of models, by their digest
-        # Parts of requests that a gateway has refused, which are left out until a time.monotonic().
-        self._refused_parts: dict[tuple[str, str], float] = {}
 
     def _headers(self, account: Account, accept: str, session: str = "") -> list[bytes]:
         """The header lines of a call. "Headers"."""
@@ -10942,6 +11952,11 @@ class CodexAttempt(Attempt):
         self.counts = True
 
 
+def _home_id(key: str) -> str:
+    """What a conversation is called in the store."""
+    return f"codex-{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()}"
+
+
 class Codex(Turns):
     """The upstream `codex`: asks the Codex backend. A conversation stays with its account as long as that can answer: what
     it has read already costs less there, and nobody else can read what its model thought."""
@@ -10954,6 +11969,7 @@ class Codex(Turns):
         self.calls, self.web, self.files, self.links = calls, web, web.files, web.links
         self._homes_lock = threading.Lock()
         self._homes: OrderedDict[str, str] = OrderedDict()  # sessions → accounts
+        self._new_homes: dict[str, str] = {}  # of which other processes do not know
         self._absent: dict[str, float] = {}  # gateways without this backend, until a time.monotonic()
         # Gateways without the call to make a conversation shorter, until a time.monotonic().
         self._without_compact: dict[str, float] = {}
@@ -10977,6 +11993,7 @@ class Codex(Turns):
             if refused.reason != "missing":
                 raise
             raise self._nobody("") from None
+        self._share_homes()  # before the client can ask anew
         if not sink.over and finish:
             sink.take([*tail, finish])
 
@@ -11105,6 +12122,8 @@ class Codex(Turns):
     def _remember(self, key: str, account: Account) -> None:
         """Remembers which account has a conversation."""
         with self._homes_lock:
+            if self.settings.shared and self._homes.get(key) != account.id and not account.row.guest:
+                self._new_homes[key] = account.id
             self._homes[key] = account.id
             self._homes.move_to_end(key)
             if len(self._homes) > MAX_HOMES:
@@ -11114,6 +12133,21 @@ class Codex(Turns):
         """Remembers which account has made a response."""
         if account and account.speaks_codex():
             self._remember(id, account)
+            self._share_homes()
+
+    def _share_homes(self) -> None:
+        """Has other processes know which account has what was begun here."""
+        with self._homes_lock:
+            homes, self._new_homes = self._new_homes, {}
+        if homes:
+            self.pool.hold({_home_id(key): Held(account) for key, account in homes.items()})
+
+    def _home_elsewhere(self, key: str) -> str:
+        """The account that has what another process began."""
+        with contextlib.suppress(StoreUnavailable):
+            if self.settings.shared and (held := self.pool.store.conversation(_home_id(key))):
+                return held.account
+        return ""
 
     def _keep_home(self, attempt: Attempt, item: Mapping[str, Any]) -> None:
         """Remembers whose an item is that stands for the beginning of a conversation."""
@@ -11126,9 +12160,10 @@ class Codex(Turns):
         if not isinstance(attempt, CodexAttempt):
             return ""
         with self._homes_lock:
-            return next(
-                (self._homes[key] for key in (*attempt.marks, attempt.session) if key in self._homes), ""
-            )
+            homes = [self._homes.get(key, "") for key in (*attempt.marks, attempt.session)]
+        return next(filter(None, homes), "") or next(
+            filter(None, map(self._home_elsewhere, (*attempt.marks, attempt.session))), ""
+        )
 
     def _shown(self, attempt: CodexAttempt, found: Iterable[Event | Drawn]) -> list[Event]:
         """The events with a link for each drawing."""
@@ -11246,7 +12281,7 @@ class Codex(Turns):
             # What would be lost soonest, in steps of two; those alike in turn.
             urgency = max((window.urgency(now) for window in windows), default=_UNKNOWN_URGENCY)
             order = (-round(math.log2(max(urgency, 0.01))), account.used)
-        return spent, account.id != home, *order
+        return spent, account.id != home, not account.preferred, *order
 
     def lease(self, attempt: Attempt) -> Account:
         """The account that is asked next."""
@@ -11499,15 +12534,35 @@ class Agent:
 
     def __init__(self, id: str) -> None:
         self.id = id
-        self.web: WebSocket | None = None
+        self.web: WebSocket | FarAgent | None = None
+        self.relayed: dict[
+            str, float
+        ] = {}  # what other processes have asked it, and until when (time.monotonic())
         self.heard = time.time()  # when it last answered (Unix seconds)
         self.asked = 0.0  # when it was last asked (Unix seconds)
         self.waiting: dict[str, Future[dict[str, Any]]] = {}  # by the id of what it was sent
 
 
+class FarAgent:
+    """The WebSocket of an agent that is connected to another worker process of this server."""
+
+    needed = 0
+
+    def __init__(self, peers: Peers, worker: int, id: str) -> None:
+        self.worker = worker
+        self._peers, self._id = peers, id
+
+    def ask(self, id: str, text: str) -> None:
+        """Sends a message, whose answer will have this id."""
+        self._peers.tell("agent asked", self.worker, agent=self._id, id=id, text=text)
+
+    def drop(self, reason: str) -> None:
+        self._peers.tell("agent dropped", self.worker, agent=self._id, reason=reason)
+
+
 class Agents(Attempts):
-    """The upstream `agents`: the browsers that are connected. Many questions may be under way at one of them, and answers
-    come in any order. "Agents (ChatGPT-API-server's protocol)"."""
+    """The upstream `agents`: the browsers that are connected, to this process or to another worker process. Many questions
+    may be under way at one of them, and answers come in any order. "Agents (ChatGPT-API-server's protocol)"."""
 
     name = "agents"
     has_conversations = True
@@ -11518,6 +12573,92 @@ class Agents(Attempts):
         self._agents_lock = threading.Lock()
         self._agents: dict[str, Agent] = {}  # those that are connected
         self._holders: OrderedDict[str, Held] = OrderedDict()  # conversations → agents, connected or not
+        self._peers: Peers | None = None
+        self._greeted = set[int]()  # the worker processes that know of the agents here
+
+    # -- with other worker processes -------------------------------------------------------------------------------
+
+    def join(self, peers: Peers) -> None:
+        """Has the agents of other worker processes, and they those of this one."""
+        self._peers = peers
+        peers.hear("roster", self._greet)
+        peers.hear("agent here", self._come)
+        peers.hear("agent gone", lambda sender, said: self._gone(sender, said["agent"]))
+        peers.hear("agent asked", self._pass_on)
+        peers.hear("agent said", self._hear_from_afar)
+        peers.hear("agent dropped", self._drop_for_another)
+        peers.hear("agent holds", lambda _, said: self._hold(said["id"], Held(said["agent"], said["owner"])))
+
+    def _tell(self, kind: str, **said: Any) -> None:
+        if self._peers:
+            self._peers.tell(kind, **said)
+
+    def _greet(self, _: int, said: dict[str, Any]) -> None:
+        """Some are new, some are gone."""
+        if not self._peers:
+            return
+        here = set(said["workers"]) - {self._peers.number}
+        new, self._greeted = here - self._greeted, here
+        with self._agents_lock:
+            agents = list(self._agents.values())
+            held = list(self._holders.items()) if new else []
+        for agent in agents:
+            if isinstance(agent.web, FarAgent) and agent.web.worker not in here:
+                self._gone(agent.web.worker, agent.id)
+        for worker in new:
+            for agent in agents:
+                if isinstance(agent.web, WebSocket):
+                    self._peers.tell("agent here", worker, agent=agent.id)
+            for id, one in held:
+                self._peers.tell("agent holds", worker, id=id, agent=one.account, owner=one.owner)
+
+    def _come(self, sender: int, said: dict[str, Any]) -> None:
+        if self._peers:
+            self._take_place(said["agent"], FarAgent(self._peers, sender, said["agent"]))
+
+    def _gone(self, worker: int, id: str) -> None:
+        """An agent has left another process, or that has ended."""
+        with self._agents_lock:
+            agent = self._agents.get(id)
+            if agent is None or not isinstance(agent.web, FarAgent) or agent.web.worker != worker:
+                return
+            del self._agents[id]
+            lost, agent.waiting = agent.waiting, {}
+        self._lose(lost)
+
+    def _here(self, id: str) -> tuple[Agent, WebSocket] | None:
+        """An agent that is connected to this process."""
+        with self._agents_lock:
+            agent = self._agents.get(id)
+        return (agent, agent.web) if agent and isinstance(agent.web, WebSocket) else None
+
+    def _pass_on(self, sender: int, said: dict[str, Any]) -> None:
+        """Another process asks an agent of this one."""
+        if found := self._here(said["agent"]):
+            agent, web = found
+            agent.relayed[said["id"]] = time.monotonic() + AGENT_PATIENCE
+            web.needed = self._needs(agent)
+            with contextlib.suppress(Closed):
+                web.send(said["text"])
+
+    def _hear_from_afar(self, _: int, said: dict[str, Any]) -> None:
+        with self._agents_lock:
+            agent = self._agents.get(said["agent"])
+        if agent:
+            self._hear(agent, said["text"])
+
+    def _drop_for_another(self, _: int, said: dict[str, Any]) -> None:
+        if found := self._here(said["agent"]):
+            found[1].drop(said["reason"])
+
+    @staticmethod
+    def _needs(agent: Agent) -> int:
+        """How many answers of an agent are awaited, here and elsewhere."""
+        now = time.monotonic()
+        agent.relayed = {id: until for id, until in agent.relayed.items() if until > now}
+        return len(agent.waiting) + len(agent.relayed)
+
+    # -- those of this process -------------------------------------------------------------------------------------
 
     def connected(self) -> list[Agent]:
         """The agents, the one asked longest ago first."""
@@ -11535,6 +12676,7 @@ class Agents(Attempts):
         wanted = id if isinstance(id, str) and _AGENT_ID.fullmatch(id) else offered
         agent = self._take_place(offered if self._taken(wanted) else wanted, web)
         log(logging.INFO, "agent connected", agent=agent.id)
+        self._tell("agent here", agent=agent.id)
         web.listen(functools.partial(self._hear, agent))
         if not web.at_end(functools.partial(self._leave, agent, web)):
             self._leave(agent, web)
@@ -11546,8 +12688,12 @@ class Agents(Attempts):
         with self._agents_lock:
             agent.heard = time.time()
             waiting = agent.waiting.pop(str(said.get("id")), None)
+            elsewhere = agent.relayed.pop(str(said.get("id")), None)
         if waiting and not waiting.done():
             waiting.set_result(said)
+        elif elsewhere and isinstance(agent.web, WebSocket):
+            agent.web.needed = self._needs(agent)
+            self._tell("agent said", agent=agent.id, text=text)
 
     @staticmethod
     def _heard(text: str | None) -> dict[str, Any] | None:
@@ -11566,7 +12712,7 @@ class Agents(Attempts):
             return False
         return True
 
-    def _take_place(self, id: str, web: WebSocket) -> Agent:
+    def _take_place(self, id: str, web: WebSocket | FarAgent) -> Agent:
         """The place of this id, taken over from an earlier connection."""
         with self._agents_lock:
             agent = self._agents.setdefault(id, Agent(id))
@@ -11574,8 +12720,9 @@ class Agents(Attempts):
             agent.web = web
             agent.heard = time.time()
             lost, agent.waiting = agent.waiting, {}
+            agent.relayed = {}
         self._lose(lost)
-        if before is not None:
+        if isinstance(before, WebSocket):  # another process closes its own
             before.close(1000, "the agent connected anew")
             before.drop("the agent connected anew")
         return agent
@@ -11588,6 +12735,7 @@ class Agents(Attempts):
             self._agents.pop(agent.id, None)
             lost, agent.waiting = agent.waiting, {}
         self._lose(lost)
+        self._tell("agent gone", agent=agent.id)
 
     @staticmethod
     def _lose(waiting: Mapping[str, Future[dict[str, Any]]]) -> None:
@@ -11606,9 +12754,13 @@ class Agents(Attempts):
             if web is None or self._agents.get(agent.id) is not agent:
                 raise AgentLost("the agent hung up")
             agent.waiting[id] = future
-            web.needed = len(agent.waiting)
+            web.needed = self._needs(agent)
         try:
-            web.send(compact({"id": id, "message": message, "data": data}))
+            text = compact({"id": id, "message": message, "data": data})
+            if isinstance(web, FarAgent):
+                web.ask(id, text)
+            else:
+                web.send(text)
             return watch.result(future, patience)
         except Closed:
             raise AgentLost("the agent hung up") from None
@@ -11617,7 +12769,7 @@ class Agents(Attempts):
         finally:
             with self._agents_lock:
                 agent.waiting.pop(id, None)
-                web.needed = len(agent.waiting)
+                web.needed = self._needs(agent)
 
     def answer(self, asked: Asked, sink: Sink) -> None:
         """Has a question answered, in one piece: by the agent that holds the conversation, without one by whoever answers
@@ -11639,7 +12791,7 @@ class Agents(Attempts):
         content = in_one_text([(one.role, one.text) for one in question.messages])
         data = {"conversation_id": conversation, "parent_id": question.parent or new_id(), "content": content}
 
-        def ask(leased: tuple[Agent, WebSocket | None]) -> list[Event]:
+        def ask(leased: tuple[Agent, WebSocket | FarAgent | None]) -> list[Event]:
             message = compact({"message_id": new_id()} | data)
             left = max(0.0, end - time.monotonic())
             try:
@@ -11652,7 +12804,7 @@ class Agents(Attempts):
 
         sink.take(self.attempts(attempt, ask))
 
-    def lease(self, attempt: Attempt) -> tuple[Agent, WebSocket | None]:
+    def lease(self, attempt: Attempt) -> tuple[Agent, WebSocket | FarAgent | None]:
         """The agent that is asked next, with its connection: one that comes back has another."""
         agents = [one for one in self.connected() if (one, one.web) not in attempt.tried]
         if attempt.question.conversation:
@@ -11662,7 +12814,7 @@ class Agents(Attempts):
         agents[0].asked = time.time()
         return agents[0], agents[0].web
 
-    def ready(self, leased: tuple[Agent, WebSocket | None], attempt: Attempt) -> None:
+    def ready(self, leased: tuple[Agent, WebSocket | FarAgent | None], attempt: Attempt) -> None:
         """Sees to it that it is there: it answers a ping, or loses its connection."""
         agent, web = leased
         try:
@@ -11707,6 +12859,15 @@ class Agents(Attempts):
         with self._agents_lock:
             return self._holders.get(conversation)
 
+    def _hold(self, conversation: str, held: Held) -> Held:
+        """Remembers which agent has a conversation: what was known first stays."""
+        with self._agents_lock:
+            held = self._holders.setdefault(conversation, held)
+            self._holders.move_to_end(conversation)
+            if len(self._holders) > MAX_HELD_BY_AGENTS:
+                self._holders.popitem(last=False)
+        return held
+
     def _only(self) -> str | None:
         """The agent, if there is but one: it may have a conversation that nobody is known to have."""
         with self._agents_lock:
@@ -11729,11 +12890,8 @@ class Agents(Attempts):
             raise ApiError("agent_lost", "The agent reported a failure; see the console of its browser.")
         held = Held(agent.id, scope.owner)
         if _AGENT_ID.fullmatch(conversation):
-            with self._agents_lock:
-                held = self._holders.setdefault(conversation, held)
-                self._holders.move_to_end(conversation)
-                if len(self._holders) > MAX_HELD_BY_AGENTS:
-                    self._holders.popitem(last=False)
+            self._tell("agent holds", id=conversation, agent=agent.id, owner=scope.owner)
+            held = self._hold(conversation, held)
         # Nobody is led into a conversation of another agent's, or of somebody else's.
         own = held.account == agent.id and scope.covers(held.owner)
         ids = conversation if own else "", response
@@ -15255,12 +16413,28 @@ class Writer(Ticking):
                 self._leave()
 
 
+HANDSHAKE_TIME = 10.0  # seconds that a client may take to begin with TLS
+_HSTS = "strict-transport-security: max-age=31536000\r\n"
+
+
+def certificate_stamp(settings: Settings) -> list[tuple[int, int, int]]:
+    """What tells whether the files of the certificate and its key are others than before."""
+    stamps = []
+    for path in filter(None, (settings.tls_cert, settings.tls_key)):
+        with contextlib.suppress(OSError):
+            facts = os.stat(path)
+            stamps.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+    return stamps
+
+
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """The TLS context for HTTPS, None for HTTP; SettingError when the files cannot be used."""
     if not settings.tls_cert or not settings.tls_key:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.options |= ssl.OP_NO_RENEGOTIATION
     try:
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: b"")
     except (OSError, ValueError) as error:
@@ -15399,8 +16573,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(
         self, address: tuple[str, int], application: Application, settings: Settings, metrics: Metrics,
-        quiet: bool = False,
+        quiet: bool = False, listening: socket.socket | None = None, tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
+        """Listens at an address, or on a socket that others may accept from as well: then its part of MAX_CONNECTIONS is
+        what WORKERS leaves it."""
         self.application = application
         self.settings = settings
         self.metrics = metrics
@@ -15408,23 +16584,49 @@ class Server(http.server.ThreadingHTTPServer):
         self.loop = application.loop
         self.workers = Workers()
         self.room = Room(ROOM_IN_MEMORY, max(ROOM_ON_DISK, 4 * (settings.max_body_mb << 20)))
-        self.prefix = f"/{settings.api_prefix}" if settings.api_prefix else ""
         self.stopping = False  # no new requests
         self.ending = False  # open answers are to end
         self._open_lock = threading.Lock()
         self._open: dict[socket.socket, Connection | None] = {}  # by the socket that was accepted
         self._places: dict[socket.socket, str] = {}  # where those come from that are counted
         self._from = Counter[str]()  # how many come from a place
-        self.tls = tls_context(settings)
+        self._certificate = certificate_stamp(settings)
+        self.tls = tls or tls_context(settings)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, Connection)
+        super().__init__(address, Connection, bind_and_activate=listening is None)
+        if listening:
+            self.socket.close()
+            self.socket = listening
+            self.socket.setblocking(False)  # another process may have been quicker
+            self._take_name(listening.getsockname())
+
+    @property
+    def prefix(self) -> str:
+        """What paths begin with."""
+        return f"/{self.settings.api_prefix}" if self.settings.api_prefix else ""
+
+    def renew_certificate(self) -> None:
+        """Has the certificate and key for new connections, if their files have changed and fit together."""
+        stamp = certificate_stamp(self.settings)
+        if stamp == self._certificate:
+            return
+        self._certificate = stamp
+        try:
+            self.tls = tls_context(self.settings)
+            log(logging.INFO, "the certificate was read anew")
+        except SettingError as error:
+            log(logging.ERROR, "the certificate cannot be read anew", reason=str(error))
 
     def server_bind(self) -> None:
         """Binds without asking DNS for the host's name, as HTTPServer would."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name = str(self.server_address[0])
-        self.server_port = int(self.server_address[1])
+        self._take_name(self.server_address)
+
+    def _take_name(self, address: Any) -> None:
+        self.server_address = address
+        self.server_name = str(address[0])
+        self.server_port = int(address[1])
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accepts a connection; without file descriptors left it waits a little rather than trying at full speed."""
@@ -15440,11 +16642,16 @@ class Server(http.server.ThreadingHTTPServer):
         """Refuses what is over MAX_CONNECTIONS or MAX_CONNECTIONS_PER_ADDRESS, in the accepting thread and without
         waiting."""
         peer = str(client_address[0])
-        most = self.settings.max_connections_per_address
+        settings = self.settings
+        most = -(-settings.max_connections_per_address // settings.workers)
         place = "" if not most or is_loopback(peer) else place_of(peer)
         with self._open_lock:
             crowded = bool(place) and self._from[place] >= most
-            if len(self._open) < self.settings.max_connections and not self.stopping and not crowded:
+            if (
+                len(self._open) < -(-settings.max_connections // settings.workers)
+                and not self.stopping
+                and not crowded
+            ):
                 self._open[request] = None
                 if place:
                     self._places[request] = place
@@ -15659,8 +16866,9 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
             if not self._met:
                 self._met = True
                 if server.tls:
-                    self.plain.settimeout(server.settings.read_timeout)
+                    self.plain.settimeout(HANDSHAKE_TIME)  # for the whole of it
                     self.sock = self.request = server.tls.wrap_socket(self.plain, server_side=True)
+                    self.sock.settimeout(server.settings.read_timeout)
                 self.wire = Wire(self.sock, float(server.settings.read_timeout))
                 self.client = Client(self.sock, server)
             while self._one():
@@ -15844,7 +17052,8 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
     def _extra(self) -> str:
         """The header lines that every answer has."""
         shared = _CORS if self.server.application.shared() else ""
-        return f"x-request-id: {self.request_id}\r\n{shared}"
+        secure = _HSTS if self.server.tls else ""
+        return f"x-request-id: {self.request_id}\r\n{secure}{shared}"
 
     def _first_byte(self, request: Request) -> None:
         labels = f'route="{request.route}"'
@@ -16029,9 +17238,11 @@ _FRONT_PREFIXES = (
 
 class Guesses:
     """Wrong keys by the address that they come from. After WRONG_KEYS of them in a minute every further one waits for
-    its answer, one after another, up to MAX_WAITING at a time."""
+    its answer, one after another, up to MAX_WAITING at a time. Of several worker processes each has its part of that."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 1) -> None:
+        self._most = max(1, WRONG_KEYS // workers)
+        self._delay = WRONG_KEY_DELAY * workers
         self._guesses_lock = threading.Lock()
         self._wrong: OrderedDict[str, list[float]] = OrderedDict()  # when an address had wrong keys
         self._waiting: dict[
@@ -16050,7 +17261,7 @@ class Guesses:
                 times.pop()
 
     def _note(self, place: str, now: float) -> None:
-        self._wrong[place] = [*self._recent(place, now)[-WRONG_KEYS:], now]
+        self._wrong[place] = [*self._recent(place, now)[-self._most :], now]
         self._wrong.move_to_end(place)
         if len(self._wrong) > MAX_REMEMBERED:
             self._wrong.popitem(last=False)
@@ -16065,7 +17276,7 @@ class Guesses:
         place = place_of(request.peer)
         with self._guesses_lock:
             recent = len(self._recent(place, now))
-            if recent < WRONG_KEYS:
+            if recent < self._most:
                 if wrong:
                     self._note(place, now)
                 return
@@ -16074,7 +17285,7 @@ class Guesses:
                 headers = {"Retry-After": str(math.ceil(WRONG_KEY_TIME))}
                 text = "Too many wrong keys came from this address; send the right one, or try again in a minute."
                 raise ApiError("rate_limit_exceeded", text, headers=headers)
-            until = min(max(now, until), now + waiting * WRONG_KEY_DELAY) + WRONG_KEY_DELAY  # some have left
+            until = min(max(now, until), now + waiting * self._delay) + self._delay  # some have left
             self._waiting[place] = (waiting + 1, until)
             if wrong:
                 self._note(place, now)
@@ -16099,20 +17310,18 @@ class Keys:
         self.settings = settings
         self.pool = pool
         self.ledger = ledger
-        self._prove = prove
+        self._prove, self._extra = prove, tuple(extra)
         # Who has a key: how logs call them, and whose conversations, files and responses are theirs.
-        self._keys = {
-            self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
-            for key in (*settings.authorization, *extra)
-        }
-        administrator = settings.administrator
-        self._administrator = self._digest(administrator) if administrator else None
+        self._keys: dict[bytes, tuple[str, str]] = {}
+        self._administrator: bytes | None = None
+        self.take_settings()
         self.cookie = ADMIN_COOKIE.format(settings.port)
-        self.guesses = Guesses()
+        self.guesses = Guesses(settings.workers)
         self._users_lock = threading.Lock()
         self._users: dict[bytes, User] = {}
         self._remembered_lock = threading.Lock()
-        self._sessions: OrderedDict[bytes, float] = OrderedDict()  # when one ends, by its cookie's digest
+        # Sessions that the store could not take: when one ends, by its cookie's digest.
+        self._unsaved_sessions: OrderedDict[str, float] = OrderedDict()
         # Callers' tokens that the upstream has accepted.
         self._proved: OrderedDict[bytes, None] = OrderedDict()
         self._strangers = Counter[str]()  # from where the tokens come that are being asked about
@@ -16121,6 +17330,15 @@ class Keys:
     @staticmethod
     def _digest(key: str) -> bytes:
         return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+    def take_settings(self) -> None:
+        """Knows the keys of the settings, which may have changed."""
+        self._keys = {
+            self._digest(key): (f"key {masked(key)}", f"key-{self._digest(key).hex()[:16]}")
+            for key in (*self.settings.authorization, *self._extra)
+        }
+        administrator = self.settings.administrator
+        self._administrator = self._digest(administrator) if administrator else None
 
     def reload(self) -> None:
         """Takes in the API users of the store."""
@@ -16177,6 +17395,7 @@ class Keys:
         request.asker = f"user {user.name or user.id}"
         request.scope = Scope(user.id)
         request.user = user.id
+        self.pool.store.await_ready(request.watch)
         if request.method not in ("POST", "PATCH") or request.path in ASKS_NOBODY:
             self.ledger.count(user.id)
         elif left := self.ledger.admit(user.id, user.limit):
@@ -16224,7 +17443,8 @@ class Keys:
         self.guesses.slow_down(request, wrong=True)  # until the upstream says otherwise
         place = place_of(request.peer)
         with self._remembered_lock:
-            if sum(self._strangers.values()) >= MAX_STRANGERS or self._strangers[place] >= MAX_STRANGERS // 4:
+            most = max(4, MAX_STRANGERS // self.settings.workers)
+            if sum(self._strangers.values()) >= most or self._strangers[place] >= most // 4:
                 raise overloaded("Too many new tokens are being checked just now", 1)
             self._strangers[place] += 1
         try:
@@ -16353,14 +17573,25 @@ class Keys:
         changes = request.method not in ("GET", "HEAD")
         if self.is_foreign(request) or (changes and not {"origin", "sec-fetch-site"} & set(headers)):
             return False
-        return digest is not None and self._sessions.get(digest, 0.0) > time.time()
+        if digest is None:
+            return False
+        until = self._unsaved_sessions.get(digest, 0.0)
+        if not until:
+            with contextlib.suppress(StoreUnavailable):
+                until = self.pool.store.session(digest)
+        return until > time.time()
 
-    def _cookie(self, request: Request) -> bytes | None:
+    def _cookie(self, request: Request) -> str | None:
+        """The digest of a request's session cookie, None without one."""
         found = re.search(rf"(?:^|[;,]\s*){self.cookie}=([\w-]{{43}})", request.headers.get("cookie", ""))
-        return self._digest(found[1]) if found else None
+        return self._of_session(found[1]) if found else None
+
+    def _of_session(self, token: str) -> str:
+        """What a session is known by: another administrator's key ends it."""
+        return hashlib.sha256((self._administrator or b"") + token.encode()).hexdigest()
 
     def sign_in(self, request: Request, key: str) -> str:
-        """Begins a session of the administrator's: its cookie, as a header. It ends with the process or its time."""
+        """Begins a session of the administrator's: its cookie, as a header. It ends with its time, or with another key."""
         if self.is_foreign(request):
             text = "Sign in on a page of this server; a reverse proxy in front of it must pass the Host header on."
             raise ApiError("invalid_api_key", text)
@@ -16369,16 +17600,23 @@ class Keys:
         else:
             self._check(request, key)
         token = secrets.token_urlsafe(32)
-        with self._remembered_lock:
-            self._sessions[self._digest(token)] = time.time() + SESSION_LIFE
-            if len(self._sessions) > MAX_REMEMBERED:
-                self._sessions.popitem(last=False)
+        until = time.time() + SESSION_LIFE
+        try:
+            self.pool.store.put_session(self._of_session(token), until)
+        except StoreUnavailable:
+            with self._remembered_lock:
+                self._unsaved_sessions[self._of_session(token)] = until
+                if len(self._unsaved_sessions) > MAX_REMEMBERED:
+                    self._unsaved_sessions.popitem(last=False)
         return self._cookie_header(request, token, int(SESSION_LIFE))
 
     def sign_out(self, request: Request) -> str:
         """Ends the session of a request; the header that takes its cookie away."""
-        with self._remembered_lock:
-            self._sessions.pop(self._cookie(request) or b"", None)
+        if digest := self._cookie(request):
+            with self._remembered_lock:
+                unsaved = self._unsaved_sessions.pop(digest, None)
+            if not unsaved:
+                self.pool.store.remove_session(digest)
         return self._cookie_header(request, "", 0)
 
     def _cookie_header(self, request: Request, token: str, life: int) -> str:
@@ -17055,12 +18293,8 @@ class Mirror:
         self.assets = Assets(self.store.path.parent / "mirror")
         self.cookie = VISITOR_COOKIE.format(settings.port)
         self._visits_lock = threading.Lock()
-        self._own_visits: OrderedDict[str, tuple[Account, float]] = (
-            OrderedDict()
-        )  # by the digest of their cookie
-        self._seed_visits: OrderedDict[str, tuple[str, float]] = (
-            OrderedDict()
-        )  # the same: seeds, and until when
+        # Seeds, until when, and the ids of visitors' own accounts, by the digest of the cookie.
+        self._visits_here: OrderedDict[str, tuple[str, float, str]] = OrderedDict()
         self._refused_routes: set[str] = set()  # that the log has named
         self._asked_anew: dict[
             str, float
@@ -17068,11 +18302,12 @@ class Mirror:
 
     # -- who visits ------------------------------------------------------------------------------------------------
 
-    def reload(self) -> None:
-        """Another process has changed what is stored."""
-        self.belongings.reload()
+    def reload_visits(self) -> None:
+        """Another process has signed somebody in or out."""
+        left = self.store.all_visits()
         with self._visits_lock:
-            self._seed_visits.clear()
+            for digest in [one for one in self._visits_here if one not in left]:
+                del self._visits_here[digest]
 
     def enter(self, request: Request, text: str, password: str = "") -> str:
         """Signs a browser in with a seed or a session cookie of the visitor's own: its cookie, as a header. ApiError that says
@@ -17095,10 +18330,7 @@ class Mirror:
             self.store.put_visit(self._digest(token), text, until)
         else:
             account = self._own_account(request, row)
-            with self._visits_lock:
-                self._own_visits[self._digest(token)] = (account, until)
-                if len(self._own_visits) > MAX_REMEMBERED:
-                    self._own_visits.popitem(last=False)
+            self.store.put_own_visit(self._digest(token), account.row, until)
         return self._cookie_header(request, f"{token}.{self._signature(token)}", int(VISIT_LIFE))
 
     def _seed_of(self, request: Request, seed: str) -> Account:
@@ -17139,20 +18371,22 @@ class Mirror:
             return None
         now = time.time()
         with self._visits_lock:
-            own = self._own_visits.get(digest)
-            seated = self._seed_visits.get(digest)
-        if own:
-            return Visitor(own[0].id, own[0]) if own[1] > now else None
+            seated = self._visits_here.get(digest)
         if seated is None:
             seated = self.store.visit(digest)
             if seated is None:
                 return None
             with self._visits_lock:
-                self._seed_visits[digest] = seated
-                if len(self._seed_visits) > MAX_REMEMBERED:
-                    self._seed_visits.popitem(last=False)
-        seed, until = seated
-        known = self.store.seed(seed) if until > now else None
+                self._visits_here[digest] = seated
+                if len(self._visits_here) > MAX_REMEMBERED:
+                    self._visits_here.popitem(last=False)
+        seed, until, own = seated
+        if until <= now:
+            return None
+        if own:
+            account = self.pool.find(own) or self.pool.kept_guest(own)
+            return Visitor(own, account) if account else None
+        known = self.store.seed(seed)
         return Visitor(known.owner, self._seated(seed, known), seed) if known else None
 
     def _seated(self, seed: str, known: Seed | None) -> Account:
@@ -17174,7 +18408,7 @@ class Mirror:
 
     def _visits(self, digest: str) -> bool:
         """Whether a browser is signed in still, as far as this process knows."""
-        return digest in self._own_visits or digest in self._seed_visits
+        return digest in self._visits_here
 
     @staticmethod
     def is_usable(account: Account) -> bool:
@@ -17186,8 +18420,7 @@ class Mirror:
         if digest := self._visit(request):
             self.store.remove_visit(digest)
             with self._visits_lock:
-                self._own_visits.pop(digest, None)
-                self._seed_visits.pop(digest, None)
+                self._visits_here.pop(digest, None)
         return self._cookie_header(request, "", 0)
 
     def knows(self, request: Request) -> bool:
@@ -18228,13 +19461,13 @@ class App(Application):
         self.loop = Loop()
         self.metrics = Metrics()
         self.pool = Pool(settings, store)
-        self.ledger = Ledger(store)
+        self.ledger = Ledger(store, settings.shared)
         self.keys = Keys(settings, self.pool, self.ledger, self._prove, extra_keys)
         self.connections = Connections(settings, self.pool, self.loop, self.metrics)
         self.renewals = Renewals(self.connections)
         self.site = ChatGPT(self.connections, Fetcher(settings, self.loop), solver)
         self.files = Files(self.pool, self.site)
-        self.links = Links(self.store.path.parent / "links")
+        self.links = Links(self.store)
         self.web = Web(self.site, self.renewals, self.files, self.ledger, self.links)
         self.codex = Codex(CodexCalls(self.connections), self.web)
         self.agents = Agents(self.metrics)
@@ -18245,14 +19478,22 @@ class App(Application):
         self.upstreams = {upstream.name: upstream for upstream in upstreams}
         self.tokens = Tokens()
         self.known_tools = KnownTools()
+        self.peers: Peers | None = None
         self.left_out: set[str] = set()  # kinds of tools and items that the log has named
-        self._stale = False  # whether another process has stored what is not taken in yet
+        self._stale = set[str]()  # what other processes have changed, and is not taken in yet
         self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
         states = self.pool.states
-        self.metrics.gauge("chatproxy_loop_seconds", lambda: {"": self.loop.longest()})
+        self.metrics.gauge("chatproxy_loop_seconds", lambda: {"": self.loop.longest()}, max)
         self.metrics.gauge("chatproxy_codex_used_percent", self.codex.percentages)
         self.metrics.gauge("chatproxy_agents", lambda: {"": len(self.agents.connected())})
         self.metrics.gauge("chatproxy_accounts", lambda: {f'state="{s}"': n for s, n in states().items()})
+
+    def join(self, peers: Peers) -> None:
+        """Serves beside other worker processes."""
+        self.peers = peers
+        self.agents.join(peers)
+        peers.answers("metrics", self.metrics.snapshot)
+        peers.start()
 
     def shared(self) -> bool:
         """Pages of other sites may read answers once there is a key that they must send."""
@@ -18261,7 +19502,10 @@ class App(Application):
     def admit(self, request: Request) -> int:
         """Finds the route of a request, and checks who may use it."""
         self.keys.refuse_pages(request)
-        return self._admit(request)
+        most = self._admit(request)
+        if request.endpoint is None or request.endpoint.access != "public":
+            self.store.await_ready(request.watch)
+        return most
 
     def beside(self, request: Request) -> bool:
         """The mirror's pages name their paths from the root of the server."""
@@ -18391,13 +19635,15 @@ class App(Application):
             if refused.reason != "missing":  # a gateway need not have this call
                 raise
 
-    def upkeep(self, stop: threading.Event) -> None:
-        """The background jobs, each at every so many seconds: one that fails keeps no other from its work."""
+    def upkeep(self, stop: threading.Event, *more: tuple[int, Callable[[], object]]) -> None:
+        """The background jobs, and `more` of them, each at every so many seconds: one that fails keeps no other from its
+        work."""
         jobs: tuple[tuple[int, Callable[[], object]], ...] = (
-            (1, self._take_in),
+            *more,
             (1, self._refresh_on_schedule),
             (10, self._sweep),
             (10, self._retry_store),
+            (INSTANCE_LIFE // 3, self._share),
             (10, lambda: self.renewals.renew_due(time.time())),
             (10, self.ledger.save),
             (60, self.pool.keep_told),
@@ -18420,15 +19666,38 @@ class App(Application):
         except Exception:
             log(logging.ERROR, "background job failed", exc_info=True)
 
+    def take_in(self, stop: threading.Event) -> None:
+        """Takes in, as long as the server runs, the changes that other processes store."""
+        while not stop.is_set():
+            self._do(self._take_in)
+            if self.store.trouble:
+                stop.wait(0.5)
+
     def _take_in(self) -> None:
-        """Takes in the changes that another process has stored."""
-        self._stale = self.store.changed() or self._stale
-        if self._stale:
-            self.pool.reload()
-            self.keys.reload()
-            if self.mirror:
-                self.mirror.reload()
-            self._stale = False
+        self._stale |= self.store.changes(1.0)
+        takers: dict[str, Callable[[], object]] = {"accounts": self.pool.reload, "users": self.keys.reload}
+        if self.mirror:
+            takers |= {"visits": self.mirror.reload_visits, "belongings": self.mirror.belongings.reload}
+        for topic in sorted(self._stale):
+            if topic in takers:
+                takers[topic]()
+            self._stale.discard(topic)
+
+    def _share(self) -> None:
+        if self.settings.shared:
+            self.pool.share(time.time())
+
+    def take_settings(self, anew: Settings) -> list[str]:
+        """Has settings that were read anew; the names of those that only a new start takes over."""
+        late = self.settings.take_over(anew)
+        if not self.settings.scheduled_refresh:
+            self._refresh = math.inf
+        elif self._refresh == math.inf:
+            self._refresh = next_refresh(time.time())
+        self.keys.take_settings()
+        self.codex.calls.take_settings()
+        self.pool.reload()
+        return late
 
     def _refresh_on_schedule(self) -> None:
         if self._refresh <= (now := time.time()):
@@ -20126,7 +21395,8 @@ def seeds_bind(app: App, request: Request) -> Reply:
         raise unfit("token", "must be an account's id or e-mail, or a session cookie.")
     bind_seed(app.pool, seed, token)
     if app.mirror:
-        app.mirror.reload()
+        app.mirror.reload_visits()
+        app.mirror.belongings.reload()
     return json_reply({"status": "success", "message": "Token updated successfully"})
 
 
@@ -20140,7 +21410,8 @@ def seeds_remove(app: App, request: Request) -> Reply:
         _seed_named(app, seed)
     removed = app.store.remove_seeds(None if seed == ALL_SEEDS else seed)
     if app.mirror:
-        app.mirror.reload()
+        app.mirror.reload_visits()
+        app.mirror.belongings.reload()
     log(logging.WARNING, "seeds removed", count=removed)
     return json_reply({"status": "success", "message": f"{removed} removed"})
 
@@ -20216,7 +21487,10 @@ def health(app: App, request: Request) -> Reply:
 @ROUTER.on("GET", "/metrics", access="public")
 def metrics(app: App, request: Request) -> Reply:
     """Prometheus text"""
-    return Reply(body=app.metrics.render().encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
+    others = app.peers.ask("metrics", request.watch) if app.peers else []
+    return Reply(
+        body=app.metrics.render(others).encode(), content_type="text/plain; version=0.0.4; charset=utf-8"
+    )
 
 
 # ============================================================================================================
@@ -23299,6 +24573,773 @@ class DemoSite(Demo):
 
 
 # ============================================================================================================
+# doctor: whether it will work here, and what to do where it will not
+# ============================================================================================================
+
+DOCTOR_PATIENCE = 10.0  # seconds for an answer from elsewhere
+MAX_DRIFT = 60.0  # seconds that this machine's clock may be off
+LEAST_DISK, SCARCE_DISK = 20 << 20, 500 << 20  # bytes: too little to work with, and little
+CERTIFICATE_AHEAD = 14 * 86400.0  # seconds before its end at which a certificate should have been renewed
+
+
+class Finding(NamedTuple):
+    """What was found of one thing: `state` is ok, warn, bad or skip; `advice` says what to do about what is not well."""
+
+    about: str
+    state: str
+    told: str
+    advice: str = ""
+
+
+def well(about: str, told: str) -> Finding:
+    return Finding(about, "ok", told)
+
+
+def bad(about: str, told: str, advice: str) -> Finding:
+    return Finding(about, "bad", told, advice)
+
+
+def warn(about: str, told: str, advice: str) -> Finding:
+    return Finding(about, "warn", told, advice)
+
+
+def place_of_store(settings: Settings) -> str:
+    """Where the store is, for people."""
+    return "the database" if settings.store_url else settings.data_dir
+
+
+class Doctor:
+    """Looks at one thing after the other, each of which gives its findings; what cannot be looked at without another thing
+    that is not well is left out."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._store: Store | None = None
+        self._app: App | None = None
+        self._dates: list[float] = []  # seconds by which other clocks are ahead of this one
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything, in the order in which it is needed. It is asked of the upstream what a server would ask: nothing is
+        exchanged, changed or stored."""
+        yield from self._packages()
+        yield from self._machine()
+        yield from self._listening()
+        yield from self._certificate()
+        yield from self._kept()
+        yield from self._disk()
+        with ThreadPoolExecutor(8) as executor:
+            places = [(url, proxy) for url in self._addresses() for proxy in self.settings.proxy_url or ("",)]
+            for found in executor.map(lambda place: list(self._reach(*place)), places):
+                yield from found
+        yield from self._clock()
+        yield from self._accounts()
+        yield from self._requirements()
+
+    def _packages(self) -> Iterator[Finding]:
+        """The interpreter and the packages."""
+        metadata: Any = importlib.import_module("importlib.metadata")
+        versions = [f"Python {sys.version.split()[0]}"]
+        for name in ("curl_cffi", "click", *(("psycopg",) if self.settings.store_url else ()), "tiktoken"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions.append(f"{name} {metadata.version(name)}")
+        told = ", ".join(versions)
+        curl = re.search(r"curl_cffi 0\.(\d+)", told)
+        if not curl or curl[1] != "16":
+            yield warn("packages", told, "only curl_cffi 0.16 was tried: pip install 'curl_cffi>=0.16,<0.17'")
+            return
+        yield well("packages", told)
+
+    def _machine(self) -> Iterator[Finding]:
+        """Files that may be open, and processors."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        need = self.settings.max_connections * 2 + 200
+        if hard not in (resource.RLIM_INFINITY,) and hard < need:
+            text = f"{hard} files may be open at a time, and {self.settings.max_connections} connections may need {need}"
+            yield warn(
+                "limits", text, f"raise the limit (LimitNOFILE={need} in the unit), or lower MAX_CONNECTIONS"
+            )
+        else:
+            yield well(
+                "limits", f"{hard if hard != resource.RLIM_INFINITY else 'any number of'} files may be open"
+            )
+        cpus = len(os.sched_getaffinity(0))
+        if self.settings.workers > cpus:
+            told = f"{self.settings.workers} WORKERS on {cpus} processors"
+            yield warn(
+                "workers", told, "more processes than processors are slower than fewer: set WORKERS=auto"
+            )
+
+    def _listening(self) -> Iterator[Finding]:
+        """Whether it can listen, or does already."""
+        host, port = self.settings.host, self.settings.port
+        where = f"{host}:{port}"
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((host, port))
+            yield well("port", f"{where} is free")
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and (version := self._own_health()):
+                yield well("port", f"a server of version {version} answers at {where}")
+            elif error.errno == errno.EADDRINUSE:
+                yield bad("port", f"another program listens at {where}", "stop that, or set another PORT")
+            elif error.errno == errno.EACCES:
+                yield bad(
+                    "port", f"this user may not listen at {where}", "set a PORT above 1023, or use a unit"
+                )
+            else:
+                told = f"cannot listen at {where}: {error.strerror or error}"
+                yield bad(
+                    "port", told, "set HOST to an address of this machine, or to 0.0.0.0 for all of them"
+                )
+
+    def _own_health(self) -> str:
+        """The version of the server that answers there, "" for another program."""
+        settings = self.settings
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        prefix = f"/{settings.api_prefix}" if settings.api_prefix else ""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            connection = http.client.HTTPConnection(host, settings.port, timeout=3)
+            if settings.tls_cert:
+                connection = http.client.HTTPSConnection(host, settings.port, timeout=3, context=context)
+            with contextlib.closing(connection):
+                connection.request("GET", f"{prefix}/health")
+                said = json.loads(connection.getresponse().read(65536))
+                return str(said["version"]) if said.get("status") == "ok" else ""
+        return ""
+
+    def _certificate(self) -> Iterator[Finding]:
+        """The certificate: whether it fits its key, and how long it is good for."""
+        settings = self.settings
+        if not settings.tls_cert:
+            return
+        try:
+            tls_context(settings)
+        except SettingError as error:
+            told = "the key does not belong to the certificate" if "MISMATCH" in str(error) else str(error)
+            yield bad("certificate", told, "name fullchain.pem and privkey.pem of one certificate")
+            return
+        try:
+            names, end = certificate_facts(settings)
+        except ssl.SSLCertVerificationError as error:
+            text = "renew it, for example with `certbot renew`, and see why that was not done by itself"
+            yield bad("certificate", error.verify_message, text)
+            return
+        until = time.strftime("%Y-%m-%d", time.localtime(end))
+        if end - time.time() < CERTIFICATE_AHEAD:
+            yield warn("certificate", f"for {names}, ends on {until}", "see to it that it is renewed")
+        else:
+            yield well("certificate", f"for {names}, until {until}")
+
+    def _kept(self) -> Iterator[Finding]:
+        """The store: whether it can be used, and is sound."""
+        settings = self.settings
+        if not settings.store_url and not (pathlib.Path(settings.data_dir) / STORE_FILE).exists():
+            folder = pathlib.Path(settings.data_dir)
+            there = next(one for one in (folder, *folder.parents) if one.exists())
+            if not os.access(there, os.W_OK | os.X_OK):
+                yield bad(
+                    "store", f"{there} cannot be written by this user", "set DATA_DIR to a folder that can"
+                )
+                return
+            yield well("store", f"{settings.data_dir} will be made at the first start")
+            return
+        try:
+            self._store = Store(settings.data_dir, settings.store_url)
+            began = time.monotonic()
+            fault = self._store.damage()
+        except StoreError as error:
+            told, _, advice = str(error).rpartition("; ")
+            yield bad("store", told or str(error), advice if told else store_advice(str(error)))
+            return
+        except StoreUnavailable as error:
+            yield bad("store", error.cause, store_advice(error.cause))
+            return
+        if fault:
+            yield bad("store", f"it is damaged: {fault}", "`chatproxy.py store restore` a copy of it")
+        else:
+            took = (time.monotonic() - began) * 1000
+            yield well("store", f"{place_of_store(settings)} is sound (read in {took:.0f} ms)")
+
+    def _disk(self) -> Iterator[Finding]:
+        """Room on the disk of the store."""
+        folder = pathlib.Path(self.settings.data_dir)
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        free = shutil.disk_usage(there).free
+        told = f"{free / (1 << 20):,.0f} MiB are free at {there}"
+        if free < LEAST_DISK:
+            yield bad("disk", told, "make room: nothing could be stored")
+        elif free < SCARCE_DISK:
+            yield warn("disk", told, "make room soon: kept responses and files of answers may take 1 GiB")
+        else:
+            yield well("disk", told)
+
+    # -- elsewhere -------------------------------------------------------------------------------------------------
+
+    def _addresses(self) -> list[str]:
+        """The addresses that a server asks, each with a path that answers somebody unknown."""
+        settings = self.settings
+        found = [f"{url}/" for url in settings.chatgpt_base_url]
+        found.append(f"{settings.openai_auth_url}/oauth/token")
+        if settings.allow_direct_tokens:
+            found.append(f"{settings.openai_api_url}/v1/models")
+        return found
+
+    def _reach(self, url: str, proxy: str) -> Iterator[Finding]:
+        """Whether an address can be reached with a browser's TLS through a proxy, and what answers there."""
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        way = f" through {urllib.parse.urlsplit(proxy).hostname}" if proxy else ""
+        about = f"reach {host}{way}"
+        if not proxy and not self._resolves(host):
+            yield bad(
+                about, f"the name {host} leads to no address", "see to /etc/resolv.conf, or to the name"
+            )
+            return
+        loop = Loop()
+        try:
+            egress = Egress(self.settings.impersonate, proxy)
+            body = b"{}" if url.endswith("/oauth/token") else None
+            headers = [b"Content-Type: application/json"] if body else [b"Expect:"]
+            method = "POST" if body else "GET"
+            with Handles(loop).call(
+                "doctor", egress, method, url, headers, body, Watch(), DOCTOR_PATIENCE, False
+            ) as call:
+                answer = call.whole()
+        except Refusal as refused:
+            yield self._unreached(about, refused, proxy)
+            return
+        finally:
+            loop.close()
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            moment = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+            self._dates.append(moment - time.time())
+        if walled(answer) or (answer.status == 403 and "html" in answer.headers.get("content-type", "")):
+            text = "it shows a page for a human to this address"
+            yield bad(
+                about, text, "open it in a browser from this address once, or set PROXY_URL to another one"
+            )
+        elif answer.status >= 500:
+            yield bad(
+                about, f"it answers with status {answer.status}", "wait: it is down, or a proxy before it is"
+            )
+        elif answer.status == 407:
+            yield bad(
+                about,
+                "the proxy wants other credentials",
+                "set them in PROXY_URL: http://USER:PASSWORD@HOST:PORT",
+            )
+        else:
+            yield well(about, f"answers (status {answer.status})")
+
+    @staticmethod
+    def _resolves(host: str) -> bool:
+        try:
+            return bool(socket.getaddrinfo(host, None))
+        except OSError:
+            return False
+
+    @staticmethod
+    def _unreached(about: str, refused: Refusal, proxy: str) -> Finding:
+        said = refused.message.lower()
+        if "certificate" in said or "ssl" in said or "tls" in said:
+            return bad(
+                about, refused.message, "something between here and there changes TLS: see to the network"
+            )
+        if proxy:
+            return bad(
+                about, refused.message, "see whether the proxy of PROXY_URL runs, and lets this machine in"
+            )
+        return bad(about, refused.message, "see whether a firewall lets this machine out, or set PROXY_URL")
+
+    def _clock(self) -> Iterator[Finding]:
+        """This machine's clock, by those of the others."""
+        if not self._dates:
+            return
+        drift = sorted(self._dates)[len(self._dates) // 2]
+        if abs(drift) > MAX_DRIFT:
+            told = f"this machine's clock is {abs(drift):,.0f} s {'behind' if drift > 0 else 'ahead'}"
+            yield bad("clock", told, "set it: `timedatectl set-ntp true`; tokens end by it")
+        else:
+            yield well("clock", "right")
+
+    def _accounts(self) -> Iterator[Finding]:
+        """The accounts by state."""
+        if self._store is None:
+            yield Finding("accounts", "skip", "not looked at without the store")
+            return
+        pool = Pool(self.settings, self._store)
+        states = pool.states()
+        told = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
+        if not states:
+            yield warn("accounts", told, "add some: `chatproxy.py login`, or `chatproxy.py accounts add -`")
+        elif not states.get("ready", 0) + states.get("waiting", 0):
+            yield bad("accounts", told, "sign in to them again; `chatproxy.py accounts list` says why each")
+        elif states.get("expired", 0) + states.get("dead", 0):
+            yield warn(
+                "accounts", told, "`chatproxy.py accounts list` says why; add new tokens, or remove them"
+            )
+        else:
+            yield well("accounts", told)
+
+    def _requirements(self) -> Iterator[Finding]:
+        """What the upstream demands of a question, of the first account that could ask one."""
+        if (
+            self._store is None
+            or "pool" not in self.settings.upstream_order
+            or self.settings.conversation_only
+        ):
+            return
+        app = App(self.settings, self._store, Solver(most=1))
+        now = time.time()
+        able = [one for one in app.pool.accounts() if one.row.state == "ready" and one.speaks_web()]
+        account = next((one for one in able if one.token_valid(now)), None) or app.pool.login_free()
+        about = f"question by {account.name}" if not account.row.guest else "question without an account"
+        try:
+            needs = app.site.requirements(account, Until(Watch(), 2 * DOCTOR_PATIENCE))
+        except ApiError as error:
+            advice = {
+                "human_check_required": "use another account, or an agent: nothing here shows a human",
+                "upstream_blocked": "open chatgpt.com from this address once, or set PROXY_URL",
+                "proof_of_work_too_hard": "set POW_DIFFICULTY=000000, or another address",
+            }.get(error.code, "see the lines above, and `chatproxy.py accounts check`")
+            yield bad(about, error.message, advice)
+            return
+        finally:
+            app.solver.close()
+        wants = ", ".join(account.demands[1]) or "nothing but a proof of work"
+        yield well(about, f"as {needs.persona or 'somebody'}, who may have to show: {wants}")
+
+
+def certificate_facts(settings: Settings) -> tuple[str, float]:
+    """The names that the certificate is for, and when it ends (Unix seconds); SSLCertVerificationError for one that is over,
+    or not good yet. A handshake of this process with itself tells."""
+    served = tls_context(settings)
+    assert served and settings.tls_cert
+    chain = pathlib.Path(settings.tls_cert).read_text(encoding="ascii", errors="replace")
+    mark = "-----END CERTIFICATE-----"
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    trusting.load_verify_locations(cadata=chain.partition(mark)[0] + mark)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = served.wrap_bio(there, back, server_side=True)
+    client = trusting.wrap_bio(back, there)
+    for side in (client, server) * 3:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    facts: Any = client.getpeercert() or {}
+    names = ", ".join(name for _, name in facts.get("subjectAltName", ())) or "no name"
+    return names, float(ssl.cert_time_to_seconds(facts["notAfter"]))
+
+
+# ============================================================================================================
+# service: the unit of systemd's, its installation, and what becomes of it
+# ============================================================================================================
+
+NAME = "chatproxy"
+UPGRADE_PATIENCE = 10.0  # seconds in which a new program must be ready
+# Beside what comes with `DynamicUser`-like services: what the program bears. It forks solvers that are nicer than it is, and
+# keeps each process to one processor.
+SANDBOX = """
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateMounts=yes
+PrivateUsers=yes
+PrivateIPC=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProcSubset=pid
+RemoveIPC=yes
+KeyringMode=private
+DevicePolicy=closed
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallFilter=sched_setaffinity setpriority
+"""
+# What a service of a person's own, whose manager has no rights, may ask for.
+USER_SANDBOX = """
+NoNewPrivileges=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+"""
+
+
+class ServiceError(Exception):
+    """The service cannot be set up, changed or removed; one line that says why."""
+
+
+class Step(NamedTuple):
+    """Something that is done to this machine: what it is, for people, and the doing."""
+
+    told: str
+    do: Callable[[], object]
+
+
+class Service:
+    """The service as systemd has it: of the whole machine, or of one person (`own`). All its places are below `root`, which is
+    `/` but for tests and images of other systems."""
+
+    def __init__(self, settings: Settings, origins: Mapping[str, Origin], own: bool, root: str = "/") -> None:
+        self.settings, self.origins, self.own = settings, origins, own
+        self.root = pathlib.Path(root)
+        home = pathlib.Path.home()
+        data = pathlib.Path(os.environ.get("XDG_DATA_HOME") or home / ".local" / "share")
+        config = pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+        self.folder = self._at(data / NAME if own else "/opt/chatproxy")
+        self.env_file = self._at(config / NAME / "env" if own else "/etc/chatproxy/env")
+        self.units = self._at(config / "systemd" / "user" if own else "/etc/systemd/system")
+        self.state = self._at(_data_dir() if own else "/var/lib/chatproxy")
+        self.command = self._at(home / ".local" / "bin" / NAME if own else "/usr/local/bin/chatproxy")
+        self.program = self.folder / "chatproxy.py"
+        self.python = self.folder / ".venv" / "bin" / "python"
+
+    def _at(self, path: str | pathlib.Path) -> pathlib.Path:
+        return self.root / str(path).lstrip("/")
+
+    def _name(self, path: pathlib.Path) -> str:
+        """A place as it is called once `root` is `/`."""
+        return "/" + str(path.relative_to(self.root))
+
+    # -- what is written -------------------------------------------------------------------------------------------
+
+    def service_unit(self, folder: str, python: str) -> str:
+        """The .service unit for the program in a folder, run by an interpreter."""
+        settings = self.settings
+        lines = [
+            "[Unit]",
+            "Description=chatproxy: ChatGPT web accounts as an OpenAI-compatible API",
+            *(() if self.own else ("Wants=network-online.target", "After=network-online.target")),
+            "Requires=chatproxy.socket",
+            "After=chatproxy.socket",
+            "",
+            "[Service]",
+            "Type=notify",
+            f"ExecStart={python} -m chatproxy --env-file {self._name(self.env_file)} serve",
+            "ExecReload=/bin/kill -HUP $MAINPID",
+            f"WorkingDirectory={folder}",
+            "Environment=GLIBC_TUNABLES=glibc.malloc.tcache_count=0",
+        ]
+        if not self.own:
+            lines += [f"User={NAME}", f"StateDirectory={NAME}", "StateDirectoryMode=0700"]
+        for name in ("tls_cert", "tls_key"):
+            if path := getattr(settings, name):
+                lines.append(f"LoadCredential={name}:{path}")
+        lines += [
+            "WatchdogSec=60",
+            "Restart=on-failure",
+            "RestartSec=2",
+            "TimeoutStartSec=90",
+            f"TimeoutStopSec={settings.shutdown_grace + 30}",
+            "KillMode=mixed",
+            f"LimitNOFILE={max(65536, settings.max_connections * 2 + 200)}",
+            "UMask=0077",
+            (USER_SANDBOX if self.own else SANDBOX).strip(),
+            "",
+            "[Install]",
+            "WantedBy=default.target" if self.own else "WantedBy=multi-user.target",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def socket_unit(self) -> str:
+        """The .socket unit: systemd listens, so that a start anew refuses nobody."""
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        lines = [
+            "[Unit]",
+            "Description=chatproxy's port",
+            "",
+            "[Socket]",
+            f"ListenStream={host}:{self.settings.port}",
+            "Backlog=1024",
+            "NoDelay=yes",
+            "",
+            "[Install]",
+            "WantedBy=sockets.target",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def variables(self, masks: bool) -> str:
+        """The file of variables: the settings that were given, secrets masked for people's eyes."""
+        lines = ["# Settings of chatproxy, NAME=VALUE. `systemctl reload chatproxy` reads them anew."]
+        for row in fields(Settings):
+            origin = self.origins[row.name]
+            if origin.source == "default" or row.name in ("host", "port", "tls_cert", "tls_key"):
+                continue
+            if row.name == "data_dir" and not self.own:
+                continue
+            hidden = masks and row.metadata["secret"]
+            lines.append(f"{row.name.upper()}={'(as given)' if hidden else origin.text}")
+        if not self.own:
+            lines.append("DATA_DIR=/var/lib/chatproxy")
+        return "\n".join(lines) + "\n"
+
+    def wrapper(self) -> str:
+        """The command `chatproxy`, which looks after the service's own accounts."""
+        run = f'"{self._name(self.python)}" "{self._name(self.program)}" --env-file "{self._name(self.env_file)}" "$@"'
+        if self.own:
+            return f"#!/bin/sh\nexec {run}\n"
+        admin = 'if [ "$(id -u)" != 0 ]; then exec sudo "$0" "$@"; fi\n'
+        alone = f'case "$1" in unit|upgrade|uninstall) exec {run};; esac\n'
+        return f"#!/bin/sh\n{admin}{alone}exec runuser -u {NAME} -- {run}\n"
+
+    def printed(self) -> str:
+        """All files, each below its name, for the program and the interpreter that are asked."""
+        here = pathlib.Path(__file__).resolve()
+        python = sys.executable or "/usr/bin/python3"
+        files = {
+            self.units / "chatproxy.service": self.service_unit(str(here.parent), python),
+            self.units / "chatproxy.socket": self.socket_unit(),
+            self.env_file: self.variables(True),
+        }
+        return "\n".join(f"# {self._name(path)}\n{text}" for path, text in files.items())
+
+    # -- what is done ----------------------------------------------------------------------------------------------
+
+    def run(self, *words: str, patience: float = 600.0) -> str:
+        """Runs a command; what it says. ServiceError when it fails."""
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=patience)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ServiceError(f"`{' '.join(words)}` cannot be run: {error}") from None
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise ServiceError(f"`{' '.join(words)}` failed: {said[-1] if said else done.returncode}")
+        return done.stdout
+
+    def systemctl(self, *words: str, patience: float = 600.0) -> str:
+        return self.run("systemctl", *(["--user"] if self.own else []), *words, patience=patience)
+
+    def installation(self) -> list[Step]:
+        """What sets the service up and starts it. What is there already stays: its settings, its store."""
+        here = pathlib.Path(__file__).resolve()
+        steps = []
+        if not self.own and not self._has_user():
+            steps.append(Step(f"make a user {NAME}, who cannot sign in", self._make_user))
+        steps.append(Step(f"copy {here} to {self._name(self.program)}", lambda: self._put_program(here)))
+        if not self.python.exists():
+            told = f"make {self._name(self.folder / '.venv')} with {', '.join(self._packages())}"
+            steps.append(Step(told, self._make_interpreter))
+        if not self.env_file.exists():
+            told = f"write the settings to {self._name(self.env_file)}"
+            steps.append(Step(told, self._put_variables))
+        told = f"write chatproxy.service and chatproxy.socket to {self._name(self.units)}"
+        steps.append(Step(told, self._put_units))
+        steps.append(Step(f"write the command {self._name(self.command)}", self._put_command))
+        steps.append(Step("start it now, and whenever the machine starts", self._start))
+        return steps
+
+    @staticmethod
+    def _has_user() -> bool:
+        try:
+            return bool(pwd.getpwnam(NAME))
+        except KeyError:
+            return False
+
+    def _make_user(self) -> None:
+        home = self._name(self.state)
+        self.run("useradd", "--system", "--home-dir", home, "--shell", "/usr/sbin/nologin", NAME)
+
+    def _packages(self) -> list[str]:
+        more = ["psycopg[binary]>=3.2,<4"] if self.settings.store_url else []
+        return ["curl_cffi>=0.16,<0.17", "click>=8.1", *more]
+
+    def _put_program(self, source: pathlib.Path) -> None:
+        self._write(self.program, source.read_bytes(), 0o755)
+
+    def _make_interpreter(self) -> None:
+        """An interpreter of the service's own: that of a person's folder is out of its reach."""
+        venv = self.folder / ".venv"
+        self.run(os.path.realpath(sys.executable), "-m", "venv", str(venv))
+        self.run(str(self.python), "-m", "pip", "install", "-q", *self._packages())
+
+    def compile(self) -> None:
+        """Keeps the compiled form of the program: the service may not write it, and compiling takes memory and time."""
+        self.run(str(self.python), "-m", "compileall", "-q", str(self.program))
+
+    def _put_variables(self) -> None:
+        self._write(self.env_file, self.variables(False).encode(), 0o600 if self.own else 0o640)
+        if not self.own:
+            shutil.chown(self.env_file, group=NAME)
+            self.env_file.parent.chmod(0o755)
+
+    def _put_units(self) -> None:
+        service = self.service_unit(self._name(self.folder), self._name(self.python))
+        self._write(self.units / "chatproxy.service", service.encode(), 0o644)
+        self._write(self.units / "chatproxy.socket", self.socket_unit().encode(), 0o644)
+
+    def _put_command(self) -> None:
+        self._write(self.command, self.wrapper().encode(), 0o755)
+
+    @staticmethod
+    def _write(path: pathlib.Path, data: bytes, mode: int) -> None:
+        """Writes a file, whole or not at all."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(path.name + ".new")
+            fresh.unlink(missing_ok=True)
+            with open(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(data)
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        except OSError as error:
+            raise ServiceError(f"{path} cannot be written: {error.strerror or error}") from None
+
+    def _start(self) -> None:
+        self.compile()
+        self.systemctl("daemon-reload")
+        self.systemctl("enable", "--now", "chatproxy.socket")
+        self.systemctl("enable", "chatproxy.service")
+        self.systemctl("restart", "chatproxy.service", patience=self.settings.shutdown_grace + 150)
+
+    def removal(self, purge: bool) -> list[Step]:
+        """What removes the service; its settings and its store only on `purge`."""
+        named = ("chatproxy.service", "chatproxy.socket")
+
+        def stop() -> None:
+            for unit in named:
+                with contextlib.suppress(ServiceError):  # it may be gone already
+                    self.systemctl("disable", "--now", unit)
+
+        def remove() -> None:
+            for path in (*(self.units / unit for unit in named), self.command):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.systemctl("daemon-reload")
+
+        def forget() -> None:
+            shutil.rmtree(self.env_file.parent, ignore_errors=True)
+            shutil.rmtree(self.state, ignore_errors=True)
+            if not self.own and self._has_user():
+                self.run("userdel", NAME)
+
+        folder = self._name(self.folder)
+        steps = [
+            Step("stop it; open answers have their time", stop),
+            Step(f"remove its units, {self._name(self.command)} and {folder}", remove),
+        ]
+        if purge:
+            kept = f"{self._name(self.env_file.parent)} and {self._name(self.state)}"
+            steps.append(Step(f"remove its settings and its store with all accounts: {kept}", forget))
+        return steps
+
+    # -- another version -------------------------------------------------------------------------------------------
+
+    def upgrade(self, file: pathlib.Path, tell: Callable[[str], object]) -> None:
+        """Has another file as the program, if that starts with these settings and a copy of this store; goes back to the one
+        before when it is not ready in time. ServiceError says what went wrong, and that it is as it was before."""
+        if not self.program.exists():
+            raise ServiceError(f"{self._name(self.program)} is not there; install it with `unit --install`")
+        tell(f"trying {file}: version {self._tried(file)}")
+        before = self.program.with_suffix(".py.before")
+        shutil.copy2(self.program, before)
+        began = time.time()
+        self._put_program(file)
+        try:
+            self.compile()
+            self._restarted()
+        except ServiceError as error:
+            tell("it is not ready; going back")
+            before.replace(self.program)
+            self.compile()
+            self._put_back_store(began)
+            self.systemctl("reset-failed", "chatproxy.service")
+            self._restarted()
+            raise ServiceError(f"the program before runs again: {error}") from None
+
+    def _tried(self, file: pathlib.Path) -> str:
+        """The version of a program that becomes ready with these settings and a copy of the store."""
+        with tempfile.TemporaryDirectory(prefix="chatproxy-upgrade-") as name:
+            folder = pathlib.Path(name)
+            copy = folder / "chatproxy.py"
+            copy.write_bytes(file.read_bytes())
+            version = self.run(str(self.python), str(copy), "--version", patience=60).strip()
+            data = folder / "data"
+            data.mkdir(0o700)
+            if not self.settings.store_url and (self.state / STORE_FILE).exists():
+                Store(str(self.state)).back_up(data / STORE_FILE)
+            place = folder / "notify"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.bind(str(place))
+                sock.settimeout(UPGRADE_PATIENCE)
+                words = [str(self.python), str(copy), "--env-file", str(self.env_file), "serve"]
+                words += ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data), "--workers", "1"]
+                environ = {**os.environ, "NOTIFY_SOCKET": str(place)}
+                with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log_file:
+                    trial = subprocess.Popen(words, env=environ, stdout=log_file, stderr=log_file)
+                    try:
+                        while not sock.recv(4096).startswith(b"READY=1"):
+                            pass
+                        return version
+                    except TimeoutError:
+                        log_file.seek(0)
+                        said = log_file.read().strip().splitlines()
+                        text = f"{file} is not ready in {UPGRADE_PATIENCE:.0f} s: {said[-1] if said else 'it says nothing'}"
+                        raise ServiceError(f"{text}; nothing was changed") from None
+                    finally:
+                        trial.terminate()
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            trial.wait(10)
+                        trial.kill()
+
+    def _restarted(self) -> None:
+        """Starts the service anew: ServiceError unless it is ready in time, once the one before has ended."""
+        self.systemctl("restart", "--no-block", "chatproxy.service")
+        end = time.monotonic() + self.settings.shutdown_grace + 30 + UPGRADE_PATIENCE
+        begun = 0.0  # when the new one was started
+        while time.monotonic() < end:
+            time.sleep(0.2)
+            said = self.systemctl("show", "-p", "ActiveState,Job", "chatproxy.service")
+            facts = dict(line.partition("=")[::2] for line in said.splitlines())
+            if facts.get("ActiveState") == "active" and facts.get("Job", "0") in ("", "0"):
+                return
+            if facts.get("ActiveState") == "failed":
+                break
+            if facts.get("ActiveState") == "activating":
+                begun = begun or time.monotonic()
+                if time.monotonic() - begun > UPGRADE_PATIENCE:
+                    break
+        raise ServiceError(
+            f"the new program was not ready in {UPGRADE_PATIENCE:.0f} s; see `journalctl -u {NAME}`"
+        )
+
+    def _put_back_store(self, began: float) -> None:
+        """Has the copy of the store that a newer program made when it changed the schema, if it did."""
+        copies = [one for one in self.state.glob(f"{STORE_FILE}.schema-*") if one.stat().st_mtime >= began]
+        if copies:
+            self.systemctl("stop", "chatproxy.service")
+            newest = max(copies, key=lambda one: one.stat().st_mtime)
+            for suffix in ("-wal", "-shm"):
+                self.state.joinpath(STORE_FILE + suffix).unlink(missing_ok=True)
+            newest.replace(self.state / STORE_FILE)
+
+
+# ============================================================================================================
 # cli: commands and the life of the process
 # ============================================================================================================
 
@@ -23340,10 +25381,20 @@ def setting_flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
+def given_file() -> str:
+    """The file of variables that this command was given, "" for none."""
+    return str(click.get_current_context().find_root().params["env_file"] or "")
+
+
+def gathered(flags: Mapping[str, str | None], file: str) -> dict[str, Origin]:
+    """The settings' texts, as a command was given them; SettingError when the file of variables cannot be read."""
+    return gather(flags, os.environ, read_variables(file) if file else None)
+
+
 def settled(flags: Mapping[str, str | None]) -> Settings:
     """The settings; a command with unusable ones ends here."""
     try:
-        return resolve(gather(flags, os.environ))
+        return resolve(gathered(flags, given_file()))
     except SettingError as error:
         fail(str(error))
 
@@ -23351,14 +25402,15 @@ def settled(flags: Mapping[str, str | None]) -> Settings:
 def opened(settings: Settings) -> Store:
     """The store; a command that cannot have it ends here."""
     try:
-        return Store(settings.data_dir)
+        return Store(settings.data_dir, settings.store_url)
     except StoreError as error:
         fail(str(error))
 
 
 def opened_to_read(settings: Settings) -> Store | None:
     """The store if there is one: who only looks makes none."""
-    return opened(settings) if (pathlib.Path(settings.data_dir) / STORE_FILE).exists() else None
+    there = settings.store_url or (pathlib.Path(settings.data_dir) / STORE_FILE).exists()
+    return opened(settings) if there else None
 
 
 def echo_header(text: str, as_json: bool) -> None:
@@ -23407,12 +25459,15 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except StoreUnavailable as error:
-            fail(f"DATA_DIR: the store cannot be used: {error.cause}; {store_advice(error.cause)}")
+            fail(f"{error.place}: the store cannot be used: {error.cause}; {store_advice(error.cause)}")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, message="%(version)s")
-def cli() -> None:
+@click.option(
+    "--env-file", metavar="FILE", help="Settings as NAME=VALUE lines; `serve` reads them anew on SIGHUP."
+)
+def cli(env_file: str | None) -> None:
     """ChatGPT web accounts as an OpenAI-compatible API on your own server.
 
     \b
@@ -23432,42 +25487,121 @@ OPEN_HELP = "Listen beyond this machine although neither a key nor a prefix is s
 @setting_flags()
 def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
     """Run the server."""
-    settings = settled(flags)
-    if (
-        not anyone
-        and not settings.authorization
-        and not settings.api_prefix
-        and not is_loopback(settings.host)
-    ):
-        advice = "set AUTHORIZATION or API_PREFIX, or pass --open"
-        fail(f"HOST: {settings.host!r} cannot be used without a key; {advice}")
-    visited = settings.enable_gateway and settings.auto_seed and not settings.gateway_password
-    if not anyone and visited and not is_loopback(settings.host):
-        advice = "set GATEWAY_PASSWORD or AUTO_SEED=false, or pass --open"
-        fail(
-            f"ENABLE_GATEWAY: whoever reaches {settings.host!r} could use the accounts by a new seed; {advice}"
-        )
-    give_back_memory()
-    start_logging(settings)
-    os.umask(0o077)
-    cpu = keep_to_one_cpu()
-    solver = Solver(cpu)  # before the first thread
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
     with contextlib.ExitStack() as stack:
-        stack.callback(solver.close)
-        if demo:  # whose upstream must never get to see, or to refuse, a real account's token
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-demo-"))
-            settings = replace(settings, proxy_url=(), data_dir=folder)
-        code = Daemon(settings, solver, demo).run()
+        listening = given_socket()
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="chatproxy-demo-")) if demo else ""
+        read = functools.partial(_read_settings, flags, given_file(), listening, folder, anyone)
+        try:
+            settings = read()
+        except SettingError as error:
+            fail(str(error))
+        give_back_memory()
+        start_logging(settings)
+        os.umask(0o077)
+        if settings.workers > 1:
+            code = Manager(settings, read, listening).run()
+        else:
+            cpu = keep_to_one_cpu()
+            solver = Solver(cpu)  # before the first thread
+            if cpu is not None:
+                keep_to(cpu)
+            stack.callback(solver.close)
+            code = Daemon(settings, solver, read, demo, listening).run()
     if sys.stderr:  # which may be closed
         sys.stderr.flush()
     os._exit(code)  # daemon threads may be in the middle of a call
 
 
+def _read_settings(
+    flags: Mapping[str, str | None],
+    file: str,
+    listening: socket.socket | None,
+    demo_folder: str,
+    anyone: bool,
+) -> Settings:
+    """The settings of a server, at its start and whenever they are read anew; SettingError for those that cannot be used, or
+    would let anyone in whom `--open` does not."""
+    settings = resolve(gathered(flags, file))
+    if listening:
+        host, port, *_ = listening.getsockname()
+        settings = replace(settings, host=host, port=port)
+    if demo_folder:  # the demo's upstream must never get to see, or to refuse, a real account's token
+        settings = replace(settings, proxy_url=(), data_dir=demo_folder, store_url=None, workers=1)
+    if not anyone:
+        refuse_openness(settings)
+    return settings
+
+
+def refuse_openness(settings: Settings) -> None:
+    """SettingError for settings that let anyone in from beyond this machine."""
+    if is_loopback(settings.host):
+        return
+    if not settings.authorization and not settings.api_prefix:
+        advice = "set AUTHORIZATION or API_PREFIX, or pass --open"
+        raise SettingError(f"HOST: {settings.host!r} cannot be used without a key; {advice}")
+    if settings.enable_gateway and settings.auto_seed and not settings.gateway_password:
+        text = f"ENABLE_GATEWAY: whoever reaches {settings.host!r} could use the accounts by a new seed"
+        raise SettingError(f"{text}; set GATEWAY_PASSWORD or AUTO_SEED=false, or pass --open")
+
+
+FIRST_GIVEN = 3  # the file descriptor of the first socket that is given
+
+
+def given_socket() -> socket.socket | None:
+    """The listening socket that systemd, or who acts like it, has given to this process (sd_listen_fds(3)); None without."""
+    number, mine = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if mine != str(os.getpid()) or number in ("", "0"):
+        return None
+    given = socket.socket(fileno=FIRST_GIVEN)
+    listens = given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if number != "1" or given.family not in (socket.AF_INET, socket.AF_INET6) or not listens:
+        fail(
+            "LISTEN_FDS: one listening TCP socket is taken; give the .socket unit one ListenStream= of a port"
+        )
+    given.set_inheritable(False)
+    return given
+
+
+def notify(text: str) -> None:
+    """Tells systemd how the service is (sd_notify(3)); nobody where there is none."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] not in ("/", "@"):
+        return
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+    ):
+        sock.sendto(
+            text.encode(),
+            socket.MSG_DONTWAIT,
+            address.replace("@", "\0", 1) if address[0] == "@" else address,
+        )
+
+
+def watchdog_seconds() -> float:
+    """Within how many seconds systemd wants a sign of life; 0 if it does not."""
+    mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    text = os.environ.get("WATCHDOG_USEC", "")
+    return int(text) / 1e6 if mine and text.isdigit() else 0.0
+
+
+class Pulse(Ticking):
+    """Gives signs of life, as long as the loop turns."""
+
+    def __init__(self, every: float, give: Callable[[], object]) -> None:
+        self._every, self._give = every, give
+        self._last = 0.0
+
+    def tick(self, now: float) -> None:
+        if now - self._last >= self._every:
+            self._last = now
+            self._give()
+
+
 def give_back_memory() -> None:
     """Returns to the system what the C library keeps of freed memory: compiling this file takes much."""
-    with contextlib.suppress(AttributeError, ImportError, OSError):
+    with contextlib.suppress(AttributeError, ImportError, MemoryError, OSError):
         importlib.import_module("ctypes").CDLL(None).malloc_trim(0)
 
 
@@ -23483,19 +25617,40 @@ def keep_to_one_cpu() -> int | None:
     return random.choice(cpus) if len(cpus) > 1 else None
 
 
+def keep_to(cpu: int) -> None:
+    """Keeps this process to a processor, where it may choose."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {cpu})
+
+
 ENDING_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-class Daemon:
-    """The running server's life: from the first bound port to the last open stream."""
+CERTIFICATE_LOOK = 20  # seconds between two looks at whether the certificate was renewed
+BEAT = 1.0  # and between two signs of life of a worker process
 
-    def __init__(self, settings: Settings, solver: Solver, demo: bool) -> None:
+
+class Daemon:
+    """The life of a process that serves: from the first bound port to the last open stream. It is all there is, or with
+    `peers` one of several, which a Manager looks after."""
+
+    def __init__(
+        self, settings: Settings, solver: Solver, read: Callable[[], Settings], demo: bool = False,
+        listening: socket.socket | None = None, tls: ssl.SSLContext | None = None,
+        line: tuple[socket.socket, int] | None = None,
+    ) -> None:  # fmt: skip
+        """`read` reads the settings anew; `line` leads to the manager, and is this worker's number."""
         self.settings, self.solver, self.demo = settings, solver, demo
+        self.listening, self.tls, self.line = listening, tls, line
         self.stop = threading.Event()
+        self._read = read
+        self._reloads_lock = threading.Lock()
+        self._app: App
+        self._server: Server
 
     def run(self) -> int:
         """Serves until a signal says otherwise; the exit status."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING_SIGNALS, signal.SIGHUP})
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = hard if hard != resource.RLIM_INFINITY else max(soft, 65536)
         with contextlib.suppress(ValueError, OSError):
@@ -23515,33 +25670,99 @@ class Daemon:
             if settings.enable_gateway:
                 app.pool.add([f"{SESSION_COOKIE}={DEMO_SESSION}"])
         server = self._bind(app)
+        self._app, self._server = app, server
         store.tells = True
         self.solver.start()
-        app.metrics.gauge("chatproxy_connections", lambda: {"": server.connections()})
-        threading.Thread(target=self._hear_signals, name="signals", daemon=True).start()
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        threading.Thread(target=app.upkeep, args=(self.stop,), name="upkeep", daemon=True).start()
+        app.metrics.gauge("chatproxy_connections", lambda: {"": server.connections()}, operator.add)
+        for name, job in (
+            ("signals", self._hear_signals),
+            ("accept", functools.partial(server.serve_forever, 0.1)),
+            ("changes", functools.partial(app.take_in, self.stop)),
+            ("upkeep", functools.partial(app.upkeep, self.stop, (CERTIFICATE_LOOK, self._renew_certificate))),
+        ):
+            threading.Thread(target=job, name=name, daemon=True).start()
         gc.collect()
         gc.freeze()
-        log(logging.INFO, self._ready(server, app))
+        self._begin()
         self.stop.wait()
+        self._tell("STOPPING=1\nSTATUS=ending, open answers have their time")
         log(logging.INFO, "stopping", open=server.connections())
         server.drain(settings.shutdown_grace)
         app.site.finish_erasures(LAST_PATIENCE)
-        app.pool.keep_told()
-        app.ledger.save()
+        for last in (app.pool.keep_told, app.ledger.save, app.pool.leave):
+            with contextlib.suppress(StoreUnavailable):
+                last()
         store.close()
         return 0
+
+    def _begin(self) -> None:
+        """Says that it serves, and goes on giving signs of life."""
+        app = self._app
+        if self.line:
+            sock, number = self.line
+            peers = Peers(app.loop, sock, number)
+            app.join(peers)
+            threading.Thread(
+                target=self._end_with_manager, args=(peers,), name="manager", daemon=True
+            ).start()
+            peers.tell("ready", MANAGER, text=self._ready(self._server, app))
+            beat = functools.partial(self._beat, peers)
+            app.loop.soon(lambda: app.loop.ticking.update({Pulse(BEAT, beat): None}))
+            return
+        log(logging.INFO, self._ready(self._server, app))
+        self._tell(f"READY=1\nSTATUS={self._ready(self._server, app)}")
+        if every := watchdog_seconds():
+            pulse = Pulse(every / 3, lambda: notify("WATCHDOG=1"))
+            app.loop.soon(lambda: app.loop.ticking.update({pulse: None}))
+
+    def _beat(self, peers: Peers) -> None:
+        peers.tell("beat", MANAGER, metrics=self._app.metrics.snapshot())
+
+    def _end_with_manager(self, peers: Peers) -> None:
+        """A worker process does not outlive the one that has started it."""
+        peers.lost.wait()
+        self.stop.set()
+
+    def _tell(self, text: str) -> None:
+        if not self.line:  # else the manager does
+            notify(text)
 
     def _bind(self, app: App) -> Server:
         host, port = self.settings.host, self.settings.port
         try:
-            return Server((host, port), app, app.settings, app.metrics)
+            return Server(
+                (host, port), app, app.settings, app.metrics, listening=self.listening, tls=self.tls
+            )
         except SettingError as error:
             self._fail(str(error))
         except OSError as error:
-            name = "PORT" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "HOST"
-            self._fail(f"{name}: cannot listen on {host}:{port}: {error.strerror or error}")
+            self._fail(cannot_listen(host, port, error))
+
+    def _renew_certificate(self) -> None:
+        with self._reloads_lock:
+            self._server.renew_certificate()
+
+    def _reload(self) -> None:
+        """Reads the settings and the certificate anew. Nothing of them counts when one of them cannot be used."""
+        moment = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={moment}")
+        try:
+            anew = self._read()
+            tls_context(anew)
+            if self.demo:
+                places = ("chatgpt_base_url", "openai_auth_url", "openai_api_url")
+                kept: dict[str, Any] = {name: getattr(self._app.settings, name) for name in places}
+                anew = replace(anew, **kept)
+            with self._reloads_lock:
+                late = self._app.take_settings(anew)
+                self._server.renew_certificate()
+            start_logging(anew)
+            log(logging.INFO, "settings read anew", need_a_new_start=", ".join(late) or "-")
+        except SettingError as error:
+            log(logging.ERROR, "the settings stay as they were", reason=str(error))
+        except StoreUnavailable:
+            log(logging.ERROR, "the accounts keep their proxies until the store can be used")
+        self._tell(f"READY=1\nSTATUS={self._ready(self._server, self._app)}")
 
     def _fail(self, message: str) -> NoReturn:
         self.solver.close()
@@ -23562,12 +25783,308 @@ class Daemon:
         return line
 
     def _hear_signals(self) -> None:
-        """The first SIGTERM or SIGINT begins the end, the second is the end. All threads block them: a handler would
-        run in the main thread alone, and only once that wakes up."""
-        signal.sigwait(ENDING_SIGNALS)
-        self.stop.set()
-        signal.sigwait(ENDING_SIGNALS)
-        os._exit(1)
+        """SIGHUP reads the settings anew; the first SIGTERM or SIGINT begins the end, the second is the end. All threads block
+        them: a handler would run in the main thread alone, and only once that wakes up."""
+        # The manager ends what does not end by itself; a terminal, and systemd, may tell both of them.
+        awaited = {signal.SIGTERM, signal.SIGHUP} if self.line else {*ENDING_SIGNALS, signal.SIGHUP}
+        while True:
+            if signal.sigwait(awaited) == signal.SIGHUP:
+                self._reload()
+            elif self.stop.is_set() and not self.line:
+                os._exit(1)
+            else:
+                self.stop.set()
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> str:
+    """What to say where a socket cannot be bound."""
+    name = "PORT" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "HOST"
+    return f"{name}: cannot listen on {host}:{port}: {error.strerror or error}"
+
+
+WORKER_SILENCE = 30.0  # seconds without a sign of life after which a worker process is ended
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before one that ended is started anew
+EARLY_END = 5.0  # seconds of life below which the pause grows
+
+
+class WorkerProcess:
+    """One of the processes that serve, as the manager knows it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.id = 0  # of the process; 0 for none
+        self.sock: socket.socket | None = None
+        self.inbox = Inbox()
+        self.unsent = bytearray()
+        self.begun = self.heard = 0.0  # time.monotonic()
+        self.ready = False
+        self.pause = 0.0  # seconds before its next start
+        self.start_at = 0.0  # time.monotonic() of that
+        self.metrics: dict[str, Any] = {"plain": {}, "histograms": {}}
+
+
+class Manager:
+    """The process of a server with several WORKERS: it binds the socket, starts the worker processes, passes on what they tell
+    each other, and starts those anew that end. It has no threads, so that it can fork at any time."""
+
+    def __init__(
+        self, settings: Settings, read: Callable[[], Settings], listening: socket.socket | None
+    ) -> None:
+        self.settings, self._read = settings, read
+        self._workers = [WorkerProcess(number) for number in range(settings.workers)]
+        self._selector = selectors.DefaultSelector()
+        self._metrics = Metrics()  # of processes that have ended
+        self._past: dict[str, Any] = self._metrics.snapshot()
+        self._stopping = 0.0  # time.monotonic() at which worker processes that are left are killed
+        self._told_ready = False
+        self._code = 0
+        self._beaten = 0.0  # time.monotonic() of the last sign of life
+        self._tls: ssl.SSLContext | None = None
+        self._listening = listening
+
+    def run(self) -> int:
+        """Serves until a signal says otherwise; the exit status."""
+        opened(self.settings).close()  # brings the schema up to date, or says why it cannot be used
+        try:
+            self._tls = tls_context(self.settings)
+            self._listening = self._listening or self._bound()
+        except SettingError as error:
+            fail(str(error))
+        except OSError as error:
+            fail(cannot_listen(self.settings.host, self.settings.port, error))
+        ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            sock.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        for number in (*ENDING_SIGNALS, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        self._selector.register(ours, selectors.EVENT_READ)
+        while any(worker.id for worker in self._workers) or not self._stopping:
+            self._start_due()
+            for key, events in self._selector.select(0.5):
+                if key.data is None:
+                    for one in ours.recv(100):
+                        self._hear_signal(one)
+                else:
+                    self._serve(key.data, events)
+            self._bury()
+            self._look()
+        return self._code
+
+    def _bound(self) -> socket.socket:
+        host, port = self.settings.host, self.settings.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(Server.request_queue_size)
+        return sock
+
+    # -- worker processes ------------------------------------------------------------------------------------------
+
+    def _start_due(self) -> None:
+        """Starts those that are not there, once their pause is over."""
+        now = time.monotonic()
+        for worker in self._workers:
+            if not worker.id and not self._stopping and worker.start_at <= now:
+                self._start(worker)
+
+    def _start(self, worker: WorkerProcess) -> None:
+        ours, theirs = socket.socketpair()
+        id = os.fork()
+        if not id:
+            ours.close()
+            self._work(worker.number, theirs)
+        theirs.close()
+        ours.setblocking(False)
+        worker.id, worker.sock = id, ours
+        worker.inbox, worker.unsent = Inbox(), bytearray()
+        worker.begun = worker.heard = time.monotonic()
+        worker.ready = False
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+
+    def _work(self, number: int, sock: socket.socket) -> NoReturn:
+        """What a worker process does, from its first moment to its end."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for one in (*ENDING_SIGNALS, signal.SIGHUP, signal.SIGCHLD):
+                signal.signal(one, signal.SIG_DFL)
+            for worker in self._workers:
+                if worker.sock:
+                    worker.sock.close()
+            self._selector.close()
+            cpus = sorted(os.sched_getaffinity(0))
+            cpu = cpus[number % len(cpus)] if len(cpus) > 1 else None
+            solver = Solver(cpu, most=1)
+            if cpu is not None:
+                keep_to(cpu)
+            try:
+                daemon = Daemon(
+                    self.settings, solver, self._read, False, self._listening, self._tls, (sock, number)
+                )
+                code = daemon.run()
+            finally:
+                solver.close()
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else 1
+        except BaseException:
+            log(logging.ERROR, "a worker process failed", exc_info=True)
+        finally:
+            if sys.stderr:
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _bury(self) -> None:
+        """Takes note of processes that have ended."""
+        for worker in self._workers:
+            if not worker.id:
+                continue
+            try:
+                id, status = os.waitpid(worker.id, os.WNOHANG)
+            except ChildProcessError:
+                id, status = worker.id, 0
+            if id:
+                self._ended(worker, status)
+
+    def _ended(self, worker: WorkerProcess, status: int) -> None:
+        now = time.monotonic()
+        code = os.waitstatus_to_exitcode(status)
+        if worker.sock:
+            self._selector.unregister(worker.sock)
+            worker.sock.close()
+        self._past = self._metrics.joined([self._past, Metrics.lasting(worker.metrics)])
+        worker.metrics = {"plain": {}, "histograms": {}}
+        worker.id, worker.sock = 0, None
+        if self._stopping:
+            return
+        if not self._told_ready and code == 2:  # it has said which setting cannot be used
+            self._code = 2
+            self._stop()
+            return
+        quick = now - worker.begun < EARLY_END
+        worker.pause = min(max(FIRST_PAUSE, worker.pause * 2), LONGEST_PAUSE) if quick else FIRST_PAUSE
+        worker.start_at = now + worker.pause
+        log(
+            logging.ERROR, "a worker process ended and is started anew", worker=worker.number, status=code,
+            seconds=worker.pause,
+        )  # fmt: skip
+        self._tell_roster()
+
+    def _look(self) -> None:
+        """Ends those that give no sign of life, and tells systemd that this process does."""
+        now = time.monotonic()
+        for worker in self._workers:
+            late = self._stopping and now > self._stopping
+            if worker.id and (late or now - worker.heard > WORKER_SILENCE):
+                log(logging.ERROR, "a worker process hangs and is ended", worker=worker.number)
+                os.kill(worker.id, signal.SIGKILL)
+                worker.heard = now
+        every = watchdog_seconds()
+        if every and now - self._beaten > every / 3:
+            self._beaten = now
+            notify("WATCHDOG=1")
+
+    # -- what is said ----------------------------------------------------------------------------------------------
+
+    def _serve(self, worker: WorkerProcess, events: int) -> None:
+        """Passes on what a worker process says, and what it is to hear."""
+        if worker.sock is None:
+            return
+        try:
+            if events & selectors.EVENT_WRITE:
+                del worker.unsent[: worker.sock.send(worker.unsent)]
+                self._await(worker)
+            if events & selectors.EVENT_READ and (data := worker.sock.recv(1 << 18)):
+                for to, sender, message in worker.inbox.take(data):
+                    self._pass_on(worker, to, sender, message)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError):  # it has ended, or is about to
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.id, signal.SIGKILL)
+
+    def _pass_on(self, worker: WorkerProcess, to: int, sender: int, message: bytes) -> None:
+        if to != MANAGER:
+            for one in self._workers:
+                if one is not worker and to in (EVERYBODY, one.number):
+                    self._send(one, told(to, sender, message))
+            return
+        said = json.loads(message)
+        worker.heard = time.monotonic()
+        if said["kind"] == "beat":
+            worker.metrics = said["metrics"]
+        elif said["kind"] == "ready":
+            worker.ready = True
+            self._tell_roster()
+            self._tell_ready(said["text"])
+        elif said["kind"] == "ask":
+            answer = {"kind": "answer", "number": said["number"], "answer": self._past}
+            self._send(worker, told(worker.number, MANAGER, compact(answer).encode()))
+
+    def _send(self, worker: WorkerProcess, data: bytes) -> None:
+        if worker.sock:
+            worker.unsent += data
+            self._await(worker)
+
+    def _await(self, worker: WorkerProcess) -> None:
+        """Waits for what a worker process says and, if something waits for that, until it hears."""
+        if worker.sock:
+            room = selectors.EVENT_WRITE if worker.unsent else 0
+            self._selector.modify(worker.sock, selectors.EVENT_READ | room, worker)
+
+    def _tell_roster(self) -> None:
+        """Has every worker process know which there are."""
+        numbers = [worker.number for worker in self._workers if worker.id and worker.ready]
+        message = compact({"kind": "roster", "workers": numbers}).encode()
+        for worker in self._workers:
+            if worker.id:
+                self._send(worker, told(worker.number, MANAGER, message))
+
+    def _tell_ready(self, text: str) -> None:
+        """Says that the server is there, once all worker processes are."""
+        if not self._told_ready and all(worker.ready for worker in self._workers):
+            self._told_ready = True
+            log(logging.INFO, f"{text}, {len(self._workers)} worker processes")
+            notify(f"READY=1\nSTATUS={text}")
+
+    # -- signals ---------------------------------------------------------------------------------------------------
+
+    def _hear_signal(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            moment = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            notify(f"RELOADING=1\nMONOTONIC_USEC={moment}")
+            self._reload()
+            notify("READY=1")
+        elif number in ENDING_SIGNALS:
+            if self._stopping:
+                self._signal(signal.SIGKILL)
+                self._code = 1
+            else:
+                self._stop()
+
+    def _reload(self) -> None:
+        """Has the worker processes read the settings anew, and those that are started later know them too."""
+        try:
+            anew = self._read()
+            self._tls = tls_context(anew)
+        except SettingError as error:
+            log(logging.ERROR, "the settings stay as they were", reason=str(error))
+            return
+        self.settings.take_over(anew)
+        start_logging(self.settings)
+        self._signal(signal.SIGHUP)
+
+    def _stop(self) -> None:
+        notify("STOPPING=1\nSTATUS=ending, open answers have their time")
+        self._stopping = time.monotonic() + self.settings.shutdown_grace + 2 * LAST_PATIENCE + 5.0
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        for worker in self._workers:
+            if worker.id:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.id, number)
 
 
 @cli.command()
@@ -23575,7 +26092,7 @@ class Daemon:
 def config(flags: Mapping[str, str | None]) -> None:
     """Print the effective settings and where each came from, secrets masked."""
     settings = settled(flags)
-    origins = gather(flags, os.environ)
+    origins = gathered(flags, given_file())
     width = max(len(row.name) for row in fields(Settings))
     for row in fields(Settings):
         if row.metadata["hidden"] and origins[row.name].source == "default":
@@ -23588,6 +26105,198 @@ def config(flags: Mapping[str, str | None]) -> None:
 
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
+
+
+@cli.command()
+@AS_JSON
+@setting_flags()
+def doctor(flags: Mapping[str, str | None], as_json: bool) -> None:
+    """Say whether it will work here, and what to do for each thing that will not. Exit status 1 when something will not."""
+    worst = "ok"
+    try:
+        settings = resolve(gathered(flags, given_file()))
+        findings: Iterable[Finding] = Doctor(settings).findings()
+        first = [well("settings", "can be used")]
+        try:
+            refuse_openness(settings)
+        except SettingError as error:
+            first = [bad("settings", str(error), "set a key, or start it with --open if that is meant")]
+    except SettingError as error:
+        findings, first = [], [bad("settings", str(error), "set it to something that is accepted")]
+    marks = {"ok": "ok  ", "warn": "look", "bad": "BAD ", "skip": "-   "}
+    for one in itertools.chain(first, findings):
+        worst = max(worst, one.state, key=("skip", "ok", "warn", "bad").index)
+        if as_json:
+            click.echo(compact(one._asdict()))
+            continue
+        line = f"{marks[one.state]}  {one.about}: {one.told}"
+        click.secho(line, fg={"bad": "red", "warn": "yellow"}.get(one.state))
+        if one.advice:
+            click.echo(f"      {one.advice}")
+    if worst == "bad":
+        raise SystemExit(1)
+
+
+def _service(flags: Mapping[str, str | None], own: bool, root: str) -> Service:
+    try:
+        origins = gathered(flags, given_file())
+        return Service(resolve(origins), origins, own, root)
+    except SettingError as error:
+        fail(str(error))
+
+
+def _do_steps(steps: list[Step], yes: bool) -> None:
+    """Tells what will be done, asks whether it may, and does it."""
+    for number, step in enumerate(steps, 1):
+        click.echo(f"{number}. {step.told}")
+    if not yes and not click.confirm("Do that?"):
+        raise SystemExit(1)
+    for step in steps:
+        try:
+            step.do()
+        except ServiceError as error:
+            fail(f"{step.told}: {error}")
+
+
+YES = click.option("--yes", is_flag=True, help="Do not ask.")
+OWN = click.option("--user", "own", is_flag=True, help="A service of your own, without root.")
+BELOW = click.option("--root", default="/", hidden=True)
+
+
+@cli.command()
+@OWN
+@click.option("--install", is_flag=True, help="Set it up and start it, after showing what is done.")
+@YES
+@BELOW
+@setting_flags()
+def unit(flags: Mapping[str, str | None], own: bool, install: bool, yes: bool, root: str) -> None:
+    """Print units of systemd's for this file, this interpreter and these settings, or install them."""
+    service = _service(flags, own, root)
+    if not install:
+        click.echo(service.printed(), nl=False)
+        return
+    if not own and os.geteuid():
+        fail("to install it for the whole machine you have to be root; `--user` installs it for you")
+    try:
+        refuse_openness(service.settings)
+    except SettingError as error:
+        fail(str(error))
+    _do_steps(service.installation(), yes)
+    click.echo("it runs; `chatproxy accounts add -` adds accounts, `journalctl -u chatproxy` shows its log")
+
+
+@cli.command()
+@OWN
+@click.option("--purge", is_flag=True, help="Remove its settings and its store too.")
+@YES
+@BELOW
+@setting_flags()
+def uninstall(flags: Mapping[str, str | None], own: bool, purge: bool, yes: bool, root: str) -> None:
+    """Remove what `unit --install` set up; its settings and its store stay."""
+    _do_steps(_service(flags, own, root).removal(purge), yes)
+
+
+@cli.command()
+@OWN
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@BELOW
+@setting_flags()
+def upgrade(flags: Mapping[str, str | None], own: bool, file: str, root: str) -> None:
+    """Have another FILE as the program of what `unit --install` set up, going back when that is not ready in 10 s."""
+    try:
+        _service(flags, own, root).upgrade(pathlib.Path(file), click.echo)
+    except (ServiceError, StoreError, OSError) as error:
+        fail(str(error))
+    click.echo("it runs")
+
+
+@cli.group("store")
+def store_commands() -> None:
+    """The store: copies of it, while the server runs."""
+
+
+@store_commands.command("backup")
+@click.argument("file")
+@AS_JSON
+@setting_flags("data_dir", "store_url")
+def store_backup(flags: Mapping[str, str | None], file: str, as_json: bool) -> None:
+    """Write everything into a new FILE (of SQLite's) that only you may read. It holds the accounts' tokens."""
+    store = opened(settled(flags))
+    try:
+        store.back_up(pathlib.Path(file))
+    except OSError as error:
+        fail(f"{file}: {error.strerror or error}")
+    size = pathlib.Path(file).stat().st_size
+    told = f"{file}: {size:,} bytes; whoever has this file has the accounts"
+    click.echo(compact({"file": file, "bytes": size}) if as_json else told)
+
+
+def _from_file(file: pathlib.Path, folder: str) -> Store:
+    """The store of a copy, in a folder where it may be brought up to date."""
+    copy = pathlib.Path(folder) / STORE_FILE
+    try:
+        with open(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as target:
+            target.write(file.read_bytes())
+        store = Store(folder)
+        if fault := store.damage():
+            raise StoreError(f"it is damaged: {fault}")
+    except OSError as error:
+        fail(f"{file}: {error.strerror or error}")
+    except (StoreError, StoreUnavailable) as error:
+        said = error.cause if isinstance(error, StoreUnavailable) else str(error).replace(str(copy), "it")
+        fail(f"{file}: not a copy of a store: {said.partition('; ')[0]}")
+    return store
+
+
+@store_commands.command("restore")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@AS_JSON
+@setting_flags("data_dir", "store_url")
+def store_restore(flags: Mapping[str, str | None], file: str, as_json: bool) -> None:
+    """Have what `store backup` has written to FILE, instead of all that is here. A copy of that is kept.
+
+    Refresh tokens that were exchanged since are no good any more: those accounts have to be signed in to again.
+    """
+    settings = settled(flags)
+    with tempfile.TemporaryDirectory() as folder:
+        source = _from_file(pathlib.Path(file), folder)
+        store = opened(settings)
+        kept = pathlib.Path(settings.data_dir) / time.strftime(f"{STORE_FILE}.before-%Y%m%d-%H%M%S")
+        try:
+            store.back_up(kept)
+        except OSError as error:
+            fail(f"{kept}: {error.strerror or error}; nothing was changed")
+        count = store.take_over(source.everything(len(MIGRATIONS)))
+        source.close()
+    told = f"{count} rows; what was here before: {kept}"
+    click.echo(compact({"rows": count, "before": str(kept)}) if as_json else told)
+
+
+@store_commands.command("copy")
+@click.argument("source", metavar="FROM")
+@click.argument("target", metavar="TO")
+@AS_JSON
+def store_copy(source: str, target: str, as_json: bool) -> None:
+    """Copy everything FROM one place TO another that is empty: each a folder (DATA_DIR) or a postgresql:// URL."""
+    with tempfile.TemporaryDirectory() as folder:
+        stores = []
+        for place in (source, target):
+            server = "://" in place
+            if place is source and not server and not (pathlib.Path(place) / STORE_FILE).exists():
+                fail(f"{place}: there is no store")
+            try:
+                stores.append(Store(folder, DATABASE.parse(place)) if server else Store(place))
+            except ValueError:
+                fail(f"{masked(place)}: neither a folder nor {DATABASE.accepts}")
+            except StoreError as error:
+                fail(str(error))
+        old, new = stores
+        if new.accounts() or new.users() or new.seeds():
+            fail("the store to copy to is not empty")
+        count = new.take_over(old.everything(len(MIGRATIONS)))
+        for store in stores:
+            store.close()
+    click.echo(compact({"rows": count}) if as_json else f"{count} rows")
 
 
 @cli.group()
@@ -23618,7 +26327,7 @@ def _store_accounts(settings: Settings, lines: list[str], as_json: bool) -> None
     "--password", is_flag=True, help="Ask for user name and password instead, and sign in with them."
 )
 @AS_JSON
-@setting_flags("data_dir", "impersonate", "proxy_url", "openai_auth_url")
+@setting_flags("data_dir", "store_url", "impersonate", "proxy_url", "openai_auth_url")
 def accounts_add(
     flags: Mapping[str, str | None], tokens: tuple[str, ...], password: bool, as_json: bool
 ) -> None:
@@ -23694,7 +26403,7 @@ def token_lines(path: pathlib.Path) -> list[str]:
 @accounts.command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
 @AS_JSON
-@setting_flags("data_dir", "impersonate", "proxy_url")
+@setting_flags("data_dir", "store_url", "impersonate", "proxy_url")
 def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...], as_json: bool) -> None:
     """Add accounts from FILEs: tokens one a line, what `accounts export` wrote, chat2api's data folder with its seeds,
     ChatGPT-to-API's access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one.
@@ -23776,7 +26485,7 @@ def _imported_chat(id: str, owner: str, account: str, said: Any, now: float) -> 
 @accounts.command("export")
 @click.argument("file", default="", metavar="[FILE]")
 @AS_JSON
-@setting_flags("data_dir")
+@setting_flags("data_dir", "store_url")
 def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -> None:
     """Write all accounts with their tokens into a new FILE that only you may read, for `accounts import`.
 
@@ -23786,7 +26495,7 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
     settings = settled(flags)
     rows = opened(settings).accounts("guest=0")
     if not rows:
-        fail(f"no accounts in {settings.data_dir}")
+        fail(f"no accounts in {place_of_store(settings)}")
     if file == "-":
         fail("tokens are never printed; give a file to write them to")
     path = file or time.strftime("chatproxy-accounts-%Y%m%d-%H%M%S.jsonl")
@@ -23811,7 +26520,7 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
 
 @accounts.command("list")
 @AS_JSON
-@setting_flags("data_dir")
+@setting_flags("data_dir", "store_url")
 def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     """List the accounts: id, kind, e-mail, plan, the upstreams that take it, when the access token expires and the account
     was last used (UTC), answers and failures of today, state, and how much of its Codex allowance is used."""
@@ -23819,7 +26528,7 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     store = opened_to_read(settings)
     found = Pool(settings, store).accounts() if store else []
     if store is None or not found:
-        click.echo(f"no accounts in {settings.data_dir}", err=True)
+        click.echo(f"no accounts in {place_of_store(settings)}", err=True)
         return
     now = time.time()
     ledger = Ledger(store)
@@ -23843,7 +26552,9 @@ def accounts_list(flags: Mapping[str, str | None], as_json: bool) -> None:
 @accounts.command("check")
 @click.argument("ids", nargs=-1, metavar="[ID…]")
 @AS_JSON
-@setting_flags("data_dir", "impersonate", "proxy_url", "chatgpt_base_url", "openai_auth_url", "auth_key")
+@setting_flags(
+    "data_dir", "store_url", "impersonate", "proxy_url", "chatgpt_base_url", "openai_auth_url", "auth_key"
+)
 def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
     """Ask the upstream whether accounts work (all, or those named by ID), by the calls that a chat begins with.
 
@@ -23881,11 +26592,44 @@ def accounts_check(flags: Mapping[str, str | None], ids: tuple[str, ...], as_jso
 @accounts.command("remove")
 @click.argument("ids", nargs=-1, required=True, metavar="ID…")
 @AS_JSON
-@setting_flags("data_dir")
+@setting_flags("data_dir", "store_url")
 def accounts_remove(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
     """Remove accounts by their ID from the list."""
     store = opened(settled(flags))
     _remove(lambda id: bool(store.remove_accounts([id])), ids, "account", as_json)
+
+
+@accounts.command("disable")
+@click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@AS_JSON
+@setting_flags("data_dir", "store_url")
+def accounts_disable(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
+    """Take accounts out by their ID, until they are enabled again."""
+    _swap(settled(flags), ids, "ready", DISABLED, as_json)
+
+
+@accounts.command("enable")
+@click.argument("ids", nargs=-1, required=True, metavar="ID…")
+@AS_JSON
+@setting_flags("data_dir", "store_url")
+def accounts_enable(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
+    """Take accounts in again that were disabled, by their ID."""
+    _swap(settled(flags), ids, DISABLED, "ready", as_json)
+
+
+def _swap(settings: Settings, ids: Iterable[str], was: str, state: str, as_json: bool) -> None:
+    """Has accounts in another state; those that are in neither stay what they are."""
+    store = opened(settings)
+    told = DISABLED if state == DISABLED else "enabled"
+    for id in ids:
+        if store.swap_states([id], was, state):
+            click.echo(compact({told: id}) if as_json else f"{told} {id}")
+            continue
+        account = store.account(id)
+        if account is None or account.guest:
+            fail(f"no such account: {id}")
+        if account.state != state:
+            fail(f"{id} is {account.state}: it needs a new token")
 
 
 def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str, as_json: bool) -> None:
@@ -23899,7 +26643,7 @@ def _remove(remove: Callable[[str], bool], ids: Iterable[str], what: str, as_jso
 @cli.command()
 @click.option("--device", is_flag=True, help="Without a browser here: type a code on any device.")
 @AS_JSON
-@setting_flags("data_dir", "impersonate", "proxy_url", "openai_auth_url")
+@setting_flags("data_dir", "store_url", "impersonate", "proxy_url", "openai_auth_url")
 def login(flags: Mapping[str, str | None], device: bool, as_json: bool) -> None:
     """Sign in with your browser and store the account; a running server notices it by itself."""
     settings = settled(flags)
@@ -24011,7 +26755,7 @@ def users() -> None:
     "--limit", type=click.IntRange(0, MAX_REQUESTS), help="Most requests a day; without it there is no limit."
 )
 @AS_JSON
-@setting_flags("data_dir")
+@setting_flags("data_dir", "store_url")
 def user_add(flags: Mapping[str, str | None], name: str, limit: int | None, as_json: bool) -> None:
     """Add an API user; its token is printed this once and kept only as a hash."""
     try:
@@ -24024,14 +26768,14 @@ def user_add(flags: Mapping[str, str | None], name: str, limit: int | None, as_j
 
 @users.command("list")
 @AS_JSON
-@setting_flags("data_dir")
+@setting_flags("data_dir", "store_url")
 def user_list(flags: Mapping[str, str | None], as_json: bool) -> None:
     """List the API users: id, name, requests and tokens of today, requests that they may make a day, last use (UTC)."""
     settings = settled(flags)
     store = opened_to_read(settings)
     found = store.users() if store else []
     if store is None or not found:
-        click.echo(f"no API users in {settings.data_dir}", err=True)
+        click.echo(f"no API users in {place_of_store(settings)}", err=True)
         return
     ledger = Ledger(store)
     names = ("requests", "tokens", "a day", "used (UTC)")
@@ -24046,7 +26790,7 @@ def user_list(flags: Mapping[str, str | None], as_json: bool) -> None:
 @users.command("remove")
 @click.argument("ids", nargs=-1, required=True, metavar="ID…")
 @AS_JSON
-@setting_flags("data_dir")
+@setting_flags("data_dir", "store_url")
 def user_remove(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
     """Remove API users by their ID from the list."""
     _remove(opened(settled(flags)).remove_user, ids, "user", as_json)

@@ -686,7 +686,8 @@ class Proxy:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self._stop = threading.Event()
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        threading.Thread(target=self.app.upkeep, args=(self._stop,), daemon=True).start()
+        for job in (self.app.upkeep, self.app.take_in):
+            threading.Thread(target=job, args=(self._stop,), daemon=True).start()
 
     def close(self) -> None:
         self._stop.set()
@@ -748,6 +749,12 @@ def error_of(answer: httpx.Response) -> tuple[int, str]:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return answer.status_code, error["code"]
+
+
+def connection(store: cp.Store) -> sqlite3.Connection:
+    """The connection of a store that is a file."""
+    assert isinstance(store.database, cp.SqliteDatabase)
+    return store.database.connection
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 10.0) -> None:
@@ -1999,10 +2006,9 @@ def test_an_administrator_signs_in_on_the_page(start: Callable[..., Proxy]) -> N
     # A GET that changes something takes no cookie at all.
     assert call("GET", f"/tokens/add/{cp.demo_token('bob')}", **own) == 401
     assert len(proxy.app.pool.accounts()) == 1
-    digest = next(iter(proxy.app.keys._sessions))
-    proxy.app.keys._sessions[digest] -= 12 * 3600
+    proxy.store._write("UPDATE sessions SET until=until-12*3600")
     assert call("GET", "/tokens/list") == 401
-    proxy.app.keys._sessions[digest] += 12 * 3600
+    proxy.store._write("UPDATE sessions SET until=until+12*3600")
     assert call("GET", "/tokens/list") == 200
     assert call("DELETE", "/tokens/session", **own) == 204 and call("GET", "/tokens/list") == 401
     assert httpx.post(f"{url}/tokens/session", json={"key": ADMIN}, headers=other).status_code == 401
@@ -10158,7 +10164,7 @@ def test_no_token_is_exchanged_while_there_is_no_room_to_keep_it(
     refresh = "rt_" + "r" * 40
     weather.refresh_tokens[refresh] = "alice"
     proxy = start(refresh, retry_times="0")
-    proxy.store._db.execute("PRAGMA query_only=ON")  # SQLite's own way to refuse writes
+    connection(proxy.store).execute("PRAGMA query_only=ON")  # SQLite's own way to refuse writes
     assert error_of(proxy.ask()) == (503, "store_unavailable")
     assert weather.count("/oauth/token") == 0 and refresh in weather.refresh_tokens
     # Room that ends just when the token has come: it is kept in memory, and stored before it is used.
@@ -10167,7 +10173,7 @@ def test_no_token_is_exchanged_while_there_is_no_room_to_keep_it(
         patch.setattr(proxy.store, "try_room", lambda: None)
         assert error_of(proxy.ask()) == (503, "store_unavailable")
     assert weather.count("/oauth/token") == 1 and weather.count("/conversation") == 0
-    proxy.store._db.execute("PRAGMA query_only=OFF")
+    connection(proxy.store).execute("PRAGMA query_only=OFF")
     proxy.app.pool.accounts()[0].retry_renewal = (0.0, 0)
     assert proxy.say() == "Hello wide world." and weather.count("/oauth/token") == 1
     assert proxy.store.accounts()[0].secret in weather.refresh_tokens
@@ -10571,10 +10577,12 @@ def test_comparing_is_an_effort_too() -> None:
 
 def test_a_commit_that_fails_leaves_nothing_open(tmp_path: pathlib.Path) -> None:
     store = cp.Store(str(tmp_path))
-    store._db.execute("CREATE TABLE child (of TEXT REFERENCES accounts(id) DEFERRABLE INITIALLY DEFERRED)")
+    connection(store).execute(
+        "CREATE TABLE child (of TEXT REFERENCES accounts(id) DEFERRABLE INITIALLY DEFERRED)"
+    )
     with pytest.raises(sqlite3.IntegrityError):  # a fault of a program, not of the disk
         store._write("INSERT INTO child VALUES ('nobody')")  # refused when it is to be committed
-    assert not store._db.in_transaction and not store.trouble
+    assert not connection(store).in_transaction and not store.trouble
     store.put_user(cp.User("user-1", "ann", "00", 1.0))
     assert [user.id for user in cp.Store(str(tmp_path)).users()] == ["user-1"]
 
@@ -10750,13 +10758,13 @@ def test_an_upstreams_json_of_too_many_values_is_none(start: Start, weather: Wea
 def test_who_began_a_conversation_on_a_full_disk_keeps_it(start: Start, weather: Weather) -> None:
     proxy = start("alice")
     ann = user_of(proxy, "ann")
-    proxy.store._db.execute("PRAGMA query_only=ON")
+    connection(proxy.store).execute("PRAGMA query_only=ON")
     id = conversation_of(turn(proxy, ann))
     assert (
         web(proxy, "GET", "/conversations", KEY).json()["total"] == 1
     )  # which makes it known without an owner
     assert web(proxy, "GET", f"/conversation/{id}", ann).status_code == 200
-    proxy.store._db.execute("PRAGMA query_only=OFF")
+    connection(proxy.store).execute("PRAGMA query_only=OFF")
     proxy.app.pool.hold({})
     assert not proxy.app.pool._unsaved_held and proxy.store.conversation(id).owner  # type: ignore[union-attr] # held
     assert web(proxy, "GET", f"/conversation/{id}", ann).status_code == 200
@@ -13788,10 +13796,10 @@ def test_drawing_goes_on_behind_the_answers_end_and_its_image_is_open_to_any_bro
 def test_a_link_is_good_for_an_hour_and_survives_a_restart(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    links = cp.Links(tmp_path / "links")
+    links = cp.Links(cp.Store(str(tmp_path)))
     assert links.of("http://x/v1/files/answer-" + "0" * 32 + "/content?signature=1") is None
     url = "https://x/prefix" + links.kept([b"one", b"two"], "naïve name.png", "image/png")
-    found = cp.Links(tmp_path / "links").of(url)
+    found = cp.Links(cp.Store(str(tmp_path))).of(url)
     assert found and found.read() == b"onetwo"
     now = time.time()
     monkeypatch.setattr(cp.time, "time", lambda: now + cp.LINK_LIFE + 2)
