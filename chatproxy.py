@@ -1457,7 +1457,7 @@ class PostgresDatabase:
     LOCK_GRACE = 3.0
     # What PostgreSQL has other words for: REAL is too short for a time, and INTEGER for a count of tokens.
     TYPES = (
-        (r"\) WITHOUT ROWID", ")"),
+        (r"\)\s+WITHOUT ROWID", ")"),
         (r"\bREAL\b", "DOUBLE PRECISION"),
         (r"\bINTEGER\b", "BIGINT"),
         (r"\bBLOB\b", "BYTEA"),
