@@ -14,8 +14,10 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import email
 import email.policy
+import email.utils
 import functools
 import gzip
 import hashlib
@@ -30,6 +32,7 @@ import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
 import pathlib
 import queue
@@ -53,6 +56,7 @@ import time
 import tracemalloc
 import urllib.parse
 import uuid
+import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median
@@ -17509,6 +17513,1120 @@ def test_the_least_room_is_kept_for_assets(tmp_path: pathlib.Path, monkeypatch: 
     again = cp.Assets(tmp_path / "mirror")
     asset = again.find("https://x/19.js")
     assert asset and again.read(asset) == bytes([19]) * 10_000
+
+
+# --- for years, and past one process ----------------------------------------------------------------------------------
+
+
+def variables(path: pathlib.Path, **settings: str) -> pathlib.Path:
+    """A file of variables."""
+    path.write_text("".join(f"{name.upper()}={value}\n" for name, value in settings.items()))
+    return path
+
+
+class Managed(Served):
+    """`serve` as a service manager runs it: on a socket that is given, with somebody to notify, settings from a file."""
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *words: str,
+        file: pathlib.Path | None = None,
+        given: socket.socket | None = None,
+        watchdog: float = 0.0,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.told: list[str] = []
+        self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        place = folder / f"notify-{secrets.token_hex(4)}"
+        self.notified.bind(str(place))
+        env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "NOTIFY_SOCKET": str(place)} | (env or {})
+        if watchdog:
+            env["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
+        line = [sys.executable, str(SCRIPT), *(["--env-file", str(file)] if file else []), "serve", *words]
+        if given:  # sd_listen_fds(3): file descriptor 3, for this process and no other
+            code = (
+                "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
+            )
+            line = [
+                sys.executable,
+                "-c",
+                code + "os.execv(sys.argv[2], sys.argv[2:])",
+                str(given.fileno()),
+                *line,
+            ]
+            env["LISTEN_FDS"] = "1"
+        self.process = subprocess.Popen(
+            line,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=(given.fileno(),) if given else (),
+            start_new_session=True,
+        )
+        assert self.process.stderr
+        self.lines = []
+        threading.Thread(target=lambda: self.lines.extend(self.process.stderr or ()), daemon=True).start()
+        threading.Thread(target=self._hear, daemon=True).start()
+        wait_until(lambda: self.process.poll() is not None or any("READY=1" in one for one in self.told), 30)
+        found = re.search(r"listening on (https?://[^/]+)", "".join(self.lines) + "".join(self.told))
+        assert found, self.lines
+        self.url = found[1]
+
+    def _hear(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.told.append(self.notified.recv(65536).decode())
+
+    def __enter__(self) -> Managed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.notified.close()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def workers(self) -> list[int]:
+        """The processes that it has started, without those that solve proofs."""
+        listed = (
+            pathlib.Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
+        return [int(pid) for pid in listed]
+
+
+def ask_at(url: str, key: str = KEY, text: str = "hi", **body: Any) -> httpx.Response:
+    """A question to a server that is a process of its own."""
+    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": text}]} | body
+    return httpx.post(
+        f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
+    )
+
+
+def prepared(weather: Weather, folder: pathlib.Path, *tokens: str, **more: str) -> dict[str, str]:
+    """The settings of a server on the stand-in, which has accounts."""
+    url = weather.url
+    env = {"CHATGPT_BASE_URL": url, "OPENAI_AUTH_URL": url, "OPENAI_API_URL": url, "AUTHORIZATION": KEY}
+    env |= {"DATA_DIR": str(folder), "ADMIN_KEY": ADMIN, "PORT": "0", "UPSTREAM_ORDER": "pool,agents"} | more
+    if tokens:
+        added = run("accounts", "add", "-", env=env, stdin="\n".join(map(cp.demo_token, tokens)))
+        assert added.returncode == 0, added.stderr
+    return env
+
+
+# ... settings
+
+
+def test_settings_come_from_a_flag_a_variable_a_file_or_a_credential_in_that_order(
+    tmp_path: pathlib.Path,
+) -> None:
+    file = tmp_path / "env"
+    file.write_text(
+        "\ufeff# a comment\n; another\n\nexport RETRY_TIMES='7'\nHEARTBEAT=\"9\"\nADMIN_KEY=of-the-file\nPORT = 8001 \n"
+    )
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / "admin_key").write_text("of-the-credential\n")
+    (credentials / "authorization").write_text("key-of-systemd\n")
+    (credentials / "tls_cert").write_text("…")
+    environ = {"CREDENTIALS_DIRECTORY": str(credentials), "HEARTBEAT": "8", "READ_TIMEOUT": "5"}
+    found = cp.gather({"read_timeout": "6"}, environ, cp.read_variables(str(file)))
+    assert {
+        name: tuple(found[name]) for name in ("read_timeout", "heartbeat", "retry_times", "admin_key", "port")
+    } == {
+        "read_timeout": ("6", "flag"),
+        "heartbeat": ("8", "env"),
+        "retry_times": ("7", "file"),
+        "admin_key": ("of-the-file", "file"),
+        "port": ("8001", "file"),
+    }
+    assert tuple(found["authorization"]) == ("key-of-systemd", "credential")
+    assert found["tls_cert"].text == str(credentials / "tls_cert")  # a place, and not what is there
+    shown = run("--env-file", str(file), "config", env={"HOME": "/nonexistent"}).stdout
+    assert "RETRY_TIMES" in shown and "of-the-file" not in shown and "(file)" in shown
+    file.write_text("RETRY_TIMES=1\nnot a variable\n")
+    refused = run("--env-file", str(file), "config")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "line 2" in refused.stderr
+    missing = run("--env-file", str(tmp_path / "none"), "serve")
+    assert missing.returncode == 2 and "cannot be read" in missing.stderr
+
+
+def test_settings_are_read_anew_with_no_connection_lost(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = prepared(weather, tmp_path / "data", "alice")
+    del env["AUTHORIZATION"], env["PORT"]
+    file = variables(tmp_path / "env", authorization=KEY, heartbeat="15", log_level="info", port="0")
+    weather.words, weather.pace = ["word "] * 100, 0.03
+    with Managed(tmp_path, file=file, env=env) as served, httpx.Client(timeout=60) as client:
+        old, new = {"Authorization": f"Bearer {KEY}"}, {"Authorization": "Bearer another"}
+        url = f"{served.url}/v1/chat/completions"
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "long"}], "stream": True}
+        assert client.get(f"{served.url}/v1/models", headers=new).status_code == 401
+        with client.stream("POST", url, json=body, headers=old) as answer, httpx.Client() as kept:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            assert kept.get(f"{served.url}/health").status_code == 200
+            before = kept._transport._pool.connections[0]  # type: ignore[attr-defined]
+            variables(file, authorization="another,third", heartbeat="3", port="1", log_level="debug")
+            served.signal(signal.SIGHUP)
+            wait_until(lambda: any("settings read anew" in line for line in served.lines))
+            assert any("need_a_new_start=PORT" in line for line in served.lines)
+            assert kept.get(f"{served.url}/v1/models", headers=new).status_code == 200
+            assert kept.get(f"{served.url}/v1/models", headers=old).status_code == 401
+            assert kept._transport._pool.connections == [before]  # type: ignore[attr-defined]
+            assert list(lines)[-2] == "data: [DONE]"
+        reloading = [one for one in served.told if one.startswith("RELOADING=1\nMONOTONIC_USEC=")]
+        assert len(reloading) == 1 and served.told[-1].startswith("READY=1")
+        # What cannot be used changes nothing.
+        variables(file, port="0", authorization="fourth", pow_difficulty="xyz")
+        served.signal(signal.SIGHUP)
+        wait_until(lambda: any("the settings stay as they were" in line for line in served.lines))
+        assert any("POW_DIFFICULTY" in line for line in served.lines)
+        assert client.get(f"{served.url}/v1/models", headers=new).status_code == 200
+        # Nor what would let anybody in.
+        assert not any("Traceback" in line for line in served.lines)
+
+
+def test_a_server_that_is_read_anew_does_not_open_itself(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = prepared(weather, tmp_path / "data", "alice", HOST="0.0.0.0")
+    del env["AUTHORIZATION"]
+    file = variables(tmp_path / "env", authorization=KEY)
+    with Managed(tmp_path, file=file, env=env) as served:
+        url = served.url.replace("0.0.0.0", "127.0.0.1")
+        file.write_text("")
+        served.signal(signal.SIGHUP)
+        wait_until(lambda: any("the settings stay as they were" in line for line in served.lines))
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+
+
+def test_proxies_that_are_read_anew_are_used_by_accounts_that_had_another(tmp_path: pathlib.Path) -> None:
+    store = cp.Store(str(tmp_path))
+    old = dataclasses.replace(cp.resolve(cp.gather({}, {})), proxy_url=("http://one:1", "http://two:2"))
+    pool = cp.Pool(old, store)
+    pool.add([cp.demo_token(f"a{number}") for number in range(4)])
+    assert {account.egress.proxy for account in pool.accounts()} == {"http://one:1", "http://two:2"}
+    kept = {account.id for account in pool.accounts() if account.egress.proxy == "http://two:2"}
+    old.take_over(dataclasses.replace(old, proxy_url=("http://two:2", "http://three:3")))
+    pool.reload()
+    assert {account.egress.proxy for account in pool.accounts()} == {"http://two:2", "http://three:3"}
+    assert kept == {account.id for account in pool.accounts() if account.egress.proxy == "http://two:2"}
+    old.take_over(dataclasses.replace(old, proxy_url=()))
+    pool.reload()
+    assert {account.egress.proxy for account in pool.accounts()} == {""}
+
+
+# ... certificates
+
+
+def test_a_renewed_certificate_is_noticed_without_a_signal_through_the_links_of_lets_encrypt(
+    tmp_path: pathlib.Path, weather: Weather
+) -> None:
+    authority = trustme.CA()
+    live, archive = tmp_path / "live", tmp_path / "archive"
+    live.mkdir()
+    archive.mkdir()
+
+    def issue(number: int, name: str = "127.0.0.1") -> int:
+        issued = authority.issue_cert(name, not_after=None)
+        chain = b"".join(one.bytes() for one in issued.cert_chain_pems)
+        (archive / f"fullchain{number}.pem").write_bytes(chain)
+        (archive / f"privkey{number}.pem").write_bytes(issued.private_key_pem.bytes())
+        for kind in ("fullchain", "privkey"):
+            (live / f"{kind}.pem.new").symlink_to(f"../archive/{kind}{number}.pem")
+            (live / f"{kind}.pem.new").replace(live / f"{kind}.pem")
+        return int(ssl.PEM_cert_to_DER_cert(issued.cert_chain_pems[0].bytes().decode()).hex(), 16)
+
+    settings = dataclasses.replace(
+        cp.resolve(cp.gather({}, {})),
+        **cp.resolve(
+            cp.gather(
+                {"tls_cert": str(issue(1) and live / "fullchain.pem"), "tls_key": str(live / "privkey.pem")},
+                {},
+            )
+        ).__dict__,
+    )
+    assert settings.tls_cert == str(live / "fullchain.pem")
+    server = cp.Server(("127.0.0.1", 0), Answering(weather.respond), settings, cp.Metrics(), quiet=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+
+    def shown() -> int:
+        plain = socket.create_connection(("127.0.0.1", server.server_port))
+        with context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+            assert sock.selected_alpn_protocol() == "http/1.1" and (sock.version() or "") >= "TLSv1.2"
+            return int((sock.getpeercert(binary_form=True) or b"").hex(), 16)
+
+    first = shown()
+    open_before = context.wrap_socket(
+        socket.create_connection(("127.0.0.1", server.server_port)), server_hostname="127.0.0.1"
+    )
+    second = issue(2)
+    assert shown() == first
+    server.renew_certificate()
+    assert shown() == second != first
+    # A key that is there before its certificate: the pair before it goes on.
+    other = trustme.CA().issue_cert("127.0.0.1")
+    (live / "privkey.pem").unlink()
+    (live / "privkey.pem").write_bytes(other.private_key_pem.bytes())
+    server.renew_certificate()
+    assert shown() == second
+    third = issue(3)
+    server.renew_certificate()
+    assert shown() == third
+    with open_before as sock:  # who was connected stays so
+        sock.settimeout(10)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert b"strict-transport-security: max-age=31536000" in answer.lower()
+    server.drain(0)
+    server.loop.close()
+    assert cp.CERTIFICATE_LOOK <= 60
+
+
+def test_tls_resumes_sessions_refuses_old_versions_and_ends_stalled_handshakes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, files = certified(tmp_path)
+    assert cp.HANDSHAKE_TIME == 10.0
+    monkeypatch.setattr(cp, "HANDSHAKE_TIME", 1.0)
+    with listening(lambda request: cp.json_reply({}), **files) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+        def connect(session: ssl.SSLSession | None = None) -> ssl.SSLSocket:
+            plain = socket.create_connection(address)
+            return context.wrap_socket(plain, server_hostname="127.0.0.1", session=session)
+
+        with connect() as sock:
+            session = sock.session
+            assert session and session.has_ticket
+        with connect(session) as sock:
+            assert sock.session_reused
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+            old.set_ciphers("ALL:@SECLEVEL=0")
+        with pytest.raises(OSError), old.wrap_socket(socket.create_connection(address)):
+            pass
+        # A client that drips bytes of its hello has no longer than one that says nothing.
+        began = time.monotonic()
+        with socket.create_connection(address) as dripping:
+            hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(400)
+            with pytest.raises(OSError):
+                for byte in hello:
+                    dripping.sendall(bytes([byte]))
+                    time.sleep(0.1)
+                    if not select.select([dripping], [], [], 0)[0]:
+                        continue
+                    if not dripping.recv(100):
+                        raise OSError
+        assert time.monotonic() - began < 8
+
+
+# ... what systemd hears and gives
+
+
+def beaten(served: Managed) -> bool:
+    """Whether it has given signs of life."""
+    return served.told.count("WATCHDOG=1") >= 2
+
+
+def ending(served: Managed) -> bool:
+    return any(one.startswith("STOPPING=1") for one in served.told)
+
+
+def test_a_service_manager_hears_how_it_goes(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = prepared(weather, tmp_path / "data", "alice")
+    for workers in ("1", "2"):
+        with Managed(tmp_path, watchdog=1.5, env=env | {"WORKERS": workers}) as served:
+            ready = next(one for one in served.told if one != "WATCHDOG=1")
+            assert ready.startswith("READY=1\nSTATUS=listening on http://127.0.0.1:")
+            wait_until(functools.partial(beaten, served))
+            served.signal(signal.SIGTERM)
+            assert served.process.wait(20) == 0
+            wait_until(functools.partial(ending, served))
+
+
+def test_the_watchdog_hears_nothing_while_the_loop_is_stuck() -> None:
+    loop, beats = cp.Loop(), list[float]()
+    loop.soon(lambda: loop.ticking.update({cp.Pulse(0.1, lambda: beats.append(time.monotonic())): None}))
+    wait_until(lambda: len(beats) >= 2)
+    stuck = threading.Event()
+    loop.soon(lambda: stuck.wait(2.0))
+    time.sleep(0.8)
+    during = len(beats)
+    time.sleep(0.8)
+    assert len(beats) == during
+    stuck.set()
+    wait_until(lambda: len(beats) > during)
+    loop.close()
+
+
+def test_a_given_socket_is_one_of_tcp_for_this_process_and_else_it_says_so(tmp_path: pathlib.Path) -> None:
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/nonexistent",
+        "DATA_DIR": str(tmp_path / "data"),
+        "PORT": "0",
+    }
+    code = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ['LISTEN_PID'] = str(os.getpid()); "
+    code += "os.execv(sys.argv[2], sys.argv[2:])"
+    with socket.socket(socket.AF_UNIX) as unix, socket.socket() as open_to_all:
+        unix.bind(str(tmp_path / "unix"))
+        unix.listen()
+        open_to_all.bind(("0.0.0.0", 0))
+        open_to_all.listen()
+        for given, number, said in (
+            (unix, "1", "one listening TCP socket is taken"),
+            (open_to_all, "2", "one listening TCP socket is taken"),
+            (open_to_all, "1", "HOST: '0.0.0.0' cannot be used without a key"),
+        ):
+            words = [sys.executable, "-c", code, str(given.fileno()), sys.executable, str(SCRIPT), "serve"]
+            ended = subprocess.run(
+                words,
+                env=env | {"LISTEN_FDS": number},
+                pass_fds=(given.fileno(),),
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+            assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_systemd_socket_activate_starts_it(tmp_path: pathlib.Path, weather: Weather) -> None:
+    program = shutil.which("systemd-socket-activate")
+    if program is None:
+        pytest.skip("systemd-socket-activate is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = prepared(weather, tmp_path / "data", "alice") | {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    words = [
+        program,
+        "-l",
+        f"127.0.0.1:{port}",
+        *(f"-E{name}" for name in env),
+        sys.executable,
+        str(SCRIPT),
+        "serve",
+    ]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(words, env=env, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            with contextlib.suppress(httpx.HTTPError):
+                return ask_at(url).status_code == 200
+            return False
+
+        wait_until(answers, 20)
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ... worker processes
+
+
+def test_worker_processes_share_a_port_and_what_they_know(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = prepared(weather, tmp_path / "data", "alice", "bob", WORKERS="3")
+    user = json.loads(run("users", "add", "ann", "--limit", "20", "--json", env=env).stdout)
+    with Managed(tmp_path, env=env) as served:
+        assert len(served.workers()) == 3
+        with concurrent.futures.ThreadPoolExecutor(8) as executor:
+            asked = list(executor.map(lambda _: ask_at(served.url, user["token"]).status_code, range(60)))
+        assert Counter(asked) == {200: 20, 429: 40}  # never one more, however many processes
+        # A session of the administrator's, a kept response and a link are everybody's.
+        with httpx.Client() as page:
+            assert page.post(f"{served.url}/tokens/session", json={"key": ADMIN}).status_code == 204
+        cookie = next(iter(page.cookies.items()))
+        body = {"model": "gpt-4o", "input": "hi"}
+        kept = httpx.post(
+            f"{served.url}/v1/responses", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+        ).json()
+        for _ in range(12):  # each on a connection of its own, which any of them takes
+            listed = httpx.get(f"{served.url}/tokens/list", headers={"Cookie": "=".join(cookie)})
+            assert listed.status_code == 200
+            again = httpx.get(
+                f"{served.url}/v1/responses/{kept['id']}", headers={"Authorization": f"Bearer {KEY}"}
+            )
+            assert again.json()["id"] == kept["id"]
+        # What they have counted is told as one.
+        wait_until(
+            lambda: 'route="/v1/chat/completions",status="429"} 40' in httpx.get(f"{served.url}/metrics").text
+        )
+        told = httpx.get(f"{served.url}/metrics").text
+        assert 'chatproxy_requests_total{route="/v1/chat/completions",status="200"} 20\n' in told
+        assert 'chatproxy_accounts{state="ready"} 2\n' in told
+        served.signal(signal.SIGTERM)
+        assert served.process.wait(30) == 0
+    assert not any("Traceback" in line for line in served.lines), served.lines
+
+
+def test_an_account_that_is_told_to_wait_is_left_alone_by_the_other_processes(
+    tmp_path: pathlib.Path, weather: Weather
+) -> None:
+    env = prepared(weather, tmp_path / "data", "alice", WORKERS="2", RETRY_TIMES="0")
+    with Managed(tmp_path, env=env) as served:
+        weather.add("/conversation", status(429, {"detail": {"clears_in": 60}}))
+        refused = ask_at(served.url)
+        assert refused.status_code == 429
+        time.sleep(1.0)  # which the others take at most
+        before = weather.count("/conversation")
+        answers = [ask_at(served.url).status_code for _ in range(10)]
+        assert set(answers) == {429} and weather.count("/conversation") == before
+
+
+def test_a_worker_process_that_dies_fails_its_own_requests_alone_and_is_started_anew(
+    tmp_path: pathlib.Path, weather: Weather
+) -> None:
+    env = prepared(weather, tmp_path / "data", "alice", WORKERS="2")
+    weather.words, weather.pace = ["word "] * 100, 0.03
+    with Managed(tmp_path, env=env) as served:
+        ends: list[bool] = []
+
+        def stream(_: int) -> None:
+            try:
+                text = ask_at(served.url, text="long", stream=True).text
+                ends.append(text.rstrip().endswith("[DONE]"))
+            except httpx.HTTPError:
+                ends.append(False)
+
+        with concurrent.futures.ThreadPoolExecutor(12) as executor:
+            futures = [executor.submit(stream, number) for number in range(12)]
+            wait_until(lambda: weather.count("/conversation") >= 12)
+            before = served.workers()
+            under_way = {pid: len(established(pid)) for pid in before}
+            victim = min(before, key=lambda pid: (under_way[pid] == 0, under_way[pid]))
+            os.kill(victim, signal.SIGKILL)
+            for future in futures:
+                future.result()
+        assert ends.count(False) <= under_way[victim] and ends.count(True) >= 12 - under_way[victim]
+        wait_until(lambda: len(served.workers()) == 2 and victim not in served.workers())
+        assert any("a worker process ended and is started anew" in line for line in served.lines)
+        weather.words, weather.pace = ["Hello"], 0.0
+        assert {ask_at(served.url).status_code for _ in range(8)} == {200}
+        total = sum(
+            float(line.split()[-1])
+            for line in httpx.get(f"{served.url}/metrics").text.splitlines()
+            if line.startswith('chatproxy_requests_total{route="/v1/chat/completions"')
+        )
+        assert total >= ends.count(True) - under_way[victim] + 8
+        assert len(served.told) and not any(one.startswith("STOPPING") for one in served.told)
+        # Settings that are read anew reach those that were there and those that come later.
+        os.kill(served.process.pid, signal.SIGTERM)
+        assert served.process.wait(30) == 0
+
+
+def established(pid: int) -> list[str]:
+    """The client connections that a process has open."""
+    found = []
+    inodes = set()
+    for one in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(one))
+    for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[3] == "01" and f"socket:[{words[9]}]" in inodes:
+            found.append(words[2])
+    return found
+
+
+def test_agents_of_one_worker_process_answer_what_another_is_asked(
+    tmp_path: pathlib.Path, weather: Weather
+) -> None:
+    env = prepared(weather, tmp_path / "data", WORKERS="2", UPSTREAM_ORDER="agents")
+    with Managed(tmp_path, env=env) as served:
+        browsers = [Browser(served) for _ in range(3)]
+        connections = f"{served.url}/api/connections"
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+
+        def seen() -> set[str]:
+            return {one["Id"] for one in httpx.get(connections, headers=headers).json()["connections"]}
+
+        for _ in range(10):  # whichever is asked
+            wait_until(lambda: seen() == {one.id for one in browsers})
+        answers = [put(served, f"question {number}") for number in range(12)]
+        assert all(one.status_code == 200 for one in answers), [one.text for one in answers]
+        assert sum(len(one.asked) for one in browsers) == 12
+        # A conversation is its agent's, from whichever process it is gone on with.
+        begun = answers[0].json()
+        holder = next(one for one in browsers if one.asked and one.asked[0]["content"] == "question 0")
+        for number in range(8):
+            said = put(served, f"more {number}", conversation_id=begun["conversation_id"])
+            assert said.status_code == 200 and holder.asked[-1]["content"] == f"more {number}"
+        # Nobody takes the place of one that is there, whichever process that is connected to; its own comes back to it.
+        thief = Browser(served, browsers[1].id)
+        wait_until(lambda: all(len(seen()) == 4 for _ in range(6)))
+        thief.die()
+        browsers[1].die()
+        wait_until(lambda: all(seen() == {browsers[0].id, browsers[2].id} for _ in range(6)))
+        again = Browser(served, browsers[1].id)
+        wait_until(lambda: all(seen() == {one.id for one in browsers} for _ in range(6)))
+        again.die()
+        wait_until(lambda: all(browsers[1].id not in seen() for _ in range(6)))
+        # With a process its agents are gone.
+        os.kill(served.workers()[0], signal.SIGKILL)
+        wait_until(lambda: len(served.workers()) == 2)
+        last = Browser(served)
+        wait_until(lambda: all(last.id in seen() for _ in range(6)))
+        assert put(served, "still there?").status_code == 200
+
+
+def test_a_visitors_own_cookie_is_known_to_every_process_and_forgotten_with_the_last_visit(
+    tmp_path: pathlib.Path,
+) -> None:
+    store = cp.Store(str(tmp_path))
+    row = dataclasses.replace(
+        cp.recognise(f"{cp.SESSION_COOKIE}={cp.DEMO_SESSION}"),
+        id="guest-1",
+        guest=1,
+        state="ready",
+        added=1.0,
+    )
+    store.put_own_visit("one", row, time.time() + 60)
+    store.put_own_visit("two", row, time.time() + 60)
+    other = cp.Pool(cp.resolve(cp.gather({}, {})), cp.Store(str(tmp_path)))
+    guest = other.kept_guest("guest-1")
+    assert guest and guest.accepted and guest.row.secret == row.secret and not other.accounts()
+    store.remove_visit("one")
+    assert store.account("guest-1")
+    store.prune(time.time() + 120)
+    assert store.account("guest-1") is None and store.all_visits() == set()
+
+
+def test_every_account_has_one_process_that_asks_it_first(tmp_path: pathlib.Path) -> None:
+    settings = dataclasses.replace(cp.resolve(cp.gather({}, {})), workers=3)
+    pools = [cp.Pool(settings, cp.Store(str(tmp_path))) for _ in range(3)]
+    pools[0].add([cp.demo_token(f"a{number}") for number in range(60)])
+    for _ in range(2):
+        for pool in pools:
+            pool.reload()
+            pool.share(time.time())
+    owned = [{one.id for one in pool.accounts() if one.preferred} for pool in pools]
+    assert sum(map(len, owned)) == 60 and set.union(*owned) == {one.id for one in pools[0].accounts()}
+    assert all(len(part) >= 8 for part in owned)
+    assert {pools[0].lease("gpt-4o").id for _ in range(200)} == owned[0]
+    # An account that nobody else could be asked instead of is asked by everybody.
+    stranger = next(iter(owned[1]))
+    assert pools[0].lease("gpt-4o", holder=stranger).id == stranger
+    # Who leaves leaves its accounts to the others, and nothing else changes hands.
+    pools[2].leave()
+    for pool in pools[:2]:
+        pool.share(time.time())
+    now = [{one.id for one in pool.accounts() if one.preferred} for pool in pools[:2]]
+    assert now[0] | now[1] == set.union(*owned) and not now[0] & now[1]
+    assert owned[0] <= now[0] and owned[1] <= now[1]
+
+
+def test_settings_that_no_worker_can_use_end_the_server_with_one_line(
+    tmp_path: pathlib.Path,
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    ended = run("serve", "--workers", "2", "--port", "0", env={"DATA_DIR": str(folder)})
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "chmod 700" in ended.stderr
+    assert run("serve", "--workers", "none").returncode == 2
+    assert cp.resolve(cp.gather({"workers": "auto"}, {})).workers == min(64, len(os.sched_getaffinity(0)))
+
+
+def test_metrics_of_several_processes_are_one() -> None:
+    one, other = cp.Metrics(), cp.Metrics()
+    for metrics, connections, busy in ((one, 3.0, 0.5), (other, 4.0, 0.2)):
+        metrics.gauge("chatproxy_connections", functools.partial(dict, {"": connections}), operator.add)
+        metrics.gauge("chatproxy_loop_seconds", functools.partial(dict, {"": busy}), max)
+        metrics.gauge("chatproxy_accounts", lambda: {'state="ready"': 7})
+        metrics.add("chatproxy_streams_open", 2)
+        metrics.add("chatproxy_events_total", 5)
+        metrics.observe("chatproxy_proof_seconds", 0.02)
+    lines = one.render([json.loads(json.dumps(other.snapshot()))]).splitlines()
+    for line in (
+        "chatproxy_connections 7",
+        "chatproxy_loop_seconds 0.5",
+        'chatproxy_accounts{state="ready"} 7',
+    ):
+        assert line in lines
+    assert "chatproxy_streams_open 4" in lines and "chatproxy_events_total 10" in lines
+    assert "chatproxy_proof_seconds_count 2" in lines
+    # What has ended streams nothing, and has counted what it has.
+    lines = one.render([cp.Metrics.lasting(other.snapshot())]).splitlines()
+    assert "chatproxy_streams_open 2" in lines and "chatproxy_events_total 10" in lines
+    assert "chatproxy_connections 3" in lines
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8), st.integers(1, 40))
+def test_messages_between_processes_arrive_whole_however_they_are_cut(
+    messages: list[bytes], size: int
+) -> None:
+    sent = b"".join(cp.told(to, 7, message) for to, message in enumerate(messages))
+    inbox, heard = cp.Inbox(), []
+    for at in range(0, len(sent), size):
+        heard += list(inbox.take(sent[at : at + size]))
+    assert heard == [(to, 7, message) for to, message in enumerate(messages)]
+
+
+def test_a_message_that_is_none_ends_the_connection_and_not_the_process() -> None:
+    with pytest.raises(ValueError):
+        list(cp.Inbox().take(b"\xff" * 100))
+
+
+# ... the unit
+
+
+def units(text: str, folder: pathlib.Path) -> dict[str, str]:
+    """What `unit` prints, as files."""
+    files = {}
+    for part in re.split(r"(?m)^# (?=/)", text):
+        if part.strip():
+            name, _, content = part.partition("\n")
+            files[name.strip()] = content
+            (folder / name.strip().rpartition("/")[2]).write_text(content)
+    return files
+
+
+def test_the_unit_is_accepted_and_found_safe_by_systemd(tmp_path: pathlib.Path) -> None:
+    env = {"AUTHORIZATION": "a-secret-key", "PORT": "5444", "HEARTBEAT": "9", "DATA_DIR": str(tmp_path)}
+    printed = run("unit", "--shutdown-grace", "45", env=env)
+    assert printed.returncode == 0 and "a-secret-key" not in printed.stdout
+    files = units(printed.stdout, tmp_path)
+    assert set(files) == {
+        "/etc/systemd/system/chatproxy.service",
+        "/etc/systemd/system/chatproxy.socket",
+        "/etc/chatproxy/env",
+    }
+    service, listen, variables_file = files.values()
+    assert "TimeoutStopSec=75\n" in service and "ListenStream=127.0.0.1:5444\n" in listen
+    assert "HEARTBEAT=9\n" in variables_file and "AUTHORIZATION=(as given)\n" in variables_file
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    own = run("unit", "--user", env=env)
+    (tmp_path / "own").mkdir()
+    units(own.stdout, tmp_path / "own")
+    for folder in (tmp_path, tmp_path / "own"):
+        for name in ("chatproxy.service", "chatproxy.socket"):
+            verified = subprocess.run(
+                ["systemd-analyze", "verify", f"./{name}"], cwd=folder, capture_output=True, text=True
+            )
+            assert "chatproxy" not in verified.stderr, verified.stderr
+    told = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "./chatproxy.service"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    ).stdout
+    found = re.search(r"exposure level for chatproxy.service: ([\d.]+)", told)
+    assert found and float(found[1]) <= 1.5, told
+
+
+def test_certificates_come_to_the_unit_as_credentials(tmp_path: pathlib.Path) -> None:
+    _, files = certified(tmp_path)
+    printed = run("unit", "--tls-cert", files["tls_cert"], "--tls-key", files["tls_key"]).stdout
+    assert f"LoadCredential=tls_cert:{files['tls_cert']}\n" in printed
+    assert f"LoadCredential=tls_key:{files['tls_key']}\n" in printed and "TLS_CERT=" not in printed
+
+
+def test_the_program_bears_what_the_unit_forbids(tmp_path: pathlib.Path, weather: Weather) -> None:
+    """No memory that is written and run, on Linux 6.3 and later."""
+    code = "import ctypes, os, sys; refused = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0); "
+    code += "os.execv(sys.argv[1], sys.argv[1:]) if not refused else sys.exit(77)"
+    env = prepared(weather, tmp_path / "data", "alice") | {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, str(SCRIPT), "serve"],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr
+        line = process.stderr.readline()
+        if process.poll() == 77:
+            pytest.skip("the kernel does not know PR_SET_MDWE")
+        found = re.search(r"listening on (http://[^/]+)", line)
+        assert found, line
+        assert ask_at(found[1]).status_code == 200
+    finally:
+        process.kill()
+        process.wait()
+
+
+FAKE_SYSTEMCTL = """#!{python}
+import json, os, pathlib, signal, subprocess, sys, time
+state = pathlib.Path({state!r})
+words = [word for word in sys.argv[1:] if word != "--user"]
+with open(state / "calls", "a") as calls:
+    calls.write(" ".join(words) + "\\n")
+def end():
+    if (state / "pid").exists():
+        pid = int((state / "pid").read_text())
+        try:
+            os.kill(pid, signal.SIGTERM)
+            while pathlib.Path(f"/proc/{{pid}}").exists() and open(f"/proc/{{pid}}/stat").read().split()[2] != "Z":
+                time.sleep(0.05)
+        except OSError:
+            pass
+        (state / "pid").unlink(missing_ok=True)
+def begin():
+    unit = (state / "root/etc/systemd/system/chatproxy.service").read_text()
+    line = next(one for one in unit.splitlines() if one.startswith("ExecStart=")).removeprefix("ExecStart=")
+    line = line.replace(" /", f" {{state}}/root/").split()
+    folder = state / "root/opt/chatproxy"
+    code = "import subprocess, sys; subprocess.Popen(sys.argv[3:], cwd=sys.argv[1], stdin=subprocess.DEVNULL, "
+    code += "stdout=subprocess.DEVNULL, stderr=open(sys.argv[2], 'a'), start_new_session=True)"
+    environ = {{**os.environ, "PORT": "0", "NOTIFY_SOCKET": ""}}
+    started = subprocess.Popen([sys.executable, *line[1:]], cwd=folder, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=open(state / "log", "a"), start_new_session=True, env=environ)
+    (state / "pid").write_text(str(started.pid))
+if words[0] in ("restart", "stop"):
+    end()
+if words[0] == "restart":
+    begin()
+if words[0] == "show":
+    pid = (state / "pid").read_text() if (state / "pid").exists() else "0"
+    try:
+        alive = open(f"/proc/{{pid}}/stat").read().split()[2] != "Z"
+    except OSError:
+        alive = False
+    ready = alive and "listening on" in (state / "log").read_text().rpartition("---")[2]
+    print("ActiveState=" + ("active" if ready else "activating" if alive else "failed"))
+    print("Job=0")
+"""
+
+
+def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root installs for the whole machine")
+    root, tools = tmp_path / "root", tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (
+        ("systemctl", FAKE_SYSTEMCTL.format(python=sys.executable, state=str(tmp_path))),
+        ("useradd", f'#!/bin/sh\necho useradd "$@" >> {tmp_path}/calls\n'),
+        ("userdel", f'#!/bin/sh\necho userdel "$@" >> {tmp_path}/calls\n'),
+    ):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    python = root / "opt/chatproxy/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "AUTHORIZATION": "a-secret-key", "HEARTBEAT": "9"}
+    code = "import shutil, sys; sys.path.insert(0, sys.argv.pop(1)); import chatproxy as cp; "
+    code += "shutil.chown = lambda *given, **named: None; cp.cli(prog_name='chatproxy.py')"
+
+    def command(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(SCRIPT.parent), *words, "--root", str(root)],
+            env=env | {"HOME": "/nonexistent"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            input=stdin,
+        )
+
+    (tmp_path / "log").write_text("")
+    shown = command("unit", "--install", stdin="n\n")
+    assert shown.returncode == 1 and "1. make a user chatproxy" in shown.stdout
+    assert not (root / "etc").exists()  # nothing is done before it may be
+    installed = command("unit", "--install", "--yes")
+    assert installed.returncode == 0, installed.stderr
+    program, settings_file = root / "opt/chatproxy/chatproxy.py", root / "etc/chatproxy/env"
+    assert program.read_bytes() == SCRIPT.read_bytes()
+    assert stat.S_IMODE(settings_file.stat().st_mode) == 0o640
+    assert "AUTHORIZATION=a-secret-key\n" in settings_file.read_text()
+    assert list((root / "opt/chatproxy/__pycache__").glob("chatproxy.*.pyc"))
+    calls = (tmp_path / "calls").read_text()
+    assert "useradd --system --home-dir /var/lib/chatproxy --shell /usr/sbin/nologin chatproxy\n" in calls
+    assert (
+        "daemon-reload\nenable --now chatproxy.socket\nenable chatproxy.service\nrestart chatproxy.service\n"
+        in calls
+    )
+    assert "a-secret-key" not in calls
+    units_folder = root / "etc/systemd/system"
+    assert (
+        "ExecStart=/opt/chatproxy/.venv/bin/python -m chatproxy --env-file /etc/chatproxy/env serve"
+        in (units_folder / "chatproxy.service").read_text()
+    )
+    wrapper = (root / "usr/local/bin/chatproxy").read_text()
+    assert (
+        subprocess.run(["sh", "-n"], input=wrapper, text=True).returncode == 0
+        and "runuser -u chatproxy" in wrapper
+    )
+
+    # For the stand-in of systemctl the data is below the root as well.
+    data = root / "var/lib/chatproxy"
+    data.mkdir(mode=0o700, parents=True)
+    settings_file.write_text(settings_file.read_text().replace("DATA_DIR=/var", f"DATA_DIR={root}/var"))
+    added = run("accounts", "add", cp.demo_token("alice"), env={"DATA_DIR": str(data)})
+    assert added.returncode == 0
+    good = tmp_path / "good.py"
+    good.write_text(SCRIPT.read_text().replace(f'__version__ = "{cp.__version__}"', '__version__ = "9.9.9"'))
+    upgraded = command("upgrade", str(good))
+    assert upgraded.returncode == 0 and "version 9.9.9" in upgraded.stdout, upgraded.stderr
+    assert program.read_text() == good.read_text()
+    assert program.with_suffix(".py.before").read_bytes() == SCRIPT.read_bytes()
+    # One that does not even start here changes nothing.
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        good.read_text().replace(
+            '@cli.command()\n@click.option("--demo"', 'raise SystemExit("broken")\n@click.option("--demo"'
+        )
+    )
+    refused = command("upgrade", str(broken))
+    assert refused.returncode == 2 and "broken" in refused.stderr, refused
+    assert program.read_text() == good.read_text()
+    # One that starts on trial, changes the schema and then is never ready: everything is as it was.
+    late = good.read_text().replace('__version__ = "9.9.9"', '__version__ = "9.9.10"')
+    late = late.replace(
+        "    CREATE TABLE linked (",
+        "    CREATE TABLE another (id TEXT PRIMARY KEY) WITHOUT ROWID;\n    CREATE TABLE linked (",
+        1,
+    )
+    schema = '    """,\n)\n# Of no use'
+    assert schema in late
+    late = late.replace(
+        schema,
+        '    """,\n    """\n    CREATE TABLE newer (id TEXT PRIMARY KEY) WITHOUT ROWID;\n    """,\n)\n# Of no use',
+    )
+    late = late.replace("    CREATE TABLE another (id TEXT PRIMARY KEY) WITHOUT ROWID;\n", "")
+    late = late.replace(
+        "        server = self._bind(app)\n        self._app",
+        "        if not os.environ.get('NOTIFY_SOCKET'):\n            time.sleep(100)\n        server = self._bind(app)\n        self._app",
+    )
+    (tmp_path / "late.py").write_text(late)
+    back = command("upgrade", str(tmp_path / "late.py"))
+    assert back.returncode == 2 and "the program before runs again" in back.stderr, back
+    assert program.read_text() == good.read_text()
+    kept = cp.Store(str(data))
+    assert [row.email for row in kept.accounts()] == ["alice@demo.example"]
+    kept.close()
+
+    assert command("uninstall", "--yes").returncode == 0
+    assert not program.exists() and not (units_folder / "chatproxy.service").exists()
+    assert settings_file.exists() and (data / cp.STORE_FILE).exists()
+    assert command("uninstall", "--yes", "--purge").returncode == 0
+    assert not settings_file.exists() and not data.exists()
+
+
+# ... doctor
+
+
+def findings(*words: str, env: dict[str, str] | None = None) -> dict[str, dict[str, str]]:
+    """What `doctor` says, by what it is about."""
+    told = run("doctor", "--json", *words, env=env)
+    assert "Traceback" not in told.stderr, told.stderr
+    found = {one["about"]: one for one in map(json.loads, told.stdout.splitlines())}
+    worst = {one["state"] for one in found.values()}
+    assert told.returncode == (1 if "bad" in worst else 0)
+    return found
+
+
+def test_doctor_finds_nothing_where_nothing_is_wrong(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = prepared(weather, tmp_path / "data", "alice")
+    found = findings(env=env)
+    assert {one["state"] for one in found.values()} == {"ok"}, found
+    assert found["accounts"]["told"] == "1 ready"
+    assert any(about.startswith("question by alice") for about in found)
+    assert weather.count("/conversation") == 0 and weather.count("/oauth/token") <= 1
+    plain = run("doctor", env=env)
+    assert plain.returncode == 0 and "\n      " not in plain.stdout
+    # A server that is there is found, too.
+    with Served(env={key: value for key, value in env.items() if key != "PORT"}) as served:
+        port = served.url.rpartition(":")[2]
+        assert "a server of version" in findings("--port", port, env=env)["port"]["told"]
+
+
+@contextlib.contextmanager
+def busy_port() -> Iterator[str]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield str(taken.getsockname()[1])
+
+
+def test_doctor_names_what_is_wrong_with_this_machine(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = prepared(weather, tmp_path / "data", "alice")
+    # 1. A setting that cannot be used.
+    (only,) = findings(env=env | {"POW_DIFFICULTY": "xyz"}).values()
+    assert only["state"] == "bad" and "POW_DIFFICULTY" in only["told"]
+    # 2. Open to everybody.
+    assert "without a key" in findings(env=env | {"HOST": "0.0.0.0", "AUTHORIZATION": ""})["settings"]["told"]
+    # 3. A port that another program has.
+    with busy_port() as port:
+        assert "another program listens" in findings("--port", port, env=env)["port"]["told"]
+    # 4. A host that is not this machine's.
+    assert findings("--host", "192.0.2.1", env=env)["port"]["state"] == "bad"
+    # 5. A key that is another certificate's.
+    (_, one), (_, other) = certified(tmp_path), certified(tmp_path)
+    words = ("--tls-cert", one["tls_cert"], "--tls-key", other["tls_key"])
+    assert "does not belong" in findings(*words, env=env)["certificate"]["told"]
+    # 6. A certificate that is over, or will be.
+    authority = trustme.CA()
+    for days, state, said in ((-1, "bad", "expired"), (5, "warn", "127.0.0.1")):
+        path = tmp_path / f"{days}.pem"
+        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        begin = end - datetime.timedelta(days=30)
+        issued = authority.issue_cert("127.0.0.1", not_before=begin, not_after=end)
+        issued.private_key_and_cert_chain_pem.write_to_path(str(path))
+        found = findings("--tls-cert", str(path), "--tls-key", str(path), env=env)["certificate"]
+        assert found["state"] == state and said in found["told"]
+    # 7. A store that others may read, is damaged, or a newer program's.
+    (tmp_path / "data").chmod(0o755)
+    assert "chmod 700" in findings(env=env)["store"]["told"] + findings(env=env)["store"]["advice"]
+    (tmp_path / "data").chmod(0o700)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tmp_path / "data", damaged)
+    for name in ("-wal", "-shm"):
+        (damaged / f"{cp.STORE_FILE}{name}").unlink(missing_ok=True)
+    file = damaged / cp.STORE_FILE
+    file.write_bytes(file.read_bytes()[:3000] + b"\xff" * 60_000)
+    assert findings(env=env | {"DATA_DIR": str(damaged)})["store"]["state"] == "bad"
+    newer = tmp_path / "newer"
+    connection(cp.Store(str(newer))).execute("PRAGMA user_version=99")
+    assert "newer chatproxy" in findings(env=env | {"DATA_DIR": str(newer)})["store"]["told"]
+    # 8. A database that is not there.
+    away = "postgresql://nobody@127.0.0.1:1/none"
+    assert "server" in findings(env=env | {"STORE_URL": away})["store"]["advice"]
+    # 9. No account that could answer.
+    empty = env | {"DATA_DIR": str(tmp_path / "empty")}
+    assert findings(env=empty)["store"]["state"] == "ok"
+    store = cp.Store(str(tmp_path / "dead"))
+    cp.Pool(cp.resolve(cp.gather({}, {})), store).add([cp.demo_token("zed", lifetime=-10)])
+    assert findings(env=env | {"DATA_DIR": str(tmp_path / "dead")})["accounts"]["state"] == "bad"
+
+
+def test_doctor_names_what_is_wrong_on_the_way_to_the_upstream(
+    tmp_path: pathlib.Path, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = prepared(weather, tmp_path / "data", "alice")
+    reach = "reach 127.0.0.1"
+    # 10. A name that leads nowhere.
+    found = findings(env=env | {"CHATGPT_BASE_URL": "https://nowhere.invalid"})
+    assert "leads to no address" in found["reach nowhere.invalid"]["told"]
+    # 11. Nobody there, and a proxy that is not.
+    found = findings(env=env | {"CHATGPT_BASE_URL": "http://127.0.0.1:1"})
+    assert found["question by alice@demo.example"]["state"] == "bad"
+    found = findings(env=env | {"PROXY_URL": "http://127.0.0.1:1"})
+    assert "PROXY_URL" in found["reach 127.0.0.1 through 127.0.0.1"]["advice"]
+    # 12. TLS that somebody else speaks.
+    _, files = certified(tmp_path)
+    with listening(lambda request: cp.json_reply({}), **files) as url:
+        found = findings(env=env | {"OPENAI_API_URL": url.replace("127.0.0.1", "localhost")})
+        assert "changes TLS" in found["reach localhost"]["advice"], found
+    # 13. A page for a human.
+    wall = b"<html><title>Just a moment...</title>"
+    page = cp.Reply(403, wall, "text/html", {"cf-mitigated": "challenge"})
+    with listening(lambda request: page) as url:
+        found = findings(env=env | {"CHATGPT_BASE_URL": url})
+        assert (
+            "page for a human" in found[reach]["told"]
+            or found["question by alice@demo.example"]["state"] == "bad"
+        )
+    # 14. A clock that is wrong.
+    hour = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    with listening(lambda request: cp.json_reply({}, headers={"Date": hour})) as url:
+        doctor = cp.Doctor(cp.resolve(cp.gather({}, env | {"CHATGPT_BASE_URL": url})))
+        doctor._dates = [3600.0, 3599.0, 0.2]
+        (clock,) = doctor._clock()
+        assert clock.state == "bad" and "behind" in clock.told
+
+
+# ... copies of the store
+
+
+def test_a_copy_is_made_while_the_server_runs_and_put_back(tmp_path: pathlib.Path, weather: Weather) -> None:
+    env = prepared(weather, tmp_path / "data", "alice", "bob")
+    copy = tmp_path / "copy.db"
+    with Served(env=env) as served:
+        user = json.loads(run("users", "add", "ann", "--json", env=env).stdout)
+        assert run("store", "backup", str(copy), env=env).returncode == 0
+        assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+        again = run("store", "backup", str(copy), env=env)
+        assert again.returncode == 2 and "File exists" in again.stderr
+        ids = [row.id for row in cp.Store(str(tmp_path / "data")).accounts()]
+        assert run("accounts", "remove", ids[0], env=env).returncode == 0
+        assert run("users", "remove", user["user_id"], env=env).returncode == 0
+        wait_until(lambda: ask_at(served.url, user["token"]).status_code == 401)
+        restored = json.loads(run("store", "restore", str(copy), "--json", env=env).stdout)
+        assert pathlib.Path(restored["before"]).exists()
+        # The server notices it by itself.
+        wait_until(lambda: ask_at(served.url, user["token"]).status_code == 200)
+        listed = httpx.get(f"{served.url}/tokens/list", headers={"Authorization": f"Bearer {ADMIN}"}).json()
+        assert {one["id"] for one in listed["accounts"]} == set(ids)
+    # What is no copy changes nothing.
+    for name, data in (("text", b"hello"), ("cut", copy.read_bytes()[:5000])):
+        bad = tmp_path / name
+        bad.write_bytes(data)
+        refused = run("store", "restore", str(bad), env=env)
+        assert refused.returncode == 2 and "not a copy" in refused.stderr and refused.stderr.count("\n") == 1
+    assert len(cp.Store(str(tmp_path / "data")).accounts()) == 2
+
+
+def test_every_upgrade_of_the_schema_keeps_a_copy(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cp, "MIGRATIONS", cp.MIGRATIONS[:5])
+        patch.setattr(cp, "TABLES", set(cp.tables_of(5)))
+        old = cp.Store(str(tmp_path))
+        old._write(
+            "INSERT INTO accounts VALUES ('a','access','s','','','','t',0,'','','','{}','ready','',0,1,'','','')"
+        )
+        old.close()
+    assert [row.id for row in cp.Store(str(tmp_path)).accounts()] == ["a"]
+    copy = tmp_path / f"{cp.STORE_FILE}.schema-5"
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    with contextlib.closing(sqlite3.connect(copy)) as before:
+        assert before.execute("PRAGMA user_version").fetchone() == (5,)
+        assert before.execute("SELECT id FROM accounts").fetchall() == [("a",)]
+    copy.unlink()
+    cp.Store(str(tmp_path)).close()
+    assert not copy.exists()  # nothing changed
+
+
+def test_a_store_is_copied_to_an_empty_place_alone(tmp_path: pathlib.Path) -> None:
+    old = cp.Store(str(tmp_path / "old"))
+    cp.Pool(cp.resolve(cp.gather({}, {})), old).add([cp.demo_token("alice")])
+    cp.issue_user(old, "ann", 3)
+    copied = run("store", "copy", str(tmp_path / "old"), str(tmp_path / "new"))
+    assert copied.returncode == 0, copied.stderr
+    new = cp.Store(str(tmp_path / "new"))
+    assert new.accounts() == old.accounts() and new.users() == old.users()
+    assert "not empty" in run("store", "copy", str(tmp_path / "old"), str(tmp_path / "new")).stderr
+    assert "there is no store" in run("store", "copy", str(tmp_path / "none"), str(tmp_path / "new2")).stderr
+    assert "secret" not in run("store", "copy", str(tmp_path / "old"), "mysql://u:secret@h/d").stderr
+
+
+def test_accounts_are_disabled_and_enabled_by_command(tmp_path: pathlib.Path) -> None:
+    env = {"DATA_DIR": str(tmp_path)}
+    run("accounts", "add", cp.demo_token("alice"), env=env)
+    (row,) = cp.Store(str(tmp_path)).accounts()
+    assert run("accounts", "disable", row.id, env=env).stdout == f"disabled {row.id}\n"
+    assert cp.Store(str(tmp_path)).accounts()[0].state == cp.DISABLED
+    assert run("accounts", "disable", row.id, env=env).returncode == 0
+    assert json.loads(run("accounts", "enable", "--json", row.id, env=env).stdout) == {"enabled": row.id}
+    assert cp.Store(str(tmp_path)).accounts()[0].state == "ready"
+    assert run("accounts", "enable", "none", env=env).returncode == 2
+
+
+def test_a_release_is_one_file_that_runs_with_its_two_packages_alone(tmp_path: pathlib.Path) -> None:
+    for name in ("chatproxy.py", "Makefile", "README.md", "LICENSE"):
+        shutil.copy(HERE / name, tmp_path)
+    made = subprocess.run(["make", "dist"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    checked = subprocess.run(
+        ["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "dist", capture_output=True, text=True
+    )
+    assert checked.stdout == "chatproxy.py: OK\n"
+    assert sorted(path.name for path in (tmp_path / "dist").iterdir()) == ["SHA256SUMS", "chatproxy.py"]
 
 
 # --- faults that the tests must notice -----------------------------------------------------------------------------------
