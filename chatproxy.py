@@ -105,7 +105,7 @@ except (ImportError, AttributeError, TypeError):
     needs = "Python 3.10 or later, and its packages: pip install 'curl_cffi>=0.16,<0.17' 'click>=8.1'"
     raise SystemExit(f"chatproxy needs {needs}") from None
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 T = TypeVar("T")
 Y = TypeVar("Y")
@@ -25104,7 +25104,7 @@ class Service:
         if self.own:
             return f"#!/bin/sh\nexec {run}\n"
         admin = 'if [ "$(id -u)" != 0 ]; then exec sudo "$0" "$@"; fi\n'
-        alone = f'case "$1" in unit|upgrade|uninstall) exec {run};; esac\n'
+        alone = f'case "$1" in unit|upgrade|uninstall|store) exec {run};; esac\n'
         return f"#!/bin/sh\n{admin}{alone}exec runuser -u {NAME} -- {run}\n"
 
     def printed(self) -> str:
@@ -25174,7 +25174,15 @@ class Service:
     def _make_interpreter(self) -> None:
         """An interpreter of the service's own: that of a person's folder is out of its reach."""
         venv = self.folder / ".venv"
-        self.run(os.path.realpath(sys.executable), "-m", "venv", str(venv))
+        base = os.path.realpath(sys.executable)
+        if not self.own and base.startswith(("/home/", "/root/", "/tmp/")):
+            base = shutil.which("python3", path="/usr/bin:/usr/local/bin") or ""
+            if not base:
+                raise ServiceError(
+                    "the service needs an interpreter outside /home and /root: apt install python3"
+                )
+        self.run(base, "-c", "import sys; sys.exit(sys.version_info < (3, 10))")
+        self.run(base, "-m", "venv", str(venv))
         self.run(str(self.python), "-m", "pip", "install", "-q", *self._packages())
 
     def compile(self) -> None:

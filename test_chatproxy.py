@@ -18270,8 +18270,11 @@ def end():
         pid = int((state / "pid").read_text())
         try:
             os.kill(pid, signal.SIGTERM)
-            while pathlib.Path(f"/proc/{{pid}}").exists() and open(f"/proc/{{pid}}/stat").read().split()[2] != "Z":
+            for _ in range(60):
+                if open(f"/proc/{{pid}}/stat").read().split()[2] == "Z":
+                    break
                 time.sleep(0.05)
+            os.kill(pid, signal.SIGKILL)
         except OSError:
             pass
         (state / "pid").unlink(missing_ok=True)
@@ -18280,8 +18283,8 @@ def begin():
     line = next(one for one in unit.splitlines() if one.startswith("ExecStart=")).removeprefix("ExecStart=")
     line = line.replace(" /", f" {{state}}/root/").split()
     folder = state / "root/opt/chatproxy"
-    code = "import subprocess, sys; subprocess.Popen(sys.argv[3:], cwd=sys.argv[1], stdin=subprocess.DEVNULL, "
-    code += "stdout=subprocess.DEVNULL, stderr=open(sys.argv[2], 'a'), start_new_session=True)"
+    with open(state / "log", "a") as log:
+        log.write("---\\n")
     environ = {{**os.environ, "PORT": "0", "NOTIFY_SOCKET": ""}}
     started = subprocess.Popen([sys.executable, *line[1:]], cwd=folder, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=open(state / "log", "a"), start_new_session=True, env=environ)
