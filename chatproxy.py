@@ -217,11 +217,11 @@ def _worker_count(text: str) -> int:
 
 def _database(text: str) -> str:
     parts = urllib.parse.urlsplit(text)
-    if (
-        parts.scheme not in ("postgresql", "postgres")
-        or not parts.path.strip("/")
-        or re.search(r"[\s\0]", text)
-    ):
+    named = parts.scheme in ("postgresql", "postgres") and parts.path.strip("/") != ""
+    # What could be taken for something else would be named in an error: a part of the password, for a host.
+    clear = parts.netloc.count("@") <= 1 and not re.search(r"\s|%(?![0-9A-Fa-f]{2})", text)
+    _ = parts.port
+    if not named or not clear:
         raise ValueError
     return text
 
@@ -235,7 +235,10 @@ def _existing_file(text: str) -> str:
 
 MAX_WORKERS = 64
 WORKER_COUNT = Kind(_worker_count, f"a whole number from 1 to {MAX_WORKERS}, or auto")
-DATABASE = Kind(_database, "a postgresql:// URL with a database's name")
+DATABASE = Kind(
+    _database,
+    "a postgresql:// URL with a database's name; `@`, `/` and `%` of a password as %40, %2F and %25",
+)
 BOOLEAN = Kind(_boolean, "true or false")
 HOST_NAME = Kind(_matching(r"[0-9A-Za-z.:_%-]+"), "a host name or an IP address")
 WEB = Kind(_url("http", "https"), "an http:// or https:// URL")
@@ -506,16 +509,21 @@ def gather(
 
 
 def _credentials(environ: Mapping[str, str]) -> dict[str, str]:
-    """The credentials that systemd has loaded for this service, by the upper-case names of their files."""
+    """The credentials that systemd has loaded for this service and that are settings, by the upper-case names of their files;
+    SettingError for one that cannot be read: without it the server might be open."""
     found = {}
-    if folder := environ.get("CREDENTIALS_DIRECTORY"):
-        with contextlib.suppress(OSError):
-            for one in os.scandir(folder):
-                if one.name.upper() in ("TLS_CERT", "TLS_KEY"):  # the setting is where the file is
-                    found[one.name.upper()] = one.path
-                else:
-                    text = pathlib.Path(one.path).read_bytes()[:65536]
-                    found[one.name.upper()] = text.decode("utf-8", "replace").strip()
+    folder = environ.get("CREDENTIALS_DIRECTORY")
+    names = {row.name.upper() for row in fields(Settings)}
+    try:
+        for one in os.scandir(folder) if folder else ():
+            name = one.name.upper()
+            if name in ("TLS_CERT", "TLS_KEY"):  # the setting is where the file is
+                found[name] = one.path
+            elif name in names:
+                text = pathlib.Path(one.path).read_bytes()[:65536]
+                found[name] = text.decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise SettingError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {error}") from None
     return found
 
 
@@ -542,6 +550,9 @@ def read_variables(path: str) -> dict[str, str]:
     return found
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 def resolve(origins: Mapping[str, Origin]) -> Settings:
     """Parsed settings; SettingError names the first that cannot be used."""
     values: dict[str, Any] = {}
@@ -555,6 +566,8 @@ def resolve(origins: Mapping[str, Origin]) -> Settings:
             )
             continue
         try:
+            if _CONTROL.search(text):
+                raise ValueError
             values[row.name] = kind.parse(text)
         except (ValueError, KeyError, OSError, RuntimeError):
             shown = masked(text) if row.metadata["secret"] else repr(text)
@@ -1510,10 +1523,14 @@ class PostgresDatabase:
         if self.lost:
             raise DatabaseTrouble(self.lost)
 
-    @staticmethod
-    def _cause(error: Exception) -> str:
-        """What an error says, in one line."""
-        return " ".join(str(error).split())[:300] or type(error).__name__
+    def _cause(self, error: Exception) -> str:
+        """What an error says, in one line, without what is secret of the URL."""
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        parts = urllib.parse.urlsplit(self._url)
+        hidden = {parts.password or "", *(value for _, value in urllib.parse.parse_qsl(parts.query))}
+        for secret in {urllib.parse.unquote(one) for one in hidden} | hidden:
+            said = said.replace(secret, "***") if len(secret) > 3 else said
+        return said
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[Any]:
@@ -1932,8 +1949,8 @@ MIGRATIONS = (
         id TEXT NOT NULL, number INTEGER NOT NULL, made REAL NOT NULL, data BLOB NOT NULL, PRIMARY KEY (id, number));
     """,
 )
-# Of no use to a copy: who was at work, and when something changed.
-PASSING = ("room", "changes", "instances", "linked")
+# What no copy brings back: who was at work and signed in, and when something changed.
+PASSING = ("room", "changes", "instances", "linked", "sessions", "visits")
 
 
 def tables_of(version: int) -> list[str]:
@@ -2167,6 +2184,26 @@ class Store:
         with self._watched(), self.database.exclusively(id, patience):
             yield
 
+    def strangeness(self) -> str:
+        """What is in a file of SQLite's that this program cannot have written, "" for nothing: other tables or columns, things
+        that run by themselves, values of another type, hashes that are none."""
+        schema = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
+        with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
+            create_schema(fresh, 0, len(MIGRATIONS))
+            if self._rows(schema) != fresh.execute(schema).fetchall():
+                return "its tables are not those of this program"
+        kinds = {"TEXT": "'text'", "REAL": "'real'", "INTEGER": "'integer'", "BLOB": "'blob'"}
+        for table in sorted(TABLES):
+            for _, name, kind, required, _, key in self._rows(f"PRAGMA table_info({table})"):
+                allowed = kinds[kind] if required or key else f"{kinds[kind]}, 'null'"
+                if self._rows(f"SELECT 1 FROM {table} WHERE typeof({name}) NOT IN ({allowed}) LIMIT 1"):
+                    return f"{table}.{name} has values of another type"
+        if self._rows(
+            "SELECT 1 FROM users WHERE LENGTH(token_hash)<>64 OR token_hash GLOB '*[^0-9a-f]*' LIMIT 1"
+        ):
+            return "users.token_hash has values that are none"
+        return ""
+
     def damage(self) -> str:
         """What is wrong with the file, "" when it is sound."""
         if self.database.server:
@@ -2394,6 +2431,9 @@ class Store:
         with self.writing() as db:
             self.merge_accounts(lambda known: [known.get(row.id) or row])
             db.execute("INSERT INTO visits (digest, seed, until, account) VALUES (?, ?, ?, ?)", values)
+            newest = "SELECT digest FROM visits WHERE account=? ORDER BY until DESC LIMIT ?"
+            query = f"DELETE FROM visits WHERE account=? AND digest NOT IN ({newest})"
+            db.execute(query, (row.id, row.id, MAX_VISITS))
 
     def _end_visits(self, db: Statements, where: str, *values: Any) -> None:
         """Ends visits to the mirror, and forgets the visitors' own accounts that no other visit needs."""
@@ -5665,18 +5705,18 @@ class Pool:
         log(level, f"account set aside as {state}", account=account.name, reason=reason)
         return True
 
-    def renewed_elsewhere(self, account: Account) -> bool:
-        """Whether another process, such as `accounts check`, has just given the account a new token; takes that in, or
-        that it is set aside (Refusal)."""
+    def take_renewal(self, account: Account) -> None:
+        """Takes in the token that another process, such as `accounts check`, may just have given the account, or that it is
+        set aside (Refusal)."""
         with self._changes_lock:
             row = self.store.account(account.id)
-            if row is None or (row.secret, row.state) == (account.row.secret, account.row.state):
-                return False
+            if row is None:
+                return
+            changed = (row.secret, row.state) != (account.row.secret, account.row.state)
             account.row = row
             self._order()
-        if row.state != "ready":
+        if changed and row.state != "ready":
             raise Refusal("expired", "This account's sign-in is no longer valid.")
-        return account.token_valid(time.time())
 
     def renewed(self, account: Account, token: str, secret: str | None) -> None:
         """A new access token, and the secret to ask for the next one if that was rotated: stored, then used.
@@ -6026,7 +6066,8 @@ class Renewals:
             raise Refusal("unreachable", "Renewing this account's token failed; it is tried again soon.")
         try:
             with self.pool.store.exclusively(account.id, EXCHANGE_PATIENCE):
-                if not self.pool.renewed_elsewhere(account) and not self._good(account, refused):
+                self.pool.take_renewal(account)
+                if not self._good(account, refused):
                     self._exchange(account, failures)
                     log(logging.INFO, "token renewed", account=account.name)
         except TimeoutError:
@@ -12523,6 +12564,7 @@ def _compaction_key(item: Mapping[str, Any]) -> str:
 # ============================================================================================================
 
 PING_PATIENCE, AGENT_PATIENCE = 5.0, 120.0  # seconds that an agent has for the one and the other
+AT_ONCE = 3.0  # seconds within which two connections under one id count as made at once
 HOLDER_PATIENCE = 2.0  # and that one has to show that it is there when another claims its id
 MAX_HELD_BY_AGENTS = 100_000  # conversations
 _AGENT_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -12542,9 +12584,9 @@ class Agent:
     def __init__(self, id: str) -> None:
         self.id = id
         self.web: WebSocket | FarAgent | None = None
-        self.relayed: dict[
-            str, float
-        ] = {}  # what other processes have asked it, and until when (time.monotonic())
+        self.begun = 0.0  # when it connected (time.monotonic())
+        # What other processes have asked it, and until when (time.monotonic()).
+        self.relayed: dict[str, float] = {}
         self.heard = time.time()  # when it last answered (Unix seconds)
         self.asked = 0.0  # when it was last asked (Unix seconds)
         self.waiting: dict[str, Future[dict[str, Any]]] = {}  # by the id of what it was sent
@@ -12620,7 +12662,14 @@ class Agents(Attempts):
                 self._peers.tell("agent holds", worker, id=id, agent=one.account, owner=one.owner)
 
     def _come(self, sender: int, said: dict[str, Any]) -> None:
-        if self._peers:
+        """An agent has connected to another process. When two have let somebody in under one id at once, one of them keeps
+        theirs: the one with the lower number."""
+        if not self._peers:
+            return
+        found = self._here(said["agent"])
+        if found and found[0].begun > time.monotonic() - AT_ONCE and self._peers.number < sender:
+            self._peers.tell("agent here", sender, agent=said["agent"])
+        else:
             self._take_place(said["agent"], FarAgent(self._peers, sender, said["agent"]))
 
     def _gone(self, worker: int, id: str) -> None:
@@ -12647,6 +12696,13 @@ class Agents(Attempts):
             web.needed = self._needs(agent)
             with contextlib.suppress(Closed):
                 web.send(said["text"])
+        else:
+            self._deny(sender, said["agent"])
+
+    def _deny(self, sender: int, id: str) -> None:
+        """Another process takes an agent for one of this one's, which it is not any more."""
+        if self._peers:
+            self._peers.tell("agent gone", sender, agent=id)
 
     def _hear_from_afar(self, _: int, said: dict[str, Any]) -> None:
         with self._agents_lock:
@@ -12654,9 +12710,11 @@ class Agents(Attempts):
         if agent:
             self._hear(agent, said["text"])
 
-    def _drop_for_another(self, _: int, said: dict[str, Any]) -> None:
+    def _drop_for_another(self, sender: int, said: dict[str, Any]) -> None:
         if found := self._here(said["agent"]):
             found[1].drop(said["reason"])
+        else:
+            self._deny(sender, said["agent"])
 
     @staticmethod
     def _needs(agent: Agent) -> int:
@@ -12725,6 +12783,7 @@ class Agents(Attempts):
             agent = self._agents.setdefault(id, Agent(id))
             before = agent.web
             agent.web = web
+            agent.begun = time.monotonic()
             agent.heard = time.time()
             lost, agent.waiting = agent.waiting, {}
             agent.relayed = {}
@@ -16602,7 +16661,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.tls = tls or tls_context(settings)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, Connection, bind_and_activate=listening is None)
+        self._alone = listening is None
+        super().__init__(address, Connection, bind_and_activate=self._alone)
         if listening:
             self.socket.close()
             self.socket = listening
@@ -16697,8 +16757,15 @@ class Server(http.server.ThreadingHTTPServer):
 
     def drain(self, grace: float) -> None:
         """Stops accepting and waits for open answers, up to `grace` seconds; then they end with an error."""
-        self.stopping = True
         self.shutdown()
+        if self._alone:  # else others accept who waits still
+            with contextlib.suppress(OSError):
+                self.socket.settimeout(0)
+                while True:
+                    request, address = self.get_request()
+                    if self.verify_request(request, address):
+                        self.process_request(request, address)
+        self.stopping = True
         self.socket.close()
         self._wait_for_open(grace)
         self.workers.close()
@@ -16800,6 +16867,7 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
         self.plain = self.sock = sock
         self.fd = sock.fileno()
         self.busy = False  # whether a request is being answered
+        self.asked_before = False  # whether it has had a request
         self.web: WebSocket | None = None  # what the connection has become
         self.peer = str(self.client_address[0])
         self.wire: Wire
@@ -17014,8 +17082,9 @@ class Connection(http.server.BaseHTTPRequestHandler, Ticking):
     def _placed(self, request: Request) -> Reply | None:
         """Takes API_PREFIX off the path of a request; the answer where the application is not needed for it."""
         prefix = self.server.prefix
-        if self.server.stopping:
+        if self.server.stopping and self.asked_before:
             raise overloaded("The server is shutting down")
+        self.asked_before = True
         below = request.path == prefix or request.path.startswith(prefix + "/")
         if prefix and not below:
             if not self.server.application.beside(request):
@@ -18303,6 +18372,7 @@ class Mirror:
         self._visits_lock = threading.Lock()
         # Seeds, until when, and the ids of visitors' own accounts, by the digest of the cookie.
         self._visits_here: OrderedDict[str, tuple[str, float, str]] = OrderedDict()
+        self._visits_read = 0  # how many times they were read anew
         self._refused_routes: set[str] = set()  # that the log has named
         self._asked_anew: dict[
             str, float
@@ -18312,6 +18382,8 @@ class Mirror:
 
     def reload_visits(self) -> None:
         """Another process has signed somebody in or out."""
+        with self._visits_lock:
+            self._visits_read += 1
         left = self.store.all_visits()
         with self._visits_lock:
             for digest in [one for one in self._visits_here if one not in left]:
@@ -18380,12 +18452,14 @@ class Mirror:
         now = time.time()
         with self._visits_lock:
             seated = self._visits_here.get(digest)
+            read = self._visits_read
         if seated is None:
             seated = self.store.visit(digest)
             if seated is None:
                 return None
             with self._visits_lock:
-                self._visits_here[digest] = seated
+                if read == self._visits_read:  # nobody has been signed out meanwhile
+                    self._visits_here[digest] = seated
                 if len(self._visits_here) > MAX_REMEMBERED:
                     self._visits_here.popitem(last=False)
         seed, until, own = seated
@@ -19443,6 +19517,7 @@ OR_ADMIN = "caller or admin"  # the access of what belongs to somebody
 OR_LINK = "caller, admin or signed link"
 # The access of what takes a key of this server, and no caller's own token.
 SIGNS_IN = "caller; to store: admin"
+LONGEST_NOTICE = 10.0  # seconds that a server that ends goes on, for one in front to hear of it
 
 
 def _named_key(request: Request) -> str:
@@ -19487,6 +19562,10 @@ class App(Application):
         self.tokens = Tokens()
         self.known_tools = KnownTools()
         self.peers: Peers | None = None
+        self.leaving = False  # whether a server in front is to ask others
+        self.looks: deque[float] = deque(
+            maxlen=3
+        )  # when somebody last looked whether this is ready (time.monotonic())
         self.left_out: set[str] = set()  # kinds of tools and items that the log has named
         self._stale = set[str]()  # what other processes have changed, and is not taken in yet
         self._refresh = 0.0 if settings.scheduled_refresh else math.inf  # when all tokens are refreshed next
@@ -19511,7 +19590,8 @@ class App(Application):
         """Finds the route of a request, and checks who may use it."""
         self.keys.refuse_pages(request)
         most = self._admit(request)
-        if request.endpoint is None or request.endpoint.access != "public":
+        unknown = request.endpoint is not None and request.endpoint.access == "admin" and not request.admin
+        if not unknown and (request.endpoint is None or request.endpoint.access != "public"):
             self.store.await_ready(request.watch)
         return most
 
@@ -19535,6 +19615,7 @@ class App(Application):
             return relay(self, request)
         if endpoint.access == "admin" and not request.admin:
             self.keys.admit_admin(request, _named_key(request))
+            self.store.await_ready(request.watch)
         return endpoint.function(self, request)
 
     def _admit(self, request: Request) -> int:
@@ -19573,7 +19654,7 @@ class App(Application):
                 in_query = request.query.get("admin_key", "") if named else ""
                 self.keys.admit_admin(request, in_query, kind == "admin")
             except ApiError:
-                request.admin = False
+                request.admin, request.asker = False, ""
                 if not in_body or in_query or self.settings.administrator is None:
                     raise
                 return MAX_PUBLIC_BODY
@@ -19673,6 +19754,15 @@ class App(Application):
             pass
         except Exception:
             log(logging.ERROR, "background job failed", exc_info=True)
+
+    def notice(self) -> float:
+        """Says that this server is about to leave: how many seconds a server in front, which looks every so often whether
+        this is ready, needs to hear of that; 0 when there is none."""
+        self.leaving = True
+        times = list(self.looks)
+        if len(times) < 3 or time.monotonic() - times[-1] > 30:
+            return 0.0
+        return min(3 * (times[-1] - times[0]) / 2 + 0.5, LONGEST_NOTICE)
 
     def take_in(self, stop: threading.Event) -> None:
         """Takes in, as long as the server runs, the changes that other processes store."""
@@ -21479,12 +21569,15 @@ def users_delete(app: App, request: Request) -> Reply:
 
 @ROUTER.on("GET", "/health", "/ping", access="public")
 def health(app: App, request: Request) -> Reply:
-    """liveness: `{"status": "ok"}` and how many accounts are in which state; with `?ready` 503 while the store cannot be
-    used or no account can answer"""
+    """liveness: `{"status": "ok"}` and how many accounts are in which state; with `?ready` 503 while the server is ending, the
+    store cannot be used, or no account can answer"""
     states = app.pool.states()
     told = {"status": "ok", "version": __version__, "accounts": states}
     if "ready" not in request.query:
         return json_reply(told)
+    app.looks.append(time.monotonic())
+    if app.leaving:
+        return json_reply(told | {"status": "draining"}, 503, {"Retry-After": "30"})
     if app.store.trouble:
         return json_reply(told | {"status": "store_unavailable"}, 503, {"Retry-After": "30"})
     if not app.keys.keyless and not states.get("ready", 0) + states.get("waiting", 0):
@@ -25002,11 +25095,22 @@ class ServiceError(Exception):
     """The service cannot be set up, changed or removed; one line that says why."""
 
 
+def _is_roots(path: str) -> bool:
+    """Whether nobody but root can change what is at a place."""
+    places = [pathlib.Path(path), *pathlib.Path(path).parents]
+    return all(one.stat().st_uid == 0 and not one.stat().st_mode & 0o022 for one in places)
+
+
 class Step(NamedTuple):
     """Something that is done to this machine: what it is, for people, and the doing."""
 
     told: str
     do: Callable[[], object]
+
+
+def _plain(text: str) -> str:
+    """A text in a unit, of which nothing stands for something else."""
+    return text.replace("%", "%%")
 
 
 class Service:
@@ -25048,16 +25152,16 @@ class Service:
             "",
             "[Service]",
             "Type=notify",
-            f"ExecStart={python} -m chatproxy --env-file {self._name(self.env_file)} serve",
+            f'ExecStart="{_plain(python)}" -m chatproxy --env-file "{_plain(self._name(self.env_file))}" serve',
             "ExecReload=/bin/kill -HUP $MAINPID",
-            f"WorkingDirectory={folder}",
+            f"WorkingDirectory={_plain(folder)}",
             "Environment=GLIBC_TUNABLES=glibc.malloc.tcache_count=0",
         ]
         if not self.own:
             lines += [f"User={NAME}", f"StateDirectory={NAME}", "StateDirectoryMode=0700"]
         for name in ("tls_cert", "tls_key"):
             if path := getattr(settings, name):
-                lines.append(f"LoadCredential={name}:{path}")
+                lines.append(f"LoadCredential={name}:{_plain(path)}")
         lines += [
             "WatchdogSec=60",
             "Restart=on-failure",
@@ -25082,7 +25186,7 @@ class Service:
             "Description=chatproxy's port",
             "",
             "[Socket]",
-            f"ListenStream={host}:{self.settings.port}",
+            f"ListenStream={_plain(host)}:{self.settings.port}",
             "Backlog=1024",
             "NoDelay=yes",
             "",
@@ -25101,9 +25205,9 @@ class Service:
             if row.name == "data_dir" and not self.own:
                 continue
             hidden = masks and row.metadata["secret"]
-            lines.append(f"{row.name.upper()}={'(as given)' if hidden else origin.text}")
+            lines.append(f'{row.name.upper()}="{"(as given)" if hidden else origin.text}"')
         if not self.own:
-            lines.append("DATA_DIR=/var/lib/chatproxy")
+            lines.append('DATA_DIR="/var/lib/chatproxy"')
         return "\n".join(lines) + "\n"
 
     def wrapper(self) -> str:
@@ -25112,7 +25216,7 @@ class Service:
         if self.own:
             return f"#!/bin/sh\nexec {run}\n"
         admin = 'if [ "$(id -u)" != 0 ]; then exec sudo "$0" "$@"; fi\n'
-        alone = f'case "$1" in unit|upgrade|uninstall|store) exec {run};; esac\n'
+        alone = f'case "$1" in unit|upgrade|uninstall) exec {run};; esac\n'
         return f"#!/bin/sh\n{admin}{alone}exec runuser -u {NAME} -- {run}\n"
 
     def printed(self) -> str:
@@ -25131,7 +25235,8 @@ class Service:
     def run(self, *words: str, patience: float = 600.0) -> str:
         """Runs a command; what it says. ServiceError when it fails."""
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=patience)
+            # Not in the caller's folder: Python would take modules from there.
+            done = subprocess.run(words, capture_output=True, text=True, timeout=patience, cwd="/")
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ServiceError(f"`{' '.join(words)}` cannot be run: {error}") from None
         if done.returncode:
@@ -25183,19 +25288,19 @@ class Service:
         """An interpreter of the service's own: that of a person's folder is out of its reach."""
         venv = self.folder / ".venv"
         base = os.path.realpath(sys.executable)
-        if not self.own and base.startswith(("/home/", "/root/", "/tmp/")):
-            base = shutil.which("python3", path="/usr/bin:/usr/local/bin") or ""
-            if not base:
-                raise ServiceError(
-                    "the service needs an interpreter outside /home and /root: apt install python3"
-                )
-        self.run(base, "-c", "import sys; sys.exit(sys.version_info < (3, 10))")
-        self.run(base, "-m", "venv", str(venv))
-        self.run(str(self.python), "-m", "pip", "install", "-q", *self._packages())
+        if not self.own and (base.startswith(("/home/", "/root/")) or not _is_roots(base)):
+            base = "/usr/bin/python3"
+        try:
+            self.run(base, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 10))")
+        except ServiceError:
+            text = f"the service needs Python 3.10 or later that is root's, and {base} is none: apt install python3"
+            raise ServiceError(text) from None
+        self.run(base, "-I", "-m", "venv", str(venv))
+        self.run(str(self.python), "-I", "-m", "pip", "install", "-q", *self._packages())
 
     def compile(self) -> None:
         """Keeps the compiled form of the program: the service may not write it, and compiling takes memory and time."""
-        self.run(str(self.python), "-m", "compileall", "-q", str(self.program))
+        self.run(str(self.python), "-I", "-m", "compileall", "-q", str(self.program))
 
     def _put_variables(self) -> None:
         self._write(self.env_file, self.variables(False).encode(), 0o600 if self.own else 0o640)
@@ -25261,7 +25366,8 @@ class Service:
         ]
         if purge:
             kept = f"{self._name(self.env_file.parent)} and {self._name(self.state)}"
-            steps.append(Step(f"remove its settings and its store with all accounts: {kept}", forget))
+            told = f"remove its settings and its store with all accounts: {kept} (a store elsewhere, by DATA_DIR or STORE_URL, stays)"
+            steps.append(Step(told, forget))
         return steps
 
     # -- another version -------------------------------------------------------------------------------------------
@@ -25297,21 +25403,50 @@ class Service:
             version = self.run(str(self.python), str(copy), "--version", patience=60).strip()
             data = folder / "data"
             data.mkdir(0o700)
-            if not self.settings.store_url and (self.state / STORE_FILE).exists():
-                Store(str(self.state)).back_up(data / STORE_FILE)
+            # Never on the store itself, and never with more rights than the service has.
+            kept = ("STORE_URL", "HOST", "PORT", "DATA_DIR", "WORKERS")
+            given = {
+                name: text for name, text in read_variables(str(self.env_file)).items() if name not in kept
+            }
+            trial_file = folder / "env"
+            trial_file.write_text("".join(f'{name}="{text}"\n' for name, text in given.items()))
+            who: dict[str, Any] = {}
+            if not self.own and self._has_user():
+                account = pwd.getpwnam(NAME)
+                who = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+                for one in (folder, data, trial_file):
+                    os.chown(one, account.pw_uid, account.pw_gid)
+            own = [str(self.python), str(self.program), "--env-file", str(self.env_file)]
+            copied = subprocess.run(
+                [*own, "store", "backup", str(data / STORE_FILE)],
+                cwd="/",
+                capture_output=True,
+                text=True,
+                **who,
+            )
+            if copied.returncode:
+                raise ServiceError(
+                    f"the store cannot be copied: {copied.stderr.strip()}; nothing was changed"
+                )
             place = folder / "notify"
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.bind(str(place))
-                sock.settimeout(UPGRADE_PATIENCE)
-                words = [str(self.python), str(copy), "--env-file", str(self.env_file), "serve"]
-                words += ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data), "--workers", "1"]
+                os.chmod(place, 0o666)  # in a folder of the service's alone
+                words = [str(self.python), str(copy), "--env-file", str(trial_file), "serve"]
+                words += ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data)]
                 environ = {**os.environ, "NOTIFY_SOCKET": str(place)}
                 with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log_file:
-                    trial = subprocess.Popen(words, env=environ, stdout=log_file, stderr=log_file)
+                    trial = subprocess.Popen(
+                        words, env=environ, cwd="/", stdout=log_file, stderr=log_file, **who
+                    )
                     try:
-                        while not sock.recv(4096).startswith(b"READY=1"):
-                            pass
-                        return version
+                        sock.settimeout(0.2)
+                        end = time.monotonic() + UPGRADE_PATIENCE
+                        while trial.poll() is None and time.monotonic() < end:
+                            with contextlib.suppress(TimeoutError):
+                                if sock.recv(4096).startswith(b"READY=1"):
+                                    return version
+                        raise TimeoutError
                     except TimeoutError:
                         log_file.seek(0)
                         said = log_file.read().strip().splitlines()
@@ -25345,7 +25480,10 @@ class Service:
         )
 
     def _put_back_store(self, began: float) -> None:
-        """Has the copy of the store that a newer program made when it changed the schema, if it did."""
+        """Has the copy of the store that a newer program made when it changed the schema, if it did. One in a database stays as
+        it is: its copy lies there too, for `store restore`."""
+        if "STORE_URL" in read_variables(str(self.env_file)):
+            return
         copies = [one for one in self.state.glob(f"{STORE_FILE}.schema-*") if one.stat().st_mtime >= began]
         if copies:
             self.systemctl("stop", "chatproxy.service")
@@ -25416,7 +25554,14 @@ def settled(flags: Mapping[str, str | None]) -> Settings:
 
 
 def opened(settings: Settings) -> Store:
-    """The store; a command that cannot have it ends here."""
+    """The store; a command that cannot have it ends here. Root opens what is a service's with that one's rights alone: who has
+    taken over the service must not have taken over what root does there."""
+    with contextlib.suppress(FileNotFoundError):
+        owner = os.stat(settings.data_dir)
+        if not os.geteuid() and owner.st_uid:
+            os.setgroups([])
+            os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+            os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
     try:
         return Store(settings.data_dir, settings.store_url)
     except StoreError as error:
@@ -25703,6 +25848,7 @@ class Daemon:
         self.stop.wait()
         self._tell("STOPPING=1\nSTATUS=ending, open answers have their time")
         log(logging.INFO, "stopping", open=server.connections())
+        time.sleep(min(app.notice(), settings.shutdown_grace))
         server.drain(settings.shutdown_grace)
         app.site.finish_erasures(LAST_PATIENCE)
         for last in (app.pool.keep_told, app.ledger.save, app.pool.leave):
@@ -26254,7 +26400,7 @@ def _from_file(file: pathlib.Path, folder: str) -> Store:
         with open(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as target:
             target.write(file.read_bytes())
         store = Store(folder)
-        if fault := store.damage():
+        if fault := store.damage() or store.strangeness():
             raise StoreError(f"it is damaged: {fault}")
     except OSError as error:
         fail(f"{file}: {error.strerror or error}")
