@@ -1671,10 +1671,10 @@ class PostgresDatabase:
     def changes(self, seconds: float) -> set[str]:
         topics = set[str]()
         try:
+            if self.lost:  # be it for a moment, while other connections go on
+                time.sleep(min(seconds, 0.3))
+                self.try_again()
             if self._listener is None:
-                if self.lost:
-                    time.sleep(min(seconds, 0.3))
-                    self.try_again()
                 self._listener = self._connected()
                 self._listener.execute(f"LISTEN {self.CHANNEL}")
                 missed, self._heard_once = self._heard_once, True

@@ -19831,6 +19831,29 @@ def test_an_instance_that_is_told_to_end_is_left_by_the_front_before_it_does(
     assert three.troubles() == []
 
 
+def test_a_connection_that_is_refused_for_a_moment_ends_nothing_for_good(
+    postgres: Postgres, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cp.PostgresDatabase, "PATIENCE", 0.3)
+    store = cp.Store(str(tmp_path), postgres.url())
+    database = store.database
+    assert isinstance(database, cp.PostgresDatabase)
+    store.changes(0.1)  # which has a connection of its own, and keeps it
+    right = database._url
+    while database._idle:
+        database._idle.pop().close()
+    database._url = right.replace(urllib.parse.quote(postgres.PASSWORD, safe=""), "wrong-password")
+    with pytest.raises(cp.StoreUnavailable) as refused:
+        store.users()
+    assert "wrong-password" not in refused.value.cause
+    database._url = right
+    with pytest.raises(cp.StoreUnavailable):  # at once, until it is tried again
+        store.users()
+    store.changes(0.1)
+    assert store.users() == [] and store.trouble == ""
+    store.close()
+
+
 # ... of the helpers themselves
 
 
