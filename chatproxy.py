@@ -25416,10 +25416,14 @@ class Service:
                 who = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
                 for one in (folder, data, trial_file):
                     os.chown(one, account.pw_uid, account.pw_gid)
+            # The service has its settings from its file alone, whatever is set where this is called.
+            names = {row.name.upper() for row in fields(Settings)}
+            environ = {name: text for name, text in os.environ.items() if name not in names}
             own = [str(self.python), str(self.program), "--env-file", str(self.env_file)]
             copied = subprocess.run(
                 [*own, "store", "backup", str(data / STORE_FILE)],
                 cwd="/",
+                env=environ,
                 capture_output=True,
                 text=True,
                 **who,
@@ -25434,7 +25438,7 @@ class Service:
                 os.chmod(place, 0o666)  # in a folder of the service's alone
                 words = [str(self.python), str(copy), "--env-file", str(trial_file), "serve"]
                 words += ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data)]
-                environ = {**os.environ, "NOTIFY_SOCKET": str(place)}
+                environ["NOTIFY_SOCKET"] = str(place)
                 with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log_file:
                     trial = subprocess.Popen(
                         words, env=environ, cwd="/", stdout=log_file, stderr=log_file, **who

@@ -18088,6 +18088,44 @@ def test_agents_of_one_worker_process_answer_what_another_is_asked(
         assert put(served, "still there?").status_code == 200
 
 
+class Wire:
+    """The way between two processes, as each of them has it: a message arrives as it is told."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.other = number, self
+        self.hearers: dict[str, Callable[[int, dict[str, Any]], object]] = {}
+
+    def hear(self, kind: str, hearer: Callable[[int, dict[str, Any]], object]) -> None:
+        self.hearers[kind] = hearer
+
+    def tell(self, kind: str, to: int = cp.EVERYBODY, **said: Any) -> None:
+        assert to in (cp.EVERYBODY, self.other.number)
+        self.other.hearers[kind](self.number, json.loads(json.dumps(said)))
+
+
+def test_an_agent_that_left_unheard_is_gone_as_soon_as_it_is_asked() -> None:
+    first, second = Wire(0), Wire(1)
+    first.other, second.other = second, first
+    holders = [cp.Agents(cp.Metrics()), cp.Agents(cp.Metrics())]
+    for holder, wire in zip(holders, (first, second), strict=True):
+        holder.join(wire)  # type: ignore[arg-type]
+    for use in ("ask", "drop"):
+        second.hearers["agent here"](0, {"agent": "a-ghost-of-an-agent"})
+        (ghost,) = holders[1].connected()
+        began = time.monotonic()
+        if use == "ask":
+            with pytest.raises(cp.AgentLost, match="hung up"):
+                holders[1]._exchange(ghost, "ping", "", 5.0, cp.Watch())
+        else:
+            assert isinstance(ghost.web, cp.FarAgent)
+            ghost.web.drop("it did not answer a ping")
+        assert holders[1].connected() == [] and time.monotonic() - began < 2
+    # And with the process that it was at.
+    second.hearers["agent here"](0, {"agent": "another"})
+    second.hearers["roster"](cp.MANAGER, {"workers": [1]})
+    assert holders[1].connected() == []
+
+
 def test_a_visitors_own_cookie_is_known_to_every_process_and_forgotten_with_the_last_visit(
     tmp_path: pathlib.Path,
 ) -> None:
@@ -18311,43 +18349,65 @@ if words[0] == "show":
 """
 
 
-def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path) -> None:
-    if os.geteuid():
-        pytest.skip("only root installs for the whole machine")
-    root, tools = tmp_path / "root", tmp_path / "bin"
-    tools.mkdir()
-    for name, text in (
-        ("systemctl", FAKE_SYSTEMCTL.format(python=sys.executable, state=str(tmp_path))),
-        ("useradd", f'#!/bin/sh\necho useradd "$@" >> {tmp_path}/calls\n'),
-        ("userdel", f'#!/bin/sh\necho userdel "$@" >> {tmp_path}/calls\n'),
-    ):
-        (tools / name).write_text(text)
-        (tools / name).chmod(0o755)
-    python = root / "opt/chatproxy/.venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    env = {"PATH": f"{tools}:{os.environ['PATH']}", "AUTHORIZATION": "a-secret-key", "HEARTBEAT": "9"}
-    code = "import shutil, sys; sys.path.insert(0, sys.argv.pop(1)); import chatproxy as cp; "
-    code += "shutil.chown = lambda *given, **named: None; cp.cli(prog_name='chatproxy.py')"
+class Machine:
+    """A machine with a stand-in for systemd's, and all that is installed there below `root`."""
 
-    def command(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    def __init__(self, folder: pathlib.Path, **settings: str) -> None:
+        if os.geteuid():
+            pytest.skip("only root installs for the whole machine")
+        self.root = folder / "root"
+        self.program = self.root / "opt/chatproxy/chatproxy.py"
+        self.settings_file = self.root / "etc/chatproxy/env"
+        self.data = self.root / "var/lib/chatproxy"
+        tools = folder / "bin"
+        tools.mkdir()
+        for name, text in (
+            ("systemctl", FAKE_SYSTEMCTL.format(python=sys.executable, state=str(folder))),
+            ("useradd", f'#!/bin/sh\necho useradd "$@" >> {folder}/calls\n'),
+            ("userdel", f'#!/bin/sh\necho userdel "$@" >> {folder}/calls\n'),
+        ):
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        python = self.root / "opt/chatproxy/.venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        (folder / "log").write_text("")
+        self.env = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": "/nonexistent"} | settings
+
+    def command(self, *words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        code = "import shutil, sys; sys.path.insert(0, sys.argv.pop(1)); import chatproxy as cp; "
+        code += "shutil.chown = lambda *given, **named: None; cp.cli(prog_name='chatproxy.py')"
         return subprocess.run(
-            [sys.executable, "-c", code, str(SCRIPT.parent), *words, "--root", str(root)],
-            env=env | {"HOME": "/nonexistent"},
+            [sys.executable, "-c", code, str(SCRIPT.parent), *words, "--root", str(self.root)],
+            env=self.env,
             capture_output=True,
             text=True,
             timeout=120,
             input=stdin,
         )
 
-    (tmp_path / "log").write_text("")
+    def has_its_data_below(self) -> None:
+        """For the stand-in of systemctl the data is below the root as well."""
+        self.data.mkdir(mode=0o700, parents=True)
+        text = self.settings_file.read_text()
+        self.settings_file.write_text(text.replace('DATA_DIR="/var', f'DATA_DIR="{self.root}/var'))
+
+
+def another_version(version: str) -> str:
+    """The program with another version."""
+    return SCRIPT.read_text().replace(f'__version__ = "{cp.__version__}"', f'__version__ = "{version}"')
+
+
+def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path) -> None:
+    machine = Machine(tmp_path, AUTHORIZATION="a-secret-key", HEARTBEAT="9")
+    root, command, data = machine.root, machine.command, machine.data
+    program, settings_file = machine.program, machine.settings_file
     shown = command("unit", "--install", stdin="n\n")
     assert shown.returncode == 1 and "1. make a user chatproxy" in shown.stdout
     assert not (root / "etc").exists()  # nothing is done before it may be
     installed = command("unit", "--install", "--yes")
     assert installed.returncode == 0, installed.stderr
-    program, settings_file = root / "opt/chatproxy/chatproxy.py", root / "etc/chatproxy/env"
     assert program.read_bytes() == SCRIPT.read_bytes()
     assert stat.S_IMODE(settings_file.stat().st_mode) == 0o640
     assert 'AUTHORIZATION="a-secret-key"\n' in settings_file.read_text()
@@ -18370,14 +18430,11 @@ def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path) -> N
         and "runuser -u chatproxy" in wrapper
     )
 
-    # For the stand-in of systemctl the data is below the root as well.
-    data = root / "var/lib/chatproxy"
-    data.mkdir(mode=0o700, parents=True)
-    settings_file.write_text(settings_file.read_text().replace('DATA_DIR="/var', f'DATA_DIR="{root}/var'))
+    machine.has_its_data_below()
     added = run("accounts", "add", cp.demo_token("alice"), env={"DATA_DIR": str(data)})
     assert added.returncode == 0
     good = tmp_path / "good.py"
-    good.write_text(SCRIPT.read_text().replace(f'__version__ = "{cp.__version__}"', '__version__ = "9.9.9"'))
+    good.write_text(another_version("9.9.9"))
     upgraded = command("upgrade", str(good))
     assert upgraded.returncode == 0 and "version 9.9.9" in upgraded.stdout, upgraded.stderr
     assert program.read_text() == good.read_text()
@@ -18423,6 +18480,45 @@ def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path) -> N
     assert settings_file.exists() and (data / cp.STORE_FILE).exists()
     assert command("uninstall", "--yes", "--purge").returncode == 0
     assert not settings_file.exists() and not data.exists()
+
+
+def test_an_upgrade_is_tried_on_a_copy_of_the_database(tmp_path: pathlib.Path, postgres: Postgres) -> None:
+    machine = Machine(tmp_path, AUTHORIZATION="a-secret-key", STORE_URL=postgres.url())
+    assert machine.command("unit", "--install", "--yes").returncode == 0
+    machine.has_its_data_below()
+    own = {"DATA_DIR": str(machine.data), "STORE_URL": machine.env["STORE_URL"]}
+    assert run("accounts", "add", cp.demo_token("alice"), env=own).returncode == 0
+    store = cp.Store(str(machine.data), own["STORE_URL"])
+    (row,) = store.accounts()
+    # On trial it says what it finds in its store, and spoils that.
+    good = tmp_path / "good.py"
+    trial = f"""        if os.environ.get("NOTIFY_SOCKET"):
+            with open({str(tmp_path / "seen")!r}, "w") as file:
+                print(type(app.store.database).__name__, [one.email for one in app.store.accounts()], file=file)
+            app.pool.remove()
+"""
+    place = "        server = self._bind(app)\n        self._app"
+    assert place in SCRIPT.read_text()
+    good.write_text(another_version("9.9.9").replace(place, trial + place))
+    upgraded = machine.command("upgrade", str(good))
+    assert upgraded.returncode == 0 and "version 9.9.9" in upgraded.stdout, upgraded.stderr
+    assert (tmp_path / "seen").read_text() == "SqliteDatabase ['alice@demo.example']\n"
+    assert [one.id for one in store.accounts()] == [row.id]
+    # One that is never ready is left again.
+    late = tmp_path / "late.py"
+    late.write_text(
+        another_version("9.9.10").replace(
+            place,
+            f"        if not os.environ.get('NOTIFY_SOCKET'):\n            time.sleep(100)\n{place}",
+        )
+    )
+    back = machine.command("upgrade", str(late))
+    assert back.returncode == 2 and "the program before runs again" in back.stderr, back
+    assert machine.program.read_text() == good.read_text()
+    assert [one.id for one in store.accounts()] == [row.id]
+    store.close()
+    assert postgres.PASSWORD not in (tmp_path / "log").read_text()
+    assert machine.command("uninstall", "--yes", "--purge").returncode == 0
 
 
 # ... doctor
