@@ -18333,7 +18333,7 @@ def begin():
     started = subprocess.Popen([sys.executable, *line[1:]], cwd=folder, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=open(state / "log", "a"), start_new_session=True, env=environ)
     (state / "pid").write_text(str(started.pid))
-if words[0] in ("restart", "stop"):
+if words[0] in ("restart", "stop", "disable"):
     end()
 if words[0] == "restart":
     begin()
@@ -18352,9 +18352,7 @@ if words[0] == "show":
 class Machine:
     """A machine with a stand-in for systemd's, and all that is installed there below `root`."""
 
-    def __init__(self, folder: pathlib.Path, **settings: str) -> None:
-        if os.geteuid():
-            pytest.skip("only root installs for the whole machine")
+    def __init__(self, folder: pathlib.Path) -> None:
         self.root = folder / "root"
         self.program = self.root / "opt/chatproxy/chatproxy.py"
         self.settings_file = self.root / "etc/chatproxy/env"
@@ -18373,7 +18371,8 @@ class Machine:
         python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         python.chmod(0o755)
         (folder / "log").write_text("")
-        self.env = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": "/nonexistent"} | settings
+        self.env = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": "/nonexistent"}
+        self.env["AUTHORIZATION"] = "a-secret-key"
 
     def command(self, *words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         code = "import shutil, sys; sys.path.insert(0, sys.argv.pop(1)); import chatproxy as cp; "
@@ -18394,13 +18393,22 @@ class Machine:
         self.settings_file.write_text(text.replace('DATA_DIR="/var', f'DATA_DIR="{self.root}/var'))
 
 
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Iterator[Machine]:
+    if os.geteuid():
+        pytest.skip("only root installs for the whole machine")
+    made = Machine(tmp_path)
+    yield made
+    subprocess.run([tmp_path / "bin/systemctl", "stop"], check=True)
+
+
 def another_version(version: str) -> str:
     """The program with another version."""
     return SCRIPT.read_text().replace(f'__version__ = "{cp.__version__}"', f'__version__ = "{version}"')
 
 
-def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path) -> None:
-    machine = Machine(tmp_path, AUTHORIZATION="a-secret-key", HEARTBEAT="9")
+def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path, machine: Machine) -> None:
+    machine.env["HEARTBEAT"] = "9"
     root, command, data = machine.root, machine.command, machine.data
     program, settings_file = machine.program, machine.settings_file
     shown = command("unit", "--install", stdin="n\n")
@@ -18482,8 +18490,10 @@ def test_the_unit_is_installed_upgraded_and_removed(tmp_path: pathlib.Path) -> N
     assert not settings_file.exists() and not data.exists()
 
 
-def test_an_upgrade_is_tried_on_a_copy_of_the_database(tmp_path: pathlib.Path, postgres: Postgres) -> None:
-    machine = Machine(tmp_path, AUTHORIZATION="a-secret-key", STORE_URL=postgres.url())
+def test_an_upgrade_is_tried_on_a_copy_of_the_database(
+    tmp_path: pathlib.Path, machine: Machine, postgres: Postgres
+) -> None:
+    machine.env["STORE_URL"] = postgres.url()
     assert machine.command("unit", "--install", "--yes").returncode == 0
     machine.has_its_data_below()
     own = {"DATA_DIR": str(machine.data), "STORE_URL": machine.env["STORE_URL"]}
