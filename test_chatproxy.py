@@ -17658,12 +17658,15 @@ def test_settings_come_from_a_flag_a_variable_a_file_or_a_credential_in_that_ord
 
 def test_settings_are_read_anew_with_no_connection_lost(tmp_path: pathlib.Path, weather: Weather) -> None:
     env = prepared(weather, tmp_path / "data", "alice")
-    del env["AUTHORIZATION"], env["PORT"]
+    del env["AUTHORIZATION"], env["ADMIN_KEY"], env["PORT"]
     file = variables(tmp_path / "env", authorization=KEY, heartbeat="15", log_level="info", port="0")
     weather.words, weather.pace = ["word "] * 100, 0.03
     with Managed(tmp_path, file=file, env=env) as served, httpx.Client(timeout=60) as client:
         old, new = {"Authorization": f"Bearer {KEY}"}, {"Authorization": "Bearer another"}
         url = f"{served.url}/v1/chat/completions"
+        administrator = httpx.Client(base_url=served.url)
+        assert administrator.post("/tokens/session", json={"key": KEY}).status_code == 204
+        assert administrator.get("/tokens/list").status_code == 200
         body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "long"}], "stream": True}
         assert client.get(f"{served.url}/v1/models", headers=new).status_code == 401
         with client.stream("POST", url, json=body, headers=old) as answer, httpx.Client() as kept:
@@ -17677,6 +17680,7 @@ def test_settings_are_read_anew_with_no_connection_lost(tmp_path: pathlib.Path, 
             assert any("need_a_new_start=PORT" in line for line in served.lines)
             assert kept.get(f"{served.url}/v1/models", headers=new).status_code == 200
             assert kept.get(f"{served.url}/v1/models", headers=old).status_code == 401
+            assert administrator.get("/tokens/list").status_code == 401  # by a key that is none any more
             assert kept._transport._pool.connections == [before]  # type: ignore[attr-defined]
             assert list(lines)[-2] == "data: [DONE]"
         reloading = [one for one in served.told if one.startswith("RELOADING=1\nMONOTONIC_USEC=")]
@@ -17800,6 +17804,7 @@ def test_tls_resumes_sessions_refuses_old_versions_and_ends_stalled_handshakes(
         context = ssl.create_default_context()
         authority.configure_trust(context)
         context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2", "http/1.1"])
 
         def connect(session: ssl.SSLSession | None = None) -> ssl.SSLSocket:
             plain = socket.create_connection(address)
@@ -17808,6 +17813,7 @@ def test_tls_resumes_sessions_refuses_old_versions_and_ends_stalled_handshakes(
         with connect() as sock:
             session = sock.session
             assert session and session.has_ticket
+            assert sock.selected_alpn_protocol() == "http/1.1"
         with connect(session) as sock:
             assert sock.session_reused
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -17859,6 +17865,25 @@ def test_a_service_manager_hears_how_it_goes(tmp_path: pathlib.Path, weather: We
             served.signal(signal.SIGTERM)
             assert served.process.wait(20) == 0
             wait_until(functools.partial(ending, served))
+
+
+def test_a_server_that_ends_says_so_to_a_front_that_looks_whether_it_is_ready(
+    tmp_path: pathlib.Path, weather: Weather
+) -> None:
+    env = prepared(weather, tmp_path / "data", "alice")
+    with Managed(tmp_path, env=env) as served:
+        ready = f"{served.url}/health?ready"
+        for _ in range(3):
+            time.sleep(0.4)
+            assert httpx.get(ready).status_code == 200
+        served.signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(ready).status_code == 503)
+        told = httpx.get(ready)
+        assert told.json()["status"] == "draining" and told.headers["Retry-After"]
+        # Until the front has heard of it, questions are answered.
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert ask_at(served.url).status_code == 200
+        assert served.process.wait(30) == 0
 
 
 def test_the_watchdog_hears_nothing_while_the_loop_is_stuck() -> None:
@@ -18027,6 +18052,23 @@ def test_a_worker_process_that_dies_fails_its_own_requests_alone_and_is_started_
             if line.startswith('chatproxy_requests_total{route="/v1/chat/completions"')
         )
         assert total >= ends.count(True) - under_way[victim] + 8
+        # What it has told of its counting before its end stays counted.
+        time.sleep(cp.BEAT * 2)
+        refused = 'chatproxy_requests_total{route="/v1/models",status="401"}'
+
+        def counted() -> float:
+            lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+            return next(float(line.split()[-1]) for line in lines if line.startswith(refused))
+
+        for _ in range(8):
+            assert httpx.get(f"{served.url}/v1/models").status_code == 401
+        wait_until(lambda: counted() == 8)
+        time.sleep(cp.BEAT * 2)
+        ended = set(served.workers())
+        for pid in ended:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(served.workers()) == 2 and not ended & set(served.workers()))
+        wait_until(lambda: counted() == 8)
         assert len(served.told) and not any(one.startswith("STOPPING") for one in served.told)
         # Settings that are read anew reach those that were there and those that come later.
         os.kill(served.process.pid, signal.SIGTERM)
@@ -20360,6 +20402,69 @@ def soak(minutes: float, kinds: Sequence[str] = (), every: float = 10.0) -> int:
 # as pytest's -k has them.
 
 MUTANTS: list[tuple[str, str, str, str]] = [
+    ('a connection that is refused for a moment ends the store for good',
+     '            if self.lost:  # be it for a moment, while other connections go on\n', '            if self.lost and self._listener is None:\n',
+     'refused_for_a_moment'),
+    ('an upgrade is tried on the database itself',
+     'kept = ("STORE_URL", "HOST", ', 'kept = ("HOST", ',
+     'tried_on_a_copy'),
+    ('an upgrade is tried with the variables of whoever calls it',
+     'for name, text in os.environ.items() if name not in names}', 'for name, text in os.environ.items()}',
+     'tried_on_a_copy'),
+    ('a store whose schema changed is not put back',
+     '            self._put_back_store(began)\n', '',
+     'installed_upgraded_and_removed'),
+    ('an agent that left unheard is believed in',
+     '            self._peers.tell("agent gone", sender, agent=id)\n', '            pass\n',
+     'left_unheard'),
+    ('agents outlive their process in the eyes of others',
+     '            if isinstance(agent.web, FarAgent) and agent.web.worker not in here:\n', '            if False:\n',
+     'left_unheard'),
+    ('a message between processes may be of any size',
+     '            if size > MAX_TOLD:\n', '            if size > 1 << 40:\n',
+     'message_that_is_none'),
+    ('a handshake may stall for as long as it likes',
+     '                    self.plain.settimeout(HANDSHAKE_TIME)  # for the whole of it\n', '',
+     'ends_stalled_handshakes'),
+    ('ALPN names nothing',
+     '    context.set_alpn_protocols(["http/1.1"])\n', '',
+     'ends_stalled_handshakes'),
+    ('a renewed certificate is not noticed',
+     '            facts = os.stat(path)\n            stamps.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))\n', '            stamps.append((0, 0, 0))\n',
+     'renewed_certificate_is_noticed'),
+    ('one process counts what a user asked, the others do not know',
+     '        if self.shared and limit is not None:\n', '        if False:\n',
+     'worker_processes_share_a_port'),
+    ("sessions are another key's too",
+     'hashlib.sha256((self._administrator or b"") + token.encode())', 'hashlib.sha256(token.encode())',
+     'read_anew_with_no_connection'),
+    ('every process asks the same account first',
+     'account.preferred = owner in ("", self.instance)', 'account.preferred = True',
+     'one_process_that_asks_it_first'),
+    ('what processes that ended have counted is forgotten',
+     '        self._past = self._metrics.joined([self._past, Metrics.lasting(worker.metrics)])\n', '',
+     'worker_process_that_dies'),
+    ('a setting that needs a new start is taken over at once',
+     '            if not row.metadata["fixed"]:\n', '            if True:\n',
+     'read_anew'),
+    ('a credential that cannot be read counts as none',
+     '        raise SettingError(f"CREDENTIALS_DIRECTORY: {folder!r} cannot be read: {error}") from None\n', '        pass\n',
+     'credential_that_cannot_be_read'),
+    ('a copy of the store may be read by all',
+     '        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))\n', '        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))\n',
+     'copy_is_made_while'),
+    ('a file with other tables is put back',
+     '                return "its tables are not those of this program"\n', '                pass\n',
+     'could_have_written'),
+    ('values of another type are put back',
+     '                    return f"{table}.{name} has values of another type"\n', '                    pass\n',
+     'could_have_written'),
+    ('a worker process that ended stays ended',
+     '            if not worker.id and not self._stopping and worker.start_at <= now:\n', '            if not worker.id and not self._told_ready:\n',
+     'worker_process_that_dies'),
+    ('a server that is leaving says that it is ready',
+     '    if app.leaving:\n', '    if False:\n',
+     'says_so_to_a_front'),
     ('a foreign id is passed on',
      '        if self.belongings.foreign(visitor, named, reads) or self.belongings.foreign(visitor, asked):\n', '        if False:\n',
      'no_visitor_reaches'),
