@@ -90,8 +90,8 @@ if __name__ == "__main__" and "serve" in sys.argv[1:4] and sys.executable and ha
     if place.name == "chatproxy.py" and plain and direct:
         begin = "import sys; sys.path = [sys.argv.pop(1), *filter(None, sys.path)]; "
         begin += "import chatproxy; chatproxy.cli(prog_name='chatproxy.py')"
-        # Else glibc keeps freed memory for each thread that sleeps: 16 KB a stream.
-        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+        # Else glibc keeps freed memory for each thread: 16 KB of one that sleeps, and 1 MB of one that has worked.
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1")
         os.execv(sys.executable, [sys.executable, *options, "-c", begin, str(place.parent), *sys.argv[1:]])
 
 PACKAGES = ("curl_cffi>=0.16,<0.17", "click>=8.1")
@@ -467,17 +467,20 @@ class Settings:
         """Whether other processes serve from the same store."""
         return self.workers > 1 or self.store_url is not None
 
+    def in_force(self, anew: Settings) -> Settings:
+        """Settings that were read anew as they would count: those that only a new start takes over stay as they are here."""
+        kept = {row.name: getattr(self, row.name) for row in fields(self) if row.metadata["fixed"]}
+        return replace(anew, **kept)
+
     def take_over(self, anew: Settings) -> list[str]:
         """Has the values of settings that were read anew, for everybody who has these; the names of those that changed, and
         that only a new start takes over."""
-        late = []
+        counting = self.in_force(anew)
         for row in fields(self):
-            value = getattr(anew, row.name)
-            if not row.metadata["fixed"]:
-                object.__setattr__(self, row.name, value)
-            elif value != getattr(self, row.name):
-                late.append(row.name.upper())
-        return late
+            object.__setattr__(self, row.name, getattr(counting, row.name))
+        return [
+            row.name.upper() for row in fields(self) if getattr(anew, row.name) != getattr(self, row.name)
+        ]
 
 
 class Origin(NamedTuple):
@@ -1325,6 +1328,9 @@ class Database(Protocol):
 
     def tables(self) -> set[str]: ...
 
+    def looking(self) -> contextlib.AbstractContextManager[Callable[[str], Iterator[list[tuple[Any, ...]]]]]:
+        """What gives the rows of a query, some at a time, all as they are at one moment. Nobody waits for it."""
+
     def note(self, topic: str) -> None:
         """Has other processes know, once the transaction is kept, that something of a topic has changed."""
 
@@ -1356,6 +1362,7 @@ class SqliteDatabase:
     def __init__(self, path: pathlib.Path, turns: int) -> None:
         """`turns` is a file whose bytes processes lock (see `exclusively`)."""
         self._turns = turns
+        self._path = path
         self._connection_lock = threading.RLock()
         self._open = True
         with self._told():
@@ -1393,6 +1400,12 @@ class SqliteDatabase:
                 finally:
                     if self.connection.in_transaction:  # some failures have rolled it back already
                         self.connection.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[Callable[[str], Iterator[list[tuple[Any, ...]]]]]:
+        with self._told(), contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as own:
+            own.execute("BEGIN")
+            yield lambda query: _some_at_a_time(own.execute(query))
 
     def version(self) -> int:
         return int(self.rows("PRAGMA user_version", ())[0][0])
@@ -1450,6 +1463,12 @@ class SqliteDatabase:
         os.close(self._turns)
 
 
+def _some_at_a_time(cursor: Any) -> Iterator[list[tuple[Any, ...]]]:
+    """The rows of a cursor."""
+    while rows := cursor.fetchmany(100):
+        yield rows
+
+
 class _LostConnection(DatabaseTrouble):
     """A connection broke, or the server took back what it had begun: a new attempt may succeed at once."""
 
@@ -1458,17 +1477,31 @@ class PostgresDatabase:
     """A database on a PostgreSQL server, which processes of several machines may use at a time.
 
     A thread that needs it takes one of a few connections. When the server cannot be reached, everybody waits for it for
-    PATIENCE seconds in all; then everything fails at once until `try_again` succeeds. Other processes hear of changes by NOTIFY. Needs the package psycopg and a connection of its own
-    to the server: a pooler that shares one out by transactions loses locks and notices.
+    PATIENCE seconds in all; then everything fails at once until `try_again` succeeds. Other processes hear of changes by
+    NOTIFY. Needs the package psycopg and connections of its own to the server: a pooler that shares them out by
+    transactions loses locks and notices.
     """
 
     server = True
-    MAX_CONNECTIONS = 8
+    MAX_CONNECTIONS = 6  # beside the one that listens, and the one that holds locks
+    MAX_WRITERS = 4  # of these; who reads need not wait for all who wait to write
     PATIENCE = 5.0  # seconds that a thread waits for one of them, and all for a server that is away
     CHANNEL = "chatproxy"
     WRITES = 0x63686174  # the advisory lock of transactions
-    # Seconds that nobody takes a lock after locks were lost: who had one may still be at it.
-    LOCK_GRACE = 3.0
+    # Seconds that nobody else takes a turn after one began, even if the connection that holds its lock breaks: who had it may
+    # still be at it.
+    LEASE = 8.0
+    # A process that stands still, or a machine that is gone, holds nobody up for long.
+    OPTIONS = {
+        "statement_timeout": "20s",
+        "lock_timeout": "10s",
+        "idle_in_transaction_session_timeout": "10s",
+        "tcp_keepalives_idle": "5s",
+        "tcp_keepalives_interval": "2s",
+        "tcp_keepalives_count": "3",
+        "tcp_user_timeout": "10s",
+        "synchronous_commit": "on",
+    }
     # What PostgreSQL has other words for: REAL is too short for a time, and INTEGER for a count of tokens.
     TYPES = (
         (r"\)\s+WITHOUT ROWID", ")"),
@@ -1489,32 +1522,36 @@ class PostgresDatabase:
         self._reached = threading.Event()
         self._id = secrets.token_hex(8)
         self._room = threading.Semaphore(self.MAX_CONNECTIONS)
+        self._writers = threading.Semaphore(self.MAX_WRITERS)
+        self._count_lock = threading.Lock()
+        self._count = 0  # of connections that are idle or lent
         self._idle: deque[Any] = deque()
         self._here = threading.local()  # the `transaction` of a thread
         self._listener: Any = None
         self._heard_once = False
         self._locks_lock = threading.Lock()
         self._locks: Any = None
-        self._locks_from = 0.0  # time.monotonic() before which no lock is taken
         with self._lent():
             pass
 
     # -- connections -----------------------------------------------------------------------------------------------
 
     def _connected(self) -> Any:
-        """A new connection, which gives up a server that has gone silent after some seconds."""
+        """A new connection, which gives up a server that has gone silent after some seconds, as the server does us."""
+        options = " ".join(f"-c {name}={value}" for name, value in self.OPTIONS.items())
         try:
             return self._psycopg.connect(
                 self._url, autocommit=True, connect_timeout=5, application_name="chatproxy", keepalives_idle=5,
-                keepalives_interval=2, keepalives_count=3, tcp_user_timeout=10_000,
-                options="-c statement_timeout=20s -c lock_timeout=10s -c synchronous_commit=on",
+                keepalives_interval=2, keepalives_count=3, tcp_user_timeout=10_000, options=options,
             )  # fmt: skip
         except self._psycopg.Error as error:
-            if not self.lost:
-                self._given_up = time.monotonic() + self.PATIENCE
-                self._reached.clear()
-            self.lost = self._cause(error)
-            raise DatabaseTrouble(self.lost) from None
+            cause = self._cause(error)
+            if not self._count:  # else it is there, and has no room for one more
+                if not self.lost:
+                    self._given_up = time.monotonic() + self.PATIENCE
+                    self._reached.clear()
+                self.lost = cause
+            raise DatabaseTrouble(cause) from None
 
     def _await(self) -> None:
         """Waits for a server that is away."""
@@ -1538,11 +1575,7 @@ class PostgresDatabase:
         if not self._room.acquire(timeout=self.PATIENCE):
             raise DatabaseTrouble("all connections to it are busy")
         try:
-            self._await()
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                connection = self._new()
+            connection = self._taken()
             sound = False
             try:
                 with self._told(connection):
@@ -1552,9 +1585,28 @@ class PostgresDatabase:
                 if sound or connection.info.transaction_status == 0:  # not broken, and in no transaction
                     self._idle.append(connection)
                 else:
-                    connection.close()
+                    self._drop(connection)
         finally:
             self._room.release()
+
+    def _taken(self) -> Any:
+        """An idle connection, or a new one; of a server that takes no more, the next that becomes idle."""
+        end = time.monotonic() + self.PATIENCE
+        while True:
+            with contextlib.suppress(IndexError):
+                return self._idle.pop()
+            try:
+                self._await()
+                return self._new()
+            except DatabaseTrouble:
+                if not self._count or time.monotonic() >= end:
+                    raise
+            time.sleep(0.2)
+
+    def _drop(self, connection: Any) -> None:
+        with self._count_lock:
+            self._count -= 1
+        connection.close()
 
     @contextlib.contextmanager
     def _told(self, connection: Any) -> Iterator[None]:
@@ -1564,20 +1616,36 @@ class PostgresDatabase:
             yield
         except (known.errors.DeadlockDetected, known.errors.SerializationFailure) as error:
             raise _LostConnection(self._cause(error)) from None
-        except (known.OperationalError, known.InterfaceError, known.errors.ReadOnlySqlTransaction) as error:
+        except (
+            known.OperationalError, known.InterfaceError, known.errors.ReadOnlySqlTransaction,
+            known.errors.InsufficientPrivilege, known.errors.InvalidSchemaName, known.errors.UndefinedTable,
+        ) as error:  # fmt: skip
             if not connection.closed:
                 raise DatabaseTrouble(self._cause(error)) from None
             while self._idle:
                 with contextlib.suppress(IndexError):
-                    self._idle.pop().close()
+                    self._drop(self._idle.pop())
             raise _LostConnection(self._cause(error)) from None
+        except known.Error as error:
+            if connection.info.transaction_status in (
+                0,
+                4,
+            ):  # none, or unknown: it broke, or there is no fault in what was begun
+                raise DatabaseTrouble(self._cause(error)) from None
+            raise
 
     def _new(self) -> Any:
         """A new connection, be it after a wait."""
-        with contextlib.suppress(DatabaseTrouble):
-            return self._connected()
-        self._await()
-        return self._connected()
+        try:
+            connection = self._connected()
+        except DatabaseTrouble:
+            if not self.lost:
+                raise
+            self._await()
+            connection = self._connected()
+        with self._count_lock:
+            self._count += 1
+        return connection
 
     def try_again(self) -> None:
         """Whether the server can be reached; DatabaseTrouble when it cannot."""
@@ -1621,6 +1689,9 @@ class PostgresDatabase:
             yield current
             return
         with contextlib.ExitStack() as stack:
+            if not self._writers.acquire(timeout=self.PATIENCE):
+                raise DatabaseTrouble("all connections to it are busy")
+            stack.callback(self._writers.release)
             connection = self._begun(stack)
             transaction = self._here.transaction = self._Transaction(connection)
             try:
@@ -1649,6 +1720,24 @@ class PostgresDatabase:
                     raise
         raise AssertionError("unreachable")
 
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[Callable[[str], Iterator[list[tuple[Any, ...]]]]]:
+        connection = self._connected()
+        try:
+            with self._told(connection):
+                for name in ("statement_timeout", "idle_in_transaction_session_timeout"):
+                    connection.execute(f"SET {name}=0")
+                connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+                def rows_of(query: str) -> Iterator[list[tuple[Any, ...]]]:
+                    with connection.cursor(name="whole") as cursor:  # the server keeps what is not read yet
+                        cursor.execute(query)
+                        yield from _some_at_a_time(cursor)
+
+                yield rows_of
+        finally:
+            connection.close()
+
     def version(self) -> int:
         return int(self.rows("SELECT version FROM chatproxy_schema", ())[0][0]) if self.tables() else 0
 
@@ -1657,6 +1746,8 @@ class PostgresDatabase:
             db.execute("CREATE TABLE IF NOT EXISTS chatproxy_schema (version INTEGER NOT NULL)")
             db.execute("DELETE FROM chatproxy_schema")
             db.execute("INSERT INTO chatproxy_schema VALUES (?)", (version,))
+            columns = "place BIGINT PRIMARY KEY, holder TEXT NOT NULL, until TIMESTAMPTZ NOT NULL"
+            db.execute(f"CREATE TABLE IF NOT EXISTS chatproxy_turns ({columns})")
 
     def tables(self) -> set[str]:
         query = "SELECT table_name FROM information_schema.tables WHERE table_schema=current_schema()"
@@ -1693,35 +1784,58 @@ class PostgresDatabase:
     def exclusively(self, id: str, patience: float) -> Iterator[None]:
         place = _place_of_turn(id, 8)
         end = time.monotonic() + patience
-        while not self._lock("SELECT pg_try_advisory_lock(?)", place):
+        while not self._enter(place):
             if time.monotonic() >= end:
                 raise TimeoutError
             time.sleep(0.1)
         try:
             yield
         finally:
-            with contextlib.suppress(DatabaseTrouble):
-                self._lock("SELECT pg_advisory_unlock(?)", place)
+            self._leave(place)
 
-    def _lock(self, query: str, place: int) -> bool:
-        """Asks for a lock, or gives it back, on the connection that holds all of this process's: False when it is another's,
-        or that connection broke, with which all of them are gone."""
+    def _enter(self, place: int) -> bool:
+        """Whether this process has a turn now: the lock, which a process that is gone has no more, and the lease."""
+        taken = (
+            "INSERT INTO chatproxy_turns VALUES (?, ?, clock_timestamp() + ?) ON CONFLICT (place) DO UPDATE"
+        )
+        taken += (
+            " SET holder=excluded.holder, until=excluded.until WHERE chatproxy_turns.holder=excluded.holder"
+        )
+        taken += " OR chatproxy_turns.until<clock_timestamp() RETURNING 1"
         with self._locks_lock:
             if self.lost:
                 raise DatabaseTrouble(self.lost)
-            if time.monotonic() < self._locks_from:
-                return False
             if self._locks is None:
                 self._locks = self._connected()
             try:
-                with self._told(self._locks):
-                    row = self._locks.execute(*_for_postgres(query, (place,))).fetchone()
-            except DatabaseTrouble:
-                self._locks.close()
-                self._locks = None
-                self._locks_from = time.monotonic() + self.LOCK_GRACE
-                return False
-            return bool(row[0])
+                if not self._on_locks("SELECT pg_try_advisory_lock(?)", place):
+                    return False
+                if self._on_locks(taken, place, self._id, datetime.timedelta(seconds=self.LEASE)):
+                    return True
+                self._on_locks("SELECT pg_advisory_unlock(?)", place)
+            except _LostConnection:  # the server was started anew meanwhile, perhaps
+                pass
+            return False
+
+    def _leave(self, place: int) -> None:
+        """Ends a turn; where that cannot be said now, its lease ends by itself."""
+        with self._locks_lock, contextlib.suppress(DatabaseTrouble):
+            if self._locks is not None:
+                self._on_locks(
+                    "DELETE FROM chatproxy_turns WHERE place=? AND holder=? RETURNING 1", place, self._id
+                )
+                self._on_locks("SELECT pg_advisory_unlock(?)", place)
+
+    def _on_locks(self, query: str, *values: Any) -> bool:
+        """What a statement says on the connection that holds all locks of this process's; with its end they are gone."""
+        try:
+            with self._told(self._locks):
+                row = self._locks.execute(*_for_postgres(query, values)).fetchone()
+        except DatabaseTrouble:
+            self._locks.close()
+            self._locks = None
+            raise
+        return bool(row and row[0])
 
     def close(self) -> None:
         for connection in (*self._idle, self._listener, self._locks):
@@ -2011,6 +2125,7 @@ class Store:
         path = pathlib.Path(folder)
         self.place = "STORE_URL" if url else "DATA_DIR"
         self.trouble = ""  # why the last attempt to use it failed
+        self._untold = set[str]()  # topics that were heard of, and that nobody has taken in yet
         self.tells = False  # whether trouble is logged: once somebody serves, who goes on nevertheless
         self.database: Database
         try:
@@ -2060,7 +2175,9 @@ class Store:
         with self.writing() as db:
             have = self.database.version()
             if have > len(MIGRATIONS):
-                raise StoreError(f"{self.place}: the store was written by a newer chatproxy (schema {have})")
+                advice = "run that one, or `store restore` an older copy into another, empty place"
+                text = f"{self.place}: the store was written by a newer chatproxy (schema {have}); {advice}"
+                raise StoreError(text)
             known = self.database.tables()
             if have < 0 or (have and not known) or (have == len(MIGRATIONS) and TABLES - known):
                 raise DatabaseTrouble("it is not a database of chatproxy's, or tables of it are missing")
@@ -2099,20 +2216,22 @@ class Store:
 
     def _write_out(self, copy: sqlite3.Connection) -> None:
         """Copies every row into an empty SQLite file."""
-        with self.writing():
-            version = self.database.version()
-            copy.execute("BEGIN")
-            create_schema(copy, 0, version)
-            for table, rows in self.everything(version):
-                if rows:
-                    copy.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
-            copy.execute(f"PRAGMA user_version={version}")
-            copy.execute("COMMIT")
+        version = self.database.version()
+        copy.execute("BEGIN")
+        create_schema(copy, 0, version)
+        for table, rows in self.everything(version):
+            copy.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+        copy.execute(f"PRAGMA user_version={version}")
+        copy.execute("COMMIT")
 
     def everything(self, version: int) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
-        """Every table of a schema with its rows, those that others refer to first."""
-        for table in tables_of(version):
-            yield table, self._rows(f"SELECT * FROM {table}")
+        """The rows of a schema's tables, some at a time and as they are at one moment, those that others refer to first;
+        none of what no copy has."""
+        with self._watched(), self.database.looking() as rows_of:
+            for table in tables_of(version):
+                if table not in PASSING:
+                    for rows in rows_of(f"SELECT * FROM {table}"):
+                        yield table, rows
 
     def take_over(self, tables: Iterable[tuple[str, list[tuple[Any, ...]]]]) -> int:
         """Has these rows instead of all that is here, in one step; how many there are."""
@@ -2122,10 +2241,9 @@ class Store:
                 if table not in PASSING:  # by which others hear of this
                     db.execute(f"DELETE FROM {table}")
             for table, rows in tables:
-                if rows and table not in PASSING:
-                    marks = ", ".join("?" * len(rows[0]))
-                    db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
-                    count += len(rows)
+                marks = ", ".join("?" * len(rows[0]))
+                db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+                count += len(rows)
             self._note(*TOPICS)
         return count
 
@@ -2173,9 +2291,10 @@ class Store:
     def changes(self, seconds: float) -> set[str]:
         """The topics of which other processes have changed something, waiting for that up to so many seconds."""
         with self._watched():
-            topics = self.database.changes(seconds)
+            self._untold |= self.database.changes(seconds)
         if self.trouble and self.database.server:
             self.try_room()
+        topics, self._untold = self._untold, set()
         return topics
 
     @contextlib.contextmanager
@@ -4830,6 +4949,15 @@ def stable_number(id: str) -> int:
     return int(hashlib.sha256(id.encode()).hexdigest(), 16)
 
 
+class Renewed(NamedTuple):
+    """What an exchange gave: the secret that it used up, an access token, and the secret for the next one if that is
+    another."""
+
+    used: str
+    token: str
+    secret: str | None
+
+
 class Wait(NamedTuple):
     """A cool-down for one model: over at `until` (Unix seconds), after `strikes` refusals in a row."""
 
@@ -4953,9 +5081,7 @@ class Account:
         self.lines: tuple[AccountRow | None, dict[str, str], Page | None, list[bytes]] = (None, {}, None, [])
         self.renewal: Future[None] | None = None  # the exchange under way
         self.accepted = False  # whether the upstream has accepted the token of a guest
-        self.unstored: tuple[str, str | None] | None = (
-            None  # what an exchange gave that the store could not take
-        )
+        self.unstored: Renewed | None = None  # what an exchange gave that the store could not take
         # Seconds before its token's expiry at which it is renewed: not all accounts at the same moment.
         self.renewed_ahead = RENEWAL_AHEAD + stable_number(row.id) % int(RENEWAL_SPREAD)
         self.retry_renewal = (0.0, 0)  # not before (Unix seconds), after how many failures
@@ -5059,8 +5185,9 @@ class Account:
 
 
 class Ledger:
-    """Counts the work of accounts and API users today (local time), and of all accounts together by the hour. It
-    counts in memory; counts that are not saved yet are lost when the process is killed."""
+    """Counts the work of accounts and API users today (local time; where several machines may share the store, UTC), and of
+    all accounts together by the hour. It counts in memory; counts that are not saved yet are lost when the process is
+    killed."""
 
     def __init__(self, store: Store, shared: bool = False) -> None:
         """`shared`: other processes count in the same store, whose limits are then looked up there."""
@@ -5091,9 +5218,12 @@ class Ledger:
     def _begun(self, now: float) -> float:
         """The beginning of today; a new day begins with nothing counted."""
         if not self._day[0] <= now < self._day[1]:
-            day = time.localtime(now)
-            date = (day.tm_year, day.tm_mon, day.tm_mday)
-            midnight = [time.mktime((*date[:2], date[2] + i, 0, 0, 0, 0, 0, -1)) for i in (0, 1)]
+            if self.store.database.server:
+                midnight = [now // 86400 * 86400 + i * 86400 for i in (0, 1)]
+            else:
+                day = time.localtime(now)
+                date = (day.tm_year, day.tm_mon, day.tm_mday)
+                midnight = [time.mktime((*date[:2], date[2] + i, 0, 0, 0, 0, 0, -1)) for i in (0, 1)]
             if self._day[1]:
                 self._today = {subject: Tally(used=tally.used) for subject, tally in self._today.items()}
                 self._hours = {since: tally for since, tally in self._hours.items() if since > now - 90000}
@@ -5154,13 +5284,13 @@ class Ledger:
         try:
             if unsaved:
                 self.store.add_tallies(unsaved)
-            if self.shared:
-                self._read()
         except StoreUnavailable:  # it will be tried again
             with self._tallies_lock:
                 for key, tally in unsaved.items():
                     self._unsaved[key] = self._unsaved.get(key, Tally()).plus(tally)
             raise
+        if self.shared:
+            self._read()
 
 
 def login_required() -> ApiError:
@@ -5214,7 +5344,6 @@ class Pool:
                     if account is None and not row.guest:  # a caller's own until now: one object an account
                         account = self._guests.pop(row.id, None)
                 if account:
-                    self._refit(account, row, load)
                     if row.cookies != account.row.cookies:  # some came with a token that was added anew
                         account.cookies = account.cookies | _cookies_of(row)
                     told = Allowance.of_json(row.allowance)
@@ -5226,6 +5355,10 @@ class Pool:
                 if account and not row.guest:
                     account.waits = waits.get(row.id, {})
                     accounts[row.id] = account
+            with self._accounts_lock:
+                guests = [*self._guests.values(), *self._arriving.values()]
+            for account in (*accounts.values(), *guests):
+                self._refit(account, load)
             moved = {
                 a.id: a.egress.proxy for a in accounts.values() if a.egress.proxy not in ("", a.row.proxy)
             }
@@ -5254,13 +5387,15 @@ class Pool:
         """This process ends: others need not leave its accounts to it."""
         self.store.remove_instance(self.instance)
 
-    def _refit(self, account: Account, row: AccountRow, load: Counter[str]) -> None:
-        """Gives an account its part of a configuration that has changed."""
+    def _refit(self, account: Account, load: Counter[str]) -> None:
+        """Gives an account its part of a configuration that has changed, or the proxy that another process moved it to."""
         proxy, proxies = account.egress.proxy, self.settings.proxy_url
-        if (
-            proxy not in proxies if proxies else proxy
-        ) or account.gateway not in self.settings.chatgpt_base_url:
-            fitted = self._configured(row, load)
+        if account.row.proxy in proxies:
+            fits = proxy == account.row.proxy
+        else:
+            fits = proxy in proxies if proxies else not proxy
+        if not fits or account.gateway not in self.settings.chatgpt_base_url:
+            fitted = self._configured(account.row, load)
             account.egress, account.gateway = fitted.egress, fitted.gateway
 
     def _configured(self, row: AccountRow, load: Counter[str]) -> Account:
@@ -5715,7 +5850,7 @@ class Pool:
             changed = (row.secret, row.state) != (account.row.secret, account.row.state)
             account.row = row
             self._order()
-        if changed and row.state != "ready":
+        if changed and row.state != "ready" and account.unstored is None:
             raise Refusal("expired", "This account's sign-in is no longer valid.")
 
     def renewed(self, account: Account, token: str, secret: str | None) -> None:
@@ -5761,7 +5896,8 @@ class Pool:
             account.unreached += 1
             if account.unreached < PROXY_PATIENCE or len(proxies) < 2 or egress is not account.egress:
                 return
-            proxy = proxies[(proxies.index(egress.proxy) + 1) % len(proxies)]
+            last = proxies.index(egress.proxy) if egress.proxy in proxies else -1
+            proxy = proxies[(last + 1) % len(proxies)]
             account.unreached = 0
             account.egress = egress._replace(proxy=proxy)
             self._change(account, proxy=proxy)
@@ -6047,6 +6183,21 @@ class Renewals:
             elif row.kind == ACCESS and row.expires <= now:
                 self.pool.set_aside(account, "expired", "its access token has expired", row.access_token)
 
+    def store_late(self, now: float) -> None:
+        """Begins to store what exchanges gave while the store could not be used, before other processes try the tokens that
+        those have used up; to be called often."""
+        for account in self.pool.accounts():
+            if account.unstored:
+                self._renew_ahead(account, now)
+
+    def finish(self) -> None:
+        """Stores that now, as far as it can be; StoreUnavailable when the store still cannot be used."""
+        for account in self.pool.accounts():
+            if account.unstored:
+                account.retry_renewal = (0.0, 0)
+                with contextlib.suppress(Refusal):
+                    self._renew(account, "")
+
     def refresh_all(self, now: float) -> None:
         """SCHEDULED_REFRESH: exchanges every refresh token, however long its access token would last."""
         for account in self.pool.accounts():
@@ -6067,7 +6218,7 @@ class Renewals:
         try:
             with self.pool.store.exclusively(account.id, EXCHANGE_PATIENCE):
                 self.pool.take_renewal(account)
-                if not self._good(account, refused):
+                if account.unstored or not self._good(account, refused):
                     self._exchange(account, failures)
                     log(logging.INFO, "token renewed", account=account.name)
         except TimeoutError:
@@ -6078,16 +6229,16 @@ class Renewals:
     def _exchange(self, account: Account, failures: int) -> None:
         """Asks for a new token, once it is sure that there is room to keep it, and keeps it."""
         secret = account.row.secret
+        got = account.unstored
         try:
-            if account.unstored is None:
+            if got is None or secret not in (got.used, got.secret):  # or it was signed in to anew
                 self.pool.store.try_room()
                 ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
-                account.unstored = ask(account, secret)
-            tokens = account.unstored
-            self.pool.renewed(account, *tokens)
+                got = account.unstored = Renewed(secret, *ask(account, secret))
+            self.pool.renewed(account, got.token, got.secret)
             account.unstored = None
         except StoreUnavailable as error:
-            account.retry_renewal = (time.time() + 5.0, failures)
+            account.retry_renewal = (time.time() + 1.0, failures)
             raise Refusal("broken", error.message, error.code) from None
         except (Refusal, ValueError) as error:
             account.unstored = None
@@ -12692,8 +12843,9 @@ class Agents(Attempts):
         """Another process asks an agent of this one."""
         if found := self._here(said["agent"]):
             agent, web = found
-            agent.relayed[said["id"]] = time.monotonic() + AGENT_PATIENCE
-            web.needed = self._needs(agent)
+            with self._agents_lock:
+                agent.relayed[said["id"]] = time.monotonic() + AGENT_PATIENCE
+                web.needed = self._needs(agent)
             with contextlib.suppress(Closed):
                 web.send(said["text"])
         else:
@@ -12757,7 +12909,8 @@ class Agents(Attempts):
         if waiting and not waiting.done():
             waiting.set_result(said)
         elif elsewhere and isinstance(agent.web, WebSocket):
-            agent.web.needed = self._needs(agent)
+            with self._agents_lock:
+                agent.web.needed = self._needs(agent)
             self._tell("agent said", agent=agent.id, text=text)
 
     @staticmethod
@@ -16511,6 +16664,28 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
+class Certificate:
+    """The TLS context of a server, made anew when the files of its certificate and key are others; None for HTTP."""
+
+    def __init__(self, settings: Settings) -> None:
+        """SettingError when the files cannot be used."""
+        self.settings = settings
+        self._stamp = certificate_stamp(settings)
+        self.context = tls_context(settings)
+
+    def renew(self) -> None:
+        """Has the certificate and key for new connections, if their files have changed and fit together."""
+        stamp = certificate_stamp(self.settings)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self.context = tls_context(self.settings)
+            log(logging.INFO, "the certificate was read anew")
+        except SettingError as error:
+            log(logging.ERROR, "the certificate cannot be read anew", reason=str(error))
+
+
 class Application:
     """What a server serves. A request's head is looked at first: who may send what is settled before its body is read."""
 
@@ -16640,7 +16815,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(
         self, address: tuple[str, int], application: Application, settings: Settings, metrics: Metrics,
-        quiet: bool = False, listening: socket.socket | None = None, tls: ssl.SSLContext | None = None,
+        quiet: bool = False, listening: socket.socket | None = None, certificate: Certificate | None = None,
     ) -> None:  # fmt: skip
         """Listens at an address, or on a socket that others may accept from as well: then its part of MAX_CONNECTIONS is
         what WORKERS leaves it."""
@@ -16657,8 +16832,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._open: dict[socket.socket, Connection | None] = {}  # by the socket that was accepted
         self._places: dict[socket.socket, str] = {}  # where those come from that are counted
         self._from = Counter[str]()  # how many come from a place
-        self._certificate = certificate_stamp(settings)
-        self.tls = tls or tls_context(settings)
+        self.certificate = certificate or Certificate(settings)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self._alone = listening is None
@@ -16674,17 +16848,10 @@ class Server(http.server.ThreadingHTTPServer):
         """What paths begin with."""
         return f"/{self.settings.api_prefix}" if self.settings.api_prefix else ""
 
-    def renew_certificate(self) -> None:
-        """Has the certificate and key for new connections, if their files have changed and fit together."""
-        stamp = certificate_stamp(self.settings)
-        if stamp == self._certificate:
-            return
-        self._certificate = stamp
-        try:
-            self.tls = tls_context(self.settings)
-            log(logging.INFO, "the certificate was read anew")
-        except SettingError as error:
-            log(logging.ERROR, "the certificate cannot be read anew", reason=str(error))
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """The context for new connections, None for HTTP."""
+        return self.certificate.context
 
     def server_bind(self) -> None:
         """Binds without asking DNS for the host's name, as HTTPServer would."""
@@ -19734,6 +19901,7 @@ class App(Application):
             (10, self._retry_store),
             (INSTANCE_LIFE // 3, self._share),
             (10, lambda: self.renewals.renew_due(time.time())),
+            (1, lambda: self.renewals.store_late(time.time())),
             (10, self.ledger.save),
             (60, self.pool.keep_told),
             (3600, lambda: self.store.prune(time.time())),
@@ -19794,7 +19962,11 @@ class App(Application):
             self._refresh = next_refresh(time.time())
         self.keys.take_settings()
         self.codex.calls.take_settings()
-        self.pool.reload()
+        try:
+            self.pool.reload()
+        except StoreUnavailable:
+            self._stale.add("accounts")
+            log(logging.ERROR, "the accounts keep their proxies until the store can be used")
         return late
 
     def _refresh_on_schedule(self) -> None:
@@ -24709,6 +24881,23 @@ def place_of_store(settings: Settings) -> str:
     return "the database" if settings.store_url else settings.data_dir
 
 
+def schema_behind(settings: Settings) -> int | None:
+    """The version of the schema of a store that an older program has made, 0 for none yet; None for one that is as it should
+    be, or cannot be read. Nothing is changed."""
+    try:
+        if settings.store_url:
+            database = PostgresDatabase(settings.store_url)
+            with contextlib.closing(database):
+                has = database.version()
+        else:
+            place = urllib.parse.quote(str(pathlib.Path(settings.data_dir, STORE_FILE).absolute()))
+            with contextlib.closing(sqlite3.connect(f"file:{place}?mode=ro", uri=True)) as db:
+                has = int(db.execute("PRAGMA user_version").fetchone()[0])
+    except (sqlite3.Error, DatabaseTrouble):
+        return None
+    return has if has < len(MIGRATIONS) else None
+
+
 class Doctor:
     """Looks at one thing after the other, each of which gives its findings; what cannot be looked at without another thing
     that is not well is left out."""
@@ -24847,7 +25036,14 @@ class Doctor:
                 return
             yield well("store", f"{settings.data_dir} will be made at the first start")
             return
+        give_up_rights(settings.data_dir)
         try:
+            if (has := schema_behind(settings)) is not None:
+                what = f"is of schema {has}" if has else "is empty"
+                yield well(
+                    "store", f"{place_of_store(settings)} {what}; the first start brings it up to date"
+                )
+                return
             self._store = Store(settings.data_dir, settings.store_url)
             began = time.monotonic()
             fault = self._store.damage()
@@ -25155,7 +25351,7 @@ class Service:
             f'ExecStart="{_plain(python)}" -m chatproxy --env-file "{_plain(self._name(self.env_file))}" serve',
             "ExecReload=/bin/kill -HUP $MAINPID",
             f"WorkingDirectory={_plain(folder)}",
-            "Environment=GLIBC_TUNABLES=glibc.malloc.tcache_count=0",
+            "Environment=GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1",
         ]
         if not self.own:
             lines += [f"User={NAME}", f"StateDirectory={NAME}", "StateDirectoryMode=0700"]
@@ -25309,9 +25505,21 @@ class Service:
             self.env_file.parent.chmod(0o755)
 
     def _put_units(self) -> None:
+        """Writes the units. What says where it listens, and which certificate it has, stays as it is there unless it is given
+        anew."""
         service = self.service_unit(self._name(self.folder), self._name(self.python))
-        self._write(self.units / "chatproxy.service", service.encode(), 0o644)
-        self._write(self.units / "chatproxy.socket", self.socket_unit().encode(), 0o644)
+        path = self.units / "chatproxy.service"
+        if path.exists() and not self._is_given("tls_cert", "tls_key"):
+            kept = re.findall(r"(?m)^LoadCredential=.*\n", path.read_text(encoding="utf-8"))
+            service = service.replace("WatchdogSec=", "".join(kept) + "WatchdogSec=", 1)
+        self._write(path, service.encode(), 0o644)
+        path = self.units / "chatproxy.socket"
+        if not path.exists() or self._is_given("host", "port"):
+            self._write(path, self.socket_unit().encode(), 0o644)
+
+    def _is_given(self, *names: str) -> bool:
+        """Whether one of these settings was given."""
+        return any(self.origins[name].source != "default" for name in names)
 
     def _put_command(self) -> None:
         self._write(self.command, self.wrapper().encode(), 0o755)
@@ -25397,9 +25605,13 @@ class Service:
     def _tried(self, file: pathlib.Path) -> str:
         """The version of a program that becomes ready with these settings and a copy of the store."""
         with tempfile.TemporaryDirectory(prefix="chatproxy-upgrade-") as name:
-            folder = pathlib.Path(name)
+            folder = pathlib.Path(
+                name
+            )  # which stays the caller's: what is in it is written with that one's rights
+            folder.chmod(0o755)
             copy = folder / "chatproxy.py"
             copy.write_bytes(file.read_bytes())
+            copy.chmod(0o644)
             version = self.run(str(self.python), str(copy), "--version", patience=60).strip()
             data = folder / "data"
             data.mkdir(0o700)
@@ -25409,13 +25621,15 @@ class Service:
                 name: text for name, text in read_variables(str(self.env_file)).items() if name not in kept
             }
             trial_file = folder / "env"
-            trial_file.write_text("".join(f'{name}="{text}"\n' for name, text in given.items()))
+            trial_file.touch(0o600)
             who: dict[str, Any] = {}
             if not self.own and self._has_user():
                 account = pwd.getpwnam(NAME)
                 who = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-                for one in (folder, data, trial_file):
-                    os.chown(one, account.pw_uid, account.pw_gid)
+                os.chown(data, account.pw_uid, account.pw_gid)
+                os.chown(trial_file, 0, account.pw_gid)
+                trial_file.chmod(0o640)
+            trial_file.write_text("".join(f'{name}="{text}"\n' for name, text in given.items()))
             # The service has its settings from its file alone, whatever is set where this is called.
             names = {row.name.upper() for row in fields(Settings)}
             environ = {name: text for name, text in os.environ.items() if name not in names}
@@ -25435,7 +25649,7 @@ class Service:
             place = folder / "notify"
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.bind(str(place))
-                os.chmod(place, 0o666)  # in a folder of the service's alone
+                os.chmod(place, 0o666)
                 words = [str(self.python), str(copy), "--env-file", str(trial_file), "serve"]
                 words += ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data)]
                 environ["NOTIFY_SOCKET"] = str(place)
@@ -25484,17 +25698,23 @@ class Service:
         )
 
     def _put_back_store(self, began: float) -> None:
-        """Has the copy of the store that a newer program made when it changed the schema, if it did. One in a database stays as
-        it is: its copy lies there too, for `store restore`."""
-        if "STORE_URL" in read_variables(str(self.env_file)):
+        """Has the copy of the store that a newer program made when it changed the schema, if it did. A database stays as it is:
+        ServiceError says where its copy lies."""
+        given = read_variables(str(self.env_file))
+        state = pathlib.Path(given.get("DATA_DIR") or self.state)
+        copies = [one for one in state.glob(f"{STORE_FILE}.schema-*") if one.stat().st_mtime >= began]
+        if not copies:
             return
-        copies = [one for one in self.state.glob(f"{STORE_FILE}.schema-*") if one.stat().st_mtime >= began]
-        if copies:
-            self.systemctl("stop", "chatproxy.service")
-            newest = max(copies, key=lambda one: one.stat().st_mtime)
-            for suffix in ("-wal", "-shm"):
-                self.state.joinpath(STORE_FILE + suffix).unlink(missing_ok=True)
-            newest.replace(self.state / STORE_FILE)
+        newest = max(copies, key=lambda one: one.stat().st_mtime)
+        self.systemctl("stop", "chatproxy.service")
+        if "STORE_URL" in given:
+            text = "the new program was not ready, and has changed the schema of the database, so that the one before cannot use"
+            raise ServiceError(
+                f"{text} it: have STORE_URL lead to a new, empty one and `store restore {newest}`"
+            )
+        for suffix in ("-wal", "-shm"):
+            (state / (STORE_FILE + suffix)).unlink(missing_ok=True)
+        newest.replace(state / STORE_FILE)
 
 
 # ============================================================================================================
@@ -25557,15 +25777,27 @@ def settled(flags: Mapping[str, str | None]) -> Settings:
         fail(str(error))
 
 
-def opened(settings: Settings) -> Store:
-    """The store; a command that cannot have it ends here. Root opens what is a service's with that one's rights alone: who has
-    taken over the service must not have taken over what root does there."""
+def other_owner(folder: str) -> os.stat_result | None:
+    """Whose a folder is, when root is at work and it is somebody else's."""
     with contextlib.suppress(FileNotFoundError):
-        owner = os.stat(settings.data_dir)
+        owner = os.stat(folder)
         if not os.geteuid() and owner.st_uid:
-            os.setgroups([])
-            os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
-            os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+            return owner
+    return None
+
+
+def give_up_rights(folder: str) -> None:
+    """Root goes on with the rights alone of whoever owns the folder of a store: who has taken over a service must not have
+    taken over what root does there."""
+    if owner := other_owner(folder):
+        os.setgroups([])
+        os.setresgid(owner.st_gid, owner.st_gid, owner.st_gid)
+        os.setresuid(owner.st_uid, owner.st_uid, owner.st_uid)
+
+
+def opened(settings: Settings) -> Store:
+    """The store, opened with its owner's rights; a command that cannot have it ends here."""
+    give_up_rights(settings.data_dir)
     try:
         return Store(settings.data_dir, settings.store_url)
     except StoreError as error:
@@ -25663,15 +25895,22 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
         give_back_memory()
         start_logging(settings)
         os.umask(0o077)
+        try:
+            certificate = Certificate(settings)
+        except SettingError as error:
+            fail(str(error))
+        if other_owner(settings.data_dir):  # only root may listen on some ports
+            listening = listening or bound(settings)
+            give_up_rights(settings.data_dir)
         if settings.workers > 1:
-            code = Manager(settings, read, listening).run()
+            code = Manager(settings, read, listening, certificate).run()
         else:
             cpu = keep_to_one_cpu()
             solver = Solver(cpu)  # before the first thread
             if cpu is not None:
                 keep_to(cpu)
             stack.callback(solver.close)
-            code = Daemon(settings, solver, read, demo, listening).run()
+            code = Daemon(settings, solver, read, demo, listening, certificate).run()
     if sys.stderr:  # which may be closed
         sys.stderr.flush()
     os._exit(code)  # daemon threads may be in the middle of a call
@@ -25683,9 +25922,10 @@ def _read_settings(
     listening: socket.socket | None,
     demo_folder: str,
     anyone: bool,
+    running: Settings | None = None,
 ) -> Settings:
-    """The settings of a server, at its start and whenever they are read anew; SettingError for those that cannot be used, or
-    would let anyone in whom `--open` does not."""
+    """The settings of a server, at its start and whenever they are read anew while those of `running` count; SettingError
+    for those that cannot be used, or would let anyone in whom `--open` does not."""
     settings = resolve(gathered(flags, file))
     if listening:
         host, port, *_ = listening.getsockname()
@@ -25693,7 +25933,7 @@ def _read_settings(
     if demo_folder:  # the demo's upstream must never get to see, or to refuse, a real account's token
         settings = replace(settings, proxy_url=(), data_dir=demo_folder, store_url=None, workers=1)
     if not anyone:
-        refuse_openness(settings)
+        refuse_openness(running.in_force(settings) if running else settings)
     return settings
 
 
@@ -25800,13 +26040,14 @@ class Daemon:
     `peers` one of several, which a Manager looks after."""
 
     def __init__(
-        self, settings: Settings, solver: Solver, read: Callable[[], Settings], demo: bool = False,
-        listening: socket.socket | None = None, tls: ssl.SSLContext | None = None,
+        self, settings: Settings, solver: Solver, read: Callable[..., Settings], demo: bool = False,
+        listening: socket.socket | None = None, certificate: Certificate | None = None,
         line: tuple[socket.socket, int] | None = None,
     ) -> None:  # fmt: skip
-        """`read` reads the settings anew; `line` leads to the manager, and is this worker's number."""
+        """`read` reads the settings anew, beside those that count; `line` leads to the manager, and is this worker's
+        number."""
         self.settings, self.solver, self.demo = settings, solver, demo
-        self.listening, self.tls, self.line = listening, tls, line
+        self.listening, self.certificate, self.line = listening, certificate, line
         self.stop = threading.Event()
         self._read = read
         self._reloads_lock = threading.Lock()
@@ -25827,6 +26068,7 @@ class Daemon:
             upstream.sessions[DEMO_SESSION] = "demo-site"
             _, url = upstream.listen()
             settings = replace(settings, chatgpt_base_url=(url,), openai_auth_url=url, openai_api_url=url)
+            self.certificate = Certificate(settings)  # which follows the settings that count
         store = opened(settings)
         keys = [DEMO_KEY] if self.demo and not settings.authorization else []
         app = App(settings, store, self.solver, keys)
@@ -25855,7 +26097,7 @@ class Daemon:
         time.sleep(min(app.notice(), settings.shutdown_grace))
         server.drain(settings.shutdown_grace)
         app.site.finish_erasures(LAST_PATIENCE)
-        for last in (app.pool.keep_told, app.ledger.save, app.pool.leave):
+        for last in (app.renewals.finish, app.pool.keep_told, app.ledger.save, app.pool.leave):
             with contextlib.suppress(StoreUnavailable):
                 last()
         store.close()
@@ -25897,8 +26139,9 @@ class Daemon:
         host, port = self.settings.host, self.settings.port
         try:
             return Server(
-                (host, port), app, app.settings, app.metrics, listening=self.listening, tls=self.tls
-            )
+                (host, port), app, app.settings, app.metrics, listening=self.listening,
+                certificate=self.certificate,
+            )  # fmt: skip
         except SettingError as error:
             self._fail(str(error))
         except OSError as error:
@@ -25906,14 +26149,14 @@ class Daemon:
 
     def _renew_certificate(self) -> None:
         with self._reloads_lock:
-            self._server.renew_certificate()
+            self._server.certificate.renew()
 
     def _reload(self) -> None:
         """Reads the settings and the certificate anew. Nothing of them counts when one of them cannot be used."""
         moment = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._tell(f"RELOADING=1\nMONOTONIC_USEC={moment}")
         try:
-            anew = self._read()
+            anew = self._read(running=self._app.settings)
             tls_context(anew)
             if self.demo:
                 places = ("chatgpt_base_url", "openai_auth_url", "openai_api_url")
@@ -25921,13 +26164,13 @@ class Daemon:
                 anew = replace(anew, **kept)
             with self._reloads_lock:
                 late = self._app.take_settings(anew)
-                self._server.renew_certificate()
+                self._server.certificate.renew()
             start_logging(anew)
             log(logging.INFO, "settings read anew", need_a_new_start=", ".join(late) or "-")
         except SettingError as error:
             log(logging.ERROR, "the settings stay as they were", reason=str(error))
-        except StoreUnavailable:
-            log(logging.ERROR, "the accounts keep their proxies until the store can be used")
+        except Exception:
+            log(logging.ERROR, "the settings cannot be read anew", exc_info=True)
         self._tell(f"READY=1\nSTATUS={self._ready(self._server, self._app)}")
 
     def _fail(self, message: str) -> NoReturn:
@@ -25968,6 +26211,19 @@ def cannot_listen(host: str, port: int, error: OSError) -> str:
     return f"{name}: cannot listen on {host}:{port}: {error.strerror or error}"
 
 
+def bound(settings: Settings) -> socket.socket:
+    """A socket that listens where the settings say; a command that cannot have it ends here."""
+    host, port = settings.host, settings.port
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        fail(cannot_listen(host, port, error))
+    sock.listen(Server.request_queue_size)
+    return sock
+
+
 WORKER_SILENCE = 30.0  # seconds without a sign of life after which a worker process is ended
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before one that ended is started anew
 EARLY_END = 5.0  # seconds of life below which the pause grows
@@ -25994,9 +26250,10 @@ class Manager:
     each other, and starts those anew that end. It has no threads, so that it can fork at any time."""
 
     def __init__(
-        self, settings: Settings, read: Callable[[], Settings], listening: socket.socket | None
-    ) -> None:
-        self.settings, self._read = settings, read
+        self, settings: Settings, read: Callable[..., Settings], listening: socket.socket | None,
+        certificate: Certificate,
+    ) -> None:  # fmt: skip
+        self.settings, self._read, self._certificate = settings, read, certificate
         self._workers = [WorkerProcess(number) for number in range(settings.workers)]
         self._selector = selectors.DefaultSelector()
         self._metrics = Metrics()  # of processes that have ended
@@ -26005,19 +26262,12 @@ class Manager:
         self._told_ready = False
         self._code = 0
         self._beaten = 0.0  # time.monotonic() of the last sign of life
-        self._tls: ssl.SSLContext | None = None
         self._listening = listening
 
     def run(self) -> int:
         """Serves until a signal says otherwise; the exit status."""
         opened(self.settings).close()  # brings the schema up to date, or says why it cannot be used
-        try:
-            self._tls = tls_context(self.settings)
-            self._listening = self._listening or self._bound()
-        except SettingError as error:
-            fail(str(error))
-        except OSError as error:
-            fail(cannot_listen(self.settings.host, self.settings.port, error))
+        self._listening = self._listening or bound(self.settings)
         ours, theirs = socket.socketpair()
         for sock in (ours, theirs):
             sock.setblocking(False)
@@ -26037,15 +26287,6 @@ class Manager:
             self._look()
         return self._code
 
-    def _bound(self) -> socket.socket:
-        host, port = self.settings.host, self.settings.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(Server.request_queue_size)
-        return sock
-
     # -- worker processes ------------------------------------------------------------------------------------------
 
     def _start_due(self) -> None:
@@ -26056,6 +26297,7 @@ class Manager:
                 self._start(worker)
 
     def _start(self, worker: WorkerProcess) -> None:
+        self._certificate.renew()
         ours, theirs = socket.socketpair()
         id = os.fork()
         if not id:
@@ -26087,8 +26329,9 @@ class Manager:
                 keep_to(cpu)
             try:
                 daemon = Daemon(
-                    self.settings, solver, self._read, False, self._listening, self._tls, (sock, number)
-                )
+                    self.settings, solver, self._read, False, self._listening, self._certificate,
+                    (sock, number),
+                )  # fmt: skip
                 code = daemon.run()
             finally:
                 solver.close()
@@ -26232,8 +26475,8 @@ class Manager:
     def _reload(self) -> None:
         """Has the worker processes read the settings anew, and those that are started later know them too."""
         try:
-            anew = self._read()
-            self._tls = tls_context(anew)
+            anew = self._read(running=self.settings)
+            tls_context(anew)
         except SettingError as error:
             log(logging.ERROR, "the settings stay as they were", reason=str(error))
             return
@@ -26243,7 +26486,10 @@ class Manager:
 
     def _stop(self) -> None:
         notify("STOPPING=1\nSTATUS=ending, open answers have their time")
-        self._stopping = time.monotonic() + self.settings.shutdown_grace + 2 * LAST_PATIENCE + 5.0
+        patience = LONGEST_NOTICE + self.settings.shutdown_grace + 2 * LAST_PATIENCE + 3.0
+        self._stopping = time.monotonic() + patience
+        if self._listening:  # so that nobody is let in whom no process answers
+            self._listening.close()
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
@@ -26397,12 +26643,19 @@ def store_backup(flags: Mapping[str, str | None], file: str, as_json: bool) -> N
     click.echo(compact({"file": file, "bytes": size}) if as_json else told)
 
 
-def _from_file(file: pathlib.Path, folder: str) -> Store:
+def _bytes_of(file: str) -> bytes:
+    try:
+        return pathlib.Path(file).read_bytes()
+    except OSError as error:
+        fail(f"{file}: {error.strerror or error}")
+
+
+def _from_file(file: str, data: bytes, folder: str) -> Store:
     """The store of a copy, in a folder where it may be brought up to date."""
     copy = pathlib.Path(folder) / STORE_FILE
     try:
         with open(os.open(copy, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as target:
-            target.write(file.read_bytes())
+            target.write(data)
         store = Store(folder)
         if fault := store.damage() or store.strangeness():
             raise StoreError(f"it is damaged: {fault}")
@@ -26424,8 +26677,10 @@ def store_restore(flags: Mapping[str, str | None], file: str, as_json: bool) -> 
     Refresh tokens that were exchanged since are no good any more: those accounts have to be signed in to again.
     """
     settings = settled(flags)
+    data = _bytes_of(file)
+    give_up_rights(settings.data_dir)
     with tempfile.TemporaryDirectory() as folder:
-        source = _from_file(pathlib.Path(file), folder)
+        source = _from_file(file, data, folder)
         store = opened(settings)
         kept = pathlib.Path(settings.data_dir) / time.strftime(f"{STORE_FILE}.before-%Y%m%d-%H%M%S")
         try:
@@ -26444,6 +26699,9 @@ def store_restore(flags: Mapping[str, str | None], file: str, as_json: bool) -> 
 @AS_JSON
 def store_copy(source: str, target: str, as_json: bool) -> None:
     """Copy everything FROM one place TO another that is empty: each a folder (DATA_DIR) or a postgresql:// URL."""
+    for place in (source, target):
+        if "://" not in place:
+            give_up_rights(place)
     with tempfile.TemporaryDirectory() as folder:
         stores = []
         for place in (source, target):

@@ -17772,16 +17772,16 @@ def test_a_renewed_certificate_is_noticed_without_a_signal_through_the_links_of_
     )
     second = issue(2)
     assert shown() == first
-    server.renew_certificate()
+    server.certificate.renew()
     assert shown() == second != first
     # A key that is there before its certificate: the pair before it goes on.
     other = trustme.CA().issue_cert("127.0.0.1")
     (live / "privkey.pem").unlink()
     (live / "privkey.pem").write_bytes(other.private_key_pem.bytes())
-    server.renew_certificate()
+    server.certificate.renew()
     assert shown() == second
     third = issue(3)
-    server.renew_certificate()
+    server.certificate.renew()
     assert shown() == third
     with open_before as sock:  # who was connected stays so
         sock.settimeout(10)
