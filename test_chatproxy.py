@@ -18560,7 +18560,7 @@ def begin():
     folder = state / "root/opt/chatproxy"
     with open(state / "log", "a") as log:
         log.write("---\\n")
-    environ = {{**os.environ, "PORT": "0", "NOTIFY_SOCKET": ""}}
+    environ = {{**os.environ, "PORT": "0", "NOTIFY_SOCKET": "", "DATA_DIR": str(state / "root/var/lib/chatproxy")}}
     started = subprocess.Popen([sys.executable, *line[1:]], cwd=folder, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=open(state / "log", "a"), start_new_session=True, env=environ)
     (state / "pid").write_text(str(started.pid))
@@ -18607,7 +18607,8 @@ class Machine:
 
     def command(self, *words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         code = "import shutil, sys; sys.path.insert(0, sys.argv.pop(1)); import chatproxy as cp; "
-        code += "shutil.chown = lambda *given, **named: None; cp.cli(prog_name='chatproxy.py')"
+        code += "shutil.chown = lambda *given, **named: None; cp.Service._has_user = lambda service: False; "
+        code += "cp.cli(prog_name='chatproxy.py')"
         return subprocess.run(
             [sys.executable, "-c", code, str(SCRIPT.parent), *words, "--root", str(self.root)],
             env=self.env,
@@ -18619,7 +18620,7 @@ class Machine:
 
     def has_its_data_below(self) -> None:
         """For the stand-in of systemctl the data is below the root as well."""
-        self.data.mkdir(mode=0o700, parents=True)
+        self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         text = self.settings_file.read_text()
         self.settings_file.write_text(text.replace('DATA_DIR="/var', f'DATA_DIR="{self.root}/var'))
 
