@@ -76,6 +76,7 @@ import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as await_futures
 from dataclasses import dataclass, field, fields, replace
 from typing import IO, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
@@ -1326,6 +1327,9 @@ class Database(Protocol):
 
     def set_version(self, version: int) -> None: ...
 
+    def prepare(self) -> None:
+        """Makes what it needs beside the tables of the schema, in a transaction that may take long."""
+
     def tables(self) -> set[str]: ...
 
     def looking(self) -> contextlib.AbstractContextManager[Callable[[str], Iterator[list[tuple[Any, ...]]]]]:
@@ -1412,6 +1416,9 @@ class SqliteDatabase:
 
     def set_version(self, version: int) -> None:
         self.connection.execute(f"PRAGMA user_version={version}")
+
+    def prepare(self) -> None:
+        """Nothing: locks are a file's."""
 
     def tables(self) -> set[str]:
         return {row[0] for row in self.rows("SELECT name FROM sqlite_master WHERE type='table'", ())}
@@ -1603,6 +1610,17 @@ class PostgresDatabase:
                     raise
             time.sleep(0.2)
 
+    def _own(self) -> Any:
+        """A connection for one use: a new one, or of a server that takes no more an idle one."""
+        try:
+            return self._connected()
+        except DatabaseTrouble:
+            if not self._idle:
+                raise
+        with self._count_lock:
+            self._count -= 1
+            return self._idle.pop()
+
     def _drop(self, connection: Any) -> None:
         with self._count_lock:
             self._count -= 1
@@ -1626,13 +1644,6 @@ class PostgresDatabase:
                 with contextlib.suppress(IndexError):
                     self._drop(self._idle.pop())
             raise _LostConnection(self._cause(error)) from None
-        except known.Error as error:
-            if connection.info.transaction_status in (
-                0,
-                4,
-            ):  # none, or unknown: it broke, or there is no fault in what was begun
-                raise DatabaseTrouble(self._cause(error)) from None
-            raise
 
     def _new(self) -> Any:
         """A new connection, be it after a wait."""
@@ -1746,8 +1757,13 @@ class PostgresDatabase:
             db.execute("CREATE TABLE IF NOT EXISTS chatproxy_schema (version INTEGER NOT NULL)")
             db.execute("DELETE FROM chatproxy_schema")
             db.execute("INSERT INTO chatproxy_schema VALUES (?)", (version,))
-            columns = "place BIGINT PRIMARY KEY, holder TEXT NOT NULL, until TIMESTAMPTZ NOT NULL"
-            db.execute(f"CREATE TABLE IF NOT EXISTS chatproxy_turns ({columns})")
+
+    def prepare(self) -> None:
+        with self.writing() as db:
+            db.execute("SET LOCAL idle_in_transaction_session_timeout=0")
+            if not self.rows("SELECT 1 WHERE to_regclass('chatproxy_turns') IS NOT NULL", ()):
+                columns = "place BIGINT PRIMARY KEY, holder TEXT NOT NULL, until TIMESTAMPTZ NOT NULL"
+                db.execute(f"CREATE TABLE chatproxy_turns ({columns})")
 
     def tables(self) -> set[str]:
         query = "SELECT table_name FROM information_schema.tables WHERE table_schema=current_schema()"
@@ -1766,7 +1782,7 @@ class PostgresDatabase:
                 time.sleep(min(seconds, 0.3))
                 self.try_again()
             if self._listener is None:
-                self._listener = self._connected()
+                self._listener = self._own()
                 self._listener.execute(f"LISTEN {self.CHANNEL}")
                 missed, self._heard_once = self._heard_once, True
                 if missed:
@@ -1806,7 +1822,7 @@ class PostgresDatabase:
             if self.lost:
                 raise DatabaseTrouble(self.lost)
             if self._locks is None:
-                self._locks = self._connected()
+                self._locks = self._own()
             try:
                 if not self._on_locks("SELECT pg_try_advisory_lock(?)", place):
                     return False
@@ -2173,6 +2189,7 @@ class Store:
         """Brings the schema to this program's version, with a copy of what was there before; two processes at once take
         turns."""
         with self.writing() as db:
+            self.database.prepare()
             have = self.database.version()
             if have > len(MIGRATIONS):
                 advice = "run that one, or `store restore` an older copy into another, empty place"
@@ -6190,9 +6207,12 @@ class Renewals:
             if account.unstored:
                 self._renew_ahead(account, now)
 
-    def finish(self) -> None:
-        """Stores that now, as far as it can be; StoreUnavailable when the store still cannot be used."""
-        for account in self.pool.accounts():
+    def finish(self, patience: float) -> None:
+        """Awaits the exchanges that are under way for up to so many seconds, and stores what can be stored; StoreUnavailable
+        when the store still cannot be used."""
+        accounts = self.pool.accounts()
+        await_futures({account.renewal for account in accounts if account.renewal}, patience)
+        for account in accounts:
             if account.unstored:
                 account.retry_renewal = (0.0, 0)
                 with contextlib.suppress(Refusal):
@@ -6218,7 +6238,13 @@ class Renewals:
         try:
             with self.pool.store.exclusively(account.id, EXCHANGE_PATIENCE):
                 self.pool.take_renewal(account)
-                if account.unstored or not self._good(account, refused):
+                got = account.unstored
+                if got and account.row.secret not in (
+                    got.used,
+                    got.secret,
+                ):  # it was signed in to anew meanwhile
+                    got = account.unstored = None
+                if got or (account.renewable and not self._good(account, refused)):
                     self._exchange(account, failures)
                     log(logging.INFO, "token renewed", account=account.name)
         except TimeoutError:
@@ -6231,7 +6257,7 @@ class Renewals:
         secret = account.row.secret
         got = account.unstored
         try:
-            if got is None or secret not in (got.used, got.secret):  # or it was signed in to anew
+            if got is None:
                 self.pool.store.try_room()
                 ask = self._ask_session if account.row.kind == SESSION else self._ask_refresh
                 got = account.unstored = Renewed(secret, *ask(account, secret))
@@ -25779,7 +25805,7 @@ def settled(flags: Mapping[str, str | None]) -> Settings:
 
 def other_owner(folder: str) -> os.stat_result | None:
     """Whose a folder is, when root is at work and it is somebody else's."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         owner = os.stat(folder)
         if not os.geteuid() and owner.st_uid:
             return owner
@@ -26097,7 +26123,8 @@ class Daemon:
         time.sleep(min(app.notice(), settings.shutdown_grace))
         server.drain(settings.shutdown_grace)
         app.site.finish_erasures(LAST_PATIENCE)
-        for last in (app.renewals.finish, app.pool.keep_told, app.ledger.save, app.pool.leave):
+        finish = functools.partial(app.renewals.finish, LAST_PATIENCE)
+        for last in (finish, app.pool.keep_told, app.ledger.save, app.pool.leave):
             with contextlib.suppress(StoreUnavailable):
                 last()
         store.close()
@@ -26474,11 +26501,16 @@ class Manager:
 
     def _reload(self) -> None:
         """Has the worker processes read the settings anew, and those that are started later know them too."""
+        if self._stopping:
+            return
         try:
             anew = self._read(running=self.settings)
             tls_context(anew)
         except SettingError as error:
             log(logging.ERROR, "the settings stay as they were", reason=str(error))
+            return
+        except Exception:
+            log(logging.ERROR, "the settings cannot be read anew", exc_info=True)
             return
         self.settings.take_over(anew)
         start_logging(self.settings)
@@ -26486,7 +26518,7 @@ class Manager:
 
     def _stop(self) -> None:
         notify("STOPPING=1\nSTATUS=ending, open answers have their time")
-        patience = LONGEST_NOTICE + self.settings.shutdown_grace + 2 * LAST_PATIENCE + 3.0
+        patience = LONGEST_NOTICE + self.settings.shutdown_grace + 3 * LAST_PATIENCE + 3.0
         self._stopping = time.monotonic() + patience
         if self._listening:  # so that nobody is let in whom no process answers
             self._listening.close()
