@@ -1637,6 +1637,7 @@ class PostgresDatabase:
         except (
             known.OperationalError, known.InterfaceError, known.errors.ReadOnlySqlTransaction,
             known.errors.InsufficientPrivilege, known.errors.InvalidSchemaName, known.errors.UndefinedTable,
+            known.errors.IdleInTransactionSessionTimeout,
         ) as error:  # fmt: skip
             if not connection.closed:
                 raise DatabaseTrouble(self._cause(error)) from None
@@ -5945,20 +5946,28 @@ class Pool:
     def keep_told(self) -> None:
         """Stores the cookies and allowances that changed since the last time."""
         with self._changes_lock:
-            accounts = self.accounts()
-            self._keep("cookies", {account: json.dumps(account.cookies) for account in accounts})
-            self._keep(
-                "allowance",
-                {account: account.allowance.as_json() for account in accounts if account.allowance},
-            )
+            if not any(self._unkept().values()):
+                return
+            with self.store.writing("accounts"):
+                self.reload()  # what another process has stored since may be newer
+                for column, changed in self._unkept().items():
+                    self.store.update_accounts(
+                        column, {account.id: text for account, text in changed.items()}
+                    )
+                    for account, text in changed.items():
+                        account.row = replace(account.row, **cast("dict[str, Any]", {column: text}))
 
-    def _keep(self, column: str, texts: Mapping[Account, str]) -> None:
-        """Stores a column of accounts where it changed."""
-        changed = {account: text for account, text in texts.items() if text != getattr(account.row, column)}
-        if changed:
-            self.store.update_accounts(column, {account.id: text for account, text in changed.items()})
-        for account, text in changed.items():
-            account.row = replace(account.row, **cast("dict[str, Any]", {column: text}))
+    def _unkept(self) -> dict[str, dict[Account, str]]:
+        """The columns of accounts that are not stored as they are."""
+        accounts = self.accounts()
+        texts = {
+            "cookies": {account: json.dumps(account.cookies) for account in accounts},
+            "allowance": {one: one.allowance.as_json() for one in accounts if one.allowance},
+        }
+        return {
+            column: {account: text for account, text in found.items() if text != getattr(account.row, column)}
+            for column, found in texts.items()
+        }
 
 
 # ============================================================================================================

@@ -17871,6 +17871,21 @@ def test_proxies_that_are_read_anew_are_used_by_accounts_that_had_another(tmp_pa
     assert {account.egress.proxy for account in pool.accounts()} == {""}
 
 
+def test_an_older_allowance_is_not_stored_over_a_newer_one(tmp_path: pathlib.Path) -> None:
+    settings = cp.resolve(cp.gather({}, {}))
+    pools = [cp.Pool(settings, cp.Store(str(tmp_path))) for _ in range(2)]
+    pools[0].add([cp.demo_token("alice")])
+    pools[1].reload()
+    for pool, used in zip(pools, (80.0, 31.5), strict=True):  # the first has asked last
+        (account,) = pool.accounts()
+        account.allowance = cp.Allowance(1.8e9 + used, (cp.Window(used, 18000, 2e9),), "")
+    for pool in (*pools, *pools):
+        pool.keep_told()
+        kept = cp.Allowance.of_json(pool.store.accounts()[0].allowance)
+        assert kept and kept.windows[0].used == 80.0
+    assert all(one.allowance == kept for pool in pools for one in pool.accounts())
+
+
 def test_two_processes_agree_on_the_proxy_of_an_account(tmp_path: pathlib.Path) -> None:
     settings = dataclasses.replace(
         cp.resolve(cp.gather({}, {})), proxy_url=("http://one:1", "http://two:2", "http://three:3")
