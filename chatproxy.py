@@ -1615,11 +1615,12 @@ class PostgresDatabase:
         try:
             return self._connected()
         except DatabaseTrouble:
-            if not self._idle:
-                raise
-        with self._count_lock:
-            self._count -= 1
-            return self._idle.pop()
+            with contextlib.suppress(IndexError):
+                connection = self._idle.pop()
+                with self._count_lock:
+                    self._count -= 1
+                return connection
+            raise
 
     def _drop(self, connection: Any) -> None:
         with self._count_lock:
@@ -1812,13 +1813,11 @@ class PostgresDatabase:
 
     def _enter(self, place: int) -> bool:
         """Whether this process has a turn now: the lock, which a process that is gone has no more, and the lease."""
-        taken = (
-            "INSERT INTO chatproxy_turns VALUES (?, ?, clock_timestamp() + ?) ON CONFLICT (place) DO UPDATE"
-        )
-        taken += (
-            " SET holder=excluded.holder, until=excluded.until WHERE chatproxy_turns.holder=excluded.holder"
-        )
-        taken += " OR chatproxy_turns.until<clock_timestamp() RETURNING 1"
+        taken = """
+            INSERT INTO chatproxy_turns AS turn VALUES (?, ?, clock_timestamp() + ?)
+            ON CONFLICT (place) DO UPDATE SET holder=excluded.holder, until=excluded.until
+            WHERE turn.holder=excluded.holder OR turn.until<clock_timestamp() RETURNING 1
+        """
         with self._locks_lock:
             if self.lost:
                 raise DatabaseTrouble(self.lost)
@@ -1838,9 +1837,8 @@ class PostgresDatabase:
         """Ends a turn; where that cannot be said now, its lease ends by itself."""
         with self._locks_lock, contextlib.suppress(DatabaseTrouble):
             if self._locks is not None:
-                self._on_locks(
-                    "DELETE FROM chatproxy_turns WHERE place=? AND holder=? RETURNING 1", place, self._id
-                )
+                ended = "DELETE FROM chatproxy_turns WHERE place=? AND holder=? RETURNING 1"
+                self._on_locks(ended, place, self._id)
                 self._on_locks("SELECT pg_advisory_unlock(?)", place)
 
     def _on_locks(self, query: str, *values: Any) -> bool:
@@ -6248,11 +6246,8 @@ class Renewals:
             with self.pool.store.exclusively(account.id, EXCHANGE_PATIENCE):
                 self.pool.take_renewal(account)
                 got = account.unstored
-                if got and account.row.secret not in (
-                    got.used,
-                    got.secret,
-                ):  # it was signed in to anew meanwhile
-                    got = account.unstored = None
+                if got and account.row.secret not in (got.used, got.secret):
+                    got = account.unstored = None  # it was signed in to anew meanwhile
                 if got or (account.renewable and not self._good(account, refused)):
                     self._exchange(account, failures)
                     log(logging.INFO, "token renewed", account=account.name)
@@ -24900,14 +24895,17 @@ class Finding(NamedTuple):
 
 
 def well(about: str, told: str) -> Finding:
+    """That something is as it should be."""
     return Finding(about, "ok", told)
 
 
 def bad(about: str, told: str, advice: str) -> Finding:
+    """What keeps the server from working, and what to do about it."""
     return Finding(about, "bad", told, advice)
 
 
 def warn(about: str, told: str, advice: str) -> Finding:
+    """What will be trouble before long."""
     return Finding(about, "warn", told, advice)
 
 
@@ -25640,9 +25638,8 @@ class Service:
     def _tried(self, file: pathlib.Path) -> str:
         """The version of a program that becomes ready with these settings and a copy of the store."""
         with tempfile.TemporaryDirectory(prefix="chatproxy-upgrade-") as name:
-            folder = pathlib.Path(
-                name
-            )  # which stays the caller's: what is in it is written with that one's rights
+            # It stays the caller's, since what is in it is written with that one's rights.
+            folder = pathlib.Path(name)
             folder.chmod(0o755)
             copy = folder / "chatproxy.py"
             copy.write_bytes(file.read_bytes())
@@ -25681,35 +25678,39 @@ class Service:
                 raise ServiceError(
                     f"the store cannot be copied: {copied.stderr.strip()}; nothing was changed"
                 )
-            place = folder / "notify"
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.bind(str(place))
-                os.chmod(place, 0o666)
-                words = [str(self.python), str(copy), "--env-file", str(trial_file), "serve"]
-                words += ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data)]
-                environ["NOTIFY_SOCKET"] = str(place)
-                with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log_file:
-                    trial = subprocess.Popen(
-                        words, env=environ, cwd="/", stdout=log_file, stderr=log_file, **who
-                    )
-                    try:
-                        sock.settimeout(0.2)
-                        end = time.monotonic() + UPGRADE_PATIENCE
-                        while trial.poll() is None and time.monotonic() < end:
-                            with contextlib.suppress(TimeoutError):
-                                if sock.recv(4096).startswith(b"READY=1"):
-                                    return version
-                        raise TimeoutError
-                    except TimeoutError:
-                        log_file.seek(0)
-                        said = log_file.read().strip().splitlines()
-                        text = f"{file} is not ready in {UPGRADE_PATIENCE:.0f} s: {said[-1] if said else 'it says nothing'}"
-                        raise ServiceError(f"{text}; nothing was changed") from None
-                    finally:
-                        trial.terminate()
-                        with contextlib.suppress(subprocess.TimeoutExpired):
-                            trial.wait(10)
-                        trial.kill()
+            words = [str(self.python), str(copy), "--env-file", str(trial_file), "serve"]
+            words += ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data)]
+            with open(folder / "log", "w+", encoding="utf-8", errors="replace") as log_file:
+                if not self._becomes_ready(folder / "notify", words, environ, log_file, who):
+                    log_file.seek(0)
+                    said = log_file.read().strip().splitlines() or ["it says nothing"]
+                    text = f"{file} is not ready in {UPGRADE_PATIENCE:.0f} s: {said[-1]}"
+                    raise ServiceError(f"{text}; nothing was changed")
+            return version
+
+    @staticmethod
+    def _becomes_ready(
+        place: pathlib.Path, words: list[str], environ: Mapping[str, str], log_file: IO[str], who: Mapping[str, Any]
+    ) -> bool:  # fmt: skip
+        """Whether a server says in time, on a socket that is made for it at a place, that it is ready; then it is ended."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(str(place))
+            os.chmod(place, 0o666)
+            sock.settimeout(0.2)
+            told = {**environ, "NOTIFY_SOCKET": str(place)}
+            trial = subprocess.Popen(words, env=told, cwd="/", stdout=log_file, stderr=log_file, **who)
+            try:
+                end = time.monotonic() + UPGRADE_PATIENCE
+                while trial.poll() is None and time.monotonic() < end:
+                    with contextlib.suppress(TimeoutError):
+                        if sock.recv(4096).startswith(b"READY=1"):
+                            return True
+                return False
+            finally:
+                trial.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    trial.wait(10)
+                trial.kill()
 
     def _restarted(self) -> None:
         """Starts the service anew: ServiceError unless it is ready in time, once the one before has ended."""
