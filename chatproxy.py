@@ -135,6 +135,56 @@ def too_many_values(data: bytes | bytearray) -> bool:
     return any(number > MAX_JSON_TOKENS for number, _ in enumerate(_JSON_TOKEN.finditer(plain)))
 
 
+MAX_DEPTH = 100  # levels of JSON
+
+
+def read_json(text: str | bytes | bytearray) -> Any:
+    """Parses JSON as it is defined, and no deeper than MAX_DEPTH, which recursion stands; ValueError for anything else."""
+    try:
+        if not isinstance(text, str):
+            text = text.decode("utf-8-sig")
+        return _not_too_deep(_DECODER.decode(text))
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+def read_json_at(text: str, at: int) -> tuple[Any, int]:
+    """Parses the JSON that begins at a place of a text: what it is, and where it ends; ValueError."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+        return _not_too_deep(value), end
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+def _not_too_deep(value: Any) -> Any:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if type(one) is dict else one if type(one) is list else ())
+            if type(inner) in (dict, list)
+        ]
+        if not level:
+            return value
+    raise ValueError("too deep")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:50]} is too large a number")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+
+
 # ============================================================================================================
 # settings: one row each; flags, environment, `config`, `--help` and the README's table all come from these rows
 # ============================================================================================================
@@ -2006,6 +2056,17 @@ class Tally(NamedTuple):
         return Tally(*work, *asked, max(self.used, more.used))
 
 
+class Failure(NamedTuple):
+    """That an account failed to answer: when (Unix seconds), and why, for people."""
+
+    account: str
+    at: float
+    reason: str
+
+
+# What was counted, by its subject and when the time began that it was counted over.
+Tallies = Mapping[tuple[str, float], Tally]
+
 MIGRATIONS = (
     """
     CREATE TABLE accounts (
@@ -2077,6 +2138,18 @@ MIGRATIONS = (
     CREATE TABLE linked (
         id TEXT NOT NULL, number INTEGER NOT NULL, made REAL NOT NULL, data BLOB NOT NULL, PRIMARY KEY (id, number));
     """,
+    """
+    CREATE TABLE hours (
+        subject TEXT NOT NULL, since REAL NOT NULL, answers INTEGER NOT NULL, failures INTEGER NOT NULL,
+        requests INTEGER NOT NULL, tokens INTEGER NOT NULL, used REAL NOT NULL, PRIMARY KEY (subject, since)
+        ) WITHOUT ROWID;
+    INSERT INTO hours SELECT * FROM tallies WHERE subject='';
+    DELETE FROM tallies WHERE subject='';
+    CREATE INDEX tallies_by_time ON tallies (since);
+    CREATE INDEX hours_by_time ON hours (since);
+    CREATE TABLE failures (
+        account TEXT NOT NULL, at REAL NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (account, at)) WITHOUT ROWID;
+    """,
 )
 # What no copy brings back: who was at work and signed in, and when something changed.
 PASSING = ("room", "changes", "instances", "linked", "sessions", "visits")
@@ -2098,10 +2171,13 @@ def create_schema(db: Statements, have: int, wanted: int) -> None:
 
 
 STORE_PATIENCE = 5.0  # seconds that a request waits for a database that is away
-# Seconds that a response is kept, a file that came inside a message, and a tally.
+# Seconds that a response is kept, a file that came inside a message, the tally of a day or of an hour, and a failure.
 RESPONSE_LIFE = 86400.0
 LOOSE_FILE_LIFE = 7 * 86400.0
-TALLY_LIFE = 3 * 86400.0
+TALLY_LIFE = 32 * 86400.0
+HOUR_LIFE = 26 * 3600.0
+FAILURE_LIFE = 30 * 86400.0
+MAX_FAILURES = 20  # of one account that are kept
 MAX_VISITS = 50  # browsers that are signed in to the mirror with one seed
 MAX_SESSIONS = 1000  # of administrators
 LINK_LIFE = 3600.0  # seconds that a link to a file of an answer is good for
@@ -2404,9 +2480,16 @@ class Store:
             if ids is None:
                 ids = [row[0] for row in self._rows("SELECT id FROM accounts WHERE guest=0")]
             removed = [id for id in ids if db.execute("DELETE FROM accounts WHERE id=?", (id,)).rowcount]
-            db.executemany("DELETE FROM files WHERE account=?", [(id,) for id in removed])
-            db.executemany("DELETE FROM tallies WHERE subject=?", [(id,) for id in removed])
+            for id in removed:
+                db.execute("DELETE FROM files WHERE account=?", (id,))
+                db.execute("DELETE FROM failures WHERE account=?", (id,))
+                self._forget_work(db, id)
         return removed
+
+    @staticmethod
+    def _forget_work(db: Statements, subject: str) -> None:
+        db.execute("DELETE FROM tallies WHERE subject=?", (subject,))
+        db.execute("DELETE FROM hours WHERE subject=?", (subject,))
 
     def absorb_account(self, id: str, other: str, **columns: Any) -> None:
         """An account gets these columns and what another one held, which is removed."""
@@ -2470,6 +2553,8 @@ class Store:
             # The last of a subject stays: it tells when that was last used.
             later = "SELECT 1 FROM tallies AS later WHERE later.subject=tallies.subject AND later.since>tallies.since"
             db.execute(f"DELETE FROM tallies WHERE since < ? AND EXISTS ({later})", (now - TALLY_LIFE,))
+            db.execute("DELETE FROM hours WHERE since < ?", (now - HOUR_LIFE,))
+            db.execute("DELETE FROM failures WHERE at < ?", (now - FAILURE_LIFE,))
 
     def files(self, where: str, *values: Any) -> list[File]:
         """Files, the newest first."""
@@ -2633,35 +2718,57 @@ class Store:
         return [User(*row) for row in rows]
 
     def put_user(self, user: User) -> None:
+        """Stores an API user, whether new or changed."""
         columns = "id, name, token_hash, added, daily_limit"
-        self._write(f"INSERT INTO users ({columns}) VALUES (?, ?, ?, ?, ?)", *user, topic="users")
+        changes = ", ".join(f"{name}=excluded.{name}" for name in ("name", "token_hash", "daily_limit"))
+        query = (
+            f"INSERT INTO users ({columns}) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET {changes}"
+        )
+        self._write(query, *user, topic="users")
 
     def remove_user(self, id: str) -> bool:
         with self.writing("users") as db:
-            db.execute("DELETE FROM tallies WHERE subject=?", (id,))
+            self._forget_work(db, id)
             return int(db.execute("DELETE FROM users WHERE id=?", (id,)).rowcount) > 0
 
-    def last_tallies(self) -> list[tuple[str, float, Tally]]:
-        """(subject, since, tally) of each subject's last day."""
+    def last_tallies(self, since: float = 0.0) -> list[tuple[str, float, Tally]]:
+        """(subject, since, tally) of the last day of each subject that had one since then."""
         columns = "subject, since, answers, failures, requests, tokens, used"
-        newest = "SELECT MAX(since) FROM tallies AS one WHERE one.subject=tallies.subject"
-        rows = self._rows(f"SELECT {columns} FROM tallies WHERE subject<>'' AND since=({newest})")
+        newest = "SELECT subject, MAX(since) FROM tallies WHERE subject<>'' AND since>=? GROUP BY subject"
+        rows = self._rows(f"SELECT {columns} FROM tallies WHERE (subject, since) IN ({newest})", since)
         return [(row[0], row[1], Tally(*row[2:])) for row in rows]
 
-    def tallies(self, subject: str, since: float) -> dict[float, Tally]:
-        """The tallies of a subject by when their time began."""
-        query = "SELECT since, answers, failures, requests, tokens, used FROM tallies WHERE subject=? AND since>=?"
+    def tallies(self, subject: str, since: float, table: str = "tallies") -> dict[float, Tally]:
+        """The tallies of a subject's days, or of its `hours`, by when these began."""
+        columns = "since, answers, failures, requests, tokens, used"
+        query = f"SELECT {columns} FROM {table} WHERE subject=? AND since>=?"
         return {row[0]: Tally(*row[1:]) for row in self._rows(query, subject, since)}
 
-    def add_tallies(self, more: Mapping[tuple[str, float], Tally]) -> None:
-        """Adds to tallies, by subject and when their time began."""
+    def add_tallies(self, days: Tallies, hours: Tallies | None = None) -> None:
+        """Adds to the tallies of days and hours."""
         names = ", ".join(Tally._fields)
-        sums = ", ".join(f"{name}=tallies.{name}+excluded.{name}" for name in Tally._fields[:4])
-        query = f"INSERT INTO tallies (subject, since, {names}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-        last = "CASE WHEN tallies.used > excluded.used THEN tallies.used ELSE excluded.used END"
-        change = f"ON CONFLICT (subject, since) DO UPDATE SET {sums}, used={last}"
+        for table, more in (("tallies", days), ("hours", hours or {})):
+            sums = ", ".join(f"{name}={table}.{name}+excluded.{name}" for name in Tally._fields[:4])
+            query = f"INSERT INTO {table} (subject, since, {names}) VALUES (?, ?, ?, ?, ?, ?, ?)"
+            last = f"CASE WHEN {table}.used > excluded.used THEN {table}.used ELSE excluded.used END"
+            change = f"ON CONFLICT (subject, since) DO UPDATE SET {sums}, used={last}"
+            with self.writing() as db:
+                db.executemany(f"{query} {change}", [(*key, *tally) for key, tally in more.items()])
+
+    def add_failures(self, failures: Iterable[Failure]) -> None:
+        """Keeps failures, of each account the newest."""
+        newest = "SELECT at FROM failures WHERE account=? ORDER BY at DESC LIMIT ?"
         with self.writing() as db:
-            db.executemany(f"{query} {change}", [(*key, *tally) for key, tally in more.items()])
+            for one in failures:
+                db.execute("INSERT INTO failures VALUES (?, ?, ?) ON CONFLICT DO NOTHING", tuple(one))
+            for id in {one.account for one in failures}:
+                query = f"DELETE FROM failures WHERE account=? AND at NOT IN ({newest})"
+                db.execute(query, (id, id, MAX_FAILURES))
+
+    def failures(self, account: str) -> list[Failure]:
+        """The failures of an account that are kept, the newest first."""
+        query = "SELECT account, at, reason FROM failures WHERE account=? ORDER BY at DESC"
+        return [Failure(*row) for row in self._rows(query, account)]
 
     def admit(self, user: str, since: float, limit: int, now: float) -> bool:
         """Counts a request of an API user, unless as many were counted since then as it may make."""
@@ -4833,6 +4940,8 @@ def recognise(line: str) -> AccountRow:
     `login-free`, which stands for no token at all.
     """
     line = line.strip("\ufeff \t\r\n")
+    if line == NO_TOKEN:
+        raise ValueError("no token in it; open the page while you are signed in to the site")
     said = Answer(200, {}, line.encode("utf-8", "replace")).object() if line[:1] == "{" else None
     if said is not None:  # what /api/auth/session shows, whole, or what was exported
         token = said.get("sessionToken") or said.get("accessToken") or said.get("token")
@@ -4872,6 +4981,13 @@ def recognise(line: str) -> AccountRow:
     return replace(row, id=f"{row.kind[:3]}-{digest[:10]}")
 
 
+def is_token(text: str) -> bool:
+    """Whether a text is a token that can be recognised."""
+    with contextlib.suppress(ValueError):
+        return bool(recognise(text))
+    return False
+
+
 def _of_cookies(line: str) -> tuple[str, dict[str, str]]:
     """A session token in cookies as browsers show them, whole or in numbered parts, with the workspace that may follow it
     after a comma; and the cookies that are kept beside it. ValueError when a part is missing."""
@@ -4885,21 +5001,109 @@ def _of_cookies(line: str) -> tuple[str, dict[str, str]]:
     return token + (f",{workspace[1]}" if workspace else ""), cookies
 
 
-def with_parts_joined(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers; the parts of a session cookie that follow its first one on lines of their own belong to
-    that line."""
-    held, first, parts = list[str](), 0, 0
-    for number, line in enumerate(lines, 1):
-        match = re.search(rf"{re.escape(SESSION_COOKIE)}\.(\d)", line)
-        if held and match and int(match[1]) == parts:
-            held.append(line)
-            parts += 1
+class Given(NamedTuple):
+    """A token in a text that was given, on the lines from `first` to `last`, counted from 1; `place` is the text's file, ""
+    for none."""
+
+    text: str
+    first: int
+    last: int
+    place: str = ""
+
+    @property
+    def where(self) -> str:
+        """Where it stands, for people."""
+        lines = f"line {self.first}" if self.first == self.last else f"lines {self.first} to {self.last}"
+        return f"{self.place}, {lines}" if self.place else lines
+
+
+# Names under which other programs keep a token; a refresh token is worth more than the access token beside it.
+_TOKEN_NAMES = ("refresh_token", "refreshToken", "sessionToken", "token", "access_token", "accessToken")
+MAX_BROKEN_JSON = (
+    20  # beginnings of JSON that lead to no end, each of which may be looked for through a whole text
+)
+NO_TOKEN = "{}"  # stands for JSON without any
+
+
+def given_tokens(text: str, place: str = "") -> Iterator[Given]:
+    """The tokens in a text: one a line, where `#` begins a comment; the parts of a session cookie on lines that follow one
+    another; JSON of other programs (see `tokens_in`), on one line or several. What is none of them stands for itself."""
+    held: list[Given] = []  # the parts of a session cookie
+    for unit in _units(text, place):
+        match = re.search(rf"{re.escape(SESSION_COOKIE)}\.(\d)", unit.text)
+        if held and match and int(match[1]) == len(held):
+            held.append(unit)
             continue
         if held:
-            yield first, "; ".join(held)
-        held, first, parts = [line], number, int(bool(match and match[1] == "0"))
+            yield held[0]._replace(text="; ".join(one.text for one in held), last=held[-1].last)
+            held = []
+        if match and match[1] == "0" and unit.text[:1] != "{":
+            held = [unit]
+        else:
+            yield from _without_comment(unit)
     if held:
-        yield first, "; ".join(held)
+        yield held[0]._replace(text="; ".join(one.text for one in held), last=held[-1].last)
+
+
+def _without_comment(unit: Given) -> Iterator[Given]:
+    """What a line has before its comment, if anything."""
+    text = unit.text
+    comment = text[:1] == "#" and not text.startswith("#HttpOnly_")
+    whole = text[:1] == "{" or (SESSION_COOKIE in text and not comment)
+    if text := text if whole else text.partition("#")[0].strip():
+        yield unit._replace(text=text)
+
+
+def _units(text: str, place: str) -> Iterator[Given]:
+    """The lines of a text, and what is in its JSON."""
+    text = re.sub(r"\r\n?", "\n", text.removeprefix("\ufeff")) + "\n"
+    number, at, broken = 1, 0, 0
+    while at < len(text):
+        end = text.index("\n", at)
+        line = text[at:end].strip()
+        last, found = number, [line]
+        if line[:1] in ("{", "[") and broken < MAX_BROKEN_JSON:
+            try:
+                value, stop = read_json_at(text, text.index(line[0], at))
+            except ValueError:
+                broken += 1
+            else:
+                last += text.count("\n", at, stop)
+                end = text.index("\n", stop)
+                found = list(tokens_in(value)) or [NO_TOKEN]
+        for one in found:
+            yield Given(one, number, last, place)
+        number, at = last + 1, end + 1
+
+
+def tokens_in(value: Any, named: bool = True) -> Iterator[str]:
+    """The tokens in JSON of another program: ChatGPT-to-API's access_tokens.json, chat2api's refresh_map.json and
+    seed_map.json, Codex's auth.json, what the site's session page shows, and what `accounts export` wrote. `named`: whether a
+    text must be one, since nothing else stands at its place."""
+    if isinstance(value, str):
+        if named or is_token(value):
+            yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from tokens_in(one)
+    elif isinstance(value, dict):
+        if "token" in value and {"device", "access_token"} & set(value):  # as `recognise` has it
+            yield compact(value)
+            return
+        if token := next(
+            (value[name] for name in _TOKEN_NAMES if isinstance(value.get(name), str) and value[name]), ""
+        ):
+            workspace = value.get("account_id")
+            if token == value.get("refresh_token") and isinstance(value.get("access_token"), str):
+                told = {"token": token, "account_id": workspace, "access_token": value["access_token"]}
+                told = {name: one for name, one in told.items() if isinstance(one, str)}
+                yield compact(told | ({"codex": True} if "id_token" in value else {}))
+                return
+            yield f"{token},{workspace}" if isinstance(workspace, str) and workspace else token
+            return
+        for name, one in value.items():
+            known = list(tokens_in(name, named=False))  # refresh tokens are the names of chat2api's map
+            yield from known or tokens_in(one, named=False)
 
 
 def callers_token(key: str) -> AccountRow:
@@ -4982,13 +5186,14 @@ class Wait(NamedTuple):
 
 
 class Added(NamedTuple):
-    """The result of adding lines with tokens: the accounts, why which line was left out, how many accounts were known
-    before, and how many lines were merged into another's account."""
+    """The result of adding tokens: the accounts, why which line was left out, how many accounts were known before, how
+    many tokens were merged into another's account, and what was left out, in the order of `faults`."""
 
     rows: list[AccountRow]
     faults: list[str]
     known: int
     merged: int
+    left_out: list[Given]
 
 
 def _cookies_of(row: AccountRow) -> dict[str, str]:
@@ -5201,9 +5406,9 @@ class Account:
 
 
 class Ledger:
-    """Counts the work of accounts and API users today (local time; where several machines may share the store, UTC), and of
-    all accounts together by the hour. It counts in memory; counts that are not saved yet are lost when the process is
-    killed."""
+    """Counts the work of accounts and API users, and of all accounts together (""), by the hour and by the day (local time;
+    where several machines may share the store, UTC). It counts in memory; counts that are not saved yet are lost when the
+    process is killed."""
 
     def __init__(self, store: Store, shared: bool = False) -> None:
         """`shared`: other processes count in the same store, whose limits are then looked up there."""
@@ -5211,40 +5416,42 @@ class Ledger:
         self._tallies_lock = threading.Lock()
         self._day = (0.0, 0.0)  # the day that is counted: its beginning and end, Unix seconds
         self._unsaved: dict[tuple[str, float], Tally] = {}
-        self._hours: dict[float, Tally] = {}
+        self._unsaved_hours: dict[tuple[str, float], Tally] = {}
+        self._unsaved_failures: deque[Failure] = deque(maxlen=MAX_UNSAVED)
         self._today: dict[str, Tally] = {}
-        self._read()
+        self._read(0.0)
 
-    def _read(self) -> None:
-        """Takes in what is stored, by other processes too."""
-        now = time.time()
-        hours = self.store.tallies("", now - 86400)
-        last = self.store.last_tallies()
+    def _read(self, since: float) -> None:
+        """Takes in what was stored since then, by other processes too."""
+        last = self.store.last_tallies(since)
         with self._tallies_lock:
-            begun = self._begun(now)
-            self._hours = hours
-            self._today = {
+            begun = self._begun(time.time())
+            self._today |= {
                 subject: tally if since == begun else Tally(used=tally.used) for subject, since, tally in last
             }
             for (subject, since), tally in self._unsaved.items():
-                known = self._today if subject else self._hours
-                key: Any = subject or since
-                known[key] = known.get(key, Tally()).plus(tally)
+                if subject and since == begun:
+                    self._today[subject] = self._today.get(subject, Tally()).plus(tally)
 
     def _begun(self, now: float) -> float:
         """The beginning of today; a new day begins with nothing counted."""
         if not self._day[0] <= now < self._day[1]:
-            if self.store.database.server:
-                midnight = [now // 86400 * 86400 + i * 86400 for i in (0, 1)]
-            else:
-                day = time.localtime(now)
-                date = (day.tm_year, day.tm_mon, day.tm_mday)
-                midnight = [time.mktime((*date[:2], date[2] + i, 0, 0, 0, 0, 0, -1)) for i in (0, 1)]
             if self._day[1]:
                 self._today = {subject: Tally(used=tally.used) for subject, tally in self._today.items()}
-                self._hours = {since: tally for since, tally in self._hours.items() if since > now - 90000}
-            self._day = (midnight[0], midnight[1])
+            self._day = (self._midnight(now, 0), self._midnight(now, 1))
         return self._day[0]
+
+    def _midnight(self, now: float, days: int) -> float:
+        """When a day began or begins, so many days from today."""
+        if self.store.database.server:
+            return now // 86400 * 86400 + days * 86400
+        today = time.localtime(now)
+        return time.mktime((today.tm_year, today.tm_mon, today.tm_mday + days, 0, 0, 0, 0, 0, -1))
+
+    def _hour(self, now: float) -> float:
+        """The beginning of this hour, counted from the day's."""
+        begun = self._begun(now)
+        return begun + (now - begun) // 3600 * 3600
 
     def count(self, subject: str, **amounts: int) -> None:
         """Adds `answers` or `failures` of an account, `requests` or `tokens` of an API user."""
@@ -5253,15 +5460,22 @@ class Ledger:
 
     def _count(self, subject: str, more: Tally) -> None:
         begun = self._begun(more.used)
+        hour = self._hour(more.used)
         none = Tally()
-        hour = begun + (more.used - begun) // 3600 * 3600
         self._today[subject] = self._today.get(subject, none).plus(more)
-        keys = [(subject, begun)]
-        if more.answers or more.failures:
-            self._hours[hour] = self._hours.get(hour, none).plus(more)
-            keys.append(("", hour))
-        for key in keys:
-            self._unsaved[key] = self._unsaved.get(key, none).plus(more)
+        for one in (subject, "") if more.answers or more.failures else (subject,):
+            self._unsaved[one, begun] = self._unsaved.get((one, begun), none).plus(more)
+            self._unsaved_hours[one, hour] = self._unsaved_hours.get((one, hour), none).plus(more)
+
+    def failed(self, account: str, reason: str) -> None:
+        """Counts a failure of an account's, and remembers why."""
+        self.count(account, failures=1)
+        self._unsaved_failures.append(Failure(account, time.time(), reason[:300]))
+
+    def failures(self, account: str) -> list[Failure]:
+        """The last failures of an account, the newest first."""
+        unsaved = [one for one in self._unsaved_failures.copy() if one.account == account]
+        return [*reversed(unsaved), *self.store.failures(account)][:MAX_FAILURES]
 
     def admit(self, user: str, limit: int | None) -> float:
         """Counts a request of an API user; past its limit, how many seconds the day still has."""
@@ -5271,8 +5485,11 @@ class Ledger:
         if self.shared and limit is not None:
             if not self.store.admit(user, begun, limit, now):
                 return end - now
+            once = Tally(requests=1, used=now)
             with self._tallies_lock:
-                self._today[user] = self._today.get(user, Tally()).plus(Tally(requests=1, used=now))
+                key = (user, self._hour(now))
+                self._today[user] = self._today.get(user, Tally()).plus(once)
+                self._unsaved_hours[key] = self._unsaved_hours.get(key, Tally()).plus(once)
             return 0.0
         with self._tallies_lock:
             if limit is not None and self.today(user).requests >= limit:
@@ -5284,29 +5501,41 @@ class Ledger:
         """The counts of a subject for today, and when it was last used at all."""
         return self._today.get(subject, Tally())
 
-    def hours(self) -> list[tuple[float, Tally]]:
-        """The last 24 hours, each with its beginning (Unix seconds); the last is the one under way."""
+    def work(self, subject: str, days: bool = False) -> list[tuple[float, Tally]]:
+        """What a subject did in the last 24 hours, or in the last 30 days, each with its beginning (Unix seconds); the last
+        one is under way."""
         with self._tallies_lock:
             now = time.time()
-            begun = self._begun(now)
-            this = begun + (now - begun) // 3600 * 3600
-            starts = [this - 3600 * i for i in range(23, -1, -1)]
-            return [(start, self._hours.get(start, Tally())) for start in starts]
+            unsaved = dict(self._unsaved if days else self._unsaved_hours)
+            if days:
+                starts = [self._midnight(now, -i) for i in range(29, -1, -1)]
+            else:
+                starts = [self._hour(now) - 3600 * i for i in range(23, -1, -1)]
+        stored = self.store.tallies(subject, starts[0], "tallies" if days else "hours")
+        none = Tally()
+        return [(one, stored.get(one, none).plus(unsaved.get((subject, one), none))) for one in starts]
 
     def save(self) -> None:
         """Stores what was counted since the last time, and takes in what other processes have."""
         with self._tallies_lock:
             unsaved, self._unsaved = self._unsaved, {}
+            hours, self._unsaved_hours = self._unsaved_hours, {}
+        failures = list(self._unsaved_failures)
         try:
-            if unsaved:
-                self.store.add_tallies(unsaved)
+            if unsaved or hours or failures:
+                with self.store.writing():
+                    self.store.add_tallies(unsaved, hours)
+                    self.store.add_failures(failures)
         except StoreUnavailable:  # it will be tried again
             with self._tallies_lock:
-                for key, tally in unsaved.items():
-                    self._unsaved[key] = self._unsaved.get(key, Tally()).plus(tally)
+                for kept, lost in ((self._unsaved, unsaved), (self._unsaved_hours, hours)):
+                    for key, tally in lost.items():
+                        kept[key] = kept.get(key, Tally()).plus(tally)
             raise
+        for _ in failures:
+            self._unsaved_failures.popleft()
         if self.shared:
-            self._read()
+            self._read(self._day[0])
 
 
 def login_required() -> ApiError:
@@ -5435,28 +5664,29 @@ class Pool:
             self._by_secret = {one.row.secret: one for one in self._accounts.values() if one.renewable}
 
     def add(self, lines: Iterable[str]) -> Added:
-        """Stores the tokens, one a line (`#` begins a comment).
+        """Stores the tokens of some lines (see `given_tokens`)."""
+        return self.take_in(given_tokens("\n".join(lines)))
+
+    def take_in(self, given: Iterable[Given]) -> Added:
+        """Stores tokens.
 
         An account that is known gets its new token and is ready again; its identity stays. One that renews itself and
         is ready keeps its secret as well: the token that it was once added with may long be replaced.
         """
         found: dict[str, AccountRow] = {}
         faults = list[str]()
-        given = 0
+        left_out = list[Given]()
+        tokens = 0
         before = set[str]()
-        for number, line in with_parts_joined(lines):
-            text = line.strip()
-            comment = text[:1] == "#" and not text.startswith("#HttpOnly_")
-            whole = text[:1] == "{" or (SESSION_COOKIE in text and not comment)
-            if not (text := text if whole else text.partition("#")[0].strip()):
-                continue
+        for one in given:
             try:
-                row = recognise(text)
-                given += 1
+                row = recognise(one.text)
+                tokens += 1
                 if row.id not in found or row.expires >= found[row.id].expires:
                     found[row.id] = row
             except ValueError as error:
-                faults.append(f"line {number}: {error}")
+                faults.append(f"{one.where}: {error}")
+                left_out.append(one)
 
         def merge(known: Mapping[str, AccountRow]) -> list[AccountRow]:
             before.update(id for id, row in known.items() if not row.guest)
@@ -5465,7 +5695,8 @@ class Pool:
         with self._changes_lock:
             rows = self.store.merge_accounts(merge)
             self.reload()
-        return Added(rows, faults, sum(row.id in before for row in rows), given - len(rows))
+        known = sum(row.id in before for row in rows)
+        return Added(rows, faults, known, tokens - len(rows), left_out)
 
     def _merged(self, found: Mapping[str, AccountRow], known: Mapping[str, AccountRow]) -> list[AccountRow]:
         """The accounts as they are to be kept. Those that are known, by their id, their token or their owner, stay
@@ -6353,10 +6584,10 @@ def walled(answer: Answer) -> bool:
 class SignIn:
     """ "Accounts: Browser sign-in, Device code": a person signs in with the browser, chatproxy gets the tokens."""
 
-    def __init__(self, settings: Settings, loop: Loop) -> None:
+    def __init__(self, settings: Settings, loop: Loop, watch: Watch) -> None:
         self.issuer = settings.openai_auth_url
         self.handles = Handles(loop)
-        self.watch = Watch()
+        self.watch = watch
         self.egress = Egress(settings.impersonate, next(iter(settings.proxy_url), ""))
         self.state = secrets.token_urlsafe(24)
         self.verifier = secrets.token_urlsafe(48)
@@ -6410,11 +6641,15 @@ class SignIn:
         id = said.get("device_auth_id")
         code = said.get("user_code")
         if not isinstance(id, str) or not isinstance(code, str):
-            raise Refusal(
-                "rejected", "The issuer offers no sign-in by device code; use `login` without --device."
-            )
+            text = "The issuer offers no sign-in with a code; use `chatproxy.py login`, or add a token."
+            raise Refusal("rejected", text)
         interval = str(said.get("interval"))
         return id, code, min(60.0, max(1.0, float(interval))) if interval.isdecimal() else 5.0
+
+    @property
+    def device_address(self) -> str:
+        """The page at which the person types the code."""
+        return f"{self.issuer}/codex/device"
 
     def device_tokens(self, id: str, code: str) -> tuple[str, str] | None:
         """The tokens, None while the person has not signed in yet."""
@@ -6436,8 +6671,7 @@ class PasswordSignIn(SignIn):
     STEPS = 12  # redirects and forms
 
     def __init__(self, settings: Settings, loop: Loop, watch: Watch) -> None:
-        super().__init__(settings, loop)
-        self.watch = watch
+        super().__init__(settings, loop, watch)
         self._cookies: dict[str, str] = {}
 
     def tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
@@ -6968,47 +7202,6 @@ def _bound(schema: Mapping[str, Any], name: str, default: float) -> float:
 def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
     value = schema.get(name)
     return value if isinstance(value, list) else []
-
-
-MAX_DEPTH = 100  # levels of JSON
-
-
-def read_json(text: str | bytes | bytearray) -> Any:
-    """Parses JSON as it is defined, and no deeper than MAX_DEPTH, which recursion stands; ValueError for anything else."""
-    try:
-        if not isinstance(text, str):
-            text = text.decode("utf-8-sig")
-        return _not_too_deep(_DECODER.decode(text))
-    except RecursionError:
-        raise ValueError("too deep") from None
-
-
-def _not_too_deep(value: Any) -> Any:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for one in level
-            for inner in (one.values() if type(one) is dict else one if type(one) is list else ())
-            if type(inner) in (dict, list)
-        ]
-        if not level:
-            return value
-    raise ValueError("too deep")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:50]} is too large a number")
-    return value
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 class OverBudget(Exception):
@@ -10342,8 +10535,9 @@ class Turns(Attempts):
             decoder = attempt.decoder  # what there is of the answer stays good
             finish = Finish("length", decoder.conversation, decoder.message)
         finally:
-            if attempt.begun and not attempt.failed:
-                self._count(attempt, answers=1)
+            account = self._counted(attempt)
+            if attempt.begun and not attempt.failed and account is not None:
+                self.ledger.count(account.id, answers=1)
         return finish
 
     def lease(self, attempt: Attempt) -> Account:
@@ -10392,7 +10586,8 @@ class Turns(Attempts):
         """Counts a refusal as a failure of the account's, if it is one."""
         if refused.reason in _FAILURES and attempt.continues is None:
             attempt.failed = True
-            self._count(attempt, failures=1)
+            if (account := self._counted(attempt)) is not None:
+                self.ledger.failed(account.id, refused.message)
 
     def _wait(self, account: Account, name: str, refused: Refusal) -> None:
         """Leaves an account alone for a model, or whatever else has the name."""
@@ -10423,10 +10618,11 @@ class Turns(Attempts):
         attempt.refused_token = attempt.token
         return account.renewable and account.row.state == "ready"
 
-    def _count(self, attempt: Attempt, **amounts: int) -> None:
+    @staticmethod
+    def _counted(attempt: Attempt) -> Account | None:
+        """The account whose work an attempt counts as; None for a caller's own."""
         account = attempt.leased
-        if attempt.counts and account and not account.row.guest:
-            self.ledger.count(account.id, **amounts)
+        return account if attempt.counts and account and not account.row.guest else None
 
     def began(self, account: Account, attempt: Attempt) -> None:
         """The first of an answer is there: the account works."""
@@ -17654,6 +17850,9 @@ class Keys:
             request.scope = Scope("key-admin", everyone=True)
         elif key and (user := self._users.get(digest)):
             self._admit_user(request, user)
+        elif not key and self._administers(request):
+            request.asker = "admin"
+            request.scope = Scope("key-admin", everyone=True)
         elif not key:
             if not self.keyless:
                 text = "No API key was sent; send one as `Authorization: Bearer KEY`."
@@ -17740,6 +17939,15 @@ class Keys:
 
     # -- the administrator -------------------------------------------------------------------------------------
 
+    def _administers(self, request: Request) -> bool:
+        """Whether a page of this server asks for who may administer it: who is signed in, or, while no key is set and there are
+        accounts, who sits at this machine."""
+        if self.settings.administrator is not None:
+            return self._signed_in(request)
+        if request.headers.get("sec-fetch-site") != "same-origin" or not self.pool.accounts():
+            return False
+        return self._stranger(request) == ""
+
     def admit_admin(self, request: Request, named: str = "", sessions: bool = True) -> None:
         """Admits the administrator's key (in the header, or `named` elsewhere in the request) and, from a page of this
         server, who signed in with it. Without any key set, clients of this machine, until there is an API user."""
@@ -17747,24 +17955,25 @@ class Keys:
         request.admin = True
         request.scope = Scope("key-admin", everyone=True)
         if self.settings.administrator is None:
-            by_browser = "sec-fetch-site" in request.headers or "origin" in request.headers
-            browsed = not sessions and by_browser  # a link that changes something
-            if by_browser and self.settings.enable_gateway:
-                text = "With the mirror open, set ADMIN_KEY: its pages are at the same address as this one."
-                raise ApiError("invalid_api_key", text)
-            if self._users:
-                text = "There are API users now: set ADMIN_KEY to administer this server."
-                raise ApiError("invalid_api_key", text)
-            if browsed or not self._local(request) or self.is_foreign(request):
-                text = (
-                    "Until ADMIN_KEY is set, admin routes answer only this machine, with no proxy in between."
-                )
+            if text := self._stranger(request, sessions):
                 raise ApiError("invalid_api_key", text)
         elif key := self.given(request) or named:
             self._check(request, key)
         elif not sessions or not self._signed_in(request):
             text = "The admin key is missing; send it as `Authorization: Bearer KEY`."
             raise ApiError("invalid_api_key", text)
+
+    def _stranger(self, request: Request, links: bool = True) -> str:
+        """Why a request may not administer a server without any key; "" when it may. `links`: whether a browser may do it by a
+        link."""
+        by_browser = "sec-fetch-site" in request.headers or "origin" in request.headers
+        if by_browser and self.settings.enable_gateway:
+            return "With the mirror open, set ADMIN_KEY: its pages are at the same address as this one."
+        if self._users:
+            return "There are API users now: set ADMIN_KEY to administer this server."
+        if (by_browser and not links) or not self._local(request) or self.is_foreign(request):
+            return "Until ADMIN_KEY is set, admin routes answer only this machine, with no proxy in between."
+        return ""
 
     def _is_administrators(self, digest: bytes) -> bool:
         return self._administrator is not None and hmac.compare_digest(digest, self._administrator)
@@ -17901,14 +18110,45 @@ class Keys:
 
 
 def issue_user(store: Store, name: str, limit: int | None) -> tuple[User, str]:
-    """A new API user and its token, which nobody can tell later; ApiError when the name is none."""
-    if len(name) > 100 or not name.isprintable():
-        raise unfit("name", "must be a text of up to 100 printable characters.")
-    token = f"cp-{secrets.token_urlsafe(32)}"
-    digest = hashlib.sha256(token.encode()).hexdigest()
-    user = User(f"user-{secrets.token_hex(4)}", name, digest, time.time(), limit)
-    store.put_user(user)
+    """A new API user and its token, which nobody can tell later; ApiError when the name is none, or another's."""
+    token = _new_token()
+    user = User(f"user-{secrets.token_hex(4)}", name, _hash_of(token), time.time(), limit)
+    with store.writing("users"):
+        _check_name(store, user)
+        store.put_user(user)
     return user, token
+
+
+def change_user(store: Store, id: str, rotate: bool, **changes: Any) -> tuple[User, str]:
+    """Changes the name or the limit of an API user, or gives it another token ("" when not): ApiError when there is no such
+    user, or the name is none, or another's."""
+    token = _new_token() if rotate else ""
+    changes |= {"token_hash": _hash_of(token)} if token else {}
+    with store.writing("users"):
+        user = next((one for one in store.users() if one.id == id), None)
+        if user is None:
+            raise ApiError("not_found", "There is no such user.")
+        user = user._replace(**changes)
+        if "name" in changes:
+            _check_name(store, user)
+        store.put_user(user)
+    return user, token
+
+
+def _new_token() -> str:
+    return f"cp-{secrets.token_urlsafe(32)}"
+
+
+def _hash_of(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _check_name(store: Store, user: User) -> None:
+    """A name tells an API user apart; those without one are told apart by their ids."""
+    if len(user.name) > 100 or not user.name.isprintable():
+        raise unfit("name", "must be a text of up to 100 printable characters.")
+    if user.name and any(one.name == user.name and one.id != user.id for one in store.users()):
+        raise unfit("name", "is another API user's; choose one that tells the two apart.")
 
 
 # ============================================================================================================
@@ -21461,7 +21701,9 @@ def account_facts(account: Account, ledger: Ledger, now: float) -> dict[str, Any
     today = ledger.today(account.id)
     facts = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan, "workspace": row.workspace}
     facts |= {"state": account.state(now), "told": account.told(now), "reason": row.reason}
-    times = {"expires": iso(row.expires), "used": iso(today.used)}
+    times: dict[str, Any] = {"expires": iso(row.expires), "used": iso(today.used)}
+    ends = sorted((wait.until, model) for model, wait in account.waits.items() if wait.until > now)
+    times["waits"] = [{"model": model, "until": iso(until)} for until, model in ends]
     persona, wants = account.demands
     demands = {"persona": persona, "wants": list(wants)}  # what the upstream's requirements said last
     codex = {"upstreams": account.paths(), "codex": allowance_facts(account.allowance, now)}
@@ -21515,6 +21757,21 @@ def checked(app: App, account: Account, watch: Watch) -> tuple[str, str | None]:
     return account.id, next(iter(faults.values()), "") if state == "ready" else state
 
 
+def exported(row: AccountRow) -> str:
+    """An account with its token and identity as one line, which `recognise` reads."""
+    kept: dict[str, Any] = {
+        "token": row.secret or LOGIN_FREE,
+        "account_id": row.workspace,
+        "email": row.email,
+        "device": row.device,
+        "browser": row.browser,
+        "cookies": _cookies_of(row),
+    }
+    kept |= {"disabled": True} if row.state == DISABLED else {}
+    kept |= {"codex": True} if row.codex == "yes" else {}
+    return compact(kept)
+
+
 def _count_of(app: App) -> int:
     """chat2api's `tokens_count`: how many accounts are not set aside."""
     return sum(account.row.state == "ready" for account in app.pool.accounts())
@@ -21528,29 +21785,35 @@ def _named(app: App, request: Request, most: int = 10_000) -> list[Account]:
     return [one for id in ids if (one := app.pool.find(id)) and not one.row.guest]
 
 
-def _added(app: App, lines: list[str]) -> Reply:
-    added = app.pool.add(lines)
-    if added.faults and not added.rows:
+def _imported(app: App, texts: list[tuple[str, str]]) -> Reply:
+    added, seeds = import_texts(app.pool, texts)
+    if added.faults and not added.rows and not seeds:
         raise invalid("text", f"None of the lines is a token: {'; '.join(added.faults[:5])}.")
     for fault in added.faults:
         log(logging.WARNING, "line of an upload left out", fault=fault)
+    if seeds and app.mirror:
+        app.mirror.reload_visits()
+        app.mirror.belongings.reload()
     told = {"status": "success", "tokens_count": _count_of(app), "stored": len(added.rows)}
-    return json_reply(told | {"known": added.known, "faults": added.faults})
+    told |= {"known": added.known, "merged": added.merged, "seeds": seeds, "faults": added.faults}
+    left_out = [{"file": one.place, "first": one.first, "last": one.last} for one in added.left_out]
+    return json_reply(told | {"left_out": left_out})
 
 
 @ROUTER.on("POST", "/tokens/upload", access="admin")
 def tokens_upload(app: App, request: Request) -> Reply:
-    """chat2api's upload: form field `text`, one token a line; `{"status": "success", "tokens_count": N, …}`"""
+    """chat2api's upload: form field `text`, one token a line, or files as `accounts import` takes them, several too;
+    `{"status": "success", "tokens_count": N, …}`"""
     texts = parse_form(request.headers, request.body).get("text")
     if not texts:
         raise invalid("text", "Send the tokens in the form field `text`, one a line.")
-    return _added(app, texts[0].text().splitlines())
+    return _imported(app, [(one.file_name or "", one.text()) for one in texts])
 
 
 @ROUTER.on("GET", "/tokens/add/{token}", access="admin key")
 def tokens_add(app: App, request: Request) -> Reply:
     """chat2api's way to add one token; a URL may stay in logs on its way, so better upload it"""
-    return _added(app, [request.params["token"]])
+    return _imported(app, [("", request.params["token"])])
 
 
 @ROUTER.on("POST", "/tokens/clear", access="admin")
@@ -21567,9 +21830,61 @@ def tokens_error(app: App, request: Request) -> Reply:
     return json_reply({"status": "success", "error_tokens": aside})
 
 
+@ROUTER.on("POST", "/tokens/export", access="admin")
+def tokens_export(app: App, request: Request) -> Reply:
+    """the accounts named by `{"ids"}` with their tokens, as a file for `accounts import`; `key` must be the admin key, also of
+    who is signed in"""
+    key = request.json().get("key")
+    if app.settings.administrator is not None:
+        app.keys.admit_admin(request, key if isinstance(key, str) else "", sessions=False)
+    rows = [one.row for one in _named(app, request)]
+    log(logging.WARNING, "accounts exported with their tokens", count=len(rows))
+    headers = {"Content-Disposition": 'attachment; filename="chatproxy-accounts.jsonl"'}
+    lines = "".join(exported(row) + "\n" for row in rows)
+    return Reply(200, lines.encode("utf-8", "replace"), "application/jsonl; charset=utf-8", headers)
+
+
+@ROUTER.on("POST", "/tokens/device", access="admin")
+def device_begins(app: App, request: Request) -> Reply:
+    """begins a sign-in with a code: `{"device", "code", "address", "interval", "seconds"}`; a person types the code at the
+    address, and who asked looks for the result every `interval` seconds"""
+    sign_in = SignIn(app.settings, app.loop, request.watch)
+    device, code, interval = sign_in.device()
+    told = {"device": device, "code": code, "address": sign_in.device_address}
+    return json_reply(told | {"interval": interval, "seconds": SIGN_IN_TIME})
+
+
+@ROUTER.on("POST", "/tokens/device/result", access="admin")
+def device_result(app: App, request: Request) -> Reply:
+    """whether somebody has signed in with `{"device", "code"}`: `{"status": "waiting"}`, or "stored" with the account"""
+    body = request.json()
+    sign_in = SignIn(app.settings, app.loop, request.watch)
+    tokens = sign_in.device_tokens(required(body, "device"), required(body, "code"))
+    if tokens is None:
+        return json_reply({"status": "waiting"})
+    try:
+        row = store_tokens(app.pool, *tokens, browser=True)
+    except ValueError as error:
+        raise ApiError("upstream_error", f"The sign-in failed: {error}.") from None
+    return json_reply({"status": "stored", "id": row.id, "email": row.email, "plan": row.plan})
+
+
+# What the list of accounts may be sorted by.
+_SORTS: Mapping[str, Callable[[Account, Ledger], Any]] = {
+    "account": lambda account, ledger: (account.row.email or account.id).lower(),
+    "state": lambda account, ledger: account.state(time.time()),
+    "plan": lambda account, ledger: account.row.plan,
+    "kind": lambda account, ledger: account.row.kind,
+    "expires": lambda account, ledger: account.row.expires,
+    "used": lambda account, ledger: ledger.today(account.id).used,
+    "today": lambda account, ledger: ledger.today(account.id)[:2],
+}
+
+
 @ROUTER.on("GET", "/tokens/list", access="admin")
 def tokens_list(app: App, request: Request) -> Reply:
-    """the accounts with their states and use; `offset`, `limit`, `state`, and `q` for a word in e-mail, id or plan"""
+    """the accounts with their states and use; `offset`, `limit`, `state`, `q` for a word in e-mail, id or plan, `sort` and
+    `order` (asc or desc); with `ids=true` the ids of all that match"""
     query = request.query
     now = time.time()
     states = Counter[str]()
@@ -21582,16 +21897,49 @@ def tokens_list(app: App, request: Request) -> Reply:
         states[has] += 1
         if state in (None, "", has) and word in f"{row.email} {row.id} {row.plan} {row.kind}".lower():
             found.append(account)
+    if sort := query.get("sort"):
+        if sort not in _SORTS:
+            raise unfit("sort", f"must be one of {', '.join(_SORTS)}.")
+        found.sort(key=lambda one: _SORTS[sort](one, app.ledger), reverse=query.get("order") == "desc")
     offset = _whole(query, "offset", 0, 10**9)
     limit = _whole(query, "limit", 50, MAX_LISTED)
     page = [account_facts(one, app.ledger, now) for one in found[offset : offset + limit]]
-    hours = [
-        {"start": iso(start), "answers": tally.answers, "failures": tally.failures}
-        for start, tally in app.ledger.hours()
-    ]
     told = {"total": sum(states.values()), "matching": len(found), "states": states, "accounts": page}
-    told |= {"hours": hours, "keyless": app.settings.administrator is None}
-    return json_reply(told)
+    told |= {"ids": [one.id for one in found]} if query.get("ids") == "true" else {}
+    return _unless_known(request, told | {"keyless": app.settings.administrator is None})
+
+
+def _unless_known(request: Request, value: Any) -> Reply:
+    """A JSON value as an answer; 304 when the client has it already."""
+    reply = json_reply(value)
+    reply.headers["ETag"] = f'"{hashlib.sha256(reply.body).hexdigest()[:32]}"'
+    if request.headers.get("if-none-match") == reply.headers["ETag"]:
+        return Reply(304, headers=reply.headers)
+    return reply
+
+
+@ROUTER.on("GET", "/tokens/account/{id}", access="admin")
+def account_details(app: App, request: Request) -> Reply:
+    """one account, with its last failures, the limits that it was told, and its proxy without the password"""
+    account = app.pool.find(request.params["id"])
+    if account is None or account.row.guest:
+        raise ApiError("not_found", "There is no such account.")
+    proxy = re.sub(r"//[^/]*@", "//", account.egress.proxy)
+    told: dict[str, Any] = {"added": iso(account.row.added), "proxy": proxy, "gateway": account.gateway}
+    told["failures"] = [{"at": iso(one.at), "reason": one.reason} for one in app.ledger.failures(account.id)]
+    return json_reply(account_facts(account, app.ledger, time.time()) | told)
+
+
+@ROUTER.on("GET", "/tokens/work", access="admin")
+def work_done(app: App, request: Request) -> Reply:
+    """what was done in each of the last 24 hours, or with `span=month` of the last 30 days: by all accounts, or by the account
+    or API user `of`"""
+    span = request.query.get("span", "day")
+    if span not in ("day", "month"):
+        raise unfit("span", "must be day or month.")
+    work = app.ledger.work(request.query.get("of", ""), span == "month")
+    shown = [{"start": iso(start), **tally._asdict(), "used": iso(tally.used)} for start, tally in work]
+    return _unless_known(request, {"work": shown})
 
 
 def _whole(query: Mapping[str, str], name: str, default: int, most: int) -> int:
@@ -21728,7 +22076,81 @@ def seeds_facts(app: App, request: Request) -> Reply:
         usable = bool(account and Mirror.is_usable(account))
         facts |= {"usable": usable, "chats": chats.get(one.owner, 0), "used": iso(one.used)}
         shown.append(facts)
-    return json_reply({"enabled": app.mirror is not None, "seeds": shown})
+    return _unless_known(request, {"enabled": app.mirror is not None, "seeds": shown})
+
+
+def import_texts(pool: Pool, texts: Iterable[tuple[str, str]]) -> tuple[Added, int]:
+    """Adds what is in texts, each with its file's name ("" for none): tokens, and of chat2api's data folder the seeds with
+    their chats' titles, but no token that it has given up. What was added, and how many seeds there were."""
+    given: list[Given] = []
+    seeds: dict[str, Any] = {}
+    chats: dict[str, Any] = {}
+    given_up: set[str] = set()
+    for place, text in texts:
+        name = pathlib.PurePath(place).name
+        if name == "error_token.txt":
+            given_up |= set(text.split("\n"))
+        elif name == "conversation_map.json":
+            chats |= _map_in(text)
+        elif name == "seed_map.json":  # a seed may name an account's id, or what was never a token
+            seeds |= _map_in(text)
+            given += [one for one in given_tokens(text, place) if is_token(one.text)]
+        else:
+            given += given_tokens(text, place)
+    added = pool.take_in(one for one in given if one.text not in given_up)
+    return added, import_seeds(pool.store, seeds, chats) if seeds else 0
+
+
+def _map_in(text: str) -> dict[str, Any]:
+    """A JSON object in a text, empty where there is none."""
+    with contextlib.suppress(ValueError):
+        value = read_json(text.removeprefix("\ufeff"))
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def import_seeds(store: Store, seeds: Mapping[str, Any], chats: Mapping[str, Any]) -> int:
+    """Stores chat2api's seed_map.json (`{seed: {"token", "conversations": [id]}}`) and conversation_map.json (`{id: {"title",
+    "create_time", …}}`): how many seeds there were. Seeds that are known stay on their accounts."""
+    rows = store.accounts("guest=0")
+    now = time.time()
+    count = 0
+    for seed, said in seeds.items():
+        fits = 0 < len(seed) <= MAX_SEED and seed.isprintable() and seed != ALL_SEEDS
+        if not isinstance(said, dict) or not fits:
+            continue
+        token = str(said.get("token") or "")
+        account = ""
+        with contextlib.suppress(ValueError):
+            id = recognise(token).id
+            account = next(
+                (row.id for row in rows if row.id == id or token in (row.secret, row.access_token)), ""
+            )
+        if store.seed(seed) is None:
+            store.put_seed(seed, account, now)
+        listed = said.get("conversations")
+        ids = (
+            [one for one in listed if isinstance(one, str) and _UUID.fullmatch(one)]
+            if isinstance(listed, list)
+            else []
+        )
+        if known := store.seed(seed):
+            store.put_belongings(_imported_chat(id, known.owner, account, chats.get(id), now) for id in ids)
+        count += 1
+    return count
+
+
+def _imported_chat(id: str, owner: str, account: str, said: Any, now: float) -> Belonging:
+    facts = said if isinstance(said, dict) else {}
+    times = []
+    for name in ("create_time", "update_time"):
+        moment = now
+        with contextlib.suppress(ValueError):
+            moment = datetime.datetime.fromisoformat(str(facts.get(name)).replace("Z", "+00:00")).timestamp()
+        times.append(moment)
+    title = str(facts.get("title") or "")[:300]
+    archived = int(facts.get("is_archived") is True)
+    return Belonging(known_id(id), owner, account, "conversation", title, times[0], times[1], archived)
 
 
 # -- API users ---------------------------------------------------------------------------------------------------------
@@ -21737,23 +22159,39 @@ def seeds_facts(app: App, request: Request) -> Reply:
 @ROUTER.on("GET", "/admin/users", access="admin")
 def users_list(app: App, request: Request) -> Reply:
     """the API users with what they used today; `admin_key` may be in the query"""
-    return json_reply({"users": [user_facts(user, app.ledger) for user in app.store.users()]})
+    users = [user_facts(user, app.ledger) for user in app.store.users()]
+    return _unless_known(request, {"users": users})
 
 
 @ROUTER.on("POST", "/admin/users/add", access="admin")
 def users_add(app: App, request: Request) -> Reply:
     """a new API user: `{"user_id", "token"}`; the body may have `admin_key`, `name` and `limit` (requests a day)"""
     check_types(body := _body(request), {"name": _TEXT, "limit": _INTEGER})
-    name = body.get("name") or ""
-    limit = body.get("limit")
-    if limit is not None and not 0 <= limit <= MAX_REQUESTS:
-        raise unfit("limit", f"must be from 0 to {MAX_REQUESTS}.")
-    user, token = issue_user(app.store, name, limit)
+    user, token = issue_user(app.store, body.get("name") or "", _daily_limit(body))
     app.keys.reload()
     return json_reply(user_facts(user, app.ledger) | {"token": token})
 
 
 MAX_REQUESTS = 10**9
+
+
+def _daily_limit(body: Mapping[str, Any]) -> int | None:
+    limit: int | None = body.get("limit")
+    if limit is not None and not 0 <= limit <= MAX_REQUESTS:
+        raise unfit("limit", f"must be from 0 to {MAX_REQUESTS}.")
+    return limit
+
+
+@ROUTER.on("POST", "/admin/users/change", access="admin")
+def users_change(app: App, request: Request) -> Reply:
+    """changes `name` or `limit` (null: none) of the API user `{"user_id"}`, or with `"rotate": true` its token, which is told;
+    the body may have `admin_key`"""
+    check_types(body := _body(request), {"name": _TEXT, "limit": _INTEGER, "rotate": _FLAG})
+    changes: dict[str, Any] = {"limit": _daily_limit(body)} if "limit" in body else {}
+    changes |= {"name": body["name"]} if body.get("name") is not None else {}
+    user, token = change_user(app.store, required(body, "user_id"), body.get("rotate") is True, **changes)
+    app.keys.reload()
+    return json_reply(user_facts(user, app.ledger) | ({"token": token} if token else {}))
 
 
 @ROUTER.on("POST", "/admin/users/delete", access="admin")
@@ -21764,6 +22202,26 @@ def users_delete(app: App, request: Request) -> Reply:
         raise ApiError("not_found", "There is no such user.")
     app.keys.reload()
     return json_reply({"message": "User deleted"})
+
+
+# How clients are told of this server: BASE and KEY stand for its address and a key.
+SNIPPETS = {
+    "curl": """curl BASE/v1/chat/completions -H 'Authorization: Bearer KEY' \\
+  -d '{"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}'""",
+    "openai (Python)": """from openai import OpenAI
+
+client = OpenAI(base_url="BASE/v1", api_key="KEY")
+answer = client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "Hello"}])
+print(answer.choices[0].message.content)""",
+    "openai (Node)": """import OpenAI from "openai";
+
+const client = new OpenAI({ baseURL: "BASE/v1", apiKey: "KEY" });
+const messages = [{ role: "user", content: "Hello" }];
+const answer = await client.chat.completions.create({ model: "auto", messages });
+console.log(answer.choices[0].message.content);""",
+    "Claude Code": "ANTHROPIC_BASE_URL=BASE ANTHROPIC_API_KEY=KEY claude --model auto",
+    "Codex CLI": """CODEX_API_KEY=KEY codex -c 'openai_base_url="BASE/v1"'""",
+}
 
 
 # -- operations --------------------------------------------------------------------------------------------------------
@@ -21801,6 +22259,12 @@ def metrics(app: App, request: Request) -> Reply:
 # ============================================================================================================
 
 
+FAVICON = "data:image/svg+xml," + urllib.parse.quote(
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="4" fill="#0b6e69"/>'
+    '<path d="M4 5h8v5H8l-3 2.500V10H4z" fill="#fff"/></svg>'
+)
+
+
 def built_page(title: str, style: str, body: str, script: str, sends: str = "'none'") -> Reply:
     """A page that loads nothing from anywhere, talks to this server alone, and runs no script but its own. `sends` is where
     its forms may lead."""
@@ -21815,7 +22279,7 @@ def built_page(title: str, style: str, body: str, script: str, sends: str = "'no
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-    head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,">'
+    head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="{FAVICON}">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     text = f'<!DOCTYPE html><html lang="en"><head>{head}<style>{style}</style></head><body>{body}<script>{script}</script></body></html>'
     return Reply(200, text.encode(), "text/html; charset=utf-8", headers)
@@ -21824,12 +22288,12 @@ def built_page(title: str, style: str, body: str, script: str, sends: str = "'no
 BASE_CSS = r"""
 :root {
   color-scheme: light dark;
-  --page: #f6f7f8; --card: #ffffff; --text: #1b2126; --quiet: #5a6570; --line: #dce0e4; --soft: #eceff1;
+  --page: #f6f7f8; --card: #ffffff; --text: #1b2126; --quiet: #57626d; --line: #dce0e4; --edge: #848d96; --soft: #eceff1;
   --accent: #0b6e69; --on-accent: #ffffff; --bad: #b3261e; --good: #2e7d32; --warn: #a86200;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #14181b; --card: #1c2226; --text: #e5e9ec; --quiet: #9aa6b0; --line: #323a41; --soft: #272e34;
+    --page: #14181b; --card: #1c2226; --text: #e5e9ec; --quiet: #9aa6b0; --line: #323a41; --edge: #737e88; --soft: #272e34;
     --accent: #5cc8bf; --on-accent: #06211f; --bad: #ff8a80; --good: #7cc47f; --warn: #e8b04a;
   }
 }
@@ -21841,14 +22305,17 @@ h1, h2, p { margin: 0; font-size: 1em; }
 a, h1 { color: var(--accent); }
 button, input, select, textarea {
   font: inherit; color: inherit; background: var(--card); max-width: 100%;
-  border: 1px solid var(--line); border-radius: 8px; padding: 0.4rem 0.75rem;
+  border: 1px solid var(--edge); border-radius: 8px; padding: 0.4rem 0.75rem;
 }
+::placeholder { color: var(--quiet); opacity: 1; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 button { cursor: pointer; }
 button:disabled { opacity: 0.45; cursor: default; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; }
+button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; min-height: 1.6rem; }
 button.bad { color: var(--bad); }
-button.armed { background: var(--bad); color: var(--card); }
+button.armed { background: var(--bad); border-color: var(--bad); color: var(--card); }
+input[type="checkbox"] { width: 1.1rem; height: 1.1rem; accent-color: var(--accent); }
 .quiet, summary, th { color: var(--quiet); }
 .trouble { color: var(--bad); }
 .row { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
@@ -21856,7 +22323,13 @@ button.armed { background: var(--bad); color: var(--card); }
 .stack > label { display: grid; gap: 0.25rem; }
 .row > * { min-width: 0; }
 .grow { flex: 1 1 10rem; }
+.wide { width: 100%; }
+.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+ul { list-style: none; margin: 0; padding: 0; }
+textarea { width: 100%; resize: vertical; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.9em; }
+dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: inherit; }
+dialog { width: min(42rem, 100% - 2rem); }
 """
 
 BASE_JS = r"""
@@ -21897,20 +22370,53 @@ function put(node, text, props) {
   }
 }
 
-/** The response if it is a success, else an Error with the server's message and `status` (0: not reached). */
+/** The response if it is a success or news of none, else an Error with what the server said: `status` (0: not reached),
+ *  `code` and `wait` (seconds, NaN for none). */
 async function send(method, path, body, more = {}) {
-  const json = body && !(body instanceof URLSearchParams);
+  const json = body && !(body instanceof FormData);
   const headers = { ...(json ? { "content-type": "application/json" } : {}), ...more.headers };
   const options = { ...more, method, headers, body: json ? JSON.stringify(body) : body };
   const response = await fetch(BASE + path, options).catch(() => null);
-  if (response?.ok) return response;
+  if (response?.ok || response?.status === 304) return response;
   const status = response?.status || 0;
-  const said = await response?.json().catch(() => null);
+  const error = (await response?.json().catch(() => null))?.error;
   const plain = status ? `The server answered with ${status}.` : "The server cannot be reached.";
-  throw Object.assign(new Error(said?.error?.message || said?.error || plain), { status });
+  const wait = Number(response?.headers.get("retry-after") || NaN);
+  throw Object.assign(new Error(error?.message || error || plain), { status, code: error?.code, wait });
 }
 
 const api = async (...request) => JSON.parse(await (await send(...request)).text() || "null");
+const num = (number) => number.toLocaleString("en");
+const count = (number, noun) => `${num(number)} ${noun}${number === 1 ? "" : "s"}`;
+
+/** A time in the reader's zone, with the day unless that is today. */
+function clock(moment) {
+  const date = new Date(moment);
+  const day = date.toDateString() === new Date().toDateString() ? {} : { day: "numeric", month: "short" };
+  return date.toLocaleString("en-GB", { ...day, hour: "2-digit", minute: "2-digit" });
+}
+
+/** Make a button ask once, in its own place, before it acts. `ask` gives the question, "" to act at once. */
+function arm(node, act, ask, of = "") {
+  const label = node.textContent;
+  let since = 0;
+  const show = (at) => {
+    since = at;
+    const text = at ? ask() : label;
+    put(node, text, { ariaLabel: of ? `${text} ${of}` : null });
+    node.classList.toggle("armed", at > 0);
+  };
+  show(0);
+  node.onblur = () => show(0);
+  node.onkeydown = (event) => { if (event.key === "Escape") show(0); };
+  node.onclick = (event) => {
+    if (since && event.timeStamp - since < 400) return; // a double click is no answer to the question
+    if (since || !ask()) return show(0), act();
+    show(event.timeStamp);
+    node.focus(); // Safari does not focus a button that is clicked, and then it would not blur
+  };
+  return node;
+}
 
 /** Copy `text`, or select it in `shown`: browsers offer the clipboard only over HTTPS and on this machine. */
 async function copy(text, shown, node) {
@@ -21923,94 +22429,133 @@ async function copy(text, shown, node) {
   }
   setTimeout(() => { node.textContent = "Copy"; }, 1500);
 }
+
+function download(name, blob) {
+  const link = el("a", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
 """
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 TOKENS_CSS = r"""
-main { max-width: 76rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
+main { max-width: 80rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; padding: 1.1rem; }
-.wide { width: 100%; }
 #sign-in { max-width: 24rem; margin: 12vh auto 0; }
+#trouble:not(:empty) {
+  position: sticky; top: 0; z-index: 1; padding: 0.5rem 1.1rem;
+  border: 1px solid currentColor; border-radius: 8px; background: var(--card);
+}
 #chips { flex: 1 1 max(17rem, 100% - 16rem); }
 #chips button { border-radius: 99px; }
 [aria-pressed="true"], tr:has(:checked) { border-color: var(--accent); background: var(--soft); }
 .ready { --dot: var(--good); }
 .waiting, .expired { --dot: var(--warn); }
 .dead { --dot: var(--bad); }
-.dot::before { content: "● "; color: var(--dot, var(--quiet)); }
+.dot::before { content: "● " / ""; color: var(--dot, var(--quiet)); }
 table { border-collapse: collapse; }
-th, td { text-align: left; padding: 0.4rem 0.5rem; border-bottom: 1px solid var(--line); }
+th, td { text-align: start; padding: 0.4rem 0.5rem; border-bottom: 1px solid var(--line); }
+th button { border: 0; padding: 0; color: inherit; background: none; }
+th[aria-sort="ascending"] button::after { content: " ▲"; }
+th[aria-sort="descending"] button::after { content: " ▼"; }
 :is(th, td):nth-child(n+4) { white-space: nowrap; }
-td:nth-child(2) { width: 30%; }
-td:last-child { text-align: right; }
-td button { margin-left: 0.3rem; }
-textarea { width: 100%; resize: vertical; }
+td:nth-child(2) { width: 30%; min-width: 12rem; }
+td:nth-child(3) { min-width: 11rem; }
+td:last-child { text-align: end; }
+td button, summary + * { margin-inline-start: 0.3rem; }
 .over { border-color: var(--accent); }
-ul { list-style: none; margin: 0; padding: 0; max-height: 20rem; overflow-y: auto; }
+#users, #seeds { max-height: 24rem; overflow-y: auto; }
 li { padding: 0.3rem 0; }
-:is(#said, #users-said, #fresh, #added, #cleared):empty { display: none; }
-svg { display: block; width: 100%; height: 150px; overflow: visible; }
-text { fill: var(--quiet); font-size: 11px; }
-line { stroke: var(--line); }
-rect { fill: var(--dot, transparent); }
-@media (max-width: 60rem) {
-  :is(th, td):nth-child(n+4):nth-child(-n+6) { display: none; }
-}
-@media (max-width: 42rem) { /* each account becomes a few lines */
-  thead { display: none; }
-  tr { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; margin: 0; }
+dt { color: var(--quiet); }
+dd { margin: 0; }
+pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); border-radius: 8px; }
+.code { font-size: 1.6rem; letter-spacing: 0.1em; }
+:is(#said, #added, #users-said, #seeds-said, #fresh):empty { display: none; }
+.plot { display: flex; gap: 2px; height: 8rem; margin-bottom: 1.2rem; border-block: 1px solid var(--line); }
+.plot div { position: relative; flex: 1; display: flex; flex-direction: column-reverse; }
+.plot div::after { content: attr(data-label); position: absolute; top: 100%; color: var(--quiet); font-size: 0.7rem; white-space: nowrap; }
+.plot .at { background: var(--soft); }
+:is(.answers, .requests) { background: var(--good); }
+.failures { border: 2px solid var(--bad); }
+.failures[style*=" 0%"] { border: 0; }
+.key { display: inline-block; width: 0.7rem; height: 0.7rem; margin-inline-end: 0.3rem; }
+@media (max-width: 72rem) { /* each account is a card, whose values have names */
+  thead tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; }
+  th { border: 0; }
+  tbody tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; padding: 0.4rem 0; border-bottom: 1px solid var(--line); }
   td { border: 0; }
-  td:nth-child(2) { width: calc(100% - 2.5rem); }
-  td:nth-child(7)::before { content: "used "; }
-  td:nth-child(8)::before { content: "today "; }
+  td:nth-child(2) { width: calc(100% - 3.5rem); }
+  td:nth-child(3) { width: 100%; }
+  td:nth-child(n+4)::before { content: attr(data-label); color: var(--quiet); }
+  td:last-child { flex: 1; white-space: normal; }
 }
 """
 
 TOKENS_HTML = r"""
 <main id="tokens" class="stack">
   <header class="row">
-    <h1>Accounts</h1>
-    <p id="trouble" class="quiet grow" role="status"></p>
+    <h1 class="grow">Accounts</h1>
     <a id="to-chat">Chat</a>
     <button id="sign-out" type="button" hidden>Sign out</button>
   </header>
+  <p id="trouble" class="trouble" role="status"></p>
   <form id="sign-in" class="card stack" hidden>
     <label>Admin key<input id="key" type="password" autocomplete="current-password" required></label>
     <p id="sign-in-said" class="trouble" role="alert"></p>
     <button class="main">Sign in</button>
   </form>
   <div id="pool" class="stack" hidden>
-    <section class="card row">
-      <h2 class="grow">Last 24 hours</h2>
-      <span class="dot ready">answers</span><span class="dot dead">failures</span>
-      <div id="chart" class="wide"></div>
+    <section id="start" class="card stack" hidden>
+      <h2>There is no account yet</h2>
+      <p><b>Sign in with a code</b> is the best beginning: you type a code on a page of the issuer's, on any device, and the
+        account that is stored here renews itself.</p>
+      <p><b>A session cookie</b> (<code>__Secure-next-auth.session-token</code> of chatgpt.com) renews itself too, and is what
+        the mirror needs. <b>A refresh token</b> renews itself. <b>An access token</b>, which chatgpt.com/api/auth/session shows,
+        ends after some days. The word <code>login-free</code> adds a visitor without an account.</p>
+      <div class="row"><button type="button" class="main device">Sign in with a code</button></div>
     </section>
-    <section class="card row">
+    <section id="work" class="card row"><h2 class="wide">Work done</h2></section>
+    <section id="table" class="card row">
       <div id="chips" class="row" role="group" aria-label="State"></div>
       <input id="search" type="search" placeholder="Search" aria-label="Search accounts">
       <label class="grow"><input id="all" type="checkbox"> <span id="picked"></span></label>
+      <button id="pick-all" type="button" class="small" hidden></button>
       <button type="button" data-do="check">Check</button>
       <button type="button" data-do="disable">Disable</button>
       <button type="button" data-do="enable">Enable</button>
+      <button type="button" data-do="export">Export</button>
       <button type="button" data-do="remove" class="bad">Remove</button>
       <p id="said" class="wide" role="status"></p>
-      <table class="wide" aria-label="Accounts">
-        <thead><tr><th></th><th>Account</th><th>State</th><th>Plan</th><th>Kind</th><th>Expires</th>
-          <th>Last use</th><th title="answers / failures today">Today</th><th></th></tr></thead>
-        <tbody id="rows"></tbody>
-      </table>
+      <div class="wide"><table class="wide" aria-label="Accounts" role="table">
+        <thead role="rowgroup"><tr role="row">
+          <th role="columnheader"><span class="spoken">Selected</span></th>
+          <th role="columnheader" data-sort="account"><button type="button">Account</button></th>
+          <th role="columnheader" data-sort="state"><button type="button">State</button></th>
+          <th role="columnheader" data-sort="plan"><button type="button">Plan</button></th>
+          <th role="columnheader" data-sort="kind"><button type="button">Kind</button></th>
+          <th role="columnheader" data-sort="expires"><button type="button">Expires</button></th>
+          <th role="columnheader" data-sort="used"><button type="button">Last use</button></th>
+          <th role="columnheader" data-sort="today"><button type="button">Today</button></th>
+          <th role="columnheader"><span class="spoken">Actions</span></th>
+        </tr></thead>
+        <tbody id="rows" role="rowgroup"></tbody>
+      </table></div>
       <span id="range" class="quiet grow"></span>
       <button id="back" type="button">Previous</button><button id="next" type="button">Next</button>
     </section>
     <form id="add" class="card stack">
       <h2>Add accounts</h2>
-      <label>Tokens, one a line<textarea id="text" rows="4" spellcheck="false" required></textarea></label>
+      <label>Tokens, one a line, or what a file of them has<textarea id="text" rows="4" spellcheck="false"></textarea></label>
       <div class="row">
         <button class="main">Add</button>
-        <label class="row">or drop text files here, or <input id="files" type="file" multiple></label>
+        <button type="button" class="device">Sign in with a code</button>
+        <label class="row">or drop files here, or <input id="files" type="file" multiple></label>
       </div>
-      <ul id="added" role="status"></ul>
+      <p class="quiet">Files: tokens one a line, an export, ChatGPT-to-API's <code>access_tokens.json</code>, Codex's
+        <code>auth.json</code>, those of chat2api's data folder together.</p>
+      <p id="added" role="status"></p>
     </form>
     <form id="add-user" class="card row">
       <h2 class="wide">API users</h2>
@@ -22018,8 +22563,12 @@ TOKENS_HTML = r"""
       <p id="users-said" class="wide" role="status"></p>
       <div id="fresh" class="row wide"></div>
       <input id="user-name" class="grow" required maxlength="100" placeholder="Name" aria-label="Name">
-      <input id="user-limit" type="number" min="1" placeholder="Requests a day" aria-label="Requests a day">
+      <input id="user-limit" type="number" min="0" placeholder="Requests a day" aria-label="Requests a day">
       <button class="main">Add user</button>
+      <details id="connect" class="wide"><summary>How to connect</summary>
+        <div class="row"><label>Base URL <code id="base"></code></label>
+          <select id="client" aria-label="Client"></select><button id="copy-snippet" type="button" class="small">Copy</button></div>
+        <pre id="snippet" tabindex="0"></pre></details>
     </form>
     <form id="add-seed" class="card row" hidden>
       <h2 class="wide">Seeds of the mirror</h2>
@@ -22029,31 +22578,29 @@ TOKENS_HTML = r"""
       <input id="seed-account" class="grow" required placeholder="Account: id or e-mail" aria-label="Account: id or e-mail">
       <button class="main">Give it this account</button>
     </form>
-    <form id="clear" class="card row">
-      <h2 class="grow">Remove all accounts</h2>
-      <label for="word">Type <code>clear</code> to go on</label>
-      <input id="word" required pattern="clear" title="the word clear" autocomplete="off">
-      <button class="bad">Remove all</button>
-      <p id="cleared" class="wide" role="status"></p>
-    </form>
   </div>
+  <dialog id="dialog" aria-labelledby="dialog-title"><div id="inside" class="stack"></div></dialog>
 </main>
 """
 
 TOKENS_JS = r"""
 const PAGE = 50;
 const STATES = ["ready", "waiting", "expired", "dead", "disabled"];
+const HEADS = document.querySelectorAll("th[data-sort]");
 const BULK = document.querySelectorAll("[data-do]");
-const wanted = { offset: 0, q: "", state: "" };
-const accounts = new Map(); // id -> its row; only of those shown, so that nothing unseen is acted upon
+const UNDO = 10_000; // milliseconds in which a removal can be taken back
+const wanted = { offset: 0, q: "", state: "", sort: "", order: "asc" };
+const accounts = new Map(); // id -> its row, of those shown
 const users = new Map();
 const seeds = new Map();
-let asked = 0; // counts the list requests, so that an answer overtaken by a newer one is dropped
+const picked = new Set(); // ids, of other pages too
+const told = new Map(); // path -> {tag, value}: what the server said last
+const leaving = new Set(); // what is about to be removed, and not shown any more
+let removal = null; // what is done when the time to undo it is over
+let matching = 0;
+let asked = 0; // counts the looks, so that one overtaken by a newer one is dropped
 let timer = 0;
-let drawn = ""; // the hours the chart shows
 
-const num = (number) => number.toLocaleString("en");
-const count = (number, noun) => `${num(number)} ${noun}${number === 1 ? "" : "s"}`;
 const fully = (iso) => (iso ? new Date(iso).toLocaleString("en-GB") : "");
 const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
 
@@ -22062,6 +22609,12 @@ function when(iso) {
   const span = Math.abs(seconds);
   const [size, unit] = span < 3600 ? [60, "minute"] : span < 86400 ? [3600, "hour"] : [86400, "day"];
   return RELATIVE.format(Math.trunc(seconds / size), unit);
+}
+
+/** A few names of many. */
+function some(names) {
+  const more = names.length - 5;
+  return names.slice(0, 5).join("; ") + (more > 0 ? ` and ${num(more)} more` : "");
 }
 
 /** Say the outcome of something; an ended session leads back to the sign-in. */
@@ -22084,166 +22637,313 @@ async function change(where, path, body, told, method = "POST") {
   }
 }
 
-/** Make a button ask once, in its own place, before it acts. */
-function arm(node, act, label = node.textContent) {
-  let since = 0;
-  const show = (at) => {
-    since = at;
-    put(node, at ? "Really?" : "Remove", { ariaLabel: at ? `Really? ${label}` : label });
-    node.classList.toggle("armed", at > 0);
+/** Remove something when there was time to undo it; `keys` are not shown meanwhile. */
+function removeLater(where, what, keys, run) {
+  removal?.();
+  for (const key of keys) leaving.add(key), picked.delete(key);
+  const end = (text) => {
+    clearTimeout(wait);
+    removal = null;
+    for (const key of keys) leaving.delete(key);
+    say(where, text);
   };
-  node.onblur = () => show(0);
-  node.onkeydown = (event) => { if (event.key === "Escape") show(0); };
-  node.onclick = (event) => {
-    if (since && event.timeStamp - since < 400) return; // a double click is no answer to the question
-    if (since) return show(0), act();
-    show(event.timeStamp);
-    node.focus(); // Safari does not focus a button that is clicked, and then it would not blur
-  };
+  const undo = button("Undo", () => { end(`${what}: nothing was removed.`), poll(); }, "small");
+  removal = () => { end(""), run(); };
+  const wait = setTimeout(() => removal(), UNDO);
+  say(where, "");
+  where.append(`${what} will be removed in ${UNDO / 1000} seconds. `, undo);
+  undo.focus();
+  poll();
 }
 
 /** Make `parent` show `items`, touching only what differs; `make` returns a row {node, update}. */
 function sync(parent, items, id, rows, make) {
   const focused = document.activeElement;
-  const ids = new Set(items.map((item) => item[id]));
+  const place = [...parent.children].findIndex((row) => row.contains(focused));
+  const shown = items.filter((item) => !leaving.has(item[id]));
+  const ids = new Set(shown.map((item) => item[id]));
   for (const [key, row] of rows) if (!ids.has(key)) rows.delete(key), row.node.remove();
-  items.forEach((item, index) => {
+  shown.forEach((item, index) => {
     if (!rows.has(item[id])) rows.set(item[id], make(item));
     const row = rows.get(item[id]);
     row.update(item);
     if (parent.children[index] !== row.node) parent.insertBefore(row.node, parent.children[index] || null);
   });
-  if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
+  if (place < 0 || document.activeElement === focused) return;
+  const next = parent.children[Math.min(place, parent.children.length - 1)];
+  const stays = focused.isConnected ? focused : next?.querySelector("button") || $("search");
+  stays.focus({ preventScroll: true });
 }
+
+/** What can be done about an account that does not answer. */
+function remedy({ state, name }) {
+  if (state !== "expired" && state !== "dead") return "";
+  return el("button", { type: "button", className: "small", onclick: signIn, ariaLabel: `Sign in again ${name}` },
+    "Sign in again");
+}
+
+/** Its state with the times of the reader's own zone. */
+function stateOf({ state, told, waits, wants }) {
+  const until = waits.map(({ model, until }) => `${model} until ${clock(until)}`).join(", ");
+  const asks = wants.length ? `; the site may ask for ${wants.join(", ")}` : "";
+  return (state === "waiting" ? `waiting: ${until}` : told) + asks;
+}
+
+const allowance = ({ codex }) => (codex ? codex.windows : []).map(({ window, used_percent, resets }) =>
+  `${window} ${Math.round(used_percent)} % used${resets ? `, anew ${clock(resets)}` : ""}`).join("; ");
 
 function accountRow({ id, email }) {
   const name = email || id;
-  const cells = Array.from({ length: 7 }, () => el("td"));
+  const cells = [...HEADS].map(({ textContent }) => el("td", { role: "cell", "data-label": `${textContent} ` }));
   const box = el("input", { type: "checkbox", "aria-label": `Select ${name}` });
-  const check = button("Check", () => act("check", [id]), "small");
-  const toggle = button("", () => act(toggle.textContent.toLowerCase(), [id]), "small");
-  const remove = button("Remove", null, "small bad");
+  const named = (text, go) => el("button", { type: "button", onclick: go, className: "small", ariaLabel: `${text} ${name}` }, text);
+  const toggle = named("Disable", () => act(toggle.textContent.toLowerCase(), [id]));
+  const remove = named("Remove", null);
   const [where, state, paid, kind, expires, used, today] = cells;
   const who = el("span");
-  const spent = el("div", { className: "quiet" }); // of what it may use of the Codex backend
+  const spent = el("div", { className: "quiet" });
+  const [words, cure] = [el("span"), el("span")];
   where.append(who, spent);
-  const node = el("tr", {}, el("td", {}, box), cells, el("td", {}, check, toggle, remove));
+  state.append(words, cure);
+  const hands = [named("Details", () => details(id)), named("Check", () => act("check", [id])), toggle, remove];
+  const node = el("tr", { role: "row" }, el("td", { role: "cell" }, box), cells, el("td", { role: "cell" }, hands));
   const row = { node, box, note: "" }; // the note is what the last check found
-  check.ariaLabel = `Check ${name}`;
-  arm(remove, () => act("remove", [id]), `Remove ${name}`);
-  box.onchange = showPicked;
+  remove.classList.add("bad");
+  arm(remove, () => act("remove", [id]), () => "Really?", name);
+  box.onchange = () => { picked[box.checked ? "add" : "delete"](id), showPicked(); };
   row.update = (account) => {
-    const { told, answers, failures, plan, wants, upstreams, codex } = account;
-    const verb = account.state === "disabled" ? "Enable" : "Disable";
+    const { answers, failures, plan, upstreams } = account;
+    const said = stateOf(account);
     put(who, name, { title: id });
-    put(spent, codex && codex.told ? `Codex: ${codex.told}` : "");
-    const asks = wants.length ? `; the site may ask for ${wants.join(", ")}` : "";
-    const noted = (row.note && row.note !== told ? `${told} – ${row.note}` : told) + asks;
-    put(state, noted, { className: `dot ${account.state}` });
+    put(spent, allowance(account) && `Codex: ${allowance(account)}`);
+    put(words, row.note && row.note !== account.told ? `${said} – ${row.note}` : said, { className: `dot ${account.state}` });
+    if (Boolean(cure.firstChild) !== Boolean(remedy(account))) cure.replaceChildren(remedy({ ...account, name }));
     put(paid, [plan, upstreams === "web" ? "" : upstreams].filter(Boolean).join(", ") || "–");
     put(kind, account.kind);
     put(expires, account.expires ? when(account.expires) : "–", { title: fully(account.expires) });
     put(used, account.used ? when(account.used) : "never", { title: fully(account.used) });
-    put(today, `${num(answers)} / ${num(failures)}`, { className: failures ? "trouble" : "" });
+    put(today, num(answers) + (failures ? `, ${num(failures)} failed` : ""), { className: failures ? "trouble" : "" });
+    const verb = account.state === "disabled" ? "Enable" : "Disable";
     put(toggle, verb, { ariaLabel: `${verb} ${name}`, hidden: /^(expired|dead)$/.test(account.state) });
+    box.checked = picked.has(id);
   };
   return row;
 }
 
-function userRow({ user_id, name }) {
-  const [token, use] = [el("code"), el("span", { className: "quiet grow" })];
+/** A row of a list below the accounts, with its name, what `parts` it has, and a way to remove it. */
+function listed(name, parts, where, key, path, body, method) {
   const remove = button("Remove", null, "small bad");
-  const act = () => change($("users-said"), "/admin/users/delete", { user_id }, () => `Removed ${name}.`);
-  arm(remove, act, `Remove ${name}`);
+  const gone = () => change(where, path, body, () => `Removed ${name}.`, method);
+  arm(remove, () => removeLater(where, name, [key], gone), () => "Really?", name);
+  return el("li", { className: "row" }, el("b", {}, name), parts, remove);
+}
+
+function userRow({ user_id, name }) {
+  const called = name || user_id;
+  const [token, use] = [el("code"), el("span", { className: "quiet grow" })];
+  const limit = el("input", { type: "number", min: 0, placeholder: "no limit", ariaLabel: `Requests a day of ${called}` });
+  const alter = (body, said) => change($("users-said"), "/admin/users/change", { user_id, ...body }, () => said);
+  limit.onchange = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${called}.`);
+  const work = button("Use", () => open_(called, (box) => chart(box, user_id, ["requests"])), "small");
+  work.ariaLabel = `Use of ${called}`;
+  const rotate = arm(button("New key", null, "small"), async () => {
+    const made = await alter({ rotate: true }, `The old key of ${called} is no good any more.`);
+    if (made) showFresh(called, made.token);
+  }, () => "End the old one?", called);
   const update = (user) => {
-    const limit = user.limit === null ? "" : ` of ${num(user.limit)}`;
     const used = user.used ? `used ${when(user.used)}` : "never used";
     put(token, user.token);
-    put(use, `${num(user.requests)}${limit} requests, ${count(user.tokens, "token")} today, ${used}`);
+    put(use, `${count(user.requests, "request")}, ${count(user.tokens, "token")} today, ${used}`);
+    if (document.activeElement !== limit) limit.value = user.limit ?? "";
   };
-  return { node: el("li", { className: "row" }, el("b", {}, name), token, use, remove), update };
+  const parts = [token, use, limit, work, rotate];
+  return { node: listed(called, parts, $("users-said"), user_id, "/admin/users/delete", { user_id }), update };
 }
 
 function seedRow({ seed }) {
   const [on, use] = [el("span"), el("span", { className: "quiet grow" })];
-  const remove = button("Remove", null, "small bad");
-  const act = () => change($("seeds-said"), "/seedtoken", { seed }, () => `Removed ${seed}.`, "DELETE");
-  arm(remove, act, `Remove ${seed}`);
   const update = ({ email, account, usable, chats, used }) => {
     put(on, usable ? email || account : `${email || account || "no account"}, which cannot be visited`);
     put(use, `${count(chats, "chat")}, signed in ${when(used)}`);
   };
-  return { node: el("li", { className: "row" }, el("b", {}, seed), on, use, remove), update };
+  return { node: listed(seed, [on, use], $("seeds-said"), seed, "/seedtoken", { seed }, "DELETE"), update };
 }
 
-const picked = () => [...accounts.keys()].filter((id) => accounts.get(id).box.checked);
-
 function showPicked() {
-  const number = picked().length;
-  $("all").checked = number > 0 && number === accounts.size;
-  put($("picked"), number ? `${number} selected` : "Select all on this page");
-  for (const each of BULK) each.disabled = !number;
+  const shown = [...accounts.keys()];
+  const whole = shown.length > 0 && shown.every((id) => picked.has(id));
+  $("all").checked = whole;
+  put($("picked"), picked.size ? `${num(picked.size)} selected` : "Select all on this page");
+  put($("pick-all"), picked.size < matching ? `Select all ${num(matching)} that match` : "Select none",
+    { hidden: !whole || matching <= shown.length });
+  for (const each of BULK) each.disabled = !picked.size;
+}
+
+const nameOf = (id) => accounts.get(id)?.node.cells[1].firstChild.textContent || id;
+
+/** Ask the upstream about accounts, a hundred at a time. */
+async function check(ids) {
+  const results = {};
+  for (let at = 0; at < ids.length; at += 100) {
+    const all = ids.length > 100 ? `${num(at)} of ${count(ids.length, "account")}` : count(ids.length, "account");
+    say($("said"), `Checking ${all}…`);
+    try {
+      Object.assign(results, (await api("POST", "/tokens/check", { ids: ids.slice(at, at + 100) })).results);
+    } catch (error) {
+      return say($("said"), "", error);
+    }
+  }
+  for (const id of ids) if (accounts.has(id)) accounts.get(id).note = (results[id] ?? "not asked") || "works";
+  const works = ids.filter((id) => results[id] === "");
+  const bad = ids.filter((id) => results[id]).map((id) => `${nameOf(id)}: ${results[id]}`);
+  const others = ids.filter((id) => results[id] == null).map(nameOf);
+  say($("said"), `Checked ${num(works.length + bad.length)} of ${count(ids.length, "account")}: ${num(works.length)} `
+    + `work, ${num(bad.length)} do not${bad.length ? ` (${some(bad)})` : ""}.${
+      others.length ? ` Not asked, since disabled or without a token: ${some(others)}.` : ""}`);
+  poll();
 }
 
 function act(what, ids) {
-  const done = (verb, number) => `${verb} ${count(number, "account")}.`;
-  const [path, body, told] = {
-    check: ["check", {}, ({ results }) => {
-      for (const id of ids) {
-        if (accounts.has(id)) accounts.get(id).note = (results[id] ?? "not asked") || "works";
+  const all = count(ids.length, "account");
+  const disabled = what === "disable";
+  if (what === "check") return check(ids);
+  if (what === "export") return exportThem(ids);
+  if (what === "remove") {
+    const gone = () => change($("said"), "/tokens/remove", { ids }, ({ removed }) => `Removed ${count(removed, "account")}.`);
+    return removeLater($("said"), all, ids, gone);
+  }
+  return change($("said"), "/tokens/disable", { ids, disabled }, ({ changed }) =>
+    `${disabled ? "Disabled" : "Enabled"} ${count(changed, "account")}.`);
+}
+
+/** Open the dialog with a title and what `fill` puts into it; `onclose` is called when it closes. */
+function open_(title, fill, onclose = null) {
+  const close = button("Close", () => $("dialog").close());
+  $("inside").replaceChildren(el("div", { className: "row" }, el("h2", { id: "dialog-title", className: "grow" }, title), close));
+  $("dialog").onclose = onclose;
+  fill($("inside"));
+  if (!$("dialog").open) $("dialog").showModal();
+}
+
+/** Whoever has the file has the accounts: so the key is asked for again. */
+function exportThem(ids) {
+  open_(`Export ${count(ids.length, "account")}`, (box) => {
+    const key = el("input", { type: "password", autocomplete: "current-password", ariaLabel: "Admin key" });
+    const said = el("p", { className: "trouble", role: "alert" });
+    const form = el("form", { className: "stack" }, el("p", {}, "Whoever has this file has the accounts. Refresh tokens ",
+      "that change with each use can live in one place alone: stop this server before you use the file elsewhere."),
+      $("sign-out").hidden ? [] : key, said, el("button", { className: "main" }, "Download"));
+    form.onsubmit = async (event) => {
+      event.preventDefault();
+      try {
+        const response = await send("POST", "/tokens/export", { ids, key: key.value.trim() });
+        download("chatproxy-accounts.jsonl", await response.blob());
+        $("dialog").close();
+      } catch (error) {
+        put(said, error.message);
       }
-      const works = ids.filter((id) => results[id] === "").length;
-      const bad = ids.filter((id) => results[id]).length;
-      return `${done("Checked", works + bad)} ${works} work, ${bad} do not.`;
-    }],
-    disable: ["disable", { disabled: true }, ({ changed }) => done("Disabled", changed)],
-    enable: ["disable", { disabled: false }, ({ changed }) => done("Enabled", changed)],
-    remove: ["remove", {}, ({ removed }) => done("Removed", removed)],
-  }[what];
-  say($("said"), what === "check" ? `Checking ${count(ids.length, "account")}…` : "");
-  return change($("said"), `/tokens/${path}`, { ids, ...body }, told);
-}
-
-function svg(tag, props, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(props)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function showChart(hours) {
-  if (drawn === JSON.stringify(hours)) return;
-  drawn = JSON.stringify(hours);
-  const [top, bottom] = [16, 128];
-  const total = (key) => num(hours.reduce((sum, hour) => sum + hour[key], 0));
-  const most = Math.max(...hours.map((hour) => hour.answers + hour.failures), 1);
-  const label = `${total("answers")} answers and ${total("failures")} failures, at most ${num(most)} an hour`;
-  const chart = svg("svg", { role: "img", "aria-label": label }, svg("text", { y: top - 4 }, num(most)),
-    svg("line", { x2: "100%", y1: top, y2: top }), svg("line", { x2: "100%", y1: bottom, y2: bottom }));
-  hours.forEach(({ start, answers, failures }, index) => {
-    const left = (index / hours.length) * 100;
-    const time = new Date(start).toTimeString().slice(0, 5);
-    const title = svg("title", {}, `from ${time}: ${num(answers)} answers, ${num(failures)} failures`);
-    const bar = (kind, below, number) => {
-      const [y, height] = [below + number, number].map((each) => (each / most) * (bottom - top));
-      return svg("rect", { class: kind, x: `${left}%`, width: "3%", y: bottom - y, height });
     };
-    const bars = [bar("", 0, most), bar("ready", 0, answers), bar("dead", answers, failures)];
-    chart.append(svg("g", {}, title, ...bars));
-    if (new Date(start).getHours() % 6 === 0) {
-      chart.append(svg("text", { x: `${left + 1.5}%`, y: 145, "text-anchor": "middle" }, time));
-    }
+    box.append(form);
   });
-  $("chart").replaceChildren(chart);
+}
+
+async function details(id) {
+  const facts = await api("GET", `/tokens/account/${id}`).catch((error) => say($("said"), "", error));
+  if (!facts) return;
+  open_(facts.email || id, (box) => {
+    const rows = { Id: id, State: stateOf(facts), Kind: facts.kind, Plan: facts.plan, Workspace: facts.workspace,
+      "Taken by": facts.upstreams, Added: fully(facts.added), "Token ends": fully(facts.expires), "Last use": fully(facts.used),
+      "Codex allowance": allowance(facts), Proxy: facts.proxy, Upstream: facts.gateway };
+    const list = Object.entries(rows).filter(([, value]) => value).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
+    const failures = facts.failures.map(({ at, reason }) => el("li", {}, `${fully(at)}: ${reason}`));
+    box.append(el("dl", {}, list.flat()), remedy({ ...facts, name: "" }), el("h3", {}, "Last failures"),
+      failures.length ? el("ul", {}, failures) : el("p", { className: "quiet" }, "none in the last 30 days"));
+    chart(box, id);
+  });
+}
+
+/** Sign in with a code: the server asks the issuer, this page asks the server for as long as it is looked at. */
+async function signIn() {
+  let over = false;
+  const said = el("p", { role: "status" }, "Asking for a code…");
+  open_("Sign in with a code", (box) => box.append(said), () => { over = true; });
+  try {
+    const { device, code, address, interval, seconds } = await api("POST", "/tokens/device", {});
+    const [shown, end] = [el("code", { className: "code" }, code), Date.now() + seconds * 1000];
+    const copier = button("Copy", () => copy(code, shown, copier), "small");
+    said.before(el("p", {}, "Open ", el("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, address),
+      " on any device, sign in there, and type this code:"), el("p", { className: "row" }, shown, copier));
+    put(said, `Waiting for you until ${clock(end)}…`);
+    while (!over && Date.now() < end) {
+      await new Promise((done) => setTimeout(done, interval * 1000));
+      const { status, id, email } = over ? {} : await api("POST", "/tokens/device/result", { device, code });
+      if (status !== "stored") continue;
+      $("dialog").close();
+      say($("said"), `Signed in: ${email || id}.`);
+      return poll();
+    }
+    put(said, "Nobody signed in in time; begin again.");
+  } catch (error) {
+    said.className = "trouble";
+    put(said, error.message);
+  }
+}
+
+/** Add to `box` a chart of what an account or user (all accounts for "") did; one points at a bar, or moves the slider below, to
+ *  read its values. Full bars stand below, hollow ones on them. Returns what looks at it anew. */
+function chart(box, of = "", kinds = ["answers", "failures"]) {
+  const spans = { day: "24 hours", month: "30 days" };
+  const span = el("select", { ariaLabel: "Time" }, Object.keys(spans).map((value) => el("option", { value }, spans[value])));
+  const plot = el("div", { className: "plot wide", ariaHidden: "true" });
+  const slider = el("input", { type: "range", className: "wide", min: 0, ariaLabel: `Time to read ${kinds.join(" and ")} of` });
+  const value = el("p", { className: "quiet wide" });
+  let work = null;
+  const words = (each) => [...kinds, ...(each.tokens ? ["tokens"] : [])].map((kind) => count(each[kind], kind.slice(0, -1))).join(", ");
+  const time = (start) => (span.value === "day" ? clock(start) : new Date(start).toLocaleDateString("en-GB"));
+  const read = (index) => {
+    slider.value = index;
+    plot.querySelector(".at")?.classList.remove("at");
+    plot.children[index]?.classList.add("at");
+    put(value, `${time(work[index].start)}: ${words(work[index])}`);
+    slider.ariaValueText = value.textContent;
+  };
+  const show = () => {
+    const high = (each) => kinds.reduce((sum, kind) => sum + each[kind], 0);
+    const most = Math.max(...work.map(high), 1);
+    plot.replaceChildren(...work.map((each, index) => {
+      const bars = kinds.map((kind) => el("i", { className: kind }));
+      bars.forEach((bar, at) => { bar.style.height = `${(each[kinds[at]] / most) * 100}%`; });
+      const label = index % 6 ? {} : { "data-label": span.value === "day" ? clock(each.start).slice(-5) : time(each.start).slice(0, 5) };
+      return el("div", { ...label, onpointerenter: () => read(index) }, bars);
+    }));
+    const all = Object.fromEntries([...kinds, "tokens"].map((kind) => [kind, work.reduce((sum, each) => sum + each[kind], 0)]));
+    put(total, `${words(all)}; at most ${num(most)} at a time`);
+    slider.max = work.length - 1;
+    read(work.length - 1);
+  };
+  const refresh = async () => {
+    const fresh = (await get(`/tokens/work?${new URLSearchParams({ of, span: span.value })}`)).work;
+    if (fresh !== work) work = fresh, show();
+  };
+  const total = el("span", { className: "grow" });
+  slider.oninput = () => read(Number(slider.value));
+  span.onchange = () => refresh().catch((error) => put(value, error.message));
+  const legend = kinds.map((kind) => el("span", {}, el("i", { className: `key ${kind}` }), kind));
+  box.append(total, ...legend, span, plot, slider, value);
+  if (of) span.onchange();
+  return refresh;
 }
 
 function signedOut(text) {
   clearTimeout(timer);
   asked++;
+  $("dialog").close();
   $("sign-in").hidden = false;
   $("pool").hidden = $("sign-out").hidden = true;
   $("text").value = ""; // no token stays behind on a page that may be left alone
   $("fresh").replaceChildren();
+  showSnippet("YOUR_KEY");
+  told.clear(), picked.clear();
   sync($("rows"), [], "id", accounts, accountRow);
   sync($("users"), [], "user_id", users, userRow);
   put($("trouble"), "");
@@ -22251,14 +22951,24 @@ function signedOut(text) {
   $("key").focus();
 }
 
-/** Ask for the accounts and users now, and then every three seconds. */
+/** What the server says at a path; the same value again where nothing has changed. */
+async function get(path) {
+  const known = told.get(path);
+  const headers = known ? { "if-none-match": known.tag } : {};
+  const response = await send("GET", path, undefined, { headers, signal: AbortSignal.timeout(15000) });
+  if (response.status === 304) return known.value;
+  if (told.size > 100) told.clear();
+  told.set(path, { tag: response.headers.get("etag"), value: await response.json() });
+  return told.get(path).value;
+}
+
+/** Look at everything now, and then every three seconds while somebody sees it. */
 async function poll() {
   clearTimeout(timer);
   const mine = ++asked;
   try {
     const query = new URLSearchParams({ ...wanted, limit: PAGE });
-    const get = (path) => api("GET", path, undefined, { signal: AbortSignal.timeout(15000) });
-    const asking = [get(`/tokens/list?${query}`), get("/admin/users"), get("/tokens/seeds")];
+    const asking = [get(`/tokens/list?${query}`), get("/admin/users"), get("/tokens/seeds"), refreshWork()];
     const [list, people, mirror] = await Promise.all(asking);
     if (mine !== asked) return;
     put($("trouble"), "");
@@ -22269,82 +22979,125 @@ async function poll() {
   } catch (error) {
     if (mine !== asked) return;
     if (error.status === 401) return signedOut($("pool").hidden ? "" : "Your sign-in has ended.");
-    put($("trouble"), `${error.message} Trying again…`);
+    put($("trouble"), `${error.message} What you see is from ${$("pool").hidden ? "before" : clock(seen)}. Trying again…`);
   }
-  if (mine === asked) timer = setTimeout(poll, 3000);
+  if (mine === asked && !document.hidden) timer = setTimeout(poll, 3000);
 }
+let seen = Date.now(); // when the page was right last
 
 function show(list) {
-  const { matching } = list;
+  matching = list.matching;
+  seen = Date.now();
   const last = wanted.offset + list.accounts.length;
   if (wanted.offset && wanted.offset >= matching) return look({ offset: wanted.offset - PAGE });
   $("sign-in").hidden = true;
   $("pool").hidden = false;
   $("sign-out").hidden = list.keyless;
+  $("start").hidden = list.total > 0;
+  $("table").hidden = $("work").hidden = !list.total;
   sync($("rows"), list.accounts, "id", accounts, accountRow);
   showPicked();
   for (const chip of $("chips").children) {
     put(chip.lastChild, num(chip.value ? list.states[chip.value] || 0 : list.total));
     chip.ariaPressed = chip.value === wanted.state;
   }
-  showChart(list.hours);
-  const none = list.total ? "No account matches." : "There is no account yet. Add one below.";
-  put($("range"), matching ? `${wanted.offset + 1}–${last} of ${num(matching)}` : none);
+  put($("range"), matching ? `${wanted.offset + 1}–${last} of ${num(matching)}` : "No account matches.");
   $("back").disabled = wanted.offset === 0;
   $("next").disabled = last >= matching;
 }
 
-/** Look at other accounts: another page, or from the first page another state or search. */
+/** Look at other accounts: another page, or from the first page another state, search or order. */
 function look(other) {
+  if (other.state !== undefined || other.q !== undefined) picked.clear();
   Object.assign(wanted, { offset: 0 }, other);
   return poll();
 }
 
-/** Upload files of tokens; the answer to the last one. */
+/** Add what is in files. What was left out is in the box afterwards, each line below the reason. */
 async function upload(files) {
-  let result = null;
-  $("added").replaceChildren();
-  for (const file of files) {
-    const said = el("span", {}, "adding…");
-    $("added").append(el("li", {}, `${file.name}: `, said));
-    const body = new URLSearchParams({ text: await file.text().catch(() => "") });
-    const told = ({ stored, known }) => `${count(stored - known, "account")} added, ${known} known before.`;
-    result = await change(said, "/tokens/upload", body, told);
-    for (const fault of result?.faults || []) $("added").append(el("li", { className: "trouble" }, fault));
-  }
+  const body = new FormData();
+  for (const file of files) body.append("text", file);
+  const texts = await Promise.all([...files].map((file) => file.text()));
+  const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, faults }) =>
+    `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}${
+      seeds ? `, ${count(seeds, "seed")}` : ""}${faults.length ? `. ${num(faults.length)} left out: see above` : ""}.`);
   $("files").value = ""; // so that the same file may be chosen again
-  return result;
+  if (!result) return;
+  const names = [...files].map(({ name }) => name);
+  const kept = result.left_out.map(({ file, first, last }, index) => {
+    const lines = texts[names.indexOf(file)].split(/\r\n?|\n/).slice(first - 1, last);
+    return `# ${result.faults[index]}\n${lines.join("\n")}`;
+  });
+  $("text").value = kept.join("\n");
+}
+
+function showFresh(name, token) {
+  const shown = el("code", {}, token);
+  const copier = button("Copy", () => copy(token, shown, copier), "main");
+  const done = button("Done", () => { $("fresh").replaceChildren(), showSnippet("YOUR_KEY"), $("user-name").focus(); });
+  $("fresh").replaceChildren(`The key of ${name}, shown only now:`, shown, copier, done);
+  showSnippet(token);
+  $("connect").open = true;
+  copier.focus();
+}
+
+let snippetKey = "YOUR_KEY";
+
+function showSnippet(key) {
+  snippetKey = key;
+  put($("base"), `${BASE}/v1`);
+  put($("snippet"), CLIENTS[$("client").value].replaceAll("BASE", BASE).replaceAll("KEY", key));
 }
 
 $("to-chat").href = `${BASE}/chat`;
+const refreshWork = chart($("work"));
 for (const state of ["", ...STATES]) {
   const chip = button(`${state || "all"} `, () => look({ state }), state && `dot ${state}`);
   chip.value = state;
   chip.append(el("b"));
   $("chips").append(chip);
 }
+for (const head of HEADS) {
+  head.firstChild.onclick = () => {
+    const { sort } = head.dataset;
+    const order = wanted.sort === sort && wanted.order === "asc" ? "desc" : "asc";
+    for (const each of HEADS) each.ariaSort = each === head ? `${order}ending` : "none";
+    look({ sort, order });
+  };
+}
+$("client").append(...Object.keys(CLIENTS).map((name) => el("option", {}, name)));
+$("client").onchange = () => showSnippet(snippetKey);
+$("copy-snippet").onclick = () => copy($("snippet").textContent, $("snippet"), $("copy-snippet"));
+showSnippet(snippetKey);
+for (const each of document.querySelectorAll(".device")) each.onclick = signIn;
 onSubmit("sign-in", async () => {
   const body = { key: $("key").value.trim() };
   await api("POST", "/tokens/session", body).then(poll, (error) => put($("sign-in-said"), error.message));
   $("sign-in").reset();
-  $("search").focus({ preventScroll: true });
+  ($("pool").hidden ? $("key") : $("start").hidden ? $("search") : $("start").querySelector("button")).focus({ preventScroll: true });
 });
 $("sign-out").onclick = () => api("DELETE", "/tokens/session").then(() => signedOut(""), poll);
 $("search").oninput = () => look({ q: $("search").value.trim() });
 $("back").onclick = () => look({ offset: Math.max(0, wanted.offset - PAGE) });
 $("next").onclick = () => look({ offset: wanted.offset + PAGE });
 $("all").onchange = () => {
-  for (const { box } of accounts.values()) box.checked = $("all").checked;
-  showPicked();
+  for (const id of accounts.keys()) picked[$("all").checked ? "add" : "delete"](id);
+  poll();
+};
+$("pick-all").onclick = async () => {
+  const query = new URLSearchParams({ q: wanted.q, state: wanted.state, ids: true, limit: 0 });
+  const { ids } = picked.size < matching ? await get(`/tokens/list?${query}`).catch(() => ({ ids: [] })) : { ids: [] };
+  picked.clear();
+  for (const id of ids) picked.add(id);
+  $("all").focus();
+  poll();
 };
 for (const each of BULK) {
-  const go = () => act(each.dataset.do, picked());
-  if (each.dataset.do === "remove") arm(each, go);
+  const go = () => act(each.dataset.do, [...picked]);
+  if (each.dataset.do === "remove") arm(each, go, () => `Remove ${count(picked.size, "account")}?`);
   else each.onclick = go;
 }
-onSubmit("add", async () => {
-  if (await upload([new File([$("text").value], "Pasted")])) $("text").value = "";
-});
+onSubmit("add", () => $("text").value.trim() && upload([new File([$("text").value], "")]));
 $("files").onchange = () => upload($("files").files);
 $("add").ondragover = $("add").ondragleave = $("add").ondrop = (event) => {
   $("add").classList.toggle("over", event.type === "dragover");
@@ -22357,22 +23110,15 @@ onSubmit("add-seed", async () => {
   if (await change($("seeds-said"), "/seedtoken", { seed, token }, () => `${seed} has this account now.`)) $("add-seed").reset();
 });
 onSubmit("add-user", async () => {
-  const [name, limit] = [$("user-name").value.trim(), Number($("user-limit").value) || null];
-  if (!name) return;
-  const made = await change($("users-said"), "/admin/users/add", { name, limit }, () => `Added ${name}.`);
+  const name = $("user-name").value.trim();
+  const limit = $("user-limit").value ? Number($("user-limit").value) : null;
+  const made = name && await change($("users-said"), "/admin/users/add", { name, limit }, () => `Added ${name}.`);
   if (!made) return;
-  $("add-user").reset();
-  const shown = el("code", {}, made.token);
-  const copier = button("Copy", () => copy(made.token, shown, copier), "main");
-  const done = button("Done", () => { row.remove(); $("user-name").focus(); });
-  const row = el("div", { className: "row wide" }, `The key of ${name}, shown only now:`, shown, copier, done);
-  $("fresh").append(row);
-  copier.focus();
+  $("user-name").value = $("user-limit").value = "";
+  showFresh(name, made.token);
 });
-onSubmit("clear", () => {
-  $("clear").reset();
-  change($("cleared"), "/tokens/clear", undefined, () => "All accounts were removed.");
-});
+document.onvisibilitychange = () => document.hidden || poll();
+window.onpagehide = () => removal?.();
 poll();
 """
 
@@ -22381,19 +23127,35 @@ poll();
 CHAT_CSS = r"""
 #chat { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); height: 100dvh; }
 #chat > header { padding: 0.6rem 1rem; border-bottom: 1px solid var(--line); background: var(--card); }
+#title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #log { overflow-y: auto; padding: 1.5rem max(1rem, calc(50% - 23rem)); }
-#empty { justify-content: center; padding-top: 25vh; text-align: center; }
+#empty { justify-content: center; padding-top: 20vh; text-align: center; }
 #ask { padding: 0.75rem max(1rem, calc(50% - 23rem)) 1rem; }
-#question { field-sizing: content; max-height: 40vh; resize: none; }
-#status { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: inherit; }
-.question { white-space: pre-wrap; background: var(--soft); border-radius: 14px; padding: 0.6rem 1rem; }
-.question { width: fit-content; max-width: 88%; margin: 1.25rem 0 1.25rem auto; }
-article[aria-busy="true"]::after { content: "…"; color: var(--quiet); }
-details > div, blockquote { border-left: 3px solid var(--line); padding-left: 0.9rem; color: var(--quiet); }
+#ask.over #question { border-color: var(--accent); background: var(--soft); }
+#question { field-sizing: content; max-height: 40vh; resize: none; width: auto; }
+.stop { color: var(--bad); border-color: var(--bad); }
+.stop::before { content: "■ " / ""; }
+article, .question { content-visibility: auto; contain-intrinsic-size: auto 10rem; }
+.question { display: flow-root; margin: 1.25rem 0; }
+.words { white-space: pre-wrap; background: var(--soft); border-radius: 14px; padding: 0.6rem 1rem; }
+.words, .question .row { width: fit-content; max-width: 88%; margin-inline-start: auto; margin-bottom: 0.3rem; }
+.left-out .words { opacity: 0.6; }
+.file { border: 1px solid var(--line); border-radius: 8px; padding: 0.2rem 0.5rem; }
+.file img { height: 2.5rem; border-radius: 5px; }
+details { margin-bottom: 0.8rem; }
+details > div, blockquote { border-inline-start: 3px solid var(--line); padding-inline-start: 0.9rem; color: var(--quiet); }
+article[aria-busy="true"]::after { content: "● ● ●"; color: var(--quiet); animation: wait 1.2s infinite alternate; }
+@keyframes wait { to { opacity: 0.25; } }
+@media (prefers-reduced-motion: reduce) { article::after { animation: none !important; } }
 .md > *, .md blockquote, .md figure { margin: 0 0 0.8rem; }
-.md :is(h1, h2, h3, h4, h5, h6) { font-size: 1.15em; }
-.md :is(ul, ol) { padding-left: 1.5rem; }
+.md :is(h1, h2, h3, h4, h5, h6) { font-size: 1em; line-height: 1.3; color: inherit; }
+.md h1 { font-size: 1.5em; }
+.md h2 { font-size: 1.3em; }
+.md h3 { font-size: 1.15em; }
+.md ul { list-style: disc; }
+.md :is(ul, ol) { padding-inline-start: 1.5rem; }
+.md li:has(> input) { list-style: none; }
+.md li > input { float: inline-start; margin: 0.25rem 0.5rem 0 -1.5rem; }
 .md code { background: var(--soft); border-radius: 5px; padding: 0.1em 0.3em; }
 .md figure { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
 figcaption { display: flex; padding: 0.25rem 0.8rem; background: var(--soft); align-items: center; }
@@ -22401,36 +23163,52 @@ figcaption { display: flex; padding: 0.25rem 0.8rem; background: var(--soft); al
 .md pre code { background: none; padding: 0; }
 .md .wide { overflow-x: auto; overflow-wrap: normal; }
 .md table { border-collapse: collapse; }
-.md :is(th, td) { border: 1px solid var(--line); padding: 0.3rem 0.65rem; }
+.md :is(th, td) { border: 1px solid var(--line); padding: 0.3rem 0.65rem; text-align: start; }
+.md .center { text-align: center; }
+.md .end { text-align: end; }
 .md img { display: block; max-width: 100%; }
+.math { white-space: pre-wrap; }
 """
 
 CHAT_HTML = r"""
-<main id="chat" data-step="">
+<main id="chat" data-step="" data-asks="">
+  <h1 class="spoken">Chat</h1>
   <header class="row">
-    <h1 class="grow">Chat</h1>
+    <select id="chats" aria-label="Chats in this browser"></select>
+    <input id="title" class="grow" aria-label="Title of this chat" maxlength="100" dir="auto">
     <select id="model" aria-label="Model"><option>gpt-4o</option></select>
     <button id="new" type="button">New chat</button>
-    <button id="change-key" type="button">Change key</button>
+    <button id="delete" type="button" class="bad">Delete</button>
+    <button id="to-settings" type="button">Settings</button>
     <a id="to-tokens">Accounts</a>
   </header>
   <div id="log" role="log" aria-live="off" aria-label="Conversation" tabindex="0">
     <div id="empty" class="row">
-      <p class="wide">Ask anything. This page talks to your own server, and keeps nothing of it when you close it.</p>
+      <p class="wide">Ask anything. This page talks to your own server; chats stay in this browser.</p>
     </div>
   </div>
   <form id="ask" class="row">
-    <textarea id="question" class="grow" rows="2" aria-label="Message" placeholder="Message"></textarea>
+    <p id="trouble" class="trouble wide" role="alert"></p>
+    <ul id="files" class="row wide" aria-label="Attached files" hidden></ul>
+    <input id="file" type="file" multiple hidden>
+    <button id="attach" type="button">Attach</button>
+    <textarea id="question" class="grow" rows="2" dir="auto" aria-label="Message" placeholder="Message"></textarea>
     <button id="go" class="main">Send</button>
-    <p id="status" role="status"></p>
+    <p id="status" class="spoken" role="status"></p>
   </form>
-  <dialog id="key-dialog" aria-label="API key">
-    <form id="key-form" class="stack">
-      <p id="key-why" class="quiet"></p>
-      <label>API key, kept until this tab is closed
+  <dialog id="settings" aria-labelledby="settings-title">
+    <form id="set" class="stack">
+      <h2 id="settings-title">Settings</h2>
+      <p id="why" class="quiet"></p>
+      <label>API key; none is needed while you are signed in to the accounts
         <input id="key" type="password" autocomplete="off" pattern="[!-~]*"></label>
-      <div class="row"><button class="main">Use this key</button>
-        <button id="key-no" type="button">Cancel</button></div>
+      <label class="row"><input id="remember" type="checkbox"> Remember the key in this browser, not only in this tab</label>
+      <label>Effort<select id="effort" aria-label="Effort"><option value="">the model's own</option>
+        <option>low</option><option>medium</option><option>high</option><option>xhigh</option></select></label>
+      <label>System prompt<textarea id="system" rows="3" dir="auto"></textarea></label>
+      <div class="row"><label class="row grow"><input id="keep" type="checkbox"> Keep chats in this browser</label>
+        <button id="export" type="button">Export them as JSON</button></div>
+      <div class="row"><button class="main">Save</button><button id="settings-no" type="button">Cancel</button></div>
     </form>
   </dialog>
 </main>
@@ -22441,6 +23219,7 @@ CHAT_JS = r"""
 // found in one walk along the text. So an answer made to be expensive costs no more than its length.
 const DEEPEST = 20;
 const FENCE = /^[ \t]*(`{3,}|~{3,})([^`]*)$/;
+const MATHS = /^(\\\[(?!.*\\\])|[$]{2}(?!.*[$]{2}))/; // begins on this line, and does not end there
 const ITEM = /^[ \t]*([-*+]|[0-9]{1,9}[.)])[ \t]+/;
 
 const indent = (line) => /^[ \t]*/.exec(line)[0].replaceAll("\t", "    ").length;
@@ -22466,6 +23245,7 @@ function kindOf(lines, at, depth) {
   if (/^(-{3,}|[*]{3,}|_{3,})$/.test(text.replaceAll(" ", ""))) return "rule";
   if (depth < DEEPEST && text.startsWith(">")) return "quote";
   if (depth < DEEPEST && ITEM.test(lines[at])) return "list";
+  if (MATHS.test(text)) return "maths";
   return isTable(lines[at], lines[at + 1]) ? "table" : "text";
 }
 
@@ -22490,13 +23270,18 @@ function blocks(lines, depth, at = 0, starts = []) {
     if (kind === "rule") nodes.push(el("hr"));
     else if (kind === "heading") {
       const [, marks, text] = /^(#+)(.*)/.exec(lines[start].trim());
-      nodes.push(el(`h${marks.length}`, {}, spans(text.trim())));
+      nodes.push(el(`h${marks.length}`, { dir: "auto" }, spans(text.trim())));
     } else if (kind === "text") {
       const text = take(() => isMore(lines, at, depth)).map((line) => line.trim()).join("\n");
-      nodes.push(el("p", {}, spans(text)));
+      nodes.push(el("p", { dir: "auto" }, spans(text)));
+    } else if (kind === "maths") {
+      const end = lines[start].trim()[0] === "$" ? "$$" : "\\]";
+      let open = true;
+      const text = take((line) => open && line.trim() && (open = !line.includes(end), true)).join("\n");
+      nodes.push(el("p", { className: "math", dir: "ltr" }, text));
     } else if (kind === "quote") {
       const inner = take((line) => line.trim()[0] === ">").map((line) => line.trim().slice(1));
-      nodes.push(el("blockquote", {}, blocks(inner, depth + 1)));
+      nodes.push(el("blockquote", { dir: "auto" }, blocks(inner, depth + 1)));
     } else if (kind === "table") nodes.push(table(take((line) => line.includes("|"))));
     else if (kind === "fence") {
       const mark = FENCE.exec(lines[start])[1];
@@ -22520,100 +23305,64 @@ function list(lines, width, depth) {
     if (line.trim() && indent(line) < width) items.push([line.replace(ITEM, "")]);
     else items.at(-1).push(dedent(line, width));
   }
-  const nodes = items.map((inner) => el("li", {}, blocks(inner, depth + 1)));
-  return isOrdered(lines[0]) ? el("ol", { start: parseInt(lines[0], 10) }, nodes) : el("ul", {}, nodes);
+  const nodes = items.map(([first, ...rest]) => {
+    const [mark, done] = /^\[([ xX])\][ \t]+/.exec(first) || [""];
+    const box = mark && el("input", { type: "checkbox", disabled: true, checked: done !== " ", ariaLabel: "Done" });
+    return el("li", {}, box, blocks([first.slice(mark.length), ...rest], depth + 1));
+  });
+  const start = parseInt(lines[0], 10);
+  return isOrdered(lines[0]) ? el("ol", { dir: "auto", start }, nodes) : el("ul", { dir: "auto" }, nodes);
 }
 
 function codeBlock([first, ...inner]) {
   const width = indent(first);
   const code = inner.map((line) => (width ? dedent(line, width) : line)).join("\n");
   const label = el("span", { className: "quiet grow" }, FENCE.exec(first)[2].trim().slice(0, 40));
-  const pre = el("pre", { tabIndex: 0 }, el("code", {}, code));
+  const pre = el("pre", { tabIndex: 0, dir: "ltr" }, el("code", {}, code));
   const copier = button("Copy", () => copy(code, pre, copier), "small");
   return el("figure", {}, el("figcaption", {}, label, copier), pre);
 }
 
 function table([head, marks, ...rest]) {
-  const width = cellsOf(marks).length;
-  const row = (line, tag) => cellsOf(line).slice(0, width).map((cell) => el(tag, {}, spans(cell)));
+  const sides = cellsOf(marks).map((mark) => (/:$/.test(mark) ? (mark[0] === ":" ? "center" : "end") : ""));
+  const row = (line, tag) => cellsOf(line).slice(0, sides.length).map((cell, index) =>
+    el(tag, { className: sides[index], dir: "auto" }, spans(cell)));
   const rows = [row(head, "th"), ...rest.map((line) => row(line, "td"))];
   const body = el("table", {}, rows.map((cells) => el("tr", {}, cells)));
   return el("div", { className: "wide", tabIndex: 0 }, body);
 }
 
-// An escaped sign; backticks (1) around code (2); a run of emphasis signs; the beginning of a link or image;
-// its end, with the address (3); a line break; a bare address.
-const SPAN = new RegExp([/\\[!-/:-@[-`{-~]/, /(?<!`)(`{1,3})(?!`)([^]+?)(?<!`)\1(?!`)/, /[*]+|_+|~~/, /!?\[/,
-  /\](?:[(]([^\s()]*(?:[(][^\s()]*[)][^\s()]*)*)(?: "[^"]*")?[)])?/, /\n/,
-  /https?:[/][/](?:[^\s<>"`*[\]()]|[(][^\s<>"`*[\]()]*[)]){1,2000}(?<![.,;:!?'])/,
-].map((part) => part.source).join("|"), "g");
-const isLink = ({ mark }) => mark === "[";
-const TAGS = { "*": "em", "**": "strong", _: "em", __: "strong", "~~": "del" };
+// What may stand within a paragraph: maths, left as it was written; an escaped sign; code; a link or an image; emphasis; a line
+// break; a bare address. What could be looked for without an end has one.
+const SPAN = new RegExp([
+  /(?<maths>\\\([^\n]{1,500}?\\\)|\\\[[^\n]{1,500}?\\\]|[$]{2}[^$\n]{1,500}[$]{2}|[$](?! )[^$\n]{1,200}(?<! )[$](?!\d))/,
+  /\\(?<sign>[!-/:-@[-`{-~])/, /(?<!`)(?<tick>`{1,3})(?!`)(?<code>[^]+?)(?<!`)\k<tick>(?!`)/,
+  /!?\[(?<words>(?:[^[\]]|\[[^[\]]*\]){0,500})\][(](?<target>[^\s()]*(?:[(][^\s()]*[)][^\s()]*)*)(?: "[^"]*")?[)]/,
+  /(?<pair>[*]{2}|~~|(?<![\p{L}\p{N}])__)(?!\s)(?<strong>[^]{1,1000}?)(?<!\s)\k<pair>(?![*])/,
+  /[*](?![\s*])(?<em>[^]{1,1000}?)(?<![\s*])[*](?![*])|(?<![\p{L}\p{N}_])_(?![\s_])(?<low>[^]{1,1000}?)(?<![\s_])_(?![\p{L}\p{N}_])/,
+  /\n/, /https?:[/][/](?:[^\s<>"`*[\]()]|[(][^\s<>"`*[\]()]*[)]){1,2000}(?<![.,;:!?'])/,
+].map((part) => part.source).join("|"), "gu");
 
-/** The nodes of a paragraph. What a mark opens stands on `stack` until the mark that closes it comes. */
-function spans(text) {
-  const stack = [{ mark: "", nodes: [] }];
-  const add = (node) => stack.at(-1).nodes.push(node);
+/** The nodes of a paragraph; `linked`: of one within a link, which holds no other. */
+function spans(text, depth = 0, linked = false) {
+  const nodes = [];
+  const inner = (words, within = linked) => (depth < DEEPEST ? spans(words, depth + 1, within) : [words]);
   let at = 0;
   for (const found of text.matchAll(SPAN)) {
-    const [sign, , code, target] = found;
-    if (at < found.index) add(text.slice(at, found.index));
-    at = found.index + sign.length;
-    if (code) add(el("code", {}, code.trim() ? code.replace(/^ (.*) $/s, "$1") : code));
-    else if (sign === "\n") add(el("br"));
-    else if (sign[0] === "\\") add(sign[1]);
-    else if (sign[0] === "]") bracket(stack, add, sign, target);
-    else if (sign.endsWith("[")) open(stack, sign);
-    else if (sign[0] === "h") add(stack.some(isLink) ? sign : link(sign, [sign]));
-    else if (sign.length > 3) add(sign);
-    else emphasis(stack, add, sign, text[found.index - 1] || " ", text[at] || " ");
+    const [whole] = found;
+    const { maths, sign, code, words, target, pair, strong, em, low } = found.groups;
+    nodes.push(text.slice(at, found.index));
+    at = found.index + whole.length;
+    if (maths || sign) nodes.push(maths || (/[()[\]]/.test(sign) ? whole : sign));
+    else if (code) nodes.push(el("code", {}, code.trim() ? code.replace(/^ (.*) $/s, "$1") : code));
+    else if (pair) nodes.push(el(pair === "~~" ? "del" : "strong", {}, inner(strong)));
+    else if (em || low) nodes.push(el("em", {}, inner(em || low)));
+    else if (whole === "\n") nodes.push(el("br"));
+    else if (target === undefined) nodes.push(linked ? whole : link(whole, [whole]));
+    else if (whole[0] === "!") nodes.push(image(target, words) || whole);
+    else nodes.push((!linked && link(target, inner(words, true))) || whole);
   }
-  add(text.slice(at));
-  while (stack.length > 1) undo(stack, stack.length - 1);
-  return stack[0].nodes;
-}
-
-function open(stack, mark) {
-  if (stack.length > DEEPEST) undo(stack, 1);
-  stack.push({ mark, nodes: [] });
-}
-
-/** The mark at `index` of the stack turns out to be mere text. */
-function undo(stack, index) {
-  const [{ mark, nodes }] = stack.splice(index, 1);
-  for (const node of [mark, ...nodes]) stack[index - 1].nodes.push(node);
-}
-
-/** Take what the mark at `index` opened off the stack. */
-function close(stack, index) {
-  while (stack.length > index + 1) undo(stack, stack.length - 1);
-  return stack.pop();
-}
-
-function emphasis(stack, add, signs, before, after) {
-  const [sign] = signs;
-  const isEdge = (char) => sign !== "_" || !/[\p{L}\p{N}]/u.test(char);
-  let rest = signs;
-  while (rest && before.trim() && isEdge(after)) {
-    let index = stack.findLastIndex(({ mark }) => mark === rest);
-    if (index < 0) index = stack.findLastIndex(({ mark }) => mark && rest.startsWith(mark));
-    if (index < 0) break;
-    const { mark, nodes } = close(stack, index);
-    add(el(TAGS[mark], {}, nodes));
-    rest = rest.slice(mark.length);
-  }
-  if (!after.trim() || !isEdge(before)) return add(rest);
-  for (; rest; rest = rest.slice(2)) open(stack, rest.slice(0, 2));
-}
-
-function bracket(stack, add, sign, target) {
-  const index = stack.findLastIndex(({ mark }) => mark.endsWith("["));
-  if (index > 0 && target === undefined) undo(stack, index);
-  if (index < 0 || target === undefined) return add(sign);
-  const { mark, nodes } = close(stack, index);
-  const node = mark === "[" ? link(target, nodes) : image(target, el("p", {}, nodes).textContent);
-  for (const each of node ? [node] : [mark, ...nodes, sign]) add(each);
-  while (node?.href && stack.some(isLink)) undo(stack, stack.findLastIndex(isLink)); // a link holds no other
+  return [...nodes, text.slice(at)];
 }
 
 function link(href, nodes) {
@@ -22621,9 +23370,11 @@ function link(href, nodes) {
   return el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, nodes);
 }
 
-/** An image is loaded only on request: its address could carry the conversation to its host. */
+/** An image is loaded only on request, since its address could carry the conversation to its host; but at once where it is
+ *  one of this server's. */
 function image(src, alt) {
   if (!/^(https?:[/][/]|data:image[/])/i.test(src)) return null;
+  if (src.startsWith(`${BASE}/v1/files/answer-`)) return el("img", { alt: alt || "Image", src });
   const { host } = el("a", { href: src });
   return button(`Show image ${alt} ${host && `from ${host}`}`, (event) => {
     event.preventDefault(); // the image may stand within a link
@@ -22653,143 +23404,405 @@ async function* events(body) {
   }
 }
 
-const KEY = `chatproxy key ${BASE}`;
+const SPACE = `chatproxy ${BASE}`;
 const EXAMPLES = ["Explain how a rainbow forms", "Write a Python script that renames photos by date",
   "Compare tea and coffee in a table"];
-const turns = []; // {role, content, reasoning, node}
+const GO_ON = "Go on exactly where you stopped, and repeat nothing.";
+const ENDS = { stop: "", length: "The answer was cut for its length.",
+  content_filter: "The upstream's content filter ended this answer." };
+const views = new Map(); // turn -> {node, paint, end}
+let chat = null; // {id, title, turns: [{role, content, reasoning, files, note, bad, more}]}
 let running = null; // the AbortController of the answer that is being written
+let attached = []; // {id, name, type, thumb, chip}: the files of the next question
 
-const auth = () => {
-  const key = sessionStorage.getItem(KEY);
-  return key ? { authorization: `Bearer ${key}` } : {};
-};
+function read(name, place = localStorage) {
+  try {
+    return JSON.parse(place.getItem(`${SPACE} ${name}`));
+  } catch {
+    return null; // nothing may be kept, or it is not ours
+  }
+}
+
+function store(name, value, place = localStorage) {
+  try {
+    if (value === undefined) place.removeItem(`${SPACE} ${name}`);
+    else place.setItem(`${SPACE} ${name}`, JSON.stringify(value));
+  } catch {
+    put($("trouble"), "This browser has no room left for this chat; export your chats, and delete some.");
+  }
+}
+
+const settings = { model: "", effort: "", system: "", keep: true, ...read("settings") };
+const titles = () => read("chats") || {};
+const blank = () => ({ id: String(Date.now()), title: "New chat", turns: [] });
+const keyOf = () => read("key", sessionStorage) ?? read("key") ?? "";
+const auth = () => (keyOf() ? { authorization: `Bearer ${keyOf()}` } : {});
 const atEnd = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 48;
 const toEnd = () => { $("log").scrollTop = $("log").scrollHeight; };
 
-function askKey(why) {
-  put($("key-why"), why);
-  $("key").value = "";
-  if (!$("key-dialog").open) $("key-dialog").showModal();
+/** Keep a chat as it is, and show its title. */
+function keep(one = chat) {
+  if (settings.keep && one.turns.length) {
+    store("chats", { ...titles(), [one.id]: one.title });
+    store(`chat ${one.id}`, one);
+    if (one === chat) store("open", one.id, sessionStorage);
+  }
+  if (one === chat) showTitles();
+}
+
+function showTitles() {
+  const all = { "": "Chats", ...titles() };
+  document.title = `${chat.title} – chatproxy`;
+  if (document.activeElement !== $("title")) $("title").value = chat.title;
+  $("chats").replaceChildren(...Object.keys(all).map((id) => el("option", { value: id, selected: id === chat.id }, all[id])));
+  $("delete").hidden = !chat.turns.length;
+}
+
+function openSettings(why) {
+  put($("why"), why);
+  for (const name of ["effort", "system"]) $(name).value = settings[name];
+  $("keep").checked = settings.keep;
+  $("key").value = keyOf();
+  $("remember").checked = read("key") !== null;
+  if (!$("settings").open) $("settings").showModal();
 }
 
 async function loadModels() {
   try {
-    const { data } = await api("GET", "/v1/models", undefined, { headers: auth() });
-    const chosen = $("model").value;
-    $("model").replaceChildren(...data.map(({ id }) => el("option", { selected: id === chosen }, id)));
+    const ids = (await api("GET", "/v1/models", undefined, { headers: auth() })).data.map(({ id }) => id);
+    const chosen = ids.find((id) => id === settings.model) || $("model").value;
+    $("model").replaceChildren(...ids.map((id) => el("option", { selected: id === chosen }, id)));
   } catch (error) {
-    if (error.status === 401) askKey(auth().authorization ? error.message : "This server wants an API key.");
+    if (error.status === 401) openSettings(keyOf() ? error.message : "This server wants an API key.");
   }
 }
 
-function ask(content) {
-  for (const old of document.querySelectorAll(".again")) old.remove();
-  turns.push({ role: "user", content, node: el("div", { className: "question" }, content) });
+// What is shown.
+
+const chipOf = ({ name, thumb }, ...more) =>
+  el("li", { className: "row file" }, thumb ? el("img", { src: thumb, alt: "" }) : "", el("span", {}, name), more);
+const later = (turn) => chat.turns.length - chat.turns.indexOf(turn) - 1;
+
+function questionView(turn) {
+  const of = turn.content.slice(0, 40);
+  const change = (back) => {
+    running?.abort();
+    const again = later(turn) || chat.turns.at(-1) === turn;
+    cut(chat.turns.indexOf(turn), back ? Infinity : 2);
+    if (back && again) fillBox(turn);
+    keep();
+    $("question").focus();
+  };
+  const edit = arm(button("Edit", null, "small"), () => change(true),
+    () => (later(turn) > 1 ? `Drop the ${later(turn)} after it?` : ""), of);
+  const drop = arm(button("Delete", null, "small"), () => change(false), () => "Delete it and its answer?", of);
+  return { node: el("div", { className: "question", role: "group", ariaLabel: "Question" },
+    el("div", { className: "words", dir: "auto" }, turn.content),
+    turn.files.length ? el("ul", { className: "row" }, turn.files.map((file) => chipOf(file))) : "",
+    el("div", { className: "row" }, edit, drop)) };
+}
+
+function answerView(turn) {
+  const [text, thought, hands] = [el("div", { className: "md" }), el("div", { className: "md" }), el("div", { className: "row" })];
+  const details = el("details", { hidden: true }, el("summary", {}, "Reasoning"), thought);
+  const node = el("article", { ariaLabel: "Answer" }, details, text, hands);
+  const [show, showThought] = [markdown(text), markdown(thought)];
+  const paint = () => {
+    details.hidden = !turn.reasoning;
+    showThought(turn.reasoning);
+    show(turn.content);
+  };
+  const end = () => {
+    const copier = button("Copy", () => copy(turn.content, text, copier), "small");
+    const again = arm(button("Try again", null, "small"), () => {
+      cut(chat.turns.indexOf(turn));
+      if ($("question").value === chat.turns.at(-1).content) fillBox();
+      answer();
+    }, () => (later(turn) ? `Drop the ${later(turn)} after it?` : ""));
+    const goOn = turn.more && !later(turn) ? button("Go on", () => answer(turn), "small main") : "";
+    const note = el("span", { className: turn.bad ? "trouble" : "quiet" }, turn.note);
+    if (turn.lacking) note.append(" ", el("a", { href: `${BASE}/tokens` }, "Look at the accounts"));
+    hands.replaceChildren(turn.content ? copier : "", again, goOn, note);
+  };
+  paint();
+  end();
+  return { node, paint, end };
+}
+
+/** The view of a turn, which is made when it is not there yet. */
+function view(turn) {
+  if (!views.has(turn)) views.set(turn, turn.role === "user" ? questionView(turn) : answerView(turn));
+  return views.get(turn);
+}
+
+function push(turn) {
+  chat.turns.push(turn);
   $("empty").hidden = true;
-  $("log").append(turns.at(-1).node);
+  $("log").append(view(turn).node);
+  for (const { end } of views.values()) end?.(); // an answer that is not the last does not go on
+  return turn;
+}
+
+/** Take turns out of the chat, from one on. */
+function cut(from, number = Infinity) {
+  for (const turn of chat.turns.splice(from, number)) view(turn).node.remove(), views.delete(turn);
+  $("empty").hidden = chat.turns.length > 0;
+}
+
+/** Show a chat, the end first, and never for longer than a page may stand still. */
+async function openChat(one) {
+  running?.abort();
+  for (const { node } of views.values()) node.remove();
+  views.clear();
+  chat = one;
+  keep();
+  $("empty").hidden = chat.turns.length > 0;
+  let began = performance.now();
+  for (const turn of [...chat.turns].reverse()) {
+    if (chat !== one) return;
+    $("empty").after(view(turn).node);
+    if (performance.now() - began < 12) continue;
+    toEnd();
+    await new Promise((done) => setTimeout(done));
+    began = performance.now();
+  }
+  toEnd();
+}
+
+// Asking.
+
+/** Put a question into the box, or nothing. */
+function fillBox({ content, files } = { content: "", files: [] }) {
+  $("question").value = content;
+  attached = files.map((file) => ({ ...file }));
+  for (const one of attached) one.chip = chipOf(one, removal(one));
+  showAttached();
+}
+
+function ask(content, files = []) {
+  if (chat.turns.at(-1)?.failed) cut(chat.turns.length - 2); // it is no part of the chat
+  if (!chat.turns.length) chat.title = content.slice(0, 60) || files[0].name;
+  push({ role: "user", content, files });
   answer();
 }
 
 function busy(controller, said) {
   running = controller;
-  put($("go"), controller ? "Stop" : "Send");
+  put($("go"), controller ? "Stop" : "Send", { className: controller ? "stop" : "main" });
   put($("status"), said);
+  showAttached();
 }
 
-async function answer() {
-  const [text, thought] = [el("div", { className: "md" }), el("div", { className: "md" })];
-  const details = el("details", { hidden: true }, el("summary", {}, "Reasoning"), thought);
-  const node = el("article", { "aria-label": "Answer", "aria-busy": "true" }, details, text);
-  const turn = { role: "assistant", content: "", reasoning: "", node };
-  const messages = turns.flatMap(({ role, content }) => (content ? { role, content } : []));
-  const [show, showThought, control] = [markdown(text), markdown(thought), new AbortController()];
-  turns.push(turn);
-  $("log").append(node);
+const contentOf = ({ content, files }) => (files?.length ? [{ type: "text", text: content }, ...files.map(({ id, type }) =>
+  (type.startsWith("image/") ? { type: "input_image", file_id: id } : { type: "file", file: { file_id: id } }))] : content);
+
+/** What is said of an answer that ended otherwise than it should. */
+function noteOf(error) {
+  if (error instanceof TypeError) return "The connection to the server broke.";
+  return error.message + (error.status === 429 && error.wait > 0 ? ` It ends at ${clock(Date.now() + error.wait * 1000)}.` : "");
+}
+
+/** Have the chat answered, in a turn of its own or further in one that is there. */
+async function answer(turn = null) {
+  const messages = chat.turns.map((each) => ({ role: each.role, content: contentOf(each) }));
+  if (settings.system) messages.unshift({ role: "system", content: settings.system });
+  if (turn) messages.push({ role: "user", content: GO_ON });
+  const mine = chat;
+  turn ??= push({ role: "assistant", content: "", reasoning: "" });
+  Object.assign(turn, { note: "", bad: false, failed: false, more: true }); // as it is found when the page is closed meanwhile
+  const { node, paint, end } = view(turn);
+  node.lastChild.replaceChildren();
+  node.ariaBusy = "true";
   toEnd();
-  busy(control, "Answering");
-  let frame = 0;
-  const paint = () => {
+  const control = new AbortController();
+  busy(control, "Waiting for the answer");
+  let [frame, saved, ended, problem] = [0, performance.now(), "", null];
+  const draw = () => {
     const follow = atEnd();
     frame = 0;
-    details.hidden = !turn.reasoning;
-    showThought(turn.reasoning);
-    show(turn.content);
+    paint();
     if (follow) toEnd();
   };
-  let [ended, problem] = ["", null];
   try {
-    const body = { model: $("model").value, stream: true, messages };
-    const more = { headers: auth(), signal: control.signal };
-    const response = await send("POST", "/v1/chat/completions", body, more);
+    const effort = settings.effort ? { reasoning_effort: settings.effort } : {};
+    const body = { model: $("model").value, stream: true, messages, ...effort };
+    const response = await send("POST", "/v1/chat/completions", body, { headers: auth(), signal: control.signal });
     for await (const data of events(response.body)) {
       if (data === "[DONE]") break;
       const { error, choices } = JSON.parse(data);
-      if (error) throw new Error(error.message || String(error));
+      if (error) throw Object.assign(new Error(error.message || String(error)), { code: error.code });
       const { delta, finish_reason } = choices?.[0] || {};
       ended = finish_reason || ended;
       turn.content += delta?.content || "";
       turn.reasoning += delta?.reasoning_content || "";
-      frame = frame || requestAnimationFrame(paint);
+      frame = frame || requestAnimationFrame(draw);
+      if (performance.now() - saved > 2000) keep(mine), saved = performance.now();
     }
     if (!ended) throw new Error("The answer broke off.");
   } catch (error) {
-    ended = "Stopped.";
-    const broken = error instanceof TypeError ? new Error("The connection to the server broke.") : error;
-    problem = control.signal.aborted ? null : broken;
+    problem = control.signal.aborted ? null : error;
+    ended ||= "Stopped.";
   }
   cancelAnimationFrame(frame);
+  turn.note = problem ? noteOf(problem) : ENDS[ended] ?? ended;
+  turn.bad = problem !== null;
+  turn.failed = turn.bad && !turn.content;
+  turn.lacking = /^(no_account|login_required)$/.test(problem?.code);
+  turn.more = !(ended in { stop: 0, content_filter: 0 }) && turn.content !== "";
+  if (chat !== mine) return keep(mine); // another chat was opened
   node.ariaBusy = "false";
-  if (turns.at(-1) !== turn) return; // a new chat was begun
-  const kind = problem?.status === 401 ? "row denied" : "row";
-  const copier = button("Copy", () => copy(turn.content, text, copier), "small");
-  const again = button("Try again", () => { turns.pop().node.remove(); answer(); }, "small again");
-  const note = problem?.message || (ended === "stop" ? "" : ended);
-  const told = el("span", { className: problem ? "trouble" : "quiet" }, note);
-  node.append(el("div", { className: kind }, turn.content ? copier : "", again, told));
-  paint();
-  busy(null, note || "The answer is complete.");
-  if (problem?.status === 401) askKey(problem.message);
+  busy(null, turn.note || "The answer is complete.");
+  draw();
+  end();
+  keep();
+  if (turn.failed && !$("question").value && !attached.length) fillBox(chat.turns.at(-2));
+  if (problem?.status === 401) openSettings(problem.message);
 }
 
+// Files.
+
+function showAttached() {
+  $("files").replaceChildren(...attached.map((one) => one.chip));
+  $("files").hidden = !attached.length;
+  $("go").disabled = !running && attached.some(({ id }) => !id);
+}
+
+/** A small picture of a picture; "" of anything else. */
+async function thumbnail(file) {
+  const bitmap = file.type.startsWith("image/") && await createImageBitmap(file, { resizeHeight: 80 }).catch(() => null);
+  if (!bitmap) return "";
+  const canvas = el("canvas", { width: bitmap.width, height: bitmap.height });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  return canvas.toDataURL("image/webp");
+}
+
+/** Upload a file for the next question. */
+async function attach(file) {
+  const request = new XMLHttpRequest(); // fetch() tells no progress
+  const one = { id: "", name: file.name, type: file.type, thumb: await thumbnail(file) };
+  const bar = el("progress", { max: 1, value: 0, ariaLabel: `Upload of ${file.name}` });
+  one.chip = chipOf(one, bar, removal(one, request));
+  attached.push(one);
+  showAttached();
+  request.open("POST", `${BASE}/v1/files`);
+  for (const [name, value] of Object.entries(auth())) request.setRequestHeader(name, value);
+  request.upload.onprogress = ({ loaded, total }) => { bar.value = loaded / total; };
+  request.onloadend = () => {
+    const said = request.responseText ? JSON.parse(request.responseText) : {};
+    if (request.status === 200) one.id = said.id, bar.remove();
+    else bar.replaceWith(el("span", { className: "trouble", role: "alert" }, said.error?.message || "It could not be sent."));
+    showAttached();
+  };
+  const form = new FormData();
+  form.append("purpose", "user_data");
+  form.append("file", file);
+  request.send(form);
+}
+
+/** A button that takes a file back. */
+function removal(one, request) {
+  const remove = button("×", () => {
+    request?.abort();
+    attached = attached.filter((each) => each !== one);
+    showAttached();
+    $("question").focus();
+  }, "small");
+  remove.ariaLabel = `Remove ${one.name}`;
+  return remove;
+}
+
+function take(event, files) {
+  if (!files.length) return; // text goes into the box as usual
+  event.preventDefault();
+  [...files].forEach(attach);
+}
+
+$("attach").onclick = () => $("file").click();
+$("file").onchange = (event) => {
+  take(event, $("file").files);
+  $("file").value = ""; // so that the same file may be chosen again
+};
+$("question").onpaste = (event) => take(event, event.clipboardData.files);
+$("chat").ondragover = $("chat").ondragleave = $("chat").ondrop = (event) => {
+  $("ask").classList.toggle("over", event.type === "dragover");
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+  if (event.type === "drop") take(event, event.dataTransfer.files);
+};
+
+// Chats and settings.
+
+const lost = () => (settings.keep || !chat.turns.length ? "" : "Throw this chat away?");
+$("chats").onchange = () => { openChat(read(`chat ${$("chats").value}`) || blank()); };
+$("title").onchange = () => { chat.title = $("title").value.trim() || chat.title, keep(); };
+arm($("new"), () => { openChat(blank()), store("open", undefined, sessionStorage), $("question").focus(); }, lost);
+arm($("delete"), () => {
+  const { [chat.id]: gone, ...rest } = titles();
+  store("chats", rest);
+  store(`chat ${chat.id}`, undefined);
+  openChat(blank());
+  $("question").focus();
+}, () => "Delete this chat?");
+$("export").onclick = () => {
+  const chats = Object.keys(titles()).map((id) => read(`chat ${id}`));
+  download("chats.json", new Blob([JSON.stringify({ chats }, null, 1)], { type: "application/json" }));
+};
+$("to-settings").onclick = () => openSettings("");
+$("settings-no").onclick = () => $("settings").close();
+onSubmit("set", () => {
+  const remember = $("remember").checked;
+  store("key", remember ? $("key").value.trim() : undefined);
+  store("key", remember ? undefined : $("key").value.trim(), sessionStorage);
+  store("settings", Object.assign(settings, { effort: $("effort").value, system: $("system").value, keep: $("keep").checked }));
+  $("settings").close();
+  loadModels();
+  if (chat.turns.at(-1)?.failed) cut(chat.turns.length - 1), fillBox(), answer();
+});
+$("model").onchange = () => store("settings", Object.assign(settings, { model: $("model").value }));
 $("to-tokens").href = `${BASE}/tokens`;
 $("empty").append(...EXAMPLES.map((text) => button(text, () => ask(text))));
 onSubmit("ask", () => {
-  const text = $("question").value.trim();
   if (running) return running.abort();
-  if (text) ask(text);
-  $("question").value = "";
+  const [content, files] = [$("question").value.trim(), attached];
+  if ((!content && !files.length) || $("go").disabled) return;
+  fillBox();
+  store("draft", undefined, sessionStorage);
+  ask(content, files.map(({ id, name, type, thumb }) => ({ id, name, type, thumb })));
 });
+$("question").oninput = () => store("draft", $("question").value, sessionStorage);
 $("question").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   if (!running) $("ask").requestSubmit();
 };
-$("new").onclick = () => {
-  running?.abort();
-  for (const { node } of turns.splice(0)) node.remove();
-  busy(null, "");
-  $("empty").hidden = false;
-  $("question").focus();
+document.onkeydown = ({ key }) => {
+  if (key === "Escape" && !document.querySelector("dialog[open], .armed")) running?.abort();
 };
-$("change-key").onclick = () => askKey("Leave it empty to go on without a key.");
-onSubmit("key-form", () => {
-  sessionStorage.setItem(KEY, $("key").value.trim());
-  $("key-dialog").close();
-  loadModels();
-  document.querySelector(".denied .again")?.click();
-});
-$("key-no").onclick = () => $("key-dialog").close();
+window.onpagehide = () => keep();
+const typed = new URLSearchParams(location.search).get("q");
+$("question").value = typed || read("draft", sessionStorage) || "";
+if (typed) history.replaceState(null, "", location.pathname);
+openChat((!typed && read(`chat ${read("open", sessionStorage)}`)) || blank());
+if (typed && $("chat").dataset.asks) $("ask").requestSubmit(); // it was typed, not followed from another site
 loadModels();
 $("question").focus();
 """
 
-TOKENS_PAGE = built_page("chatproxy accounts", BASE_CSS + TOKENS_CSS, TOKENS_HTML, BASE_JS + TOKENS_JS)
-# The chat page by the last step of its path.
+TOKENS_PAGE = built_page(
+    "Accounts – chatproxy",
+    BASE_CSS + TOKENS_CSS,
+    TOKENS_HTML,
+    f"{BASE_JS}const CLIENTS = {compact(SNIPPETS)};\n{TOKENS_JS}",
+)
+# The chat page by the last step of its path, and by whether it may ask what its address has as `q`.
 CHAT_PAGES = {
-    step: built_page(
-        "chatproxy", BASE_CSS + CHAT_CSS, CHAT_HTML.replace('step=""', f'step="{step}"'), BASE_JS + CHAT_JS
+    (step, asks): built_page(
+        "chatproxy",
+        BASE_CSS + CHAT_CSS,
+        CHAT_HTML.replace('step=""', f'step="{step}"').replace('asks=""', 'asks="yes"' if asks else ""),
+        BASE_JS + CHAT_JS,
     )
     for step in ("", "chat")
+    for asks in (True, False)
 }
 
 
@@ -22913,9 +23926,11 @@ def mirrored(app: App, request: Request) -> Reply | Stream | Upgrade:
 
 @ROUTER.on("GET", "/", "/chat", access="public")
 def chat_page(app: App, request: Request) -> Reply:
-    """a chat page against this server's own API; what Ollama says there, to a client that is no browser"""
+    """a chat page against this server's own API, which begins with the question `q`; what Ollama says there, to a client that is
+    no browser"""
     if "text/html" in request.headers.get("accept", ""):
-        return CHAT_PAGES[request.path[1:]]
+        typed = request.headers.get("sec-fetch-site") in ("none", "same-origin")
+        return CHAT_PAGES[request.path[1:], typed]
     return Reply(body=b"Ollama is running", content_type="text/plain; charset=utf-8")
 
 
@@ -26770,10 +27785,10 @@ def accounts() -> None:
     """The pool: add, import, list, check and remove accounts. A running server takes changes in by itself."""
 
 
-def _store_accounts(settings: Settings, lines: list[str], as_json: bool) -> None:
-    """Adds the tokens and tells of each account what is stored, then how many there are."""
+def _store_accounts(settings: Settings, texts: list[tuple[str, str]], as_json: bool) -> None:
+    """Adds the tokens in texts, and tells of each account what is stored, then how many there are."""
     store = opened(settings)
-    added = Pool(settings, store).add(lines)
+    added, seeds = import_texts(Pool(settings, store), texts)
     for row in added.rows:
         facts = {"id": row.id, "kind": row.kind, "email": row.email, "plan": row.plan}
         line = f"{row.id}  {row.kind:10}  {row.email or '-'}  {row.plan or '-'}"
@@ -26782,6 +27797,7 @@ def _store_accounts(settings: Settings, lines: list[str], as_json: bool) -> None
         click.echo(f"chatproxy: {fault}", err=True)
     told = f"stored: {len(added.rows)} (known before: {added.known}), merged: {added.merged}"
     told += f", left out: {len(added.faults)}"
+    told += f", seeds of the mirror: {seeds}" if seeds else ""
     if added.faults or not added.rows:
         fail(told)
     click.echo(told, err=as_json)
@@ -26810,60 +27826,7 @@ def accounts_add(
     lines: list[str] = []
     for token in tokens:
         lines += pasted_lines() if token == "-" else [token]
-    _store_accounts(settings, lines, as_json)
-
-
-# Names under which other programs keep a token; a refresh token is worth more than the access token beside it.
-_TOKEN_NAMES = ("refresh_token", "refreshToken", "sessionToken", "token", "access_token", "accessToken")
-
-
-def tokens_in(value: Any) -> Iterator[str]:
-    """The tokens in a JSON file of another program: ChatGPT-to-API's access_tokens.json, chat2api's refresh_map.json,
-    Codex's auth.json, or what the site's session page shows."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            recognise(value)
-            yield value
-    elif isinstance(value, list):
-        for one in value:
-            yield from tokens_in(one)
-    elif isinstance(value, dict):
-        if "token" in value and "device" in value:  # what was exported
-            yield compact(value)
-            return
-        if token := next(
-            (value[name] for name in _TOKEN_NAMES if isinstance(value.get(name), str) and value[name]), ""
-        ):
-            workspace = value.get("account_id")
-            if token == value.get("refresh_token") and isinstance(value.get("access_token"), str):
-                told = {"token": token, "account_id": workspace, "access_token": value["access_token"]}
-                told = {name: one for name, one in told.items() if isinstance(one, str)}
-                yield compact(told | ({"codex": True} if "id_token" in value else {}))
-                return
-            yield from tokens_in(
-                f"{token},{workspace}" if isinstance(workspace, str) and workspace else token
-            )
-            return
-        for name, one in value.items():
-            known = list(tokens_in(name))  # refresh tokens are the names of chat2api's map
-            yield from known or tokens_in(one)
-
-
-def token_lines(path: pathlib.Path) -> list[str]:
-    """The tokens in a file of lines or JSON, or in chat2api's data folder but for those it has given up; OSError."""
-    if path.is_dir():
-        names = ("token.txt", "refresh_map.json", "seed_map.json")
-        inside = [path / name for name in names if (path / name).exists()]
-        given_up = path / "error_token.txt"
-        dead = set(given_up.read_text(errors="replace").split("\n")) if given_up.exists() else set()
-        if not inside:
-            raise FileNotFoundError(f"{path}: none of {', '.join(names)} in it")
-        return [line for one in inside for line in token_lines(one) if line.strip() and line not in dead]
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    try:
-        return list(tokens_in(read_json(text)))
-    except ValueError:
-        return text.splitlines()
+    _store_accounts(settings, [("", "\n".join(lines))], as_json)
 
 
 @accounts.command("import")
@@ -26875,77 +27838,34 @@ def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...], as_
     ChatGPT-to-API's access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one.
     """
     settings = settled(flags)
-    lines = list[str]()
-    seeds: dict[str, Any] = {}
-    chats: dict[str, Any] = {}
+    texts: list[tuple[str, str]] = []
     for file in files:
-        path = pathlib.Path("/dev/stdin" if file == "-" else file)
         try:
-            lines += token_lines(path)
+            texts += _texts_of(file)
         except OSError as error:
             fail(f"{file}: {error.strerror or error}")
-        folder = path if path.is_dir() else path.parent
-        if path.is_dir() or path.name == "seed_map.json":
-            seeds |= _map_in(folder / "seed_map.json")
-            chats |= _map_in(folder / "conversation_map.json")
-    try:
-        _store_accounts(settings, lines, as_json)
-    finally:
-        if seeds:
-            count = import_seeds(opened(settings), seeds, chats)
-            click.echo(f"seeds of the mirror: {count}", err=as_json)
+    _store_accounts(settings, texts, as_json)
 
 
-def _map_in(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object in a file, empty where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        value = read_json(path.read_text(encoding="utf-8-sig", errors="replace"))
-        return value if isinstance(value, dict) else {}
-    return {}
+# The files of chat2api's data folder that are of use.
+_CHAT2API_FILES = (
+    "token.txt",
+    "refresh_map.json",
+    "seed_map.json",
+    "conversation_map.json",
+    "error_token.txt",
+)
 
 
-def import_seeds(store: Store, seeds: Mapping[str, Any], chats: Mapping[str, Any]) -> int:
-    """Stores chat2api's seed_map.json (`{seed: {"token", "conversations": [id]}}`) and conversation_map.json (`{id: {"title",
-    "create_time", …}}`): how many seeds there were. Seeds that are known stay on their accounts."""
-    rows = store.accounts("guest=0")
-    now = time.time()
-    count = 0
-    for seed, said in seeds.items():
-        fits = 0 < len(seed) <= MAX_SEED and seed.isprintable() and seed != ALL_SEEDS
-        if not isinstance(said, dict) or not fits:
-            continue
-        token = str(said.get("token") or "")
-        account = ""
-        with contextlib.suppress(ValueError):
-            id = recognise(token).id
-            account = next(
-                (row.id for row in rows if row.id == id or token in (row.secret, row.access_token)), ""
-            )
-        if store.seed(seed) is None:
-            store.put_seed(seed, account, now)
-        listed = said.get("conversations")
-        ids = (
-            [one for one in listed if isinstance(one, str) and _UUID.fullmatch(one)]
-            if isinstance(listed, list)
-            else []
-        )
-        if known := store.seed(seed):
-            store.put_belongings(_imported_chat(id, known.owner, account, chats.get(id), now) for id in ids)
-        count += 1
-    return count
-
-
-def _imported_chat(id: str, owner: str, account: str, said: Any, now: float) -> Belonging:
-    facts = said if isinstance(said, dict) else {}
-    times = []
-    for name in ("create_time", "update_time"):
-        moment = now
-        with contextlib.suppress(ValueError):
-            moment = datetime.datetime.fromisoformat(str(facts.get(name)).replace("Z", "+00:00")).timestamp()
-        times.append(moment)
-    title = str(facts.get("title") or "")[:300]
-    archived = int(facts.get("is_archived") is True)
-    return Belonging(known_id(id), owner, account, "conversation", title, times[0], times[1], archived)
+def _texts_of(file: str) -> list[tuple[str, str]]:
+    """The names and texts of a file, or of the files in chat2api's data folder; OSError."""
+    path = pathlib.Path("/dev/stdin" if file == "-" else file)
+    paths = [path]
+    if path.is_dir():
+        paths = [inner for name in _CHAT2API_FILES if (inner := path / name).exists()]
+        if not paths:
+            raise FileNotFoundError(f"none of {', '.join(_CHAT2API_FILES[:3])} in it")
+    return [(str(one), one.read_text(encoding="utf-8-sig", errors="replace")) for one in paths]
 
 
 @accounts.command("export")
@@ -26971,15 +27891,7 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
         fail(f"{path}: {error.strerror or error}")
     with open(descriptor, "w", encoding="utf-8") as lines:
         for row in rows:
-            kept: dict[str, Any] = {
-                "token": row.secret or LOGIN_FREE,
-                "account_id": row.workspace,
-                "email": row.email,
-            }
-            kept |= {"device": row.device, "browser": row.browser, "cookies": json.loads(row.cookies)}
-            kept |= {"disabled": True} if row.state == DISABLED else {}
-            kept |= {"codex": True} if row.codex == "yes" else {}
-            lines.write(compact(kept) + "\n")
+            lines.write(exported(row) + "\n")
     told = f"{len(rows)} accounts written to {path}; whoever has this file has the accounts"
     click.echo(compact({"file": path, "accounts": len(rows)}) if as_json else told)
 
@@ -27114,7 +28026,7 @@ def login(flags: Mapping[str, str | None], device: bool, as_json: bool) -> None:
     """Sign in with your browser and store the account; a running server notices it by itself."""
     settings = settled(flags)
     pool = Pool(settings, opened(settings))
-    sign_in = SignIn(settings, Loop())
+    sign_in = SignIn(settings, Loop(), Watch())
     tell = functools.partial(click.echo, err=as_json)  # so that a script gets nothing but JSON
     try:
         access, refresh = _by_device(sign_in, tell) if device else _by_browser(sign_in, settings, tell)
@@ -27201,7 +28113,7 @@ def _by_browser(sign_in: SignIn, settings: Settings, tell: Callable[[str], None]
 def _by_device(sign_in: SignIn, tell: Callable[[str], None]) -> tuple[str, str]:
     """The tokens of a person who types a code on another device."""
     id, code, interval = sign_in.device()
-    tell(f"Open {sign_in.issuer}/codex/device and type {code}")
+    tell(f"Open {sign_in.device_address} and type {code}")
     end = time.monotonic() + SIGN_IN_TIME
     while time.monotonic() < end:
         time.sleep(interval)
@@ -27251,6 +28163,31 @@ def user_list(flags: Mapping[str, str | None], as_json: bool) -> None:
         limit = "-" if user.limit is None else user.limit
         line = f"{user.id}  {user.name or '-':20}  {facts['requests']:8} {facts['tokens']:9}  {limit:>6}"
         click.echo(compact(facts) if as_json else f"{line}  {(facts['used'] or '-')[:16]}")
+
+
+@users.command("change")
+@click.argument("id", metavar="ID")
+@click.option("--name", help="Another name.")
+@click.option("--limit", type=click.IntRange(0, MAX_REQUESTS), help="Most requests a day.")
+@click.option("--no-limit", is_flag=True, help="As many requests as it likes.")
+@click.option("--rotate", is_flag=True, help="Another token, which is printed; the old one ends.")
+@AS_JSON
+@setting_flags("data_dir", "store_url")
+def user_change(
+    flags: Mapping[str, str | None], id: str, name: str | None, limit: int | None, no_limit: bool,
+    rotate: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Change an API user's name, limit or token, by its ID from the list."""
+    changes: dict[str, Any] = {} if name is None else {"name": name}
+    changes |= {"limit": limit} if no_limit or limit is not None else {}
+    if (no_limit and limit is not None) or not (changes or rotate):
+        raise click.UsageError("Give --name, --limit or --no-limit, or --rotate.")
+    try:
+        user, token = change_user(opened(settled(flags)), id, rotate, **changes)
+    except ApiError as error:
+        fail(error.message)
+    told = {"user_id": user.id, "name": user.name, "limit": user.limit} | ({"token": token} if token else {})
+    click.echo(compact(told) if as_json else f"{user.id}  {token or 'changed'}")
 
 
 @users.command("remove")
