@@ -86,5 +86,5 @@ NPM := npm install --no-fund --no-audit --loglevel=error
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install -q pytest pytest-xdist hypothesis httpx openai pillow 'pydantic-ai-slim[openai]>=2' trustme hypercorn playwright websockets anthropic ollama 'psycopg[binary]>=3.2,<4' ruff mypy
+	$(BIN)/pip install -q pytest pytest-xdist hypothesis httpx openai pillow 'pydantic-ai-slim[openai]>=2' trustme hypercorn playwright axe-playwright-python websockets anthropic ollama 'psycopg[binary]>=3.2,<4' ruff mypy
 	touch $@

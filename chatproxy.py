@@ -22457,8 +22457,8 @@ main { max-width: 80rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
 table { border-collapse: collapse; }
 th, td { text-align: start; padding: 0.4rem 0.5rem; border-bottom: 1px solid var(--line); }
 th button { border: 0; padding: 0; color: inherit; background: none; }
-th[aria-sort="ascending"] button::after { content: " ▲"; }
-th[aria-sort="descending"] button::after { content: " ▼"; }
+th[aria-sort="ascending"] button::after { content: " ▲" / ""; }
+th[aria-sort="descending"] button::after { content: " ▼" / ""; }
 :is(th, td):nth-child(n+4) { white-space: nowrap; }
 td:nth-child(2) { width: 30%; min-width: 12rem; }
 td:nth-child(3) { min-width: 11rem; }
@@ -23014,16 +23014,17 @@ function look(other) {
 }
 
 /** Add what is in files. What was left out is in the box afterwards, each line below the reason. */
-async function upload(files) {
+async function upload(given) {
+  const files = [...given]; // which is emptied below
   const body = new FormData();
   for (const file of files) body.append("text", file);
-  const texts = await Promise.all([...files].map((file) => file.text()));
+  const texts = await Promise.all(files.map((file) => file.text()));
   const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, faults }) =>
     `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}${
       seeds ? `, ${count(seeds, "seed")}` : ""}${faults.length ? `. ${num(faults.length)} left out: see above` : ""}.`);
   $("files").value = ""; // so that the same file may be chosen again
   if (!result) return;
-  const names = [...files].map(({ name }) => name);
+  const names = files.map(({ name }) => name);
   const kept = result.left_out.map(({ file, first, last }, index) => {
     const lines = texts[names.indexOf(file)].split(/\r\n?|\n/).slice(first - 1, last);
     return `# ${result.faults[index]}\n${lines.join("\n")}`;

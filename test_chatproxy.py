@@ -65,6 +65,7 @@ from statistics import median
 from typing import IO, Any, TypeVar, get_args
 
 import anthropic
+import axe_playwright_python  # type: ignore[import-untyped]
 import click.testing
 import httpx
 import ollama
@@ -11382,6 +11383,650 @@ def test_the_pages_fit_a_narrow_screen(
         assert one.page.evaluate(wide) == 0
         dark = one.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0] < 100")
         assert dark == (scheme == "dark")
+
+
+OPEN = {"authorization": "", "admin_key": ""}  # settings of a server that answers its own machine's pages
+
+
+def question_of(there: Tab, text: str, enter: bool = True) -> None:
+    """Asks something on the chat page."""
+    there.page.get_by_label("Message", exact=True).fill(text)
+    if enter:
+        there.page.get_by_label("Message", exact=True).press("Enter")
+
+
+@in_a_browser
+def test_a_failed_question_comes_back_and_poisons_nothing(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", max_body_mb="1", **OPEN)
+    there = tab(proxy.url)
+    box = there.page.get_by_label("Message", exact=True)
+    question_of(there, "x" * (1 << 20))
+    there.sees("MAX_BODY_MB")
+    assert len(box.input_value()) == 1 << 20
+    question_of(there, "short")
+    there.sees("Hello wide world.")
+    assert there.page.locator(".question").count() == 1  # the one that failed is no part of the chat
+    assert [one["content"]["parts"][0] for one in weather.asked()["messages"]] == ["short"]
+    # Any question is asked otherwise, or not at all, with what came after it.
+    weather.words = ["Second."]
+    question_of(there, "two")
+    there.sees("Second.")
+    edit = there.page.locator(".question").first.get_by_role("button", name=re.compile("Edit|Drop"))
+    edit.click()
+    assert edit.inner_text() == "Drop the 3 after it?"
+    there.page.wait_for_timeout(450)
+    edit.click()
+    assert box.input_value() == "short" and there.page.locator(".question, article").count() == 0
+    weather.words = ["Third."]
+    question_of(there, "shorter")
+    there.sees("Third.")
+    question_of(there, "another")
+    there.page.get_by_text("Third.").nth(1).wait_for()
+    there.confirm(there.page.locator(".question").first.get_by_role("button", name=re.compile("Delete")))
+    assert there.page.locator(".question").all_inner_texts()[0].startswith("another")
+    weather.words = ["Fourth."]
+    there.page.get_by_role("button", name="Try again").click()
+    there.sees("Fourth.")
+    told = [one["content"]["parts"][0] for one in weather.asked()["messages"]]
+    assert told == ["another"]
+
+
+@in_a_browser
+def test_chats_stay_until_they_are_deleted(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab], tmp_path: pathlib.Path
+) -> None:
+    proxy = start("alice", **OPEN)
+    there = tab(proxy.url)
+    page = there.page
+    question_of(there, "About cats")
+    there.sees("Hello wide world.")
+    assert page.title() == "About cats – chatproxy"
+    page.get_by_label("Title of this chat").fill("Cats, mostly")
+    page.get_by_label("Message", exact=True).fill("not sent yet")
+    assert page.title() == "Cats, mostly – chatproxy"
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Effort").select_option("high")
+    page.get_by_label("System prompt").fill("Be brief.")
+    there.press("Save")
+    page.get_by_label("Model", exact=True).select_option("o3")
+    page.reload()
+    there.sees("Hello wide world.")
+    assert page.get_by_label("Message", exact=True).input_value() == "not sent yet"
+    assert page.get_by_label("Title of this chat").input_value() == "Cats, mostly"
+    question_of(there, "and dogs")
+    page.get_by_text("Hello wide world.").nth(1).wait_for()
+    asked = weather.asked()
+    assert asked["model"] == "o3" and asked["thinking_effort"] == "extended"
+    assert [one["content"]["parts"][0] for one in asked["messages"]][::3] == ["Be brief.", "and dogs"]
+    # A chat that is begun anew throws none away, and each is opened, exported and deleted.
+    there.press("New chat")
+    question_of(there, "About dogs")
+    there.sees("Hello wide world.")
+    page.get_by_label("Chats in this browser", exact=True).select_option("Cats, mostly")
+    page.locator(".question", has_text="and dogs").wait_for()
+    page.get_by_role("button", name="Settings").click()
+    with page.expect_download() as download:
+        there.press("Export them as JSON")
+    kept = json.loads(download.value.path().read_text())["chats"]
+    assert [(one["title"], len(one["turns"])) for one in kept] == [("Cats, mostly", 4), ("About dogs", 2)]
+    page.get_by_label("Keep chats in this browser").uncheck()
+    there.press("Save")
+    there.confirm(page.locator("#delete"))
+    assert page.locator("#chats option").all_inner_texts() == ["Chats", "About dogs"]
+    # What is not kept is not thrown away unasked.
+    question_of(there, "Secret")
+    there.sees("Hello wide world.")
+    assert "Secret" not in page.evaluate("JSON.stringify(localStorage)")
+    page.locator("#new").click()
+    assert (
+        page.locator("#new").inner_text() == "Throw this chat away?" and page.locator("article").count() == 1
+    )
+    page.keyboard.press("Escape")
+    assert page.locator("#new").inner_text() == "New chat"
+    there.confirm(page.locator("#new"))
+    assert page.locator("article").count() == 0
+
+
+@in_a_browser
+def test_files_are_attached_pasted_and_dropped(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", **OPEN)
+    there = tab(proxy.url)
+    page = there.page
+    files: Any = [{"name": "a.txt", "mimeType": "text/plain", "buffer": b"some text"}]
+    files += [{"name": "p.png", "mimeType": "image/png", "buffer": picture(640, 480)}]
+    page.locator("#file").set_input_files(files)
+    page.locator("#files img").wait_for()
+    give = (
+        "const give = new DataTransfer(); give.items.add(new File(['x'], '{}.txt', {{type: 'text/plain'}}));"
+    )
+    paste = (
+        "$('question').dispatchEvent(new ClipboardEvent('paste', {clipboardData: give, cancelable: true}))"
+    )
+    page.evaluate(f"{give.format('pasted')} {paste}")
+    drop = "$('chat').dispatchEvent(new DragEvent('drop', {dataTransfer: give, cancelable: true}))"
+    page.evaluate(f"{give.format('dropped')} {drop}")
+    page.locator("#files li", has_text="dropped.txt").wait_for()
+    page.get_by_role("button", name="Remove a.txt").click()
+    page.locator("#files progress").first.wait_for(state="detached")
+    wait_until(lambda: page.locator("#go").is_enabled())
+    question_of(there, "What is it?")
+    there.sees("Hello wide world.")
+    (message,) = weather.asked()["messages"]
+    assert [one["name"] for one in message["metadata"]["attachments"]] == [
+        "p.png",
+        "pasted.txt",
+        "dropped.txt",
+    ]
+    assert message["content"]["content_type"] == "multimodal_text"  # the picture is shown to the model as one
+    page.reload()
+    assert page.locator(".question li").all_inner_texts() == ["p.png", "pasted.txt", "dropped.txt"]
+    assert page.locator(".question img").evaluate("image => image.naturalHeight") == 80
+    # A file that cannot be sent says so in its place, and holds nothing else up.
+    weather.add("/files", *[status(500)] * 9)
+    page.locator("#file").set_input_files({"name": "b.txt", "mimeType": "text/plain", "buffer": b"b"})
+    page.locator("#files .trouble").wait_for()
+    assert page.locator("#go").is_disabled()
+    page.get_by_role("button", name="Remove b.txt").click()
+    assert page.locator("#go").is_enabled()
+
+
+TEXT = r"""# First
+## Second
+
+Maths \(a_1 * b_2 * c\), $x^*$ and $y^*$, \[ \sum_{i=1}^{n} i \], costs $5 and $10.
+
+\[
+\begin{aligned}
+- a &= b \\
+# c
+\end{aligned}
+\]
+
+مرحبا بالعالم
+
+- [x] done
+- [ ] open
+- שלום
+
+| left | middle | right |
+|:-----|:------:|------:|
+| one  | two    | three |
+
+**bold *both*** ***all*** ~~gone~~ snake_case_name __init__ `code` 2 * 3 * 4 \*plain\* [a [b] c](https://x.example/a_(b))
+"""
+
+
+@in_a_browser
+def test_an_answers_text_is_shown_as_it_was_meant(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", **OPEN)
+    weather.words = in_pieces(TEXT, 7)
+    there = tab(proxy.url)
+    question_of(there, "سؤال")
+    there.page.get_by_role("button", name="Send").wait_for()
+    answer = there.page.locator("article")
+    there.page.get_by_role("button", name="Try again").wait_for()
+    text = answer.inner_text()
+    for maths in (r"\(a_1 * b_2 * c\)", "$x^*$ and $y^*$", r"\[ \sum_{i=1}^{n} i \]", "costs $5 and $10."):
+        assert maths in text, maths
+    assert "\\[\n\\begin{aligned}\n- a &= b \\\\\n# c\n\\end{aligned}\n\\]" in text
+    sizes = [
+        answer.locator(tag).evaluate("one => parseFloat(getComputedStyle(one).fontSize)")
+        for tag in ("h1", "h2")
+    ]
+    assert sizes[0] > sizes[1] > 15
+    sides = "one => [getComputedStyle(one).direction, getComputedStyle(one).textAlign]"
+    arabic = answer.locator("p", has_text="مرحبا")
+    assert arabic.evaluate(sides)[0] == "rtl" and answer.locator("p").first.evaluate(sides)[0] == "ltr"
+    assert there.page.locator(".question .words").evaluate(sides)[0] == "rtl"
+    assert answer.locator("li p", has_text="שלום").evaluate(sides)[0] == "rtl"
+    there.page.get_by_label("Message", exact=True).fill("שלום")
+    assert there.page.get_by_label("Message", exact=True).evaluate(sides)[0] == "rtl"
+    cells = answer.locator("td").evaluate_all("all => all.map(one => getComputedStyle(one).textAlign)")
+    assert cells == ["start", "center", "end"]
+    boxes = answer.locator("li input").evaluate_all("all => all.map(one => [one.checked, one.disabled])")
+    assert boxes == [[True, True], [False, True]]
+    marked = answer.evaluate(
+        "node => [...node.querySelectorAll('strong, em, del, code, a')].map(one => `${one.localName} ${one.textContent}`)"
+    )
+    assert marked == [
+        "strong bold both", "em both", "strong all", "em all", "del gone", "strong init", "code code", "a a [b] c",
+    ]  # fmt: skip
+    assert "snake_case_name" in text and "2 * 3 * 4 *plain*" in text
+    assert answer.locator("a").get_attribute("href") == "https://x.example/a_(b)"
+
+
+@in_a_browser
+def test_reasoning_is_folded_and_drawings_of_this_server_are_shown(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", **OPEN)
+    there = tab(proxy.url)
+    own = f"{proxy.url}/v1/files/answer-1/content?x=1"
+    weather.words = [f"![cat]({own}) ![dog](https://evil.example/dog.png)"]
+    thoughts = [{"summary": "First", "content": "I look."}, {"summary": "Second", "content": "I see."}]
+    weather.before = [
+        {"author": {"role": "assistant"}, "content": {"content_type": "thoughts", "thoughts": thoughts}}
+    ]
+    asked: list[str] = []
+    there.page.on("request", lambda request: asked.append(request.url))
+    question_of(there, "draw")
+    there.page.get_by_role("button", name="Show image dog from evil.example").wait_for()
+    assert there.page.locator("article img").get_attribute("src") == own
+    assert own in asked and all(url.startswith(proxy.url) for url in asked)
+    assert not there.page.get_by_text("I look.").is_visible()
+    there.page.get_by_text("Reasoning").click()
+    told = there.page.locator("details > div").inner_text()
+    assert "I look." in told and not re.search(r"look\.\S", told)
+
+
+@in_a_browser
+def test_errors_of_a_chat_say_what_to_do_in_their_place(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", retry_times="0", auto_continue="0", **OPEN)
+    there = tab(proxy.url)
+    page = there.page
+    # A limit tells when it ends, in the reader's own time.
+    weather.add("/conversation", status(429, {"detail": {"clears_in": 7200}}))
+    question_of(there, "one")
+    there.sees("It ends at")
+    said = re.search(
+        r"It ends at (\d\d):(\d\d)|It ends at .*, (\d\d):(\d\d)", page.locator("article").inner_text()
+    )
+    assert said
+    hour, minute = (int(one) for one in said.groups() if one)
+    now = time.localtime()
+    assert abs((hour - now.tm_hour) % 24 * 60 + minute - now.tm_min - 120) <= 1
+    proxy.app.pool.remove()
+    proxy.app.pool.add([cp.demo_token("bob")])
+    # A filter and a length are sentences; a cut answer goes on where it stopped.
+    pieces = list(weather.say({"model": "gpt-4o"}, [" a", " b"]))
+    blocked = cp.data_event({"type": "moderation", "moderation_response": {"blocked": True}})
+    weather.add("/conversation", raw_stream(*pieces[:4], blocked, *pieces[4:]))
+    question_of(there, "two")
+    there.sees("The upstream's content filter ended this answer.")
+    assert page.get_by_role("button", name="Go on").count() == 0
+    weather.add("/conversation", raw_stream(*weather.say({"model": "gpt-4o"}, ["Once upon"], "max_tokens")))
+    question_of(there, "three")
+    there.sees("The answer was cut for its length.")
+    weather.words = [" a time."]
+    there.press("Go on")
+    there.sees("Once upon a time.")
+    told = [one["content"]["parts"][0] for one in weather.asked()["messages"]]
+    assert told[-2:] == ["Once upon", "Go on exactly where you stopped, and repeat nothing."]
+    weather.pace, weather.words = 0.05, [f"w{i} " for i in range(400)]
+    question_of(there, "four")
+    there.sees("w0 w1 w2")
+    page.keyboard.press("Escape")
+    there.sees("Stopped.")
+    assert (
+        page.get_by_role("button", name="Go on").count() == 1 and page.locator("#go").inner_text() == "Send"
+    )
+    # Where nobody is left to ask, the accounts are one step away.
+    (account,) = proxy.app.pool.accounts()
+    proxy.app.pool.set_aside(account, "dead", "revoked", account.row.secret)
+    question_of(there, "five")
+    page.get_by_role("link", name="Look at the accounts").wait_for()
+    assert (
+        page.get_by_role("link", name="Look at the accounts").get_attribute("href") == f"{proxy.url}/tokens"
+    )
+
+
+@in_a_browser
+def test_a_question_in_the_address_is_asked_when_it_was_typed(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", **OPEN)
+    there = tab(f"{proxy.url}/?q=What%20is%20it%3F")
+    there.sees("Hello wide world.")
+    assert there.page.url == f"{proxy.url}/" and weather.told() == "What is it?"
+    # A link on another site fills in the box, and asks nothing.
+    there.page.goto("data:text/html," + urllib.parse.quote(f"<a href='{proxy.url}/chat?q=Buy+it'>x</a>"))
+    count = weather.count("/conversation")
+    there.page.get_by_text("x").click()
+    there.page.get_by_label("Message", exact=True).wait_for()
+    there.page.wait_for_timeout(500)
+    assert there.page.get_by_label("Message", exact=True).input_value() == "Buy it"
+    assert weather.count("/conversation") == count
+
+
+@in_a_browser
+def test_who_is_signed_in_to_the_accounts_needs_no_key_to_chat(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice")
+    there = tab(proxy.url)
+    there.sees("This server wants an API key.")
+    there.page.get_by_label("API key").fill("wrong")
+    there.press("Save")
+    there.sees("Incorrect API key provided")
+    there.page.get_by_label("API key").fill("")
+    there.press("Save")
+    there.page.goto(f"{proxy.url}/tokens")
+    there.sign_in()
+    there.row("alice@").wait_for()
+    there.page.get_by_role("link", name="Chat").click()
+    question_of(there, "hello")
+    there.sees("Hello wide world.")
+    # A key that is to be remembered is there in another tab.
+    there.page.get_by_role("button", name="Settings").click()
+    there.page.get_by_label("API key").fill(KEY)
+    there.page.get_by_label("Remember the key").check()
+    there.press("Save")
+    other = there.page.context.new_page()
+    other.goto(proxy.url)
+    assert other.evaluate("auth()") == {"authorization": f"Bearer {KEY}"}
+
+
+@in_a_browser
+def test_a_long_chat_never_holds_the_page_up(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", **OPEN)
+    there = tab(proxy.url)
+    page = there.page
+    words = " ".join(f"word{i % 50} **bold** `code`" if i % 10 == 0 else f"word{i}" for i in range(480))
+    turns = [
+        {"role": "user", "content": words, "files": []},
+        {"role": "assistant", "content": f"{words}\n\n- a\n- b", "reasoning": ""},
+    ]
+    chat = {"id": "1", "title": "Long", "turns": turns * 100}
+    page.evaluate(
+        """chat => { store("chats", { 1: "Long" }); store("chat 1", chat); store("open", "1", sessionStorage); openChat(chat); }""",
+        chat,
+    )
+    watch = """window.long = []; new PerformanceObserver((list) => {
+        for (const entry of list.getEntries()) long.push(Math.round(entry.duration)); }).observe({ entryTypes: ["longtask"] });"""
+    page.add_init_script(watch)
+    weather.words, weather.pace = [f"more{i} " for i in range(500)], 0.002
+    runs = []
+    for _ in range(3):
+        page.reload()
+        page.locator("article").nth(99).wait_for()
+        question_of(there, "and now?")
+        page.get_by_text("more499").first.wait_for(timeout=30_000)
+        page.locator("#go", has_text="Send").wait_for()
+        runs.append(page.evaluate("long"))
+        page.evaluate("cut(200), keep()")
+    assert median([max(run, default=0) for run in runs]) < 150, (
+        runs
+    )  # 50 ms is the aim, on a machine that does nothing else
+
+
+@in_a_browser
+def test_an_empty_pool_is_filled_on_its_page(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab], tmp_path: pathlib.Path
+) -> None:
+    proxy = start()
+    there = tab(f"{proxy.url}/tokens")
+    page = there.page
+    there.sign_in()
+    there.sees("There is no account yet")
+    page.locator("#start").get_by_role("button", name="Sign in with a code").click()
+    there.sees("DEMO-CODE")
+    assert (
+        page.get_by_role("dialog").get_by_role("link").get_attribute("href") == f"{weather.url}/codex/device"
+    )
+    there.row("person@demo.example").wait_for(timeout=15_000)
+    assert not page.get_by_role("dialog").is_visible()
+    # A dead account says what to do, and doing it revives the same one.
+    (account,) = proxy.app.pool.accounts()
+    proxy.app.pool.set_aside(account, "dead", "revoked", account.row.secret)
+    there.row("person@").get_by_role("button", name="Sign in again").click()
+    there.sees("DEMO-CODE")
+    there.row("person@").get_by_text("ready").wait_for(timeout=15_000)
+    assert [one.id for one in proxy.app.pool.accounts()] == [account.id]
+    # Several files at once, by the command line's own importer; what failed is in the box, each below its reason.
+    tokens = {
+        "access_tokens.json": json.dumps({"a": {"token": cp.demo_token("ann")}}, indent=1),
+        "b.txt": "bad one\n\nworse",
+    }
+    for name, text in tokens.items():
+        (tmp_path / name).write_text(text)
+    page.locator("#files").set_input_files([tmp_path / name for name in tokens])
+    there.row("ann@demo.example").wait_for()
+    left = "# b.txt, line 1: not a token\nbad one\n# b.txt, line 3: not a token\nworse"
+    wait_until(lambda: page.get_by_label("Tokens, one a line").input_value() == left)
+    there.press("Add")
+    there.sees("None of the lines is a token: line 2: not a token; line 4: not a token.")
+    assert page.get_by_label("Tokens, one a line").input_value() == left
+
+
+@in_a_browser
+def test_accounts_are_sorted_selected_over_pages_and_exported(
+    start: Callable[..., Proxy], tab: Callable[..., Tab]
+) -> None:
+    proxy = start()
+    proxy.app.pool.add([cp.demo_token(f"person{i:03}") for i in range(120)])
+    there = tab(f"{proxy.url}/tokens")
+    page = there.page
+    there.sign_in()
+    page.get_by_role("button", name="Account", exact=True).click()
+    there.row("person000@").wait_for()
+    page.get_by_role("button", name="Account", exact=True).click()
+    page.locator("#rows tr").first.get_by_text("person119@").wait_for()
+    assert page.locator("th[aria-sort=descending]").inner_text().startswith("Account")
+    page.get_by_label("Search accounts").fill("person0")
+    there.sees("1–50 of 100")
+    page.get_by_label("Select all on this page").check()
+    page.get_by_role("button", name="Select all 100 that match").click()
+    there.sees("100 selected")
+    there.press("Next")
+    there.sees("51–100 of 100")
+    page.locator("#rows tr").first.get_by_role("checkbox").uncheck()
+    there.sees("99 selected")
+    there.press("Disable")
+    there.sees("Disabled 99 accounts.")
+    assert Counter(one.row.state for one in proxy.app.pool.accounts()) == {"ready": 21, "disabled": 99}
+    there.press("Export")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Admin key").fill("wrong")
+    dialog.get_by_role("button", name="Download").click()
+    there.sees("The admin key is wrong.")
+    dialog.get_by_label("Admin key").fill(ADMIN)
+    with page.expect_download() as download:
+        dialog.get_by_role("button", name="Download").click()
+    assert len(download.value.path().read_text().splitlines()) == 99
+    # The question names the number, and all of them come back.
+    remove = page.locator("[data-do=remove]")
+    remove.click()
+    assert remove.inner_text() == "Remove 99 accounts?"
+    page.wait_for_timeout(450)
+    remove.click()
+    there.sees("99 accounts will be removed in 10 seconds.")
+    assert page.evaluate("document.activeElement.textContent") == "Undo"
+    there.press("Undo")
+    there.sees("Nothing was removed.")
+    assert len(proxy.store.accounts()) == 120
+    page.get_by_label("Search accounts").fill("person1")
+    there.sees("1–20 of 20")
+    there.sees("Select all on this page")  # nothing unseen is selected any more
+
+
+@in_a_browser
+def test_an_account_explains_itself(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", "bob", retry_times="0", random_token="false")
+    weather.add("/conversation", status(500))
+    proxy.ask()
+    for _ in range(3):
+        proxy.say()
+    there = tab(f"{proxy.url}/tokens")
+    page = there.page
+    there.sign_in()
+    failing = there.row("1 failed")
+    name = failing.locator("td").nth(1).inner_text()
+    page.get_by_role("button", name=f"Details {name}").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("The upstream failed with status 500").wait_for()
+    dialog.get_by_text(re.compile("1 failure; at most")).wait_for()
+    # The values of the chart are read by keyboard.
+    slider = dialog.get_by_role("slider")
+    slider.focus()
+    assert "1 failure" in (slider.get_attribute("aria-valuetext") or "")
+    slider.press("ArrowLeft")
+    assert "0 answers, 0 failures" in (slider.get_attribute("aria-valuetext") or "")
+    dialog.get_by_label("Time", exact=True).select_option("month")
+    wait_until(lambda: dialog.locator(".plot > div").count() == 30)
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.textContent") == "Details"
+    # A check names those that do not work, and those that were not asked.
+    alice, bob = sorted(proxy.app.pool.accounts(), key=lambda one: one.row.email)
+    weather.dead.add(alice.row.secret)
+    proxy.app.pool.disable([bob.id], True)
+    there.row("bob@").get_by_text("disabled").wait_for()
+    page.get_by_label("Select all on this page").check()
+    page.locator("[data-do=check]").click()
+    there.sees("Checked 1 of 2 accounts: 0 work, 1 do not (alice@demo.example: ")
+    there.sees("Not asked, since disabled or without a token: bob@demo.example.")
+
+
+@in_a_browser
+def test_the_page_is_quiet_while_nobody_looks_and_loud_when_it_is_cut_off(
+    start: Callable[..., Proxy], tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", "bob")
+    there = tab(f"{proxy.url}/tokens", 1200)
+    page = there.page
+    there.sign_in()
+    there.row("alice@").wait_for()
+    seen: list[int] = []
+    page.on("response", lambda response: seen.append(response.status))
+    page.evaluate("poll().then(poll)")
+    wait_until(lambda: seen[-4:] == [304] * 4)  # nothing has changed
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true}); poll()")
+    page.wait_for_timeout(300)
+    count = len(seen)
+    page.wait_for_timeout(3500)
+    assert len(seen) == count
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: false}); document.onvisibilitychange()")
+    wait_until(lambda: len(seen) > count)
+    # The focus goes on to a neighbour, and never to nothing.
+    page.evaluate("$('rows').children[0].querySelector('button').focus()")
+    proxy.app.pool.remove([page.evaluate("[...accounts.keys()][0]")])
+    page.evaluate("poll()")
+    wait_until(lambda: page.locator("#rows tr").count() == 1)
+    assert page.evaluate("$('rows').contains(document.activeElement)")
+    # An outage is said where one looks, wherever the page is scrolled to.
+    page.set_viewport_size({"width": 1200, "height": 300})
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.route("**/tokens/*", lambda route: route.abort())
+    page.evaluate("poll()")
+    there.sees("The server cannot be reached. What you see is from")
+    box = page.locator("#trouble").bounding_box()
+    assert box and 0 <= box["y"] < 100
+    page.unroute("**/tokens/*")
+    page.evaluate("poll()")
+    wait_until(lambda: page.locator("#trouble").inner_text() == "")
+
+
+AXE = pathlib.Path(axe_playwright_python.__file__).parent / "axe.min.js"
+
+
+def axe(page: playwright.Page) -> list[str]:
+    """What axe finds at a page, by its rules for WCAG 2.2 AA and good practice."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run()")["violations"]
+    return [f"{one['id']}: {node['html'][:150]}" for one in found for node in one["nodes"]]
+
+
+@in_a_browser
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1280), ("dark", 360), ("light", 1000), ("dark", 768)]
+)
+def test_every_state_of_the_pages_can_be_used_by_everybody(
+    scheme: str, width: int, start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start()
+    pool = tab(f"{proxy.url}/tokens", width, scheme)
+    page = pool.page
+
+    def fits(one: playwright.Page) -> None:
+        """Has no finding, needs no scrolling to the side, and breaks no word of a state."""
+        assert axe(one) == []
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert one.evaluate(wide) == 0
+        broken = """() => [...document.querySelectorAll("#rows td:nth-child(3) > span:first-child")].filter((span) => {
+          const probe = el("span", {}, span.textContent.split(" ").sort((a, b) => b.length - a.length)[0]);
+          probe.style.cssText = "position: absolute; white-space: nowrap; overflow-wrap: normal";
+          span.append(probe);
+          const width = probe.offsetWidth;
+          probe.remove();
+          return width > span.parentNode.clientWidth;
+        }).length"""
+        assert one.evaluate(broken) == 0
+
+    page.get_by_label("Admin key").wait_for()
+    fits(page)
+    pool.sign_in()
+    pool.sees("There is no account yet")
+    fits(page)
+    page.locator("#start").get_by_role("button").click()
+    pool.sees("DEMO-CODE")
+    fits(page)
+    page.get_by_role("button", name="Close").click()
+    proxy.app.pool.add(
+        [cp.demo_token(name) for name in ("alice", "bob", "carol", "a-person-with-quite-a-long-address")]
+    )
+    proxy.app.pool.add([cp.demo_token("old", -5), cp.LOGIN_FREE])
+    first, second, third = proxy.app.pool.accounts()[:3]
+    proxy.app.pool.told_to_wait(first, "gpt-5-5-thinking", 90_000)
+    proxy.app.pool.set_aside(
+        second, "dead", "the refresh token was used, revoked or has expired", second.row.secret
+    )
+    proxy.app.pool.disable([third.id], True)
+    proxy.ask()
+    page.evaluate("poll()")
+    pool.row("a-person").wait_for()
+    page.get_by_label("Select all on this page").check()
+    fits(page)
+    page.get_by_role("button", name=re.compile("^Details")).first.click()
+    pool.sees("Last failures")
+    fits(page)
+    page.get_by_role("button", name="Close").click()
+    pool.press("Export")
+    fits(page)
+    page.get_by_role("button", name="Close").click()
+    page.get_by_label("Name", exact=True).fill("bob")
+    pool.press("Add user")
+    pool.sees("The key of bob")
+    fits(page)
+    page.get_by_label("Tokens, one a line").fill("nonsense")
+    pool.press("Add")
+    pool.confirm(page.locator("[data-do=remove]"))
+    page.route("**/tokens/*", lambda route: route.abort())
+    page.evaluate("poll()")
+    pool.sees("The server cannot be reached.")
+    fits(page)
+    chat = tab(proxy.url, width, scheme)
+    chat.sees("This server wants an API key.")
+    fits(chat.page)
+    chat.page.get_by_label("API key").fill(KEY)
+    chat.press("Save")
+    chat.page.get_by_role("button", name="Settings").wait_for()
+    fits(chat.page)
+    weather.words = in_pieces(
+        TEXT + "\n" + "y" * 90 + "\n\n| a | " + "x" * 90 + " |\n|---|---|\n| 1 | 2 |\n\n```py\n1\n```\n", 9
+    )
+    question_of(chat, "z" * 200)
+    chat.sees("yyyy")
+    weather.add("/conversation", *[status(500)] * 9)
+    question_of(chat, "again")
+    chat.sees("The upstream failed with status 500")
+    chat.page.locator("#file").set_input_files(
+        {"name": "a.png", "mimeType": "image/png", "buffer": picture(8, 8)}
+    )
+    chat.page.locator("#files li").wait_for()
+    wait_until(lambda: chat.page.locator("#files progress").count() == 0)
+    fits(chat.page)
 
 
 def test_the_pages_are_closed_to_others(proxy: Proxy) -> None:
