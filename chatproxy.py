@@ -66,6 +66,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import unicodedata
@@ -356,35 +357,32 @@ class Settings:
 
     host: str = setting("127.0.0.1", HOST_NAME, "address to listen on", fixed=True)
     port: int = setting("5005", _number(0, 65535), "port to listen on; 0 takes any free one", fixed=True)
-    tls_cert: str | None = setting("", EXISTING, "PEM file with the certificate chain; with TLS_KEY: HTTPS")
+    tls_cert: str | None = setting("", EXISTING, "PEM file with the certificate chain, for HTTPS")
     tls_key: str | None = setting("", EXISTING, "PEM file with the certificate's private key")
-    api_prefix: str | None = setting(
-        "", PREFIX, "all routes live under `/PREFIX`; anything else is 404", secret=True
-    )
+    api_prefix: str | None = setting("", PREFIX, "all routes live under `/PREFIX`", secret=True)
     authorization: tuple[str, ...] = setting(
-        "", KEYS, "comma-separated keys that clients pass as API key to use the pool", secret=True
+        "", KEYS, "keys that clients may use, separated by commas", secret=True
     )
     admin_key: str | None = setting(
         "",
         KEY,
-        "key for the admin routes; when unset, the first of AUTHORIZATION; with neither, they answer only this machine, "
-        "with no proxy in between, until there is an API user",
+        "key to administer with; unset: the first of AUTHORIZATION; neither: this machine alone may",
         secret=True,
     )
     allow_direct_tokens: bool = setting(
-        "true", BOOLEAN, "whether clients may bring their own access, refresh or `sk-` token as API key"
+        "true", BOOLEAN, "whether clients may bring their own token or `sk-` key as API key"
     )
     chatgpt_base_url: tuple[str, ...] = setting(
         "https://chatgpt.com",
         WEBS,
-        "address of the upstream; with several, comma-separated, every account keeps one of them",
+        "address of the upstream; of several, each account keeps one",
     )
     openai_auth_url: str = setting("https://auth.openai.com", WEB, "token endpoint and sign-in")
     openai_api_url: str = setting("https://api.openai.com", WEB, "where `sk-` keys go")
     proxy_url: tuple[str, ...] = setting(
         "",
         PROXIES,
-        "http, https, socks5 or socks5h proxies for the upstream, comma-separated; an account keeps its proxy",
+        "proxies for the upstream; an account keeps its own",
         alias="GO_CHATGPT_API_PROXY",
         secret=True,
     )
@@ -395,40 +393,36 @@ class Settings:
         "", KEY, "sent upstream as header `authkey`, for private gateways", secret=True
     )
     arkose_token_url: str | None = setting(
-        "", WEB, 'external service for Arkose tokens: `POST {"blob": …}` answers `{"token": …}`', secret=True
+        "", WEB, 'service for Arkose tokens: `POST {"blob": …}` answers `{"token": …}`', secret=True
     )
-    conversation_only: bool = setting(
-        "false", BOOLEAN, "the upstream gateway handles requirements and proofs: send the conversation alone"
-    )
+    conversation_only: bool = setting("false", BOOLEAN, "the gateway makes requirements and proofs itself")
     pow_difficulty: str = setting(
         "00003a",
         DIFFICULTY,
-        "hardest proof of work accepted (a smaller string is harder); harder ones are refused with 403",
+        "hardest proof of work accepted; a smaller number is harder",
     )
     pow_algorithm: str = setting(
         "sha3", _one_of("sha3", "fnv"), "hash of the proof of work; newer pages use `fnv`", hidden=True
     )
     retry_times: int = setting(
-        "3", _number(0, 100), "further attempts before the first byte of an answer, each on the next account"
+        "3", _number(0, 100), "further attempts before an answer begins, each on the next account"
     )
     history_disabled: bool = setting(
-        "true", BOOLEAN, "temporary chats; false keeps them and returns `conversation_id` and `message_id`"
+        "true", BOOLEAN, "temporary chats; false keeps them upstream and tells their ids"
     )
-    enable_limit: bool = setting(
-        "true", BOOLEAN, "an account that the upstream told to wait is not used before its time"
-    )
+    enable_limit: bool = setting("true", BOOLEAN, "an account that was told to wait is left alone until then")
     random_token: bool = setting("true", BOOLEAN, "pick accounts at random; false: in turn")
     scheduled_refresh: bool = setting(
-        "false", BOOLEAN, "refresh every refresh token at start and every 4 days at 03:00 local time"
+        "false", BOOLEAN, "exchange every refresh token at start and every 4 days at 03:00"
     )
     auto_continue: int = setting(
         "3",
         _number(0, 100),
-        "how many times an answer that the upstream cut for length is continued automatically",
+        "how many times an answer that was cut for length is gone on with",
     )
     check_model: bool = setting("false", BOOLEAN, "refuse models that the account does not list")
     upload_by_url: bool = setting(
-        "false", BOOLEAN, "URLs at the start of a plain message are fetched and uploaded as its files"
+        "false", BOOLEAN, "URLs at the start of a message are uploaded as its files"
     )
     allow_private_urls: bool = setting(
         "false", BOOLEAN, "whether URLs that clients name may lead to private addresses"
@@ -436,8 +430,7 @@ class Settings:
     upstream_order: tuple[str, ...] = setting(
         "codex,pool",
         _some_of("codex", "pool", "agents"),
-        "who answers: `codex` is the Codex backend, which takes accounts of a browser sign-in, `pool` the site's own API; the "
-        "next one is asked when the one before has nobody to answer",
+        "who is asked first: the Codex backend, the site (`pool`), `agents`",
     )
     codex_client: str = setting(
         "codex_cli_rs/0.146.0", PROGRAM, "identity towards the Codex backend: originator and version"
@@ -445,8 +438,7 @@ class Settings:
     codex_balance: str = setting(
         "spread",
         _one_of("spread", "drain"),
-        "which account the Codex backend is asked with: `spread` over all, those first whose allowance would be lost soonest, "
-        "or `drain` one after another",
+        "use of Codex accounts: `spread` over all, or `drain` one by one",
     )
     agent_key: str | None = setting(
         "", KEY, "key that agents register with; when unset, the admin key", secret=True
@@ -454,23 +446,21 @@ class Settings:
     enable_gateway: bool = setting(
         "false",
         BOOLEAN,
-        "open the web mirror: the site's own pages at `/`, on the accounts that have a session cookie",
+        "open the web mirror: the site's own pages at `/`",
         fixed=True,
     )
     auto_seed: bool = setting(
         "true",
         BOOLEAN,
-        "a visitor of the mirror with a new seed gets an account; `false`: only seeds of `/seedtoken`",
+        "whether a new seed gets an account; false: only those of `/seedtoken`",
     )
-    gateway_password: str | None = setting(
-        "", KEY, "password that visitors of the mirror give beside their seed or token", secret=True
-    )
-    impersonate: str = setting("chrome", BROWSER, "browser that curl_cffi impersonates towards the upstream")
+    gateway_password: str | None = setting("", KEY, "password of the mirror, beside the seed", secret=True)
+    impersonate: str = setting("chrome", BROWSER, "browser to appear as towards the upstream")
     oai_language: str = setting("en-US", LANGUAGE, "interface language told to the upstream")
     data_dir: str = setting(
         "",
         FOLDER,
-        "folder of the store; unset: `$STATE_DIRECTORY`, else `$XDG_STATE_HOME/chatproxy`, else `~/.local/state/chatproxy`",
+        "folder of the store; unset: `$STATE_DIRECTORY`, else `~/.local/state/chatproxy`",
         fixed=True,
     )
     max_body_mb: int = setting("20", _number(1, 2048), "largest request body, in MiB")
@@ -478,28 +468,28 @@ class Settings:
     max_connections_per_address: int = setting(
         "256",
         _number(0, 100_000),
-        "most client connections from one address (IPv6: one /64); 0 for no limit; loopback has none",
+        "most from one address (IPv6: a /64); 0: no limit; loopback has none",
     )
     read_timeout: int = setting(
-        "30", _number(1, 3600), "seconds a client may take to send a request, or idle between two"
+        "30", _number(1, 3600), "seconds for a client to send a request, or to idle between two"
     )
     upstream_timeout: int = setting("120", _number(1, 3600), "seconds of upstream silence that end a call")
     shutdown_grace: int = setting(
         "30", _number(0, 3600), "seconds that open answers get to finish after SIGTERM"
     )
     heartbeat: int = setting(
-        "15", _number(1, 3600), "seconds of silence after which a streaming client gets a sign of life"
+        "15", _number(1, 3600), "seconds of silence after which a stream gets a sign of life"
     )
     workers: int = setting(
         "1",
         WORKER_COUNT,
-        "processes that share the socket and the store; `auto` is one a CPU, and more than one is for what one CPU cannot do",
+        "processes that share the work; `auto` is one a CPU",
         fixed=True,
     )
     store_url: str | None = setting(
         "",
         DATABASE,
-        "`postgresql://USER:PASSWORD@HOST/DATABASE`: several machines share one store; unset: a SQLite file in DATA_DIR",
+        "`postgresql://…`: a database that several machines share; unset: a file in DATA_DIR",
         secret=True,
         fixed=True,
     )
@@ -641,17 +631,26 @@ def masked(secret: str) -> str:
     return f"***{hashlib.sha256(secret.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
 
 
-def settings_table() -> str:
-    """The README's table of settings, in Markdown."""
-    lines = ["| variable | default | accepted | meaning |", "| --- | --- | --- | --- |"]
+Row = tuple[str, ...]  # of a table for people
+
+
+def markdown_table(rows: Iterable[Row]) -> str:
+    """A table in Markdown; its first row has the heads."""
+    head, *rest = rows
+    lines = [head, ("---",) * len(head), *rest]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def settings_rows() -> list[Row]:
+    """The README's table of settings."""
+    rows: list[Row] = [("variable", "default", "meaning")]
     for row in fields(Settings):
-        if not row.metadata["hidden"]:
-            meta = row.metadata
-            alias = row.metadata["alias"]
-            name = f"`{row.name.upper()}`" + (f" (`{alias}`)" if alias else "")
+        meta = row.metadata
+        if not meta["hidden"]:
+            alias = f" (`{meta['alias']}`)" if meta["alias"] else ""
             default = f"`{meta['default']}`" if meta["default"] else ""
-            lines.append(f"| {name} | {default} | {meta['kind'].accepts} | {meta['meaning']} |")
-    return "\n".join(lines)
+            rows.append((f"`{row.name.upper()}`{alias}", default, meta["meaning"]))
+    return rows
 
 
 # ============================================================================================================
@@ -690,8 +689,7 @@ CAUSES = {
     "headers_too_large": (431, "headers over their limit"),
     "rate_limit_exceeded": (
         429,
-        "every usable account is waiting for a limit to end, an API user has used up today's requests, or too many "
-        "wrong keys came from this address; `Retry-After`",
+        "all accounts wait for a limit to end, an API user has used up its day, or too many wrong keys; `Retry-After`",
     ),
     "closed_to_seeds": (
         403,
@@ -836,12 +834,11 @@ class Refusal(ApiError):
         self.said: tuple[int, str, bytes] | None = None  # the upstream's own status, content type and body
 
 
-def errors_table() -> str:
-    """The README's table of errors, in Markdown."""
-    lines = ["| status | code | cause |", "| --- | --- | --- |"]
-    rows = sorted(CAUSES.items(), key=lambda row: row[1][0])
-    lines += [f"| {status} | `{code}` | {meaning} |" for code, (status, meaning) in rows]
-    return "\n".join(lines)
+def errors_rows() -> list[Row]:
+    """The table of errors."""
+    causes = sorted(CAUSES.items(), key=lambda row: row[1][0])
+    rows = [(str(status), f"`{code}`", meaning) for code, (status, meaning) in causes]
+    return [("status", "code", "cause"), *rows]
 
 
 # ============================================================================================================
@@ -5986,7 +5983,7 @@ class Pool:
         if waits and self.settings.enable_limit:
             return self._limited(min(waits))
         if held:
-            text = "The account that holds this conversation or file can no longer answer; start a new conversation, or upload the file again."
+            text = "The account that holds this conversation or file cannot answer any more; begin anew, or upload it again."
             return ApiError("no_account", text, headers={"Retry-After": "30"})
         found = "has no accounts" if not self._accounts else "has only expired, dead or disabled accounts"
         if self._codex and not order:
@@ -17662,7 +17659,9 @@ class Router:
                     if method in found:
                         break
         if methods is None:
-            raise ApiError("not_found", "There is nothing at this address; the README lists the routes.")
+            raise ApiError(
+                "not_found", "There is nothing at this address; `chatproxy.py routes` lists what there is."
+            )
         endpoint = methods.get(method)
         request.route = next(iter(methods.values())).path
         if endpoint is None:
@@ -17672,13 +17671,13 @@ class Router:
             raise ApiError("method_not_allowed", text, headers=headers)
         return endpoint
 
-    def table(self) -> str:
-        """The README's table of routes, in Markdown."""
-        lines = ["| route | who | answer |", "| --- | --- | --- |"]
+    def rows(self) -> list[Row]:
+        """The table of routes."""
+        rows: list[Row] = [("route", "who", "answer")]
         for endpoint in self.endpoints:
             meaning = " ".join((endpoint.function.__doc__ or "").partition("\n\n")[0].split())
-            lines.append(f"| `{endpoint.method} {endpoint.path}` | {endpoint.access} | {meaning} |")
-        return "\n".join(lines)
+            rows.append((f"`{endpoint.method} {endpoint.path}`", endpoint.access, meaning))
+        return rows
 
 
 # ============================================================================================================
@@ -27575,6 +27574,39 @@ def config(flags: Mapping[str, str | None]) -> None:
 
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line, for scripts.")
+
+
+def _show_table(rows: list[Row], markdown: bool) -> None:
+    """Prints a table as Markdown, or for people: what a row is about, and below it what it says."""
+    if markdown:
+        click.echo(markdown_table(rows))
+        return
+    width = min(110, shutil.get_terminal_size().columns)
+    for *about, meaning in rows[1:]:
+        click.echo("  ".join(about).replace("`", ""))
+        indent = " " * 4
+        click.echo(
+            textwrap.fill(
+                meaning, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+            )
+        )
+
+
+AS_MARKDOWN = click.option("--markdown", is_flag=True, help="Print a table in Markdown.")
+
+
+@cli.command()
+@AS_MARKDOWN
+def routes(markdown: bool) -> None:
+    """Show the routes: who may call each (a `caller` has a key, see the README), and what it answers."""
+    _show_table(ROUTER.rows(), markdown)
+
+
+@cli.command()
+@AS_MARKDOWN
+def errors(markdown: bool) -> None:
+    """Show the errors by status and code, with the cause of each."""
+    _show_table(errors_rows(), markdown)
 
 
 @cli.command()

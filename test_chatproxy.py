@@ -1287,10 +1287,58 @@ def test_the_log_tells_why_a_request_failed(tmp_path: pathlib.Path) -> None:
         assert re.search(r"WARNING request .*reason=.*could not be reached", "".join(served.lines))
 
 
-def test_the_readme_has_the_tables_that_the_code_makes() -> None:
+def test_the_readme_has_the_settings_and_the_program_tells_routes_and_errors() -> None:
     readme = (HERE / "README.md").read_text()
-    for table in (cp.settings_table(), cp.errors_table(), cp.ROUTER.table()):
-        assert table in readme
+    assert cp.markdown_table(cp.settings_rows()) in readme
+    for command, rows in (("routes", cp.ROUTER.rows()), ("errors", cp.errors_rows())):
+        assert run(command, "--markdown").stdout == cp.markdown_table(rows) + "\n"
+        lines = run(command, env={"COLUMNS": "500"}).stdout.splitlines()
+        assert max(map(len, lines)) <= 110
+        heads = [" ".join(line.split()) for line in lines if not line.startswith(" ")]
+        assert heads == [" ".join(" ".join(row[:-1]).replace("`", "").split()) for row in rows[1:]]
+    listed = {endpoint.path for endpoint in cp.ROUTER.endpoints}
+    named = set(re.findall(r"`(?:GET |POST )?(/[\w/.{}-]+)`", readme))
+    assert {
+        path for path in named if path.startswith(("/v1", "/api", "/tokens", "/admin", "/auth"))
+    } <= listed
+
+
+def strings_of(node: ast.AST) -> str | None:
+    """The text of a string, an f-string or some of them added; what is filled in counts as eight characters."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(strings_of(one) or "x" * 8 for one in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = strings_of(node.left), strings_of(node.right)
+        return None if left is None or right is None else left + right
+    return None
+
+
+def test_no_line_is_longer_than_a_terminal_shows() -> None:
+    readme = (HERE / "README.md").read_text()
+    assert len(readme.split()) <= 2500
+    assert [line for line in readme.splitlines() if len(line) > 120] == []
+    spoken: list[tuple[int, str]] = []
+    # Not for people's eyes in one line: markup, patterns, what is told to models, and the demo's answers.
+    exempt = r"<|\(\?i\)|default-src|Creates, changes or deletes|Write down the conversation|from the demo upstream"
+    for node in ast.walk(ast.parse(SCRIPT.read_text())):
+        text = strings_of(node)
+        if text and len(text) > 120 and " " in text and "\n" not in text and not re.search(exempt, text[:80]):
+            spoken.append((getattr(node, "lineno", 0), text))
+    # These are wrapped when they are shown.
+    routes = {endpoint.function.__doc__ for endpoint in cp.ROUTER.endpoints}
+    assert [one for one in spoken if one[1] not in routes] == []
+    pending = [[str(name)] for name in cp.cli.commands] + [[]]
+    while pending:
+        words = pending.pop()
+        asked = click.testing.CliRunner().invoke(cp.cli, [*words, "--help"], env={"COLUMNS": "500"})
+        told = asked.output
+        assert told.startswith("Usage:") and max(map(len, told.splitlines())) <= 120, words
+        command: Any = cp.cli
+        for word in words:
+            command = command.commands[word]
+        pending += [[*words, name] for name in getattr(command, "commands", {})] if words else []
 
 
 # --- http ------------------------------------------------------------------------------------------------------------
@@ -22277,7 +22325,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '"STATE_DIRECTORY", "").split(":")[0]', '"STATE_DIRECTORY", "")',
      "test_a_setting_is_what_it_says_and_nothing_more"),
     ("config shows the prefix",
-     'anything else is 404", secret=True', 'anything else is 404", secret=False',
+     'live under `/PREFIX`", secret=True', 'live under `/PREFIX`", secret=False',
      "config_shows_no_secret"),
     ("config shows the proxy's password",
      'alias="GO_CHATGPT_API_PROXY",\n        secret=True', 'alias="GO_CHATGPT_API_PROXY",\n        secret=False',
