@@ -22314,12 +22314,13 @@ button.main { background: var(--accent); border-color: var(--accent); color: var
 button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; min-height: 1.6rem; }
 button.bad { color: var(--bad); }
 button.armed { background: var(--bad); border-color: var(--bad); color: var(--card); }
-input[type="checkbox"] { width: 1.1rem; height: 1.1rem; accent-color: var(--accent); }
+input { accent-color: var(--accent); }
+input[type="checkbox"] { width: 1.1rem; height: 1.1rem; }
 .quiet, summary, th { color: var(--quiet); }
 .trouble { color: var(--bad); }
 .row { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
 .stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; }
-.stack > label { display: grid; gap: 0.25rem; }
+.stack > label:not(.row) { display: grid; gap: 0.25rem; }
 .row > * { min-width: 0; }
 .grow { flex: 1 1 10rem; }
 .wide { width: 100%; }
@@ -22484,11 +22485,11 @@ pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); bor
   thead tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; }
   th { border: 0; }
   tbody tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; padding: 0.4rem 0; border-bottom: 1px solid var(--line); }
-  td { border: 0; }
+  td { border: 0; padding-block: 0.15rem; }
   td:nth-child(2) { width: calc(100% - 3.5rem); }
   td:nth-child(3) { width: 100%; }
   td:nth-child(n+4)::before { content: attr(data-label); color: var(--quiet); }
-  td:last-child { flex: 1; white-space: normal; }
+  td:last-child { flex: 1 1 19rem; white-space: normal; }
 }
 """
 
@@ -22743,7 +22744,7 @@ function userRow({ user_id, name }) {
   const limit = el("input", { type: "number", min: 0, placeholder: "no limit", ariaLabel: `Requests a day of ${called}` });
   const alter = (body, said) => change($("users-said"), "/admin/users/change", { user_id, ...body }, () => said);
   limit.onchange = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${called}.`);
-  const work = button("Use", () => open_(called, (box) => chart(box, user_id, ["requests"])), "small");
+  const work = button("Use", () => open_(called, (box) => chart(box.appendChild(el("div", { className: "row" })), user_id, ["requests"])), "small");
   work.ariaLabel = `Use of ${called}`;
   const rotate = arm(button("New key", null, "small"), async () => {
     const made = await alter({ rotate: true }, `The old key of ${called} is no good any more.`);
@@ -22857,7 +22858,7 @@ async function details(id) {
     const failures = facts.failures.map(({ at, reason }) => el("li", {}, `${fully(at)}: ${reason}`));
     box.append(el("dl", {}, list.flat()), remedy({ ...facts, name: "" }), el("h3", {}, "Last failures"),
       failures.length ? el("ul", {}, failures) : el("p", { className: "quiet" }, "none in the last 30 days"));
-    chart(box, id);
+    chart(box.appendChild(el("div", { className: "row" })), id);
   });
 }
 
@@ -23411,59 +23412,54 @@ const GO_ON = "Go on exactly where you stopped, and repeat nothing.";
 const ENDS = { stop: "", length: "The answer was cut for its length.",
   content_filter: "The upstream's content filter ended this answer." };
 const views = new Map(); // turn -> {node, paint, end}
-let chat = null; // {id, title, turns: [{role, content, reasoning, files, note, bad, more}]}
+let chat = null; // {id, title, turns: [{role, content, reasoning, files, note, bad, failed, lacking, more}]}
 let running = null; // the AbortController of the answer that is being written
 let attached = []; // {id, name, type, thumb, chip}: the files of the next question
 
-function read(name, place = localStorage) {
+/** What is kept under a name in this browser, or for this `tab` alone; null for nothing. */
+function read(name, tab = false) {
   try {
-    return JSON.parse(place.getItem(`${SPACE} ${name}`));
+    return JSON.parse((tab ? sessionStorage : localStorage).getItem(`${SPACE} ${name}`));
   } catch {
     return null; // nothing may be kept, or it is not ours
   }
 }
 
-function store(name, value, place = localStorage) {
+function store(name, value, tab = false) {
   try {
-    if (value === undefined) place.removeItem(`${SPACE} ${name}`);
-    else place.setItem(`${SPACE} ${name}`, JSON.stringify(value));
+    (tab ? sessionStorage : localStorage).setItem(`${SPACE} ${name}`, JSON.stringify(value));
   } catch {
     put($("trouble"), "This browser has no room left for this chat; export your chats, and delete some.");
   }
 }
 
 const settings = { model: "", effort: "", system: "", keep: true, ...read("settings") };
-const titles = () => read("chats") || {};
 const blank = () => ({ id: String(Date.now()), title: "New chat", turns: [] });
-const keyOf = () => read("key", sessionStorage) ?? read("key") ?? "";
+const keyOf = () => read("key", true) ?? read("key") ?? "";
 const auth = () => (keyOf() ? { authorization: `Bearer ${keyOf()}` } : {});
 const atEnd = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 48;
 const toEnd = () => { $("log").scrollTop = $("log").scrollHeight; };
+const later = (turn) => chat.turns.length - chat.turns.indexOf(turn) - 1;
 
-/** Keep a chat as it is, and show its title. */
+/** Keep a chat as it is, and show the titles of all. */
 function keep(one = chat) {
   if (settings.keep && one.turns.length) {
-    store("chats", { ...titles(), [one.id]: one.title });
+    store("chats", { ...read("chats"), [one.id]: one.title });
     store(`chat ${one.id}`, one);
-    if (one === chat) store("open", one.id, sessionStorage);
+    if (one === chat) store("open", one.id, true);
   }
-  if (one === chat) showTitles();
-}
-
-function showTitles() {
-  const all = { "": "Chats", ...titles() };
+  const titles = Object.entries({ "": "Chats", ...read("chats") });
+  $("chats").replaceChildren(...titles.map(([id, title]) => el("option", { value: id, selected: id === chat.id }, title)));
   document.title = `${chat.title} – chatproxy`;
   if (document.activeElement !== $("title")) $("title").value = chat.title;
-  $("chats").replaceChildren(...Object.keys(all).map((id) => el("option", { value: id, selected: id === chat.id }, all[id])));
   $("delete").hidden = !chat.turns.length;
 }
 
 function openSettings(why) {
   put($("why"), why);
   for (const name of ["effort", "system"]) $(name).value = settings[name];
-  $("keep").checked = settings.keep;
   $("key").value = keyOf();
-  $("remember").checked = read("key") !== null;
+  [$("keep").checked, $("remember").checked] = [settings.keep, Boolean(read("key"))];
   if (!$("settings").open) $("settings").showModal();
 }
 
@@ -23481,21 +23477,18 @@ async function loadModels() {
 
 const chipOf = ({ name, thumb }, ...more) =>
   el("li", { className: "row file" }, thumb ? el("img", { src: thumb, alt: "" }) : "", el("span", {}, name), more);
-const later = (turn) => chat.turns.length - chat.turns.indexOf(turn) - 1;
 
 function questionView(turn) {
   const of = turn.content.slice(0, 40);
-  const change = (back) => {
+  const takeOut = (number) => {
     running?.abort();
-    const again = later(turn) || chat.turns.at(-1) === turn;
-    cut(chat.turns.indexOf(turn), back ? Infinity : 2);
-    if (back && again) fillBox(turn);
+    cut(chat.turns.indexOf(turn), number);
     keep();
     $("question").focus();
   };
-  const edit = arm(button("Edit", null, "small"), () => change(true),
+  const edit = arm(button("Edit", null, "small"), () => { takeOut(), fillBox(turn); },
     () => (later(turn) > 1 ? `Drop the ${later(turn)} after it?` : ""), of);
-  const drop = arm(button("Delete", null, "small"), () => change(false), () => "Delete it and its answer?", of);
+  const drop = arm(button("Delete", null, "small"), () => takeOut(2), () => "Delete it and its answer?", of);
   return { node: el("div", { className: "question", role: "group", ariaLabel: "Question" },
     el("div", { className: "words", dir: "auto" }, turn.content),
     turn.files.length ? el("ul", { className: "row" }, turn.files.map((file) => chipOf(file))) : "",
@@ -23503,8 +23496,8 @@ function questionView(turn) {
 }
 
 function answerView(turn) {
-  const [text, thought, hands] = [el("div", { className: "md" }), el("div", { className: "md" }), el("div", { className: "row" })];
-  const details = el("details", { hidden: true }, el("summary", {}, "Reasoning"), thought);
+  const [text, thought, hands] = ["md", "md", "row"].map((className) => el("div", { className }));
+  const details = el("details", {}, el("summary", {}, "Reasoning"), thought);
   const node = el("article", { ariaLabel: "Answer" }, details, text, hands);
   const [show, showThought] = [markdown(text), markdown(thought)];
   const paint = () => {
@@ -23574,6 +23567,7 @@ async function openChat(one) {
 /** Put a question into the box, or nothing. */
 function fillBox({ content, files } = { content: "", files: [] }) {
   $("question").value = content;
+  store("draft", content, true);
   attached = files.map((file) => ({ ...file }));
   for (const one of attached) one.chip = chipOf(one, removal(one));
   showAttached();
@@ -23596,7 +23590,7 @@ function busy(controller, said) {
 const contentOf = ({ content, files }) => (files?.length ? [{ type: "text", text: content }, ...files.map(({ id, type }) =>
   (type.startsWith("image/") ? { type: "input_image", file_id: id } : { type: "file", file: { file_id: id } }))] : content);
 
-/** What is said of an answer that ended otherwise than it should. */
+/** What is said of an answer that could not be had. */
 function noteOf(error) {
   if (error instanceof TypeError) return "The connection to the server broke.";
   return error.message + (error.status === 429 && error.wait > 0 ? ` It ends at ${clock(Date.now() + error.wait * 1000)}.` : "");
@@ -23604,17 +23598,16 @@ function noteOf(error) {
 
 /** Have the chat answered, in a turn of its own or further in one that is there. */
 async function answer(turn = null) {
+  const [mine, control] = [chat, new AbortController()];
   const messages = chat.turns.map((each) => ({ role: each.role, content: contentOf(each) }));
   if (settings.system) messages.unshift({ role: "system", content: settings.system });
   if (turn) messages.push({ role: "user", content: GO_ON });
-  const mine = chat;
   turn ??= push({ role: "assistant", content: "", reasoning: "" });
-  Object.assign(turn, { note: "", bad: false, failed: false, more: true }); // as it is found when the page is closed meanwhile
+  Object.assign(turn, { note: "", bad: false, failed: false, more: true }); // so it is found if the page is closed meanwhile
   const { node, paint, end } = view(turn);
   node.lastChild.replaceChildren();
   node.ariaBusy = "true";
   toEnd();
-  const control = new AbortController();
   busy(control, "Waiting for the answer");
   let [frame, saved, ended, problem] = [0, performance.now(), "", null];
   const draw = () => {
@@ -23624,8 +23617,8 @@ async function answer(turn = null) {
     if (follow) toEnd();
   };
   try {
-    const effort = settings.effort ? { reasoning_effort: settings.effort } : {};
-    const body = { model: $("model").value, stream: true, messages, ...effort };
+    const body = { model: $("model").value, stream: true, messages };
+    if (settings.effort) body.reasoning_effort = settings.effort;
     const response = await send("POST", "/v1/chat/completions", body, { headers: auth(), signal: control.signal });
     for await (const data of events(response.body)) {
       if (data === "[DONE]") break;
@@ -23644,11 +23637,9 @@ async function answer(turn = null) {
     ended ||= "Stopped.";
   }
   cancelAnimationFrame(frame);
-  turn.note = problem ? noteOf(problem) : ENDS[ended] ?? ended;
-  turn.bad = problem !== null;
-  turn.failed = turn.bad && !turn.content;
-  turn.lacking = /^(no_account|login_required)$/.test(problem?.code);
-  turn.more = !(ended in { stop: 0, content_filter: 0 }) && turn.content !== "";
+  Object.assign(turn, { note: problem ? noteOf(problem) : ENDS[ended] ?? ended, bad: problem !== null,
+    failed: problem !== null && !turn.content, lacking: /^(no_account|login_required)$/.test(problem?.code),
+    more: !/^(stop|content_filter)$/.test(ended) && turn.content !== "" });
   if (chat !== mine) return keep(mine); // another chat was opened
   node.ariaBusy = "false";
   busy(null, turn.note || "The answer is complete.");
@@ -23701,14 +23692,12 @@ async function attach(file) {
 
 /** A button that takes a file back. */
 function removal(one, request) {
-  const remove = button("×", () => {
+  return el("button", { type: "button", className: "small", ariaLabel: `Remove ${one.name}`, onclick: () => {
     request?.abort();
     attached = attached.filter((each) => each !== one);
     showAttached();
     $("question").focus();
-  }, "small");
-  remove.ariaLabel = `Remove ${one.name}`;
-  return remove;
+  } }, "×");
 }
 
 function take(event, files) {
@@ -23731,27 +23720,30 @@ $("chat").ondragover = $("chat").ondragleave = $("chat").ondrop = (event) => {
 
 // Chats and settings.
 
-const lost = () => (settings.keep || !chat.turns.length ? "" : "Throw this chat away?");
-$("chats").onchange = () => { openChat(read(`chat ${$("chats").value}`) || blank()); };
-$("title").onchange = () => { chat.title = $("title").value.trim() || chat.title, keep(); };
-arm($("new"), () => { openChat(blank()), store("open", undefined, sessionStorage), $("question").focus(); }, lost);
-arm($("delete"), () => {
-  const { [chat.id]: gone, ...rest } = titles();
-  store("chats", rest);
-  store(`chat ${chat.id}`, undefined);
+function beginAnew() {
+  store("open", null, true);
   openChat(blank());
   $("question").focus();
+}
+
+$("chats").onchange = () => { openChat(read(`chat ${$("chats").value}`) || blank()); };
+$("title").onchange = () => { chat.title = $("title").value.trim() || chat.title, keep(); };
+arm($("new"), beginAnew, () => (settings.keep || !chat.turns.length ? "" : "Throw this chat away?"));
+arm($("delete"), () => {
+  const { [chat.id]: gone, ...rest } = read("chats") || {};
+  if (gone) store("chats", rest), localStorage.removeItem(`${SPACE} chat ${chat.id}`);
+  beginAnew();
 }, () => "Delete this chat?");
 $("export").onclick = () => {
-  const chats = Object.keys(titles()).map((id) => read(`chat ${id}`));
+  const chats = Object.keys(read("chats") || {}).map((id) => read(`chat ${id}`));
   download("chats.json", new Blob([JSON.stringify({ chats }, null, 1)], { type: "application/json" }));
 };
 $("to-settings").onclick = () => openSettings("");
 $("settings-no").onclick = () => $("settings").close();
 onSubmit("set", () => {
-  const remember = $("remember").checked;
-  store("key", remember ? $("key").value.trim() : undefined);
-  store("key", remember ? undefined : $("key").value.trim(), sessionStorage);
+  const [key, remember] = [$("key").value.trim(), $("remember").checked];
+  store("key", remember ? key : null);
+  store("key", remember ? null : key, true);
   store("settings", Object.assign(settings, { effort: $("effort").value, system: $("system").value, keep: $("keep").checked }));
   $("settings").close();
   loadModels();
@@ -23765,10 +23757,9 @@ onSubmit("ask", () => {
   const [content, files] = [$("question").value.trim(), attached];
   if ((!content && !files.length) || $("go").disabled) return;
   fillBox();
-  store("draft", undefined, sessionStorage);
   ask(content, files.map(({ id, name, type, thumb }) => ({ id, name, type, thumb })));
 });
-$("question").oninput = () => store("draft", $("question").value, sessionStorage);
+$("question").oninput = () => store("draft", $("question").value, true);
 $("question").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
@@ -23779,9 +23770,9 @@ document.onkeydown = ({ key }) => {
 };
 window.onpagehide = () => keep();
 const typed = new URLSearchParams(location.search).get("q");
-$("question").value = typed || read("draft", sessionStorage) || "";
+$("question").value = typed || read("draft", true) || "";
 if (typed) history.replaceState(null, "", location.pathname);
-openChat((!typed && read(`chat ${read("open", sessionStorage)}`)) || blank());
+openChat((!typed && read(`chat ${read("open", true)}`)) || blank());
 if (typed && $("chat").dataset.asks) $("ask").requestSubmit(); // it was typed, not followed from another site
 loadModels();
 $("question").focus();

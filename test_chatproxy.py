@@ -11786,7 +11786,7 @@ def test_a_long_chat_never_holds_the_page_up(
     ]
     chat = {"id": "1", "title": "Long", "turns": turns * 100}
     page.evaluate(
-        """chat => { store("chats", { 1: "Long" }); store("chat 1", chat); store("open", "1", sessionStorage); openChat(chat); }""",
+        """chat => { store("chats", { 1: "Long" }); store("chat 1", chat); store("open", "1", true); openChat(chat); }""",
         chat,
     )
     watch = """window.long = []; new PerformanceObserver((list) => {
@@ -12075,6 +12075,131 @@ def test_every_state_of_the_pages_can_be_used_by_everybody(
     chat.page.locator("#files li").wait_for()
     wait_until(lambda: chat.page.locator("#files progress").count() == 0)
     fits(chat.page)
+
+
+FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
+
+
+class Fox:
+    """A page of a server in Firefox, spoken to by WebDriver BiDi; its errors are to be none."""
+
+    def __init__(self, socket: websockets.sync.client.ClientConnection) -> None:
+        self.errors: list[str] = []
+        self._socket = socket
+        self._number = 0
+        self.call("session.new", capabilities={})
+        self.call("session.subscribe", events=["log.entryAdded"])
+        self._page = self.call("browsingContext.getTree")["contexts"][0]["context"]
+
+    def call(self, method: str, **params: Any) -> Any:
+        self._number += 1
+        self._socket.send(json.dumps({"id": self._number, "method": method, "params": params}))
+        while True:
+            said = json.loads(self._socket.recv(timeout=30))
+            if said.get("method") == "log.entryAdded" and said["params"]["level"] == "error":
+                self.errors.append(said["params"]["text"])
+            if said.get("id") == self._number:
+                assert said["type"] == "success", said
+                return said["result"]
+
+    def open(self, url: str, width: int = 1200) -> None:
+        size = {"width": width, "height": 900}
+        self.call("browsingContext.setViewport", context=self._page, viewport=size)
+        self.call("browsingContext.navigate", context=self._page, url=url, wait="complete")
+
+    def js(self, expression: str) -> Any:
+        """The value of an expression on the page, awaited."""
+        whole = f"(async () => JSON.stringify(await ({expression}) ?? null))()"
+        target = {"context": self._page}
+        said = self.call("script.evaluate", expression=whole, target=target, awaitPromise=True)
+        assert said["type"] == "success", said
+        return json.loads(said["result"]["value"])
+
+    def until(self, expression: str) -> None:
+        wait_until(lambda: self.js(expression), 15)
+
+    def confirm(self, button: str) -> None:
+        """Presses a button that asks once before it acts."""
+        self.js(f"{button}.click()")
+        time.sleep(0.45)
+        self.js(f"{button}.click()")
+
+
+@pytest.fixture
+def fox(tmp_path: pathlib.Path) -> Iterator[Fox]:
+    words = [
+        str(FIREFOX),
+        "--headless",
+        "--no-remote",
+        "--profile",
+        str(tmp_path),
+        "--remote-debugging-port",
+        "0",
+    ]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as firefox:
+        assert firefox.stderr
+        address = next(filter(None, (re.search(r"listening on (ws://\S+)", line) for line in firefox.stderr)))
+        threading.Thread(target=firefox.stderr.read, daemon=True).start()
+        with websockets.sync.client.connect(f"{address[1]}/session", max_size=None) as socket:
+            one = Fox(socket)
+            yield one
+            one.call("browser.close")
+    assert one.errors == []
+
+
+@pytest.mark.skipif(not FIREFOX, reason="no Firefox here: apt-get install firefox-esr")
+def test_the_pages_work_in_firefox_too(start: Callable[..., Proxy], weather: Weather, fox: Fox) -> None:
+    proxy = start("alice", "bob", **OPEN)
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    clean = "axe.run().then((found) => found.violations.map((one) => `${one.id} ${one.nodes[0].html}`))"
+    for width in (360, 768, 1000, 1280):
+        fox.open(f"{proxy.url}/tokens", width)
+        fox.until("$('rows').children.length === 2")
+        assert fox.js(wide) == 0
+        assert (
+            fox.js(
+                "Math.min(...[...document.querySelectorAll('#rows td:nth-child(3)')].map((one) => one.clientWidth))"
+            )
+            > 100
+        )
+    fox.js(f"(() => {{ {AXE.read_text()}; return 1; }})()")
+    assert fox.js(clean) == []
+    fox.js("document.querySelector('th button').click()")
+    fox.until("document.querySelector('th[data-sort]').ariaSort === 'ascending'")
+    assert fox.js("document.querySelector('th[data-sort]').getAttribute('aria-sort')") == "ascending"
+    fox.js("$('all').click()")
+    fox.until("$('picked').textContent === '2 selected'")
+    fox.confirm("document.querySelector('[data-do=remove]')")
+    fox.until("$('rows').children.length === 0 && document.activeElement.textContent === 'Undo'")
+    fox.js("document.activeElement.click()")
+    fox.until("$('rows').children.length === 2")
+    assert len(proxy.store.accounts()) == 2
+    fox.js("$('rows').querySelector('button').click()")
+    fox.until("$('dialog').open && $('dialog').querySelectorAll('.plot > div').length === 24")
+    assert fox.js(clean) == []
+    fox.js("$('dialog').close()")
+    fox.js(
+        f"$('text').value = {json.dumps(cp.demo_token('carol') + chr(10) + 'nonsense')}, $('add').requestSubmit()"
+    )
+    fox.until("$('rows').children.length === 3 && $('text').value === '# line 2: not a token\\nnonsense'")
+    # The chat, with a file, right to left, over a reload.
+    fox.open(proxy.url)
+    fox.until("$('model').options.length > 1")
+    fox.js("attach(new File(['x'], 'a.txt', { type: 'text/plain' }))")
+    fox.until("attached.length === 1 && attached[0].id !== ''")
+    fox.js("$('question').value = 'مرحبا', $('ask').requestSubmit()")
+    fox.until("document.querySelector('article')?.textContent.includes('Hello wide world.') && !running")
+    assert fox.js("getComputedStyle(document.querySelector('.words')).direction") == "rtl"
+    assert weather.asked()["messages"][0]["metadata"]["attachments"][0]["name"] == "a.txt"
+    fox.open(proxy.url)
+    fox.until("document.querySelector('article')?.textContent.includes('Hello wide world.')")
+    fox.js(f"(() => {{ {AXE.read_text()}; return 1; }})()")
+    assert fox.js(clean) == [] and fox.js(wide) == 0
+    weather.pace, weather.words = 0.05, [f"w{i} " for i in range(400)]
+    fox.js("$('question').value = 'long', $('ask').requestSubmit()")
+    fox.until("document.querySelectorAll('article')[1]?.textContent.includes('w2')")
+    fox.js("document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))")
+    fox.until("document.querySelectorAll('article')[1].textContent.includes('Stopped.')")
 
 
 def test_the_pages_are_closed_to_others(proxy: Proxy) -> None:
