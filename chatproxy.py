@@ -22479,7 +22479,6 @@ pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); bor
 .plot .at { background: var(--soft); }
 :is(.answers, .requests) { background: var(--good); }
 .failures { border: 2px solid var(--bad); }
-.failures[style*=" 0%"] { border: 0; }
 .key { display: inline-block; width: 0.7rem; height: 0.7rem; margin-inline-end: 0.3rem; }
 @media (max-width: 72rem) { /* each account is a card, whose values have names */
   thead tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; }
@@ -22588,18 +22587,16 @@ const PAGE = 50;
 const STATES = ["ready", "waiting", "expired", "dead", "disabled"];
 const HEADS = document.querySelectorAll("th[data-sort]");
 const BULK = document.querySelectorAll("[data-do]");
-const UNDO = 10_000; // milliseconds in which a removal can be taken back
 const wanted = { offset: 0, q: "", state: "", sort: "", order: "asc" };
-const accounts = new Map(); // id -> its row, of those shown
-const users = new Map();
-const seeds = new Map();
-const picked = new Set(); // ids, of other pages too
+const [accounts, users, seeds] = [new Map(), new Map(), new Map()]; // id -> its row, of those shown
+const picked = new Set(); // ids of accounts, of other pages too
+const leaving = new Set(); // ids of what is about to be removed, and not shown any more
 const told = new Map(); // path -> {tag, value}: what the server said last
-const leaving = new Set(); // what is about to be removed, and not shown any more
-let removal = null; // what is done when the time to undo it is over
+let removal = null; // does at once what can still be undone
 let matching = 0;
 let asked = 0; // counts the looks, so that one overtaken by a newer one is dropped
 let timer = 0;
+let seen = 0; // when what is shown was right last
 
 const fully = (iso) => (iso ? new Date(iso).toLocaleString("en-GB") : "");
 const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
@@ -22611,12 +22608,6 @@ function when(iso) {
   return RELATIVE.format(Math.trunc(seconds / size), unit);
 }
 
-/** A few names of many. */
-function some(names) {
-  const more = names.length - 5;
-  return names.slice(0, 5).join("; ") + (more > 0 ? ` and ${num(more)} more` : "");
-}
-
 /** Say the outcome of something; an ended session leads back to the sign-in. */
 function say(where, text, error) {
   if (error?.status === 401) return signedOut("Your sign-in has ended.");
@@ -22625,9 +22616,9 @@ function say(where, text, error) {
 }
 
 /** Have the server change something, say what `told` makes of its answer, and look again. */
-async function change(where, path, body, told, method = "POST") {
+async function change(where, path, body, told, method = "POST", more = {}) {
   try {
-    const result = await api(method, path, body);
+    const result = await api(method, path, body, more);
     say(where, told(result));
     return result;
   } catch (error) {
@@ -22637,22 +22628,24 @@ async function change(where, path, body, told, method = "POST") {
   }
 }
 
-/** Remove something when there was time to undo it; `keys` are not shown meanwhile. */
-function removeLater(where, what, keys, run) {
+/** Remove something when there was time to undo it; the `ids` are not shown meanwhile. */
+function removeLater(where, what, ids, path, body, method) {
   removal?.();
-  for (const key of keys) leaving.add(key), picked.delete(key);
+  for (const id of ids) leaving.add(id), picked.delete(id);
   const end = (text) => {
     clearTimeout(wait);
     removal = null;
-    for (const key of keys) leaving.delete(key);
+    leaving.clear();
     say(where, text);
   };
-  const undo = button("Undo", () => { end(`${what}: nothing was removed.`), poll(); }, "small");
-  removal = () => { end(""), run(); };
-  const wait = setTimeout(() => removal(), UNDO);
-  say(where, "");
-  where.append(`${what} will be removed in ${UNDO / 1000} seconds. `, undo);
-  undo.focus();
+  removal = (keepalive = false) => {
+    end("");
+    change(where, path, body, () => `Removed ${what}.`, method, { keepalive });
+  };
+  const wait = setTimeout(() => removal(), 10_000);
+  say(where, `${what} will be removed in 10 seconds. `);
+  where.append(button("Undo", () => { end(`Kept ${what}.`), poll(); }, "small"));
+  where.lastChild.focus();
   poll();
 }
 
@@ -22671,93 +22664,83 @@ function sync(parent, items, id, rows, make) {
   });
   if (place < 0 || document.activeElement === focused) return;
   const next = parent.children[Math.min(place, parent.children.length - 1)];
-  const stays = focused.isConnected ? focused : next?.querySelector("button") || $("search");
-  stays.focus({ preventScroll: true });
+  (focused.isConnected ? focused : next?.querySelector("button") || $("search")).focus({ preventScroll: true });
 }
 
-/** What can be done about an account that does not answer. */
-function remedy({ state, name }) {
-  if (state !== "expired" && state !== "dead") return "";
-  return el("button", { type: "button", className: "small", onclick: signIn, ariaLabel: `Sign in again ${name}` },
-    "Sign in again");
-}
+/** A small button, named for what it is about. */
+const hand = (text, onclick, of) => el("button", { type: "button", className: "small", onclick, ariaLabel: `${text} ${of}` }, text);
 
-/** Its state with the times of the reader's own zone. */
+/** What can be done about an account that does not answer any more. */
+const remedy = (state, of) => (state === "expired" || state === "dead" ? hand("Sign in again", signIn, of) : "");
+
+/** The state of an account, with the times of the reader's own zone. */
 function stateOf({ state, told, waits, wants }) {
   const until = waits.map(({ model, until }) => `${model} until ${clock(until)}`).join(", ");
   const asks = wants.length ? `; the site may ask for ${wants.join(", ")}` : "";
   return (state === "waiting" ? `waiting: ${until}` : told) + asks;
 }
 
-const allowance = ({ codex }) => (codex ? codex.windows : []).map(({ window, used_percent, resets }) =>
+const allowance = ({ codex }) => (codex?.windows || []).map(({ window, used_percent, resets }) =>
   `${window} ${Math.round(used_percent)} % used${resets ? `, anew ${clock(resets)}` : ""}`).join("; ");
 
 function accountRow({ id, email }) {
   const name = email || id;
   const cells = [...HEADS].map(({ textContent }) => el("td", { role: "cell", "data-label": `${textContent} ` }));
-  const box = el("input", { type: "checkbox", "aria-label": `Select ${name}` });
-  const named = (text, go) => el("button", { type: "button", onclick: go, className: "small", ariaLabel: `${text} ${name}` }, text);
-  const toggle = named("Disable", () => act(toggle.textContent.toLowerCase(), [id]));
-  const remove = named("Remove", null);
   const [where, state, paid, kind, expires, used, today] = cells;
-  const who = el("span");
-  const spent = el("div", { className: "quiet" });
-  const [words, cure] = [el("span"), el("span")];
+  const box = el("input", { type: "checkbox", ariaLabel: `Select ${name}` });
+  const [who, spent, words, cure] = [el("span"), el("div", { className: "quiet" }), el("span"), el("span")];
   where.append(who, spent);
   state.append(words, cure);
-  const hands = [named("Details", () => details(id)), named("Check", () => act("check", [id])), toggle, remove];
+  const toggle = hand("Disable", () => act(toggle.textContent.toLowerCase(), [id]), name);
+  const remove = arm(button("Remove", null, "small bad"), () => act("remove", [id]), () => "Really?", name);
+  const hands = [hand("Details", () => details(id), name), hand("Check", () => check([id]), name), toggle, remove];
   const node = el("tr", { role: "row" }, el("td", { role: "cell" }, box), cells, el("td", { role: "cell" }, hands));
-  const row = { node, box, note: "" }; // the note is what the last check found
-  remove.classList.add("bad");
-  arm(remove, () => act("remove", [id]), () => "Really?", name);
+  const row = { node, name, note: "" }; // the note is what the last check found
   box.onchange = () => { picked[box.checked ? "add" : "delete"](id), showPicked(); };
   row.update = (account) => {
-    const { answers, failures, plan, upstreams } = account;
     const said = stateOf(account);
     put(who, name, { title: id });
     put(spent, allowance(account) && `Codex: ${allowance(account)}`);
     put(words, row.note && row.note !== account.told ? `${said} – ${row.note}` : said, { className: `dot ${account.state}` });
-    if (Boolean(cure.firstChild) !== Boolean(remedy(account))) cure.replaceChildren(remedy({ ...account, name }));
-    put(paid, [plan, upstreams === "web" ? "" : upstreams].filter(Boolean).join(", ") || "–");
+    if (cure.childElementCount !== Number(/expired|dead/.test(account.state))) cure.replaceChildren(remedy(account.state, name));
+    put(paid, [account.plan, account.upstreams === "web" ? "" : account.upstreams].filter(Boolean).join(", ") || "–");
     put(kind, account.kind);
     put(expires, account.expires ? when(account.expires) : "–", { title: fully(account.expires) });
     put(used, account.used ? when(account.used) : "never", { title: fully(account.used) });
-    put(today, num(answers) + (failures ? `, ${num(failures)} failed` : ""), { className: failures ? "trouble" : "" });
+    const failed = account.failures ? `, ${num(account.failures)} failed` : "";
+    put(today, num(account.answers) + failed, { className: failed && "trouble" });
     const verb = account.state === "disabled" ? "Enable" : "Disable";
-    put(toggle, verb, { ariaLabel: `${verb} ${name}`, hidden: /^(expired|dead)$/.test(account.state) });
+    put(toggle, verb, { ariaLabel: `${verb} ${name}`, hidden: /expired|dead/.test(account.state) });
     box.checked = picked.has(id);
   };
   return row;
 }
 
 /** A row of a list below the accounts, with its name, what `parts` it has, and a way to remove it. */
-function listed(name, parts, where, key, path, body, method) {
-  const remove = button("Remove", null, "small bad");
-  const gone = () => change(where, path, body, () => `Removed ${name}.`, method);
-  arm(remove, () => removeLater(where, name, [key], gone), () => "Really?", name);
+function listed(name, parts, ...how) {
+  const remove = arm(button("Remove", null, "small bad"), () => removeLater(...how), () => "Really?", name);
   return el("li", { className: "row" }, el("b", {}, name), parts, remove);
 }
 
 function userRow({ user_id, name }) {
-  const called = name || user_id;
+  const of = name || user_id;
+  const said = $("users-said");
   const [token, use] = [el("code"), el("span", { className: "quiet grow" })];
-  const limit = el("input", { type: "number", min: 0, placeholder: "no limit", ariaLabel: `Requests a day of ${called}` });
-  const alter = (body, said) => change($("users-said"), "/admin/users/change", { user_id, ...body }, () => said);
-  limit.onchange = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${called}.`);
-  const work = button("Use", () => open_(called, (box) => chart(box.appendChild(el("div", { className: "row" })), user_id, ["requests"])), "small");
-  work.ariaLabel = `Use of ${called}`;
+  const limit = el("input", { type: "number", min: 0, placeholder: "no limit", ariaLabel: `Requests a day of ${of}` });
+  const alter = (body, done) => change(said, "/admin/users/change", { user_id, ...body }, () => done);
+  limit.onchange = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${of}.`);
+  const work = hand("Use", () => openDialog(of, (box) => chart(box, user_id, ["requests"])), of);
   const rotate = arm(button("New key", null, "small"), async () => {
-    const made = await alter({ rotate: true }, `The old key of ${called} is no good any more.`);
-    if (made) showFresh(called, made.token);
-  }, () => "End the old one?", called);
+    const made = await alter({ rotate: true }, `The old key of ${of} is no good any more.`);
+    if (made) showFresh(of, made.token);
+  }, () => "End the old one?", of);
   const update = (user) => {
     const used = user.used ? `used ${when(user.used)}` : "never used";
     put(token, user.token);
     put(use, `${count(user.requests, "request")}, ${count(user.tokens, "token")} today, ${used}`);
     if (document.activeElement !== limit) limit.value = user.limit ?? "";
   };
-  const parts = [token, use, limit, work, rotate];
-  return { node: listed(called, parts, $("users-said"), user_id, "/admin/users/delete", { user_id }), update };
+  return { update, node: listed(of, [token, use, limit, work, rotate], said, of, [user_id], "/admin/users/delete", { user_id }) };
 }
 
 function seedRow({ seed }) {
@@ -22766,121 +22749,104 @@ function seedRow({ seed }) {
     put(on, usable ? email || account : `${email || account || "no account"}, which cannot be visited`);
     put(use, `${count(chats, "chat")}, signed in ${when(used)}`);
   };
-  return { node: listed(seed, [on, use], $("seeds-said"), seed, "/seedtoken", { seed }, "DELETE"), update };
+  return { update, node: listed(seed, [on, use], $("seeds-said"), seed, [seed], "/seedtoken", { seed }, "DELETE") };
 }
 
 function showPicked() {
-  const shown = [...accounts.keys()];
-  const whole = shown.length > 0 && shown.every((id) => picked.has(id));
+  const whole = accounts.size > 0 && [...accounts.keys()].every((id) => picked.has(id));
   $("all").checked = whole;
   put($("picked"), picked.size ? `${num(picked.size)} selected` : "Select all on this page");
   put($("pick-all"), picked.size < matching ? `Select all ${num(matching)} that match` : "Select none",
-    { hidden: !whole || matching <= shown.length });
+    { hidden: !whole || matching <= accounts.size });
   for (const each of BULK) each.disabled = !picked.size;
 }
 
-const nameOf = (id) => accounts.get(id)?.node.cells[1].firstChild.textContent || id;
-
-/** Ask the upstream about accounts, a hundred at a time. */
+/** Ask the upstream about accounts, a hundred at a time, and name those that do not work and those that were not asked. */
 async function check(ids) {
   const results = {};
-  for (let at = 0; at < ids.length; at += 100) {
-    const all = ids.length > 100 ? `${num(at)} of ${count(ids.length, "account")}` : count(ids.length, "account");
-    say($("said"), `Checking ${all}…`);
-    try {
+  try {
+    for (let at = 0; at < ids.length; at += 100) {
+      say($("said"), `Checking ${count(ids.length, "account")}${at ? `, of which ${num(at)} are done` : ""}…`);
       Object.assign(results, (await api("POST", "/tokens/check", { ids: ids.slice(at, at + 100) })).results);
-    } catch (error) {
-      return say($("said"), "", error);
     }
+  } catch (error) {
+    return say($("said"), "", error);
   }
+  const name = (id) => (accounts.get(id)?.name || id) + (results[id] ? `: ${results[id]}` : "");
+  const some = (found) => found.slice(0, 5).map(name).join("; ") + (found.length > 5 ? ` and ${num(found.length - 5)} more` : "");
+  const [bad, skipped] = [ids.filter((id) => results[id]), ids.filter((id) => results[id] == null)];
+  const works = ids.length - bad.length - skipped.length;
   for (const id of ids) if (accounts.has(id)) accounts.get(id).note = (results[id] ?? "not asked") || "works";
-  const works = ids.filter((id) => results[id] === "");
-  const bad = ids.filter((id) => results[id]).map((id) => `${nameOf(id)}: ${results[id]}`);
-  const others = ids.filter((id) => results[id] == null).map(nameOf);
-  say($("said"), `Checked ${num(works.length + bad.length)} of ${count(ids.length, "account")}: ${num(works.length)} `
-    + `work, ${num(bad.length)} do not${bad.length ? ` (${some(bad)})` : ""}.${
-      others.length ? ` Not asked, since disabled or without a token: ${some(others)}.` : ""}`);
+  say($("said"), `Checked ${num(works + bad.length)} of ${count(ids.length, "account")}: ${num(works)} work, `
+    + `${num(bad.length)} do not${bad.length ? ` (${some(bad)})` : ""}.`
+    + (skipped.length ? ` Not asked, since disabled or without a token: ${some(skipped)}.` : ""));
   poll();
 }
 
 function act(what, ids) {
-  const all = count(ids.length, "account");
-  const disabled = what === "disable";
   if (what === "check") return check(ids);
   if (what === "export") return exportThem(ids);
-  if (what === "remove") {
-    const gone = () => change($("said"), "/tokens/remove", { ids }, ({ removed }) => `Removed ${count(removed, "account")}.`);
-    return removeLater($("said"), all, ids, gone);
-  }
-  return change($("said"), "/tokens/disable", { ids, disabled }, ({ changed }) =>
-    `${disabled ? "Disabled" : "Enabled"} ${count(changed, "account")}.`);
+  if (what === "remove") return removeLater($("said"), count(ids.length, "account"), ids, "/tokens/remove", { ids });
+  return change($("said"), "/tokens/disable", { ids, disabled: what === "disable" }, ({ changed }) =>
+    `${what === "disable" ? "Disabled" : "Enabled"} ${count(changed, "account")}.`);
 }
 
-/** Open the dialog with a title and what `fill` puts into it; `onclose` is called when it closes. */
-function open_(title, fill, onclose = null) {
-  const close = button("Close", () => $("dialog").close());
-  $("inside").replaceChildren(el("div", { className: "row" }, el("h2", { id: "dialog-title", className: "grow" }, title), close));
-  $("dialog").onclose = onclose;
-  fill($("inside"));
+/** Open the dialog with a title and what `fill` puts into it. */
+function openDialog(title, fill) {
+  const [head, box] = [el("h2", { id: "dialog-title", className: "grow" }, title), el("div", { className: "row" })];
+  $("inside").replaceChildren(el("div", { className: "row" }, head, button("Close", () => $("dialog").close())), box);
+  fill(box);
   if (!$("dialog").open) $("dialog").showModal();
 }
 
 /** Whoever has the file has the accounts: so the key is asked for again. */
 function exportThem(ids) {
-  open_(`Export ${count(ids.length, "account")}`, (box) => {
-    const key = el("input", { type: "password", autocomplete: "current-password", ariaLabel: "Admin key" });
-    const said = el("p", { className: "trouble", role: "alert" });
-    const form = el("form", { className: "stack" }, el("p", {}, "Whoever has this file has the accounts. Refresh tokens ",
-      "that change with each use can live in one place alone: stop this server before you use the file elsewhere."),
-      $("sign-out").hidden ? [] : key, said, el("button", { className: "main" }, "Download"));
-    form.onsubmit = async (event) => {
+  openDialog(`Export ${count(ids.length, "account")}`, (box) => {
+    const key = el("input", { type: "password", autocomplete: "current-password", ariaLabel: "Admin key", hidden: $("sign-out").hidden });
+    const said = el("p", { className: "trouble wide", role: "alert" });
+    const form = el("form", { className: "stack" }, el("p", {}, "Whoever has this file has the accounts. Refresh tokens that "
+      + "change with each use can live in one place alone: stop this server before you use the file elsewhere."),
+    key, el("button", { className: "main" }, "Download"), said);
+    form.onsubmit = (event) => {
       event.preventDefault();
-      try {
-        const response = await send("POST", "/tokens/export", { ids, key: key.value.trim() });
+      send("POST", "/tokens/export", { ids, key: key.value.trim() }).then(async (response) => {
         download("chatproxy-accounts.jsonl", await response.blob());
         $("dialog").close();
-      } catch (error) {
-        put(said, error.message);
-      }
+      }, (error) => put(said, error.message));
     };
     box.append(form);
   });
 }
 
 async function details(id) {
-  const facts = await api("GET", `/tokens/account/${id}`).catch((error) => say($("said"), "", error));
-  if (!facts) return;
-  open_(facts.email || id, (box) => {
+  const facts = await get(`/tokens/account/${id}`).catch((error) => say($("said"), "", error));
+  if (facts) openDialog(facts.email || id, (box) => {
     const rows = { Id: id, State: stateOf(facts), Kind: facts.kind, Plan: facts.plan, Workspace: facts.workspace,
       "Taken by": facts.upstreams, Added: fully(facts.added), "Token ends": fully(facts.expires), "Last use": fully(facts.used),
       "Codex allowance": allowance(facts), Proxy: facts.proxy, Upstream: facts.gateway };
-    const list = Object.entries(rows).filter(([, value]) => value).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
+    const list = Object.entries(rows).filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
     const failures = facts.failures.map(({ at, reason }) => el("li", {}, `${fully(at)}: ${reason}`));
-    box.append(el("dl", {}, list.flat()), remedy({ ...facts, name: "" }), el("h3", {}, "Last failures"),
-      failures.length ? el("ul", {}, failures) : el("p", { className: "quiet" }, "none in the last 30 days"));
-    chart(box.appendChild(el("div", { className: "row" })), id);
+    box.append(el("dl", { className: "wide" }, list), remedy(facts.state, facts.email), el("h3", { className: "wide" }, "Last failures"),
+      el("ul", { className: "wide" }, failures.length ? failures : el("li", { className: "quiet" }, "none in the last 30 days")));
+    chart(box, id);
   });
 }
 
-/** Sign in with a code: the server asks the issuer, this page asks the server for as long as it is looked at. */
+/** Sign in with a code: the server asks the issuer, and this page the server, for as long as the dialog is open. */
 async function signIn() {
-  let over = false;
-  const said = el("p", { role: "status" }, "Asking for a code…");
-  open_("Sign in with a code", (box) => box.append(said), () => { over = true; });
+  const said = el("p", { className: "wide", role: "status" }, "Asking for a code…");
+  openDialog("Sign in with a code", (box) => box.append(said));
   try {
     const { device, code, address, interval, seconds } = await api("POST", "/tokens/device", {});
     const [shown, end] = [el("code", { className: "code" }, code), Date.now() + seconds * 1000];
     const copier = button("Copy", () => copy(code, shown, copier), "small");
-    said.before(el("p", {}, "Open ", el("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, address),
-      " on any device, sign in there, and type this code:"), el("p", { className: "row" }, shown, copier));
+    const link = el("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, address);
+    said.before(el("p", {}, "Open ", link, " on any device, sign in there, and type this code:"), shown, copier);
     put(said, `Waiting for you until ${clock(end)}…`);
-    while (!over && Date.now() < end) {
+    while (said.isConnected && $("dialog").open && Date.now() < end) {
+      const { status, id, email } = await api("POST", "/tokens/device/result", { device, code });
+      if (status === "stored") return $("dialog").close(), say($("said"), `Signed in: ${email || id}.`), poll();
       await new Promise((done) => setTimeout(done, interval * 1000));
-      const { status, id, email } = over ? {} : await api("POST", "/tokens/device/result", { device, code });
-      if (status !== "stored") continue;
-      $("dialog").close();
-      say($("said"), `Signed in: ${email || id}.`);
-      return poll();
     }
     put(said, "Nobody signed in in time; begin again.");
   } catch (error) {
@@ -22892,41 +22858,39 @@ async function signIn() {
 /** Add to `box` a chart of what an account or user (all accounts for "") did; one points at a bar, or moves the slider below, to
  *  read its values. Full bars stand below, hollow ones on them. Returns what looks at it anew. */
 function chart(box, of = "", kinds = ["answers", "failures"]) {
-  const spans = { day: "24 hours", month: "30 days" };
-  const span = el("select", { ariaLabel: "Time" }, Object.keys(spans).map((value) => el("option", { value }, spans[value])));
+  const [span, total] = [el("select", { ariaLabel: "Time" }), el("span", { className: "grow" })];
+  span.append(el("option", { value: "day" }, "24 hours"), el("option", { value: "month" }, "30 days"));
   const plot = el("div", { className: "plot wide", ariaHidden: "true" });
   const slider = el("input", { type: "range", className: "wide", min: 0, ariaLabel: `Time to read ${kinds.join(" and ")} of` });
   const value = el("p", { className: "quiet wide" });
   let work = null;
   const words = (each) => [...kinds, ...(each.tokens ? ["tokens"] : [])].map((kind) => count(each[kind], kind.slice(0, -1))).join(", ");
   const time = (start) => (span.value === "day" ? clock(start) : new Date(start).toLocaleDateString("en-GB"));
-  const read = (index) => {
+  const point = (index) => {
     slider.value = index;
     plot.querySelector(".at")?.classList.remove("at");
-    plot.children[index]?.classList.add("at");
+    plot.children[index].classList.add("at");
     put(value, `${time(work[index].start)}: ${words(work[index])}`);
     slider.ariaValueText = value.textContent;
   };
   const show = () => {
-    const high = (each) => kinds.reduce((sum, kind) => sum + each[kind], 0);
-    const most = Math.max(...work.map(high), 1);
+    const sum = (kind) => work.reduce((all, each) => all + each[kind], 0);
+    const most = Math.max(...work.map((each) => kinds.reduce((all, kind) => all + each[kind], 0)), 1);
     plot.replaceChildren(...work.map((each, index) => {
-      const bars = kinds.map((kind) => el("i", { className: kind }));
+      const bars = kinds.map((kind) => el("i", { className: kind, hidden: !each[kind] }));
       bars.forEach((bar, at) => { bar.style.height = `${(each[kinds[at]] / most) * 100}%`; });
-      const label = index % 6 ? {} : { "data-label": span.value === "day" ? clock(each.start).slice(-5) : time(each.start).slice(0, 5) };
-      return el("div", { ...label, onpointerenter: () => read(index) }, bars);
+      const label = span.value === "day" ? clock(each.start).slice(-5) : time(each.start).slice(0, 5);
+      return el("div", { "data-label": index % 6 ? "" : label, onpointerenter: () => point(index) }, bars);
     }));
-    const all = Object.fromEntries([...kinds, "tokens"].map((kind) => [kind, work.reduce((sum, each) => sum + each[kind], 0)]));
-    put(total, `${words(all)}; at most ${num(most)} at a time`);
+    put(total, `${words(Object.fromEntries([...kinds, "tokens"].map((kind) => [kind, sum(kind)])))}; at most ${num(most)} at a time`);
     slider.max = work.length - 1;
-    read(work.length - 1);
+    point(work.length - 1);
   };
   const refresh = async () => {
     const fresh = (await get(`/tokens/work?${new URLSearchParams({ of, span: span.value })}`)).work;
     if (fresh !== work) work = fresh, show();
   };
-  const total = el("span", { className: "grow" });
-  slider.oninput = () => read(Number(slider.value));
+  slider.oninput = () => point(Number(slider.value));
   span.onchange = () => refresh().catch((error) => put(value, error.message));
   const legend = kinds.map((kind) => el("span", {}, el("i", { className: `key ${kind}` }), kind));
   box.append(total, ...legend, span, plot, slider, value);
@@ -22941,9 +22905,8 @@ function signedOut(text) {
   $("sign-in").hidden = false;
   $("pool").hidden = $("sign-out").hidden = true;
   $("text").value = ""; // no token stays behind on a page that may be left alone
-  $("fresh").replaceChildren();
-  showSnippet("YOUR_KEY");
-  told.clear(), picked.clear();
+  for (const kept of [told, picked, leaving]) kept.clear();
+  showFresh();
   sync($("rows"), [], "id", accounts, accountRow);
   sync($("users"), [], "user_id", users, userRow);
   put($("trouble"), "");
@@ -22958,8 +22921,9 @@ async function get(path) {
   const response = await send("GET", path, undefined, { headers, signal: AbortSignal.timeout(15000) });
   if (response.status === 304) return known.value;
   if (told.size > 100) told.clear();
-  told.set(path, { tag: response.headers.get("etag"), value: await response.json() });
-  return told.get(path).value;
+  const value = await response.json();
+  told.set(path, { tag: response.headers.get("etag") || "", value });
+  return value;
 }
 
 /** Look at everything now, and then every three seconds while somebody sees it. */
@@ -22967,27 +22931,22 @@ async function poll() {
   clearTimeout(timer);
   const mine = ++asked;
   try {
-    const query = new URLSearchParams({ ...wanted, limit: PAGE });
-    const asking = [get(`/tokens/list?${query}`), get("/admin/users"), get("/tokens/seeds"), refreshWork()];
-    const [list, people, mirror] = await Promise.all(asking);
+    const list = `/tokens/list?${new URLSearchParams({ ...wanted, limit: PAGE })}`;
+    const all = await Promise.all([get(list), get("/admin/users"), get("/tokens/seeds"), refreshWork()]);
     if (mine !== asked) return;
+    seen = Date.now();
     put($("trouble"), "");
-    show(list);
-    sync($("users"), people.users, "user_id", users, userRow);
-    $("add-seed").hidden = !mirror.enabled && !mirror.seeds.length;
-    sync($("seeds"), mirror.seeds, "seed", seeds, seedRow);
+    show(...all);
   } catch (error) {
     if (mine !== asked) return;
     if (error.status === 401) return signedOut($("pool").hidden ? "" : "Your sign-in has ended.");
-    put($("trouble"), `${error.message} What you see is from ${$("pool").hidden ? "before" : clock(seen)}. Trying again…`);
+    put($("trouble"), `${error.message}${seen ? ` What you see is from ${clock(seen)}.` : ""} Trying again…`);
   }
   if (mine === asked && !document.hidden) timer = setTimeout(poll, 3000);
 }
-let seen = Date.now(); // when the page was right last
 
-function show(list) {
+function show(list, people, mirror) {
   matching = list.matching;
-  seen = Date.now();
   const last = wanted.offset + list.accounts.length;
   if (wanted.offset && wanted.offset >= matching) return look({ offset: wanted.offset - PAGE });
   $("sign-in").hidden = true;
@@ -23004,6 +22963,9 @@ function show(list) {
   put($("range"), matching ? `${wanted.offset + 1}–${last} of ${num(matching)}` : "No account matches.");
   $("back").disabled = wanted.offset === 0;
   $("next").disabled = last >= matching;
+  sync($("users"), people.users, "user_id", users, userRow);
+  $("add-seed").hidden = !mirror.enabled && !mirror.seeds.length;
+  sync($("seeds"), mirror.seeds, "seed", seeds, seedRow);
 }
 
 /** Look at other accounts: another page, or from the first page another state, search or order. */
@@ -23021,33 +22983,26 @@ async function upload(given) {
   const texts = await Promise.all(files.map((file) => file.text()));
   const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, faults }) =>
     `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}${
-      seeds ? `, ${count(seeds, "seed")}` : ""}${faults.length ? `. ${num(faults.length)} left out: see above` : ""}.`);
+      seeds ? `, ${count(seeds, "seed")}` : ""}.${faults.length ? ` ${num(faults.length)} left out: see above.` : ""}`);
   $("files").value = ""; // so that the same file may be chosen again
   if (!result) return;
-  const names = files.map(({ name }) => name);
-  const kept = result.left_out.map(({ file, first, last }, index) => {
-    const lines = texts[names.indexOf(file)].split(/\r\n?|\n/).slice(first - 1, last);
-    return `# ${result.faults[index]}\n${lines.join("\n")}`;
-  });
-  $("text").value = kept.join("\n");
+  $("text").value = result.left_out.map(({ file, first, last }, index) => {
+    const text = texts[files.findIndex(({ name }) => name === file)];
+    return `# ${result.faults[index]}\n${text.split(/\r\n?|\n/).slice(first - 1, last).join("\n")}`;
+  }).join("\n");
 }
 
-function showFresh(name, token) {
-  const shown = el("code", {}, token);
-  const copier = button("Copy", () => copy(token, shown, copier), "main");
-  const done = button("Done", () => { $("fresh").replaceChildren(), showSnippet("YOUR_KEY"), $("user-name").focus(); });
-  $("fresh").replaceChildren(`The key of ${name}, shown only now:`, shown, copier, done);
-  showSnippet(token);
-  $("connect").open = true;
-  copier.focus();
-}
-
-let snippetKey = "YOUR_KEY";
-
-function showSnippet(key) {
-  snippetKey = key;
+/** Show the new key of a user this once, here and in the ways to connect; or no more. */
+function showFresh(name = "", key = "") {
+  const shown = el("code", {}, key);
+  const copier = button("Copy", () => copy(key, shown, copier), "main");
+  const done = button("Done", () => { showFresh(), $("user-name").focus(); });
+  $("fresh").replaceChildren(...(key ? [`The key of ${name}, shown only now:`, shown, copier, done] : []));
   put($("base"), `${BASE}/v1`);
-  put($("snippet"), CLIENTS[$("client").value].replaceAll("BASE", BASE).replaceAll("KEY", key));
+  $("client").onchange = () =>
+    put($("snippet"), CLIENTS[$("client").value].replaceAll("BASE", BASE).replaceAll("KEY", key || "YOUR_KEY"));
+  $("client").onchange();
+  if (key) $("connect").open = true, copier.focus();
 }
 
 $("to-chat").href = `${BASE}/chat`;
@@ -23067,15 +23022,15 @@ for (const head of HEADS) {
   };
 }
 $("client").append(...Object.keys(CLIENTS).map((name) => el("option", {}, name)));
-$("client").onchange = () => showSnippet(snippetKey);
 $("copy-snippet").onclick = () => copy($("snippet").textContent, $("snippet"), $("copy-snippet"));
-showSnippet(snippetKey);
+showFresh();
 for (const each of document.querySelectorAll(".device")) each.onclick = signIn;
 onSubmit("sign-in", async () => {
   const body = { key: $("key").value.trim() };
   await api("POST", "/tokens/session", body).then(poll, (error) => put($("sign-in-said"), error.message));
   $("sign-in").reset();
-  ($("pool").hidden ? $("key") : $("start").hidden ? $("search") : $("start").querySelector("button")).focus({ preventScroll: true });
+  const first = $("pool").hidden ? $("key") : $("start").hidden ? $("search") : document.querySelector(".device");
+  first.focus({ preventScroll: true });
 });
 $("sign-out").onclick = () => api("DELETE", "/tokens/session").then(() => signedOut(""), poll);
 $("search").oninput = () => look({ q: $("search").value.trim() });
@@ -23108,7 +23063,8 @@ $("add").ondragover = $("add").ondragleave = $("add").ondrop = (event) => {
 };
 onSubmit("add-seed", async () => {
   const [seed, token] = [$("seed").value.trim(), $("seed-account").value.trim()];
-  if (await change($("seeds-said"), "/seedtoken", { seed, token }, () => `${seed} has this account now.`)) $("add-seed").reset();
+  const made = await change($("seeds-said"), "/seedtoken", { seed, token }, () => `${seed} has this account now.`);
+  if (made) $("add-seed").reset();
 });
 onSubmit("add-user", async () => {
   const name = $("user-name").value.trim();
@@ -23119,7 +23075,7 @@ onSubmit("add-user", async () => {
   showFresh(name, made.token);
 });
 document.onvisibilitychange = () => document.hidden || poll();
-window.onpagehide = () => removal?.();
+window.onpagehide = () => removal?.(true);
 poll();
 """
 

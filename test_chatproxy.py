@@ -11235,7 +11235,7 @@ def test_the_pool_is_looked_after_on_its_page(
     assert len(proxy.store.accounts()) == 5  # it can be taken back
     there.press("Undo")
     there.row("carol@").wait_for()
-    there.sees("1 account: nothing was removed.")
+    there.sees("Kept 1 account.")
     there.confirm(remove)
     there.row("carol@").wait_for(state="detached")
     # All at once: what was about to be removed is, before something else is.
@@ -11890,7 +11890,7 @@ def test_accounts_are_sorted_selected_over_pages_and_exported(
     there.sees("99 accounts will be removed in 10 seconds.")
     assert page.evaluate("document.activeElement.textContent") == "Undo"
     there.press("Undo")
-    there.sees("Nothing was removed.")
+    there.sees("Kept 99 accounts.")
     assert len(proxy.store.accounts()) == 120
     page.get_by_label("Search accounts").fill("person1")
     there.sees("1–20 of 20")
