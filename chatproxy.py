@@ -22313,7 +22313,6 @@ button:disabled { opacity: 0.45; cursor: default; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; min-height: 1.6rem; }
 button.bad { color: var(--bad); }
-button.armed { background: var(--bad); border-color: var(--bad); color: var(--card); }
 input { accent-color: var(--accent); }
 input[type="checkbox"] { width: 1.1rem; height: 1.1rem; }
 .quiet, summary, th { color: var(--quiet); }
@@ -22344,13 +22343,13 @@ const BASE = location.origin + location.pathname.replace(STEP ? new RegExp(`[/]$
   .replace(/[/]+$/, "");
 
 /** A new element. `props` are properties where it has such, else attributes; strings become text. */
-function el(tag, props, ...children) {
+function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(props || {})) {
+  for (const child of children.flat()) node.append(child); // spread arguments would be limited in number
+  for (const [name, value] of Object.entries(props)) { // after the children, each of which `dir: "auto"` would look at anew
     if (name in node) node[name] = value;
     else node.setAttribute(name, value);
   }
-  for (const child of children.flat()) node.append(child); // spread arguments would be limited in number
   return node;
 }
 
@@ -22394,28 +22393,6 @@ function clock(moment) {
   const date = new Date(moment);
   const day = date.toDateString() === new Date().toDateString() ? {} : { day: "numeric", month: "short" };
   return date.toLocaleString("en-GB", { ...day, hour: "2-digit", minute: "2-digit" });
-}
-
-/** Make a button ask once, in its own place, before it acts. `ask` gives the question, "" to act at once. */
-function arm(node, act, ask, of = "") {
-  const label = node.textContent;
-  let since = 0;
-  const show = (at) => {
-    since = at;
-    const text = at ? ask() : label;
-    put(node, text, { ariaLabel: of ? `${text} ${of}` : null });
-    node.classList.toggle("armed", at > 0);
-  };
-  show(0);
-  node.onblur = () => show(0);
-  node.onkeydown = (event) => { if (event.key === "Escape") show(0); };
-  node.onclick = (event) => {
-    if (since && event.timeStamp - since < 400) return; // a double click is no answer to the question
-    if (since || !ask()) return show(0), act();
-    show(event.timeStamp);
-    node.focus(); // Safari does not focus a button that is clicked, and then it would not blur
-  };
-  return node;
 }
 
 /** Copy `text`, or select it in `shown`: browsers offer the clipboard only over HTTPS and on this machine. */
@@ -22508,11 +22485,10 @@ TOKENS_HTML = r"""
   <div id="pool" class="stack" hidden>
     <section id="start" class="card stack" hidden>
       <h2>There is no account yet</h2>
-      <p><b>Sign in with a code</b> is the best beginning: you type a code on a page of the issuer's, on any device, and the
-        account that is stored here renews itself.</p>
-      <p><b>A session cookie</b> (<code>__Secure-next-auth.session-token</code> of chatgpt.com) renews itself too, and is what
-        the mirror needs. <b>A refresh token</b> renews itself. <b>An access token</b>, which chatgpt.com/api/auth/session shows,
-        ends after some days. The word <code>login-free</code> adds a visitor without an account.</p>
+      <p><b>Sign in with a code</b>, which you type on any device: the account that is stored here renews itself. So do a
+        <b>refresh token</b> and a <b>session cookie</b> (<code>__Secure-next-auth.session-token</code> of chatgpt.com), which
+        the mirror needs. An <b>access token</b>, which chatgpt.com/api/auth/session shows, ends after some days. The word
+        <code>login-free</code> adds a visitor without an account.</p>
       <div class="row"><button type="button" class="main device">Sign in with a code</button></div>
     </section>
     <section id="work" class="card row"><h2 class="wide">Work done</h2></section>
@@ -22528,17 +22504,8 @@ TOKENS_HTML = r"""
       <button type="button" data-do="remove" class="bad">Remove</button>
       <p id="said" class="wide" role="status"></p>
       <div class="wide"><table class="wide" aria-label="Accounts" role="table">
-        <thead role="rowgroup"><tr role="row">
-          <th role="columnheader"><span class="spoken">Selected</span></th>
-          <th role="columnheader" data-sort="account"><button type="button">Account</button></th>
-          <th role="columnheader" data-sort="state"><button type="button">State</button></th>
-          <th role="columnheader" data-sort="plan"><button type="button">Plan</button></th>
-          <th role="columnheader" data-sort="kind"><button type="button">Kind</button></th>
-          <th role="columnheader" data-sort="expires"><button type="button">Expires</button></th>
-          <th role="columnheader" data-sort="used"><button type="button">Last use</button></th>
-          <th role="columnheader" data-sort="today"><button type="button">Today</button></th>
-          <th role="columnheader"><span class="spoken">Actions</span></th>
-        </tr></thead>
+        <thead role="rowgroup"><tr id="heads" role="row"><th role="columnheader"><span class="spoken">Selected</span></th>
+          <th role="columnheader"><span class="spoken">Actions</span></th></tr></thead>
         <tbody id="rows" role="rowgroup"></tbody>
       </table></div>
       <span id="range" class="quiet grow"></span>
@@ -22585,7 +22552,8 @@ TOKENS_HTML = r"""
 TOKENS_JS = r"""
 const PAGE = 50;
 const STATES = ["ready", "waiting", "expired", "dead", "disabled"];
-const HEADS = document.querySelectorAll("th[data-sort]");
+// The columns of the list, and what it is sorted by for each.
+const COLUMNS = { Account: "account", State: "state", Plan: "plan", Kind: "kind", Expires: "expires", "Last use": "used", Today: "today" };
 const BULK = document.querySelectorAll("[data-do]");
 const wanted = { offset: 0, q: "", state: "", sort: "", order: "asc" };
 const [accounts, users, seeds] = [new Map(), new Map(), new Map()]; // id -> its row, of those shown
@@ -22598,15 +22566,7 @@ let asked = 0; // counts the looks, so that one overtaken by a newer one is drop
 let timer = 0;
 let seen = 0; // when what is shown was right last
 
-const fully = (iso) => (iso ? new Date(iso).toLocaleString("en-GB") : "");
-const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "auto", style: "short" });
-
-function when(iso) {
-  const seconds = (Date.parse(iso) - Date.now()) / 1000;
-  const span = Math.abs(seconds);
-  const [size, unit] = span < 3600 ? [60, "minute"] : span < 86400 ? [3600, "hour"] : [86400, "day"];
-  return RELATIVE.format(Math.trunc(seconds / size), unit);
-}
+const at = (iso, none = "–") => (iso ? clock(iso) : none);
 
 /** Say the outcome of something; an ended session leads back to the sign-in. */
 function say(where, text, error) {
@@ -22630,6 +22590,7 @@ async function change(where, path, body, told, method = "POST", more = {}) {
 
 /** Remove something when there was time to undo it; the `ids` are not shown meanwhile. */
 function removeLater(where, what, ids, path, body, method) {
+  if (!confirm(`Remove ${what}?`)) return;
   removal?.();
   for (const id of ids) leaving.add(id), picked.delete(id);
   const end = (text) => {
@@ -22668,7 +22629,8 @@ function sync(parent, items, id, rows, make) {
 }
 
 /** A small button, named for what it is about. */
-const hand = (text, onclick, of) => el("button", { type: "button", className: "small", onclick, ariaLabel: `${text} ${of}` }, text);
+const hand = (text, onclick, of, className = "small") =>
+  el("button", { type: "button", className, onclick, ariaLabel: `${text} ${of}` }, text);
 
 /** What can be done about an account that does not answer any more. */
 const remedy = (state, of) => (state === "expired" || state === "dead" ? hand("Sign in again", signIn, of) : "");
@@ -22685,14 +22647,14 @@ const allowance = ({ codex }) => (codex?.windows || []).map(({ window, used_perc
 
 function accountRow({ id, email }) {
   const name = email || id;
-  const cells = [...HEADS].map(({ textContent }) => el("td", { role: "cell", "data-label": `${textContent} ` }));
+  const cells = Object.keys(COLUMNS).map((label) => el("td", { role: "cell", "data-label": `${label} ` }));
   const [where, state, paid, kind, expires, used, today] = cells;
   const box = el("input", { type: "checkbox", ariaLabel: `Select ${name}` });
   const [who, spent, words, cure] = [el("span"), el("div", { className: "quiet" }), el("span"), el("span")];
   where.append(who, spent);
   state.append(words, cure);
   const toggle = hand("Disable", () => act(toggle.textContent.toLowerCase(), [id]), name);
-  const remove = arm(button("Remove", null, "small bad"), () => act("remove", [id]), () => "Really?", name);
+  const remove = hand("Remove", () => act("remove", [id]), name, "small bad");
   const hands = [hand("Details", () => details(id), name), hand("Check", () => check([id]), name), toggle, remove];
   const node = el("tr", { role: "row" }, el("td", { role: "cell" }, box), cells, el("td", { role: "cell" }, hands));
   const row = { node, name, note: "" }; // the note is what the last check found
@@ -22705,8 +22667,8 @@ function accountRow({ id, email }) {
     if (cure.childElementCount !== Number(/expired|dead/.test(account.state))) cure.replaceChildren(remedy(account.state, name));
     put(paid, [account.plan, account.upstreams === "web" ? "" : account.upstreams].filter(Boolean).join(", ") || "–");
     put(kind, account.kind);
-    put(expires, account.expires ? when(account.expires) : "–", { title: fully(account.expires) });
-    put(used, account.used ? when(account.used) : "never", { title: fully(account.used) });
+    put(expires, at(account.expires));
+    put(used, at(account.used, "never"));
     const failed = account.failures ? `, ${num(account.failures)} failed` : "";
     put(today, num(account.answers) + failed, { className: failed && "trouble" });
     const verb = account.state === "disabled" ? "Enable" : "Disable";
@@ -22718,7 +22680,7 @@ function accountRow({ id, email }) {
 
 /** A row of a list below the accounts, with its name, what `parts` it has, and a way to remove it. */
 function listed(name, parts, ...how) {
-  const remove = arm(button("Remove", null, "small bad"), () => removeLater(...how), () => "Really?", name);
+  const remove = hand("Remove", () => removeLater(...how), name, "small bad");
   return el("li", { className: "row" }, el("b", {}, name), parts, remove);
 }
 
@@ -22730,14 +22692,14 @@ function userRow({ user_id, name }) {
   const alter = (body, done) => change(said, "/admin/users/change", { user_id, ...body }, () => done);
   limit.onchange = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${of}.`);
   const work = hand("Use", () => openDialog(of, (box) => chart(box, user_id, ["requests"])), of);
-  const rotate = arm(button("New key", null, "small"), async () => {
+  const rotate = hand("New key", async () => {
+    if (!confirm(`Give ${of} a new key? The old one ends at once.`)) return;
     const made = await alter({ rotate: true }, `The old key of ${of} is no good any more.`);
     if (made) showFresh(of, made.token);
-  }, () => "End the old one?", of);
+  }, of);
   const update = (user) => {
-    const used = user.used ? `used ${when(user.used)}` : "never used";
     put(token, user.token);
-    put(use, `${count(user.requests, "request")}, ${count(user.tokens, "token")} today, ${used}`);
+    put(use, `${count(user.requests, "request")}, ${count(user.tokens, "token")} today; last use: ${at(user.used, "never")}`);
     if (document.activeElement !== limit) limit.value = user.limit ?? "";
   };
   return { update, node: listed(of, [token, use, limit, work, rotate], said, of, [user_id], "/admin/users/delete", { user_id }) };
@@ -22747,7 +22709,7 @@ function seedRow({ seed }) {
   const [on, use] = [el("span"), el("span", { className: "quiet grow" })];
   const update = ({ email, account, usable, chats, used }) => {
     put(on, usable ? email || account : `${email || account || "no account"}, which cannot be visited`);
-    put(use, `${count(chats, "chat")}, signed in ${when(used)}`);
+    put(use, `${count(chats, "chat")}, signed in ${at(used)}`);
   };
   return { update, node: listed(seed, [on, use], $("seeds-said"), seed, [seed], "/seedtoken", { seed }, "DELETE") };
 }
@@ -22822,10 +22784,10 @@ async function details(id) {
   const facts = await get(`/tokens/account/${id}`).catch((error) => say($("said"), "", error));
   if (facts) openDialog(facts.email || id, (box) => {
     const rows = { Id: id, State: stateOf(facts), Kind: facts.kind, Plan: facts.plan, Workspace: facts.workspace,
-      "Taken by": facts.upstreams, Added: fully(facts.added), "Token ends": fully(facts.expires), "Last use": fully(facts.used),
+      "Taken by": facts.upstreams, Added: at(facts.added), "Token ends": at(facts.expires), "Last use": at(facts.used, "never"),
       "Codex allowance": allowance(facts), Proxy: facts.proxy, Upstream: facts.gateway };
     const list = Object.entries(rows).filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
-    const failures = facts.failures.map(({ at, reason }) => el("li", {}, `${fully(at)}: ${reason}`));
+    const failures = facts.failures.map(({ at, reason }) => el("li", {}, `${clock(at)}: ${reason}`));
     box.append(el("dl", { className: "wide" }, list), remedy(facts.state, facts.email), el("h3", { className: "wide" }, "Last failures"),
       el("ul", { className: "wide" }, failures.length ? failures : el("li", { className: "quiet" }, "none in the last 30 days")));
     chart(box, id);
@@ -22844,9 +22806,9 @@ async function signIn() {
     said.before(el("p", {}, "Open ", link, " on any device, sign in there, and type this code:"), shown, copier);
     put(said, `Waiting for you until ${clock(end)}…`);
     while (said.isConnected && $("dialog").open && Date.now() < end) {
+      await new Promise((done) => setTimeout(done, interval * 1000));
       const { status, id, email } = await api("POST", "/tokens/device/result", { device, code });
       if (status === "stored") return $("dialog").close(), say($("said"), `Signed in: ${email || id}.`), poll();
-      await new Promise((done) => setTimeout(done, interval * 1000));
     }
     put(said, "Nobody signed in in time; begin again.");
   } catch (error) {
@@ -23013,14 +22975,12 @@ for (const state of ["", ...STATES]) {
   chip.append(el("b"));
   $("chips").append(chip);
 }
-for (const head of HEADS) {
-  head.firstChild.onclick = () => {
-    const { sort } = head.dataset;
-    const order = wanted.sort === sort && wanted.order === "asc" ? "desc" : "asc";
-    for (const each of HEADS) each.ariaSort = each === head ? `${order}ending` : "none";
-    look({ sort, order });
-  };
-}
+const heads = Object.entries(COLUMNS).map(([label, sort]) => el("th", { role: "columnheader", ariaSort: "none" }, button(label, () => {
+  const order = wanted.sort === sort && wanted.order === "asc" ? "desc" : "asc";
+  for (const head of heads) head.ariaSort = head.textContent === label ? `${order}ending` : "none";
+  look({ sort, order });
+})));
+$("heads").firstElementChild.after(...heads);
 $("client").append(...Object.keys(CLIENTS).map((name) => el("option", {}, name)));
 $("copy-snippet").onclick = () => copy($("snippet").textContent, $("snippet"), $("copy-snippet"));
 showFresh();
@@ -23048,11 +23008,7 @@ $("pick-all").onclick = async () => {
   $("all").focus();
   poll();
 };
-for (const each of BULK) {
-  const go = () => act(each.dataset.do, [...picked]);
-  if (each.dataset.do === "remove") arm(each, go, () => `Remove ${count(picked.size, "account")}?`);
-  else each.onclick = go;
-}
+for (const each of BULK) each.onclick = () => act(each.dataset.do, [...picked]);
 onSubmit("add", () => $("text").value.trim() && upload([new File([$("text").value], "")]));
 $("files").onchange = () => upload($("files").files);
 $("add").ondragover = $("add").ondragleave = $("add").ondrop = (event) => {
@@ -23396,6 +23352,7 @@ const auth = () => (keyOf() ? { authorization: `Bearer ${keyOf()}` } : {});
 const atEnd = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 48;
 const toEnd = () => { $("log").scrollTop = $("log").scrollHeight; };
 const later = (turn) => chat.turns.length - chat.turns.indexOf(turn) - 1;
+const mayDrop = (turn, own) => later(turn) <= own || confirm(`Drop the ${count(later(turn), "turn")} after it?`);
 
 /** Keep a chat as it is, and show the titles of all. */
 function keep(one = chat) {
@@ -23441,10 +23398,11 @@ function questionView(turn) {
     cut(chat.turns.indexOf(turn), number);
     keep();
     $("question").focus();
+    return true;
   };
-  const edit = arm(button("Edit", null, "small"), () => { takeOut(), fillBox(turn); },
-    () => (later(turn) > 1 ? `Drop the ${later(turn)} after it?` : ""), of);
-  const drop = arm(button("Delete", null, "small"), () => takeOut(2), () => "Delete it and its answer?", of);
+  const edit = button("Edit", () => mayDrop(turn, 1) && takeOut() && fillBox(turn), "small");
+  const drop = button("Delete", () => confirm("Delete this question and its answer?") && takeOut(2), "small");
+  [edit.ariaLabel, drop.ariaLabel] = [`Edit ${of}`, `Delete ${of}`];
   return { node: el("div", { className: "question", role: "group", ariaLabel: "Question" },
     el("div", { className: "words", dir: "auto" }, turn.content),
     turn.files.length ? el("ul", { className: "row" }, turn.files.map((file) => chipOf(file))) : "",
@@ -23463,11 +23421,12 @@ function answerView(turn) {
   };
   const end = () => {
     const copier = button("Copy", () => copy(turn.content, text, copier), "small");
-    const again = arm(button("Try again", null, "small"), () => {
+    const again = button("Try again", () => {
+      if (!mayDrop(turn, 0)) return;
       cut(chat.turns.indexOf(turn));
       if ($("question").value === chat.turns.at(-1).content) fillBox();
       answer();
-    }, () => (later(turn) ? `Drop the ${later(turn)} after it?` : ""));
+    }, "small");
     const goOn = turn.more && !later(turn) ? button("Go on", () => answer(turn), "small main") : "";
     const note = el("span", { className: turn.bad ? "trouble" : "quiet" }, turn.note);
     if (turn.lacking) note.append(" ", el("a", { href: `${BASE}/tokens` }, "Look at the accounts"));
@@ -23684,12 +23643,13 @@ function beginAnew() {
 
 $("chats").onchange = () => { openChat(read(`chat ${$("chats").value}`) || blank()); };
 $("title").onchange = () => { chat.title = $("title").value.trim() || chat.title, keep(); };
-arm($("new"), beginAnew, () => (settings.keep || !chat.turns.length ? "" : "Throw this chat away?"));
-arm($("delete"), () => {
+$("new").onclick = () => (settings.keep || !chat.turns.length || confirm("Throw this chat away?")) && beginAnew();
+$("delete").onclick = () => {
+  if (!confirm(`Delete “${chat.title}”?`)) return;
   const { [chat.id]: gone, ...rest } = read("chats") || {};
   if (gone) store("chats", rest), localStorage.removeItem(`${SPACE} chat ${chat.id}`);
   beginAnew();
-}, () => "Delete this chat?");
+};
 $("export").onclick = () => {
   const chats = Object.keys(read("chats") || {}).map((id) => read(`chat ${id}`));
   download("chats.json", new Blob([JSON.stringify({ chats }, null, 1)], { type: "application/json" }));
@@ -23722,7 +23682,7 @@ $("question").onkeydown = (event) => {
   if (!running) $("ask").requestSubmit();
 };
 document.onkeydown = ({ key }) => {
-  if (key === "Escape" && !document.querySelector("dialog[open], .armed")) running?.abort();
+  if (key === "Escape" && !$("settings").open) running?.abort();
 };
 window.onpagehide = () => keep();
 const typed = new URLSearchParams(location.search).get("q");
@@ -23876,7 +23836,7 @@ def chat_page(app: App, request: Request) -> Reply:
     """a chat page against this server's own API, which begins with the question `q`; what Ollama says there, to a client that is
     no browser"""
     if "text/html" in request.headers.get("accept", ""):
-        typed = request.headers.get("sec-fetch-site") in ("none", "same-origin")
+        typed = request.headers.get("sec-fetch-site") == "none"  # and no page's link
         return CHAT_PAGES[request.path[1:], typed]
     return Reply(body=b"Ollama is running", content_type="text/plain; charset=utf-8")
 

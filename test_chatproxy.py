@@ -11151,7 +11151,17 @@ class Tab:
         self.page.set_default_timeout(10_000)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.questions: list[str] = []  # that were asked before something was done
+        self.agrees = True
+        self.page.on("dialog", self._asked)
         self.page.goto(url)
+
+    def _asked(self, dialog: playwright.Dialog) -> None:
+        self.questions.append(dialog.message)
+        if self.agrees:
+            dialog.accept()
+        else:
+            dialog.dismiss()
 
     def _heard(self, message: playwright.ConsoleMessage) -> None:
         if message.type == "error" and "Failed to load resource" not in message.text:
@@ -11165,12 +11175,6 @@ class Tab:
 
     def row(self, name: str) -> playwright.Locator:
         return self.page.locator("#rows tr", has_text=name)
-
-    def confirm(self, button: playwright.Locator) -> None:
-        """Presses a button that asks once, in its own place; a double click is no answer to the question."""
-        button.click()
-        self.page.wait_for_timeout(450)
-        button.click()
 
     def sign_in(self, key: str = ADMIN) -> None:
         self.page.get_by_label("Admin key").fill(key)
@@ -11229,19 +11233,24 @@ def test_the_pool_is_looked_after_on_its_page(
     weather.dead.add(cp.Store(proxy.settings.data_dir).accounts("email=?", "bob@demo.example")[0].secret)
     there.row("bob@").get_by_role("button", name="Check").click()
     there.row("bob@").get_by_text("expired").first.wait_for()
-    remove = there.row("carol@").get_by_role("button", name=re.compile("Remove|Really"))
-    there.confirm(remove)
+    remove = there.row("carol@").get_by_role("button", name="Remove")
+    there.agrees = False
+    remove.click()
+    assert there.questions == ["Remove 1 account?"] and there.row("carol@").count() == 1
+    there.agrees = True
+    remove.click()
     there.row("carol@").wait_for(state="detached")
     assert len(proxy.store.accounts()) == 5  # it can be taken back
     there.press("Undo")
     there.row("carol@").wait_for()
     there.sees("Kept 1 account.")
-    there.confirm(remove)
+    remove.click()
     there.row("carol@").wait_for(state="detached")
     # All at once: what was about to be removed is, before something else is.
     page.get_by_label("Select all on this page").check()
     there.sees("4 selected")
-    there.confirm(page.get_by_role("button", name=re.compile("^Remove( 4 accounts[?])?$")).first)
+    page.locator("[data-do=remove]").click()
+    assert there.questions[-1] == "Remove 4 accounts?"
     page.locator("#rows tr").first.wait_for(state="detached")
     wait_until(lambda: len(proxy.store.accounts()) == 4)
     page.reload()  # who leaves does not take it back
@@ -11276,7 +11285,7 @@ def test_api_users_are_made_and_removed_on_the_page(
     limit.press("Tab")
     there.sees("Changed the limit")
     assert proxy.store.users()[0].limit is None
-    there.confirm(there.page.locator("#users").get_by_role("button", name=re.compile("New key|End the old")))
+    there.page.get_by_role("button", name="New key <b>bob</b>").click()
     fresh = there.page.locator("#fresh code").inner_text()
     assert proxy.ask(key=token).status_code == 401 and proxy.ask(key=fresh).status_code == 200
     for name in cp.SNIPPETS:
@@ -11285,7 +11294,7 @@ def test_api_users_are_made_and_removed_on_the_page(
         assert fresh in shown and proxy.url in shown
     there.press("Done")
     assert fresh not in there.page.content()
-    there.confirm(there.page.locator("#users").get_by_role("button", name=re.compile("Remove|Really")))
+    there.page.get_by_role("button", name="Remove <b>bob</b>").click()
     there.page.locator("#users li").wait_for(state="detached")
     there.page.close()
     wait_until(lambda: not proxy.store.users())
@@ -11461,18 +11470,15 @@ def test_a_failed_question_comes_back_and_poisons_nothing(
     weather.words = ["Second."]
     question_of(there, "two")
     there.sees("Second.")
-    edit = there.page.locator(".question").first.get_by_role("button", name=re.compile("Edit|Drop"))
-    edit.click()
-    assert edit.inner_text() == "Drop the 3 after it?"
-    there.page.wait_for_timeout(450)
-    edit.click()
+    there.page.get_by_role("button", name="Edit short").click()
+    assert there.questions == ["Drop the 3 turns after it?"]
     assert box.input_value() == "short" and there.page.locator(".question, article").count() == 0
     weather.words = ["Third."]
     question_of(there, "shorter")
     there.sees("Third.")
     question_of(there, "another")
     there.page.get_by_text("Third.").nth(1).wait_for()
-    there.confirm(there.page.locator(".question").first.get_by_role("button", name=re.compile("Delete")))
+    there.page.get_by_role("button", name="Delete shorter").click()
     assert there.page.locator(".question").all_inner_texts()[0].startswith("another")
     weather.words = ["Fourth."]
     there.page.get_by_role("button", name="Try again").click()
@@ -11521,19 +11527,18 @@ def test_chats_stay_until_they_are_deleted(
     assert [(one["title"], len(one["turns"])) for one in kept] == [("Cats, mostly", 4), ("About dogs", 2)]
     page.get_by_label("Keep chats in this browser").uncheck()
     there.press("Save")
-    there.confirm(page.locator("#delete"))
+    page.locator("#delete").click()
     assert page.locator("#chats option").all_inner_texts() == ["Chats", "About dogs"]
     # What is not kept is not thrown away unasked.
     question_of(there, "Secret")
     there.sees("Hello wide world.")
     assert "Secret" not in page.evaluate("JSON.stringify(localStorage)")
+    there.agrees = False
     page.locator("#new").click()
-    assert (
-        page.locator("#new").inner_text() == "Throw this chat away?" and page.locator("article").count() == 1
-    )
-    page.keyboard.press("Escape")
-    assert page.locator("#new").inner_text() == "New chat"
-    there.confirm(page.locator("#new"))
+    assert there.questions == ["Delete “Cats, mostly”?", "Throw this chat away?"]
+    assert page.locator("article").count() == 1
+    there.agrees = True
+    page.locator("#new").click()
     assert page.locator("article").count() == 0
 
 
@@ -11802,9 +11807,8 @@ def test_a_long_chat_never_holds_the_page_up(
         page.locator("#go", has_text="Send").wait_for()
         runs.append(page.evaluate("long"))
         page.evaluate("cut(200), keep()")
-    assert median([max(run, default=0) for run in runs]) < 150, (
-        runs
-    )  # 50 ms is the aim, on a machine that does nothing else
+    # 50 ms is the aim, on a machine that does nothing else.
+    assert min(max(run, default=0) for run in runs) <= 100, runs
 
 
 @in_a_browser
@@ -11882,11 +11886,8 @@ def test_accounts_are_sorted_selected_over_pages_and_exported(
         dialog.get_by_role("button", name="Download").click()
     assert len(download.value.path().read_text().splitlines()) == 99
     # The question names the number, and all of them come back.
-    remove = page.locator("[data-do=remove]")
-    remove.click()
-    assert remove.inner_text() == "Remove 99 accounts?"
-    page.wait_for_timeout(450)
-    remove.click()
+    page.locator("[data-do=remove]").click()
+    assert there.questions == ["Remove 99 accounts?"]
     there.sees("99 accounts will be removed in 10 seconds.")
     assert page.evaluate("document.activeElement.textContent") == "Undo"
     there.press("Undo")
@@ -12049,7 +12050,7 @@ def test_every_state_of_the_pages_can_be_used_by_everybody(
     fits(page)
     page.get_by_label("Tokens, one a line").fill("nonsense")
     pool.press("Add")
-    pool.confirm(page.locator("[data-do=remove]"))
+    page.locator("[data-do=remove]").click()
     page.route("**/tokens/*", lambda route: route.abort())
     page.evaluate("poll()")
     pool.sees("The server cannot be reached.")
@@ -12118,12 +12119,6 @@ class Fox:
     def until(self, expression: str) -> None:
         wait_until(lambda: self.js(expression), 15)
 
-    def confirm(self, button: str) -> None:
-        """Presses a button that asks once before it acts."""
-        self.js(f"{button}.click()")
-        time.sleep(0.45)
-        self.js(f"{button}.click()")
-
 
 @pytest.fixture
 def fox(tmp_path: pathlib.Path) -> Iterator[Fox]:
@@ -12165,11 +12160,11 @@ def test_the_pages_work_in_firefox_too(start: Callable[..., Proxy], weather: Wea
     fox.js(f"(() => {{ {AXE.read_text()}; return 1; }})()")
     assert fox.js(clean) == []
     fox.js("document.querySelector('th button').click()")
-    fox.until("document.querySelector('th[data-sort]').ariaSort === 'ascending'")
-    assert fox.js("document.querySelector('th[data-sort]').getAttribute('aria-sort')") == "ascending"
+    fox.until("document.querySelector('th[aria-sort]').ariaSort === 'ascending'")
+    assert fox.js("document.querySelector('th[aria-sort]').getAttribute('aria-sort')") == "ascending"
     fox.js("$('all').click()")
     fox.until("$('picked').textContent === '2 selected'")
-    fox.confirm("document.querySelector('[data-do=remove]')")
+    fox.js("window.confirm = () => true, document.querySelector('[data-do=remove]').click()")
     fox.until("$('rows').children.length === 0 && document.activeElement.textContent === 'Undo'")
     fox.js("document.activeElement.click()")
     fox.until("$('rows').children.length === 2")
@@ -13263,7 +13258,7 @@ def test_what_is_old_is_forgotten_and_nothing_else(
     for age in (6.9, 7.1):
         store.put_file(kept_file(alice, f"loose-{age}", "", now - age * day))
         store.put_file(kept_file(alice, f"listed-{age}", "user_data", now - age * day))
-    for subject, ages in {"acc-1": (1, 4), "acc-2": (4, 5)}.items():
+    for subject, ages in {"acc-1": (1, 40), "acc-2": (40, 50)}.items():
         store.add_tallies({(subject, now - age * day): cp.Tally(used=now - age * day) for age in ages})
     for age in (23, 25):
         store.put_response(f"r-{age}", "owner", "{}", "[]", now - age * hour)
@@ -13271,7 +13266,7 @@ def test_what_is_old_is_forgotten_and_nothing_else(
     assert [row[1] for row in store.waits()] == ["recent"]
     assert {file.digest for file in store.files("1")} == {"loose-6.9", "listed-6.9", "listed-7.1"}
     assert {name: len(store.tallies(name, 0.0)) for name in ("acc-1", "acc-2")} == {"acc-1": 1, "acc-2": 1}
-    assert store.last_tallies()[1][1] == now - 4 * day  # the last one, which tells when it was used
+    assert store.last_tallies()[1][1] == now - 40 * day  # the last one, which tells when it was used
 
     def kept() -> list[int]:  # whatever its age
         return [
@@ -19372,7 +19367,7 @@ def test_a_worker_process_that_dies_fails_its_own_requests_alone_and_is_started_
 
         def counted() -> float:
             lines = httpx.get(f"{served.url}/metrics").text.splitlines()
-            return next(float(line.split()[-1]) for line in lines if line.startswith(refused))
+            return next((float(line.split()[-1]) for line in lines if line.startswith(refused)), 0.0)
 
         for _ in range(8):
             assert httpx.get(f"{served.url}/v1/models").status_code == 401
