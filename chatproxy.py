@@ -739,9 +739,8 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.headers = dict(headers or {})
-        self.words = (
-            ""  # the upstream's own about it: for the client alone, since they may repeat what that has sent
-        )
+        # The upstream's own about it: for the client alone, since they may repeat what that has sent.
+        self.words = ""
         self.shape = "openai"  # a key of SHAPES: the API that was called
 
     @property
@@ -3288,9 +3287,8 @@ MAX_IDLE = 64  # connections kept for one account; owners whose connections are 
 MAX_ANSWER = 32 << 20
 MAX_AT_ONCE = 16 << 20
 MAX_ANSWER_LINES = 300
-MAX_AHEAD = (
-    16  # times that something of an answer may come before anybody takes it; then its connection rests
-)
+# Times that something of an answer may come before anybody takes it; then its connection rests.
+MAX_AHEAD = 16
 
 
 class Egress(NamedTuple):
@@ -4400,9 +4398,8 @@ class WebSocket:
         self, sock: socket.socket, loop: Loop, ahead: bytes = b"", *, most: int = 1_000_000,
         idle: float = 15, patience: float = 10, send_timeout: float = 30,
     ) -> None:  # fmt: skip
-        self.heard_bytes: Callable[[bytes], None] | None = (
-            None  # who takes messages of bytes: else they are refused
-        )
+        # Who takes messages of bytes: else they are refused.
+        self.heard_bytes: Callable[[bytes], None] | None = None
         self._is_text = True  # whether the message under way is a text
         sock.setblocking(False)
         self._sock = sock
@@ -5016,10 +5013,10 @@ class Given(NamedTuple):
 
 # Names under which other programs keep a token; a refresh token is worth more than the access token beside it.
 _TOKEN_NAMES = ("refresh_token", "refreshToken", "sessionToken", "token", "access_token", "accessToken")
-MAX_BROKEN_JSON = (
-    20  # beginnings of JSON that lead to no end, each of which may be looked for through a whole text
-)
+# Beginnings of JSON that lead to no end: each may be looked for through a whole text.
+MAX_BROKEN_JSON = 20
 NO_TOKEN = "{}"  # stands for JSON without any
+_COOKIE_PART = re.compile(rf"{re.escape(SESSION_COOKIE)}\.(\d)")
 
 
 def given_tokens(text: str, place: str = "") -> Iterator[Given]:
@@ -5027,7 +5024,7 @@ def given_tokens(text: str, place: str = "") -> Iterator[Given]:
     another; JSON of other programs (see `tokens_in`), on one line or several. What is none of them stands for itself."""
     held: list[Given] = []  # the parts of a session cookie
     for unit in _units(text, place):
-        match = re.search(rf"{re.escape(SESSION_COOKIE)}\.(\d)", unit.text)
+        match = _COOKIE_PART.search(unit.text)
         if held and match and int(match[1]) == len(held):
             held.append(unit)
             continue
@@ -15772,9 +15769,8 @@ _DONE_THERE = (
 )  # fmt: skip
 
 
-SIGNATURE = (
-    "chatproxy"  # of thinking, which clients send back with it; what only the upstream can read may follow
-)
+# Of thinking, which clients send back with it; what only the upstream can read may follow.
+SIGNATURE = "chatproxy"
 
 
 def encrypted_in(signature: Any) -> str:
@@ -22287,19 +22283,18 @@ def built_page(title: str, style: str, body: str, script: str, sends: str = "'no
 BASE_CSS = r"""
 :root {
   color-scheme: light dark;
-  --page: #f6f7f8; --card: #ffffff; --text: #1b2126; --quiet: #57626d; --line: #dce0e4; --edge: #848d96; --soft: #eceff1;
-  --accent: #0b6e69; --on-accent: #ffffff; --bad: #b3261e; --good: #2e7d32; --warn: #a86200;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14181b; --card: #1c2226; --text: #e5e9ec; --quiet: #9aa6b0; --line: #323a41; --edge: #737e88; --soft: #272e34;
-    --accent: #5cc8bf; --on-accent: #06211f; --bad: #ff8a80; --good: #7cc47f; --warn: #e8b04a;
-  }
+  --page: light-dark(#f6f7f8, #14181b); --card: light-dark(#ffffff, #1c2226); --soft: light-dark(#eceff1, #272e34);
+  --text: light-dark(#1b2126, #e5e9ec); --quiet: light-dark(#57626d, #9aa6b0);
+  --line: light-dark(#dce0e4, #323a41); --edge: light-dark(#848d96, #737e88);
+  --accent: light-dark(#0b6e69, #5cc8bf); --on-accent: light-dark(#ffffff, #06211f);
+  --bad: light-dark(#b3261e, #ff8a80); --good: light-dark(#2e7d32, #7cc47f); --warn: light-dark(#a86200, #e8b04a);
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere; }
-body { font: 15px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+body {
+  margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 15px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
 h1, h2, p { margin: 0; font-size: 1em; }
 a, h1 { color: var(--accent); }
 button, input, select, textarea {
@@ -22327,8 +22322,10 @@ input[type="checkbox"] { width: 1.1rem; height: 1.1rem; }
 ul { list-style: none; margin: 0; padding: 0; }
 textarea { width: 100%; resize: vertical; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.9em; }
-dialog { border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: inherit; }
-dialog { width: min(42rem, 100% - 2rem); }
+dialog {
+  border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: inherit;
+  width: min(42rem, 100% - 2rem);
+}
 """
 
 BASE_JS = r"""
@@ -22346,14 +22343,16 @@ const BASE = location.origin + location.pathname.replace(STEP ? new RegExp(`[/]$
 function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
   for (const child of children.flat()) node.append(child); // spread arguments would be limited in number
-  for (const [name, value] of Object.entries(props)) { // after the children, each of which `dir: "auto"` would look at anew
+  for (const [name, value] of Object.entries(props)) { // at the end: `dir: "auto"` would look at each child anew
     if (name in node) node[name] = value;
     else node.setAttribute(name, value);
   }
   return node;
 }
 
-const button = (text, onclick, className) => el("button", { type: "button", onclick, className }, text);
+/** A button; `of` is what it is about, for those who do not see where it stands. */
+const button = (text, onclick, className = "", of = "") =>
+  el("button", { type: "button", onclick, className, ariaLabel: of ? `${text} ${of}` : null }, text);
 
 function onSubmit(id, act) {
   $(id).onsubmit = (event) => {
@@ -22395,16 +22394,32 @@ function clock(moment) {
   return date.toLocaleString("en-GB", { ...day, hour: "2-digit", minute: "2-digit" });
 }
 
-/** Copy `text`, or select it in `shown`: browsers offer the clipboard only over HTTPS and on this machine. */
-async function copy(text, shown, node) {
-  try {
-    await navigator.clipboard.writeText(text);
-    node.textContent = "Copied";
-  } catch {
-    getSelection().selectAllChildren(shown);
-    node.textContent = "Selected";
-  }
-  setTimeout(() => { node.textContent = "Copy"; }, 1500);
+/** A button that copies what `shown` has, or selects it where the browser has no clipboard: over plain HTTP. */
+function copier(shown, className = "small", text = () => shown.textContent) {
+  return button("Copy", async ({ target }) => {
+    try {
+      await navigator.clipboard.writeText(text());
+      target.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(shown);
+      target.textContent = "Selected";
+    }
+    setTimeout(() => { target.textContent = "Copy"; }, 1500);
+  }, className);
+}
+
+/** Have `take` take the files that are chosen at `input` or dropped on `node`; `marked` shows that they may be. */
+function onFiles(input, node, marked, take) {
+  input.onchange = () => {
+    take([...input.files]);
+    input.value = ""; // so that the same file may be chosen again
+  };
+  node.ondragover = node.ondragleave = node.ondrop = (event) => {
+    marked.classList.toggle("over", event.type === "dragover");
+    if (!event.dataTransfer.types.includes("Files")) return; // text goes where it was dropped
+    event.preventDefault();
+    if (event.type === "drop") take([...event.dataTransfer.files]);
+  };
 }
 
 function download(name, blob) {
@@ -22436,7 +22451,6 @@ th, td { text-align: start; padding: 0.4rem 0.5rem; border-bottom: 1px solid var
 th button { border: 0; padding: 0; color: inherit; background: none; }
 th[aria-sort="ascending"] button::after { content: " ▲" / ""; }
 th[aria-sort="descending"] button::after { content: " ▼" / ""; }
-:is(th, td):nth-child(n+4) { white-space: nowrap; }
 td:nth-child(2) { width: 30%; min-width: 12rem; }
 td:nth-child(3) { min-width: 11rem; }
 td:last-child { text-align: end; }
@@ -22452,7 +22466,8 @@ pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); bor
 :is(#said, #added, #users-said, #seeds-said, #fresh):empty { display: none; }
 .plot { display: flex; gap: 2px; height: 8rem; margin-bottom: 1.2rem; border-block: 1px solid var(--line); }
 .plot div { position: relative; flex: 1; display: flex; flex-direction: column-reverse; }
-.plot div::after { content: attr(data-label); position: absolute; top: 100%; color: var(--quiet); font-size: 0.7rem; white-space: nowrap; }
+.plot div::after { content: attr(data-label); position: absolute; top: 100%; color: var(--quiet); font-size: 0.7rem; }
+.plot div::after, :is(th, td):nth-child(n+4) { white-space: nowrap; }
 .plot .at { background: var(--soft); }
 :is(.answers, .requests) { background: var(--good); }
 .failures { border: 2px solid var(--bad); }
@@ -22485,9 +22500,9 @@ TOKENS_HTML = r"""
   <div id="pool" class="stack" hidden>
     <section id="start" class="card stack" hidden>
       <h2>There is no account yet</h2>
-      <p><b>Sign in with a code</b>, which you type on any device: the account that is stored here renews itself. So do a
-        <b>refresh token</b> and a <b>session cookie</b> (<code>__Secure-next-auth.session-token</code> of chatgpt.com), which
-        the mirror needs. An <b>access token</b>, which chatgpt.com/api/auth/session shows, ends after some days. The word
+      <p><b>Sign in with a code</b>, which you type on any device: the account renews itself. So do a <b>refresh
+        token</b> and a <b>session cookie</b> (<code>__Secure-next-auth.session-token</code> of chatgpt.com), which the
+        mirror needs. An <b>access token</b>, which chatgpt.com/api/auth/session shows, ends after some days. The word
         <code>login-free</code> adds a visitor without an account.</p>
       <div class="row"><button type="button" class="main device">Sign in with a code</button></div>
     </section>
@@ -22504,7 +22519,8 @@ TOKENS_HTML = r"""
       <button type="button" data-do="remove" class="bad">Remove</button>
       <p id="said" class="wide" role="status"></p>
       <div class="wide"><table class="wide" aria-label="Accounts" role="table">
-        <thead role="rowgroup"><tr id="heads" role="row"><th role="columnheader"><span class="spoken">Selected</span></th>
+        <thead role="rowgroup"><tr id="heads" role="row">
+          <th role="columnheader"><span class="spoken">Selected</span></th>
           <th role="columnheader"><span class="spoken">Actions</span></th></tr></thead>
         <tbody id="rows" role="rowgroup"></tbody>
       </table></div>
@@ -22513,7 +22529,8 @@ TOKENS_HTML = r"""
     </section>
     <form id="add" class="card stack">
       <h2>Add accounts</h2>
-      <label>Tokens, one a line, or what a file of them has<textarea id="text" rows="4" spellcheck="false"></textarea></label>
+      <label>Tokens, one a line, or what a file of them has
+        <textarea id="text" rows="4" spellcheck="false"></textarea></label>
       <div class="row">
         <button class="main">Add</button>
         <button type="button" class="device">Sign in with a code</button>
@@ -22533,7 +22550,7 @@ TOKENS_HTML = r"""
       <button class="main">Add user</button>
       <details id="connect" class="wide"><summary>How to connect</summary>
         <div class="row"><label>Base URL <code id="base"></code></label>
-          <select id="client" aria-label="Client"></select><button id="copy-snippet" type="button" class="small">Copy</button></div>
+          <select id="client" aria-label="Client"></select></div>
         <pre id="snippet" tabindex="0"></pre></details>
     </form>
     <form id="add-seed" class="card row" hidden>
@@ -22541,7 +22558,7 @@ TOKENS_HTML = r"""
       <ul id="seeds" class="wide"></ul>
       <p id="seeds-said" class="wide" role="status"></p>
       <input id="seed" class="grow" required maxlength="200" placeholder="Seed" aria-label="Seed" autocomplete="off">
-      <input id="seed-account" class="grow" required placeholder="Account: id or e-mail" aria-label="Account: id or e-mail">
+      <input id="seed-account" class="grow" required placeholder="Account: id or e-mail" aria-label="Account">
       <button class="main">Give it this account</button>
     </form>
   </div>
@@ -22553,7 +22570,8 @@ TOKENS_JS = r"""
 const PAGE = 50;
 const STATES = ["ready", "waiting", "expired", "dead", "disabled"];
 // The columns of the list, and what it is sorted by for each.
-const COLUMNS = { Account: "account", State: "state", Plan: "plan", Kind: "kind", Expires: "expires", "Last use": "used", Today: "today" };
+const COLUMNS = { Account: "account", State: "state", Plan: "plan", Kind: "kind", Expires: "expires",
+  "Last use": "used", Today: "today" };
 const BULK = document.querySelectorAll("[data-do]");
 const wanted = { offset: 0, q: "", state: "", sort: "", order: "asc" };
 const [accounts, users, seeds] = [new Map(), new Map(), new Map()]; // id -> its row, of those shown
@@ -22628,12 +22646,10 @@ function sync(parent, items, id, rows, make) {
   (focused.isConnected ? focused : next?.querySelector("button") || $("search")).focus({ preventScroll: true });
 }
 
-/** A small button, named for what it is about. */
-const hand = (text, onclick, of, className = "small") =>
-  el("button", { type: "button", className, onclick, ariaLabel: `${text} ${of}` }, text);
+const isLost = (state) => state === "expired" || state === "dead";
 
 /** What can be done about an account that does not answer any more. */
-const remedy = (state, of) => (state === "expired" || state === "dead" ? hand("Sign in again", signIn, of) : "");
+const remedies = (state, of) => (isLost(state) ? [button("Sign in again", signIn, "small", of)] : []);
 
 /** The state of an account, with the times of the reader's own zone. */
 function stateOf({ state, told, waits, wants }) {
@@ -22653,18 +22669,20 @@ function accountRow({ id, email }) {
   const [who, spent, words, cure] = [el("span"), el("div", { className: "quiet" }), el("span"), el("span")];
   where.append(who, spent);
   state.append(words, cure);
-  const toggle = hand("Disable", () => act(toggle.textContent.toLowerCase(), [id]), name);
-  const remove = hand("Remove", () => act("remove", [id]), name, "small bad");
-  const hands = [hand("Details", () => details(id), name), hand("Check", () => check([id]), name), toggle, remove];
-  const node = el("tr", { role: "row" }, el("td", { role: "cell" }, box), cells, el("td", { role: "cell" }, hands));
+  const look = button("Details", () => details(id), "small", name);
+  const ask = button("Check", () => check([id]), "small", name);
+  const toggle = button("Disable", () => act(toggle.textContent.toLowerCase(), [id]), "small", name);
+  const remove = button("Remove", () => act("remove", [id]), "small bad", name);
+  const node = el("tr", { role: "row" }, el("td", { role: "cell" }, box), cells,
+    el("td", { role: "cell" }, look, ask, toggle, remove));
   const row = { node, name, note: "" }; // the note is what the last check found
   box.onchange = () => { picked[box.checked ? "add" : "delete"](id), showPicked(); };
   row.update = (account) => {
-    const said = stateOf(account);
+    const said = stateOf(account) + (row.note && row.note !== account.told ? ` – ${row.note}` : "");
     put(who, name, { title: id });
     put(spent, allowance(account) && `Codex: ${allowance(account)}`);
-    put(words, row.note && row.note !== account.told ? `${said} – ${row.note}` : said, { className: `dot ${account.state}` });
-    if (cure.childElementCount !== Number(/expired|dead/.test(account.state))) cure.replaceChildren(remedy(account.state, name));
+    put(words, said, { className: `dot ${account.state}` });
+    if (cure.hasChildNodes() !== isLost(account.state)) cure.replaceChildren(...remedies(account.state, name));
     put(paid, [account.plan, account.upstreams === "web" ? "" : account.upstreams].filter(Boolean).join(", ") || "–");
     put(kind, account.kind);
     put(expires, at(account.expires));
@@ -22672,7 +22690,7 @@ function accountRow({ id, email }) {
     const failed = account.failures ? `, ${num(account.failures)} failed` : "";
     put(today, num(account.answers) + failed, { className: failed && "trouble" });
     const verb = account.state === "disabled" ? "Enable" : "Disable";
-    put(toggle, verb, { ariaLabel: `${verb} ${name}`, hidden: /expired|dead/.test(account.state) });
+    put(toggle, verb, { ariaLabel: `${verb} ${name}`, hidden: isLost(account.state) });
     box.checked = picked.has(id);
   };
   return row;
@@ -22680,7 +22698,7 @@ function accountRow({ id, email }) {
 
 /** A row of a list below the accounts, with its name, what `parts` it has, and a way to remove it. */
 function listed(name, parts, ...how) {
-  const remove = hand("Remove", () => removeLater(...how), name, "small bad");
+  const remove = button("Remove", () => removeLater(...how), "small bad", name);
   return el("li", { className: "row" }, el("b", {}, name), parts, remove);
 }
 
@@ -22691,18 +22709,20 @@ function userRow({ user_id, name }) {
   const limit = el("input", { type: "number", min: 0, placeholder: "no limit", ariaLabel: `Requests a day of ${of}` });
   const alter = (body, done) => change(said, "/admin/users/change", { user_id, ...body }, () => done);
   limit.onchange = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${of}.`);
-  const work = hand("Use", () => openDialog(of, (box) => chart(box, user_id, ["requests"])), of);
-  const rotate = hand("New key", async () => {
+  const work = button("Use", () => openDialog(of, (box) => chart(box, user_id, ["requests"])), "small", of);
+  const rotate = button("New key", async () => {
     if (!confirm(`Give ${of} a new key? The old one ends at once.`)) return;
     const made = await alter({ rotate: true }, `The old key of ${of} is no good any more.`);
     if (made) showFresh(of, made.token);
-  }, of);
+  }, "small", of);
   const update = (user) => {
     put(token, user.token);
-    put(use, `${count(user.requests, "request")}, ${count(user.tokens, "token")} today; last use: ${at(user.used, "never")}`);
+    const today = `${count(user.requests, "request")}, ${count(user.tokens, "token")} today`;
+    put(use, `${today}; last use: ${at(user.used, "never")}`);
     if (document.activeElement !== limit) limit.value = user.limit ?? "";
   };
-  return { update, node: listed(of, [token, use, limit, work, rotate], said, of, [user_id], "/admin/users/delete", { user_id }) };
+  const parts = [token, use, limit, work, rotate];
+  return { update, node: listed(of, parts, said, of, [user_id], "/admin/users/delete", { user_id }) };
 }
 
 function seedRow({ seed }) {
@@ -22723,7 +22743,7 @@ function showPicked() {
   for (const each of BULK) each.disabled = !picked.size;
 }
 
-/** Ask the upstream about accounts, a hundred at a time, and name those that do not work and those that were not asked. */
+/** Ask the upstream about accounts, a hundred at a time; names those that do not work and those that were not asked. */
 async function check(ids) {
   const results = {};
   try {
@@ -22735,7 +22755,8 @@ async function check(ids) {
     return say($("said"), "", error);
   }
   const name = (id) => (accounts.get(id)?.name || id) + (results[id] ? `: ${results[id]}` : "");
-  const some = (found) => found.slice(0, 5).map(name).join("; ") + (found.length > 5 ? ` and ${num(found.length - 5)} more` : "");
+  const more = (found) => (found.length > 5 ? ` and ${num(found.length - 5)} more` : "");
+  const some = (found) => found.slice(0, 5).map(name).join("; ") + more(found);
   const [bad, skipped] = [ids.filter((id) => results[id]), ids.filter((id) => results[id] == null)];
   const works = ids.length - bad.length - skipped.length;
   for (const id of ids) if (accounts.has(id)) accounts.get(id).note = (results[id] ?? "not asked") || "works";
@@ -22764,11 +22785,13 @@ function openDialog(title, fill) {
 /** Whoever has the file has the accounts: so the key is asked for again. */
 function exportThem(ids) {
   openDialog(`Export ${count(ids.length, "account")}`, (box) => {
-    const key = el("input", { type: "password", autocomplete: "current-password", ariaLabel: "Admin key", hidden: $("sign-out").hidden });
+    const key = el("input", { type: "password", autocomplete: "current-password", ariaLabel: "Admin key" });
+    key.hidden = $("sign-out").hidden;
     const said = el("p", { className: "trouble wide", role: "alert" });
-    const form = el("form", { className: "stack" }, el("p", {}, "Whoever has this file has the accounts. Refresh tokens that "
-      + "change with each use can live in one place alone: stop this server before you use the file elsewhere."),
-    key, el("button", { className: "main" }, "Download"), said);
+    const warning = el("p", {}, "Whoever has this file has the accounts. Refresh tokens that change with each use can "
+      + "live in one place alone: stop this server before you use the file elsewhere.");
+    const go = el("button", { className: "main" }, "Download");
+    const form = el("form", { className: "stack" }, warning, key, go, said);
     form.onsubmit = (event) => {
       event.preventDefault();
       send("POST", "/tokens/export", { ids, key: key.value.trim() }).then(async (response) => {
@@ -22784,12 +22807,16 @@ async function details(id) {
   const facts = await get(`/tokens/account/${id}`).catch((error) => say($("said"), "", error));
   if (facts) openDialog(facts.email || id, (box) => {
     const rows = { Id: id, State: stateOf(facts), Kind: facts.kind, Plan: facts.plan, Workspace: facts.workspace,
-      "Taken by": facts.upstreams, Added: at(facts.added), "Token ends": at(facts.expires), "Last use": at(facts.used, "never"),
-      "Codex allowance": allowance(facts), Proxy: facts.proxy, Upstream: facts.gateway };
-    const list = Object.entries(rows).filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
+      "Taken by": facts.upstreams, Added: at(facts.added), "Token ends": at(facts.expires),
+      "Last use": at(facts.used, "never"), "Codex allowance": allowance(facts), Proxy: facts.proxy,
+      Upstream: facts.gateway };
+    const known = Object.entries(rows).filter(([, value]) => value);
+    const terms = known.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
     const failures = facts.failures.map(({ at, reason }) => el("li", {}, `${clock(at)}: ${reason}`));
-    box.append(el("dl", { className: "wide" }, list), remedy(facts.state, facts.email), el("h3", { className: "wide" }, "Last failures"),
-      el("ul", { className: "wide" }, failures.length ? failures : el("li", { className: "quiet" }, "none in the last 30 days")));
+    const none = el("li", { className: "quiet" }, "none in the last 30 days");
+    box.append(el("dl", { className: "wide" }, terms), ...remedies(facts.state, facts.email),
+      el("h3", { className: "wide" }, "Last failures"),
+      el("ul", { className: "wide" }, failures.length ? failures : none));
     chart(box, id);
   });
 }
@@ -22801,9 +22828,8 @@ async function signIn() {
   try {
     const { device, code, address, interval, seconds } = await api("POST", "/tokens/device", {});
     const [shown, end] = [el("code", { className: "code" }, code), Date.now() + seconds * 1000];
-    const copier = button("Copy", () => copy(code, shown, copier), "small");
     const link = el("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, address);
-    said.before(el("p", {}, "Open ", link, " on any device, sign in there, and type this code:"), shown, copier);
+    said.before(el("p", {}, "Open ", link, " on any device, sign in there, and type this code:"), shown, copier(shown));
     put(said, `Waiting for you until ${clock(end)}…`);
     while (said.isConnected && $("dialog").open && Date.now() < end) {
       await new Promise((done) => setTimeout(done, interval * 1000));
@@ -22817,16 +22843,17 @@ async function signIn() {
   }
 }
 
-/** Add to `box` a chart of what an account or user (all accounts for "") did; one points at a bar, or moves the slider below, to
- *  read its values. Full bars stand below, hollow ones on them. Returns what looks at it anew. */
+/** Add to `box` a chart of what an account or user (all accounts for "") did; one points at a bar, or moves the slider
+ *  below, to read its values. Full bars stand below, hollow ones on them. Returns what looks at it anew. */
 function chart(box, of = "", kinds = ["answers", "failures"]) {
   const [span, total] = [el("select", { ariaLabel: "Time" }), el("span", { className: "grow" })];
   span.append(el("option", { value: "day" }, "24 hours"), el("option", { value: "month" }, "30 days"));
   const plot = el("div", { className: "plot wide", ariaHidden: "true" });
-  const slider = el("input", { type: "range", className: "wide", min: 0, ariaLabel: `Time to read ${kinds.join(" and ")} of` });
+  const slider = el("input", { type: "range", className: "wide", min: 0, ariaLabel: "Time to read" });
   const value = el("p", { className: "quiet wide" });
   let work = null;
-  const words = (each) => [...kinds, ...(each.tokens ? ["tokens"] : [])].map((kind) => count(each[kind], kind.slice(0, -1))).join(", ");
+  const words = (each) => [...kinds, ...(each.tokens ? ["tokens"] : [])]
+    .map((kind) => count(each[kind], kind.slice(0, -1))).join(", ");
   const time = (start) => (span.value === "day" ? clock(start) : new Date(start).toLocaleDateString("en-GB"));
   const point = (index) => {
     slider.value = index;
@@ -22836,7 +22863,7 @@ function chart(box, of = "", kinds = ["answers", "failures"]) {
     slider.ariaValueText = value.textContent;
   };
   const show = () => {
-    const sum = (kind) => work.reduce((all, each) => all + each[kind], 0);
+    const sum = (kind) => [kind, work.reduce((all, each) => all + each[kind], 0)];
     const most = Math.max(...work.map((each) => kinds.reduce((all, kind) => all + each[kind], 0)), 1);
     plot.replaceChildren(...work.map((each, index) => {
       const bars = kinds.map((kind) => el("i", { className: kind, hidden: !each[kind] }));
@@ -22844,7 +22871,7 @@ function chart(box, of = "", kinds = ["answers", "failures"]) {
       const label = span.value === "day" ? clock(each.start).slice(-5) : time(each.start).slice(0, 5);
       return el("div", { "data-label": index % 6 ? "" : label, onpointerenter: () => point(index) }, bars);
     }));
-    put(total, `${words(Object.fromEntries([...kinds, "tokens"].map((kind) => [kind, sum(kind)])))}; at most ${num(most)} at a time`);
+    put(total, `${words(Object.fromEntries([...kinds, "tokens"].map(sum)))}; at most ${num(most)} at a time`);
     slider.max = work.length - 1;
     point(work.length - 1);
   };
@@ -22938,15 +22965,13 @@ function look(other) {
 }
 
 /** Add what is in files. What was left out is in the box afterwards, each line below the reason. */
-async function upload(given) {
-  const files = [...given]; // which is emptied below
+async function upload(files) {
   const body = new FormData();
   for (const file of files) body.append("text", file);
   const texts = await Promise.all(files.map((file) => file.text()));
   const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, faults }) =>
     `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}${
       seeds ? `, ${count(seeds, "seed")}` : ""}.${faults.length ? ` ${num(faults.length)} left out: see above.` : ""}`);
-  $("files").value = ""; // so that the same file may be chosen again
   if (!result) return;
   $("text").value = result.left_out.map(({ file, first, last }, index) => {
     const text = texts[files.findIndex(({ name }) => name === file)];
@@ -22957,14 +22982,14 @@ async function upload(given) {
 /** Show the new key of a user this once, here and in the ways to connect; or no more. */
 function showFresh(name = "", key = "") {
   const shown = el("code", {}, key);
-  const copier = button("Copy", () => copy(key, shown, copier), "main");
+  const copy = copier(shown, "main");
   const done = button("Done", () => { showFresh(), $("user-name").focus(); });
-  $("fresh").replaceChildren(...(key ? [`The key of ${name}, shown only now:`, shown, copier, done] : []));
+  $("fresh").replaceChildren(...(key ? [`The key of ${name}, shown only now:`, shown, copy, done] : []));
   put($("base"), `${BASE}/v1`);
   $("client").onchange = () =>
     put($("snippet"), CLIENTS[$("client").value].replaceAll("BASE", BASE).replaceAll("KEY", key || "YOUR_KEY"));
   $("client").onchange();
-  if (key) $("connect").open = true, copier.focus();
+  if (key) $("connect").open = true, copy.focus();
 }
 
 $("to-chat").href = `${BASE}/chat`;
@@ -22975,14 +23000,17 @@ for (const state of ["", ...STATES]) {
   chip.append(el("b"));
   $("chips").append(chip);
 }
-const heads = Object.entries(COLUMNS).map(([label, sort]) => el("th", { role: "columnheader", ariaSort: "none" }, button(label, () => {
-  const order = wanted.sort === sort && wanted.order === "asc" ? "desc" : "asc";
-  for (const head of heads) head.ariaSort = head.textContent === label ? `${order}ending` : "none";
-  look({ sort, order });
-})));
+const heads = Object.entries(COLUMNS).map(([label, sort]) => {
+  const sorter = button(label, () => {
+    const order = wanted.sort === sort && wanted.order === "asc" ? "desc" : "asc";
+    for (const head of heads) head.ariaSort = head.textContent === label ? `${order}ending` : "none";
+    look({ sort, order });
+  });
+  return el("th", { role: "columnheader", ariaSort: "none" }, sorter);
+});
 $("heads").firstElementChild.after(...heads);
 $("client").append(...Object.keys(CLIENTS).map((name) => el("option", {}, name)));
-$("copy-snippet").onclick = () => copy($("snippet").textContent, $("snippet"), $("copy-snippet"));
+$("client").after(copier($("snippet")));
 showFresh();
 for (const each of document.querySelectorAll(".device")) each.onclick = signIn;
 onSubmit("sign-in", async () => {
@@ -23010,13 +23038,7 @@ $("pick-all").onclick = async () => {
 };
 for (const each of BULK) each.onclick = () => act(each.dataset.do, [...picked]);
 onSubmit("add", () => $("text").value.trim() && upload([new File([$("text").value], "")]));
-$("files").onchange = () => upload($("files").files);
-$("add").ondragover = $("add").ondragleave = $("add").ondrop = (event) => {
-  $("add").classList.toggle("over", event.type === "dragover");
-  if (!event.dataTransfer.types.includes("Files")) return; // text goes into the text area as usual
-  event.preventDefault();
-  if (event.type === "drop") upload(event.dataTransfer.files);
-};
+onFiles($("files"), $("add"), $("add"), upload);
 onSubmit("add-seed", async () => {
   const [seed, token] = [$("seed").value.trim(), $("seed-account").value.trim()];
   const made = await change($("seeds-said"), "/seedtoken", { seed, token }, () => `${seed} has this account now.`);
@@ -23052,12 +23074,12 @@ article, .question { content-visibility: auto; contain-intrinsic-size: auto 10re
 .question { display: flow-root; margin: 1.25rem 0; }
 .words { white-space: pre-wrap; background: var(--soft); border-radius: 14px; padding: 0.6rem 1rem; }
 .words, .question .row { width: fit-content; max-width: 88%; margin-inline-start: auto; margin-bottom: 0.3rem; }
-.left-out .words { opacity: 0.6; }
 .file { border: 1px solid var(--line); border-radius: 8px; padding: 0.2rem 0.5rem; }
 .file img { height: 2.5rem; border-radius: 5px; }
 details { margin-bottom: 0.8rem; }
-details > div, blockquote { border-inline-start: 3px solid var(--line); padding-inline-start: 0.9rem; color: var(--quiet); }
-article[aria-busy="true"]::after { content: "● ● ●"; color: var(--quiet); animation: wait 1.2s infinite alternate; }
+details > div, blockquote { border-inline-start: 3px solid var(--line); padding-inline-start: 0.9rem; }
+article[aria-busy="true"]::after { content: "● ● ●"; animation: wait 1.2s infinite alternate; }
+article::after, details > div, blockquote { color: var(--quiet); }
 @keyframes wait { to { opacity: 0.25; } }
 @media (prefers-reduced-motion: reduce) { article::after { animation: none !important; } }
 .md > *, .md blockquote, .md figure { margin: 0 0 0.8rem; }
@@ -23115,7 +23137,7 @@ CHAT_HTML = r"""
       <p id="why" class="quiet"></p>
       <label>API key; none is needed while you are signed in to the accounts
         <input id="key" type="password" autocomplete="off" pattern="[!-~]*"></label>
-      <label class="row"><input id="remember" type="checkbox"> Remember the key in this browser, not only in this tab</label>
+      <label class="row"><input id="remember" type="checkbox"> Remember the key in this browser, beyond this tab</label>
       <label>Effort<select id="effort" aria-label="Effort"><option value="">the model's own</option>
         <option>low</option><option>medium</option><option>high</option><option>xhigh</option></select></label>
       <label>System prompt<textarea id="system" rows="3" dir="auto"></textarea></label>
@@ -23132,8 +23154,13 @@ CHAT_JS = r"""
 // found in one walk along the text. So an answer made to be expensive costs no more than its length.
 const DEEPEST = 20;
 const FENCE = /^[ \t]*(`{3,}|~{3,})([^`]*)$/;
-const MATHS = /^(\\\[(?!.*\\\])|[$]{2}(?!.*[$]{2}))/; // begins on this line, and does not end there
 const ITEM = /^[ \t]*([-*+]|[0-9]{1,9}[.)])[ \t]+/;
+// The kinds of blocks by how they begin, the first that fits; maths of more than a line end on another one.
+const KINDS = {
+  fence: FENCE, heading: /^[ \t]*#{1,6}[ \t]/, quote: /^[ \t]*>/,
+  rule: /^[ \t]*(?:(?:-[ \t]*){3,}|(?:[*][ \t]*){3,}|(?:_[ \t]*){3,})$/, list: ITEM,
+  maths: /^[ \t]*(\\\[(?!.*\\\])|[$]{2}(?!.*[$]{2}))/,
+};
 
 const indent = (line) => /^[ \t]*/.exec(line)[0].replaceAll("\t", "    ").length;
 const dedent = (line, width) => " ".repeat(Math.max(0, indent(line) - width)) + line.trimStart();
@@ -23151,15 +23178,9 @@ function isTable(line, below = "") {
 }
 
 function kindOf(lines, at, depth) {
-  const text = lines[at].trim();
-  if (!text) return "blank";
-  if (FENCE.test(lines[at])) return "fence";
-  if (/^#{1,6}[ \t]/.test(text)) return "heading";
-  if (/^(-{3,}|[*]{3,}|_{3,})$/.test(text.replaceAll(" ", ""))) return "rule";
-  if (depth < DEEPEST && text.startsWith(">")) return "quote";
-  if (depth < DEEPEST && ITEM.test(lines[at])) return "list";
-  if (MATHS.test(text)) return "maths";
-  return isTable(lines[at], lines[at + 1]) ? "table" : "text";
+  if (!lines[at].trim()) return "blank";
+  const fits = (kind) => KINDS[kind].test(lines[at]) && (depth < DEEPEST || !/quote|list/.test(kind));
+  return Object.keys(KINDS).find(fits) || (isTable(lines[at], lines[at + 1]) ? "table" : "text");
 }
 
 /** Whether a paragraph goes on at line `at`; "1984. What a year" within one begins no list. */
@@ -23232,8 +23253,7 @@ function codeBlock([first, ...inner]) {
   const code = inner.map((line) => (width ? dedent(line, width) : line)).join("\n");
   const label = el("span", { className: "quiet grow" }, FENCE.exec(first)[2].trim().slice(0, 40));
   const pre = el("pre", { tabIndex: 0, dir: "ltr" }, el("code", {}, code));
-  const copier = button("Copy", () => copy(code, pre, copier), "small");
-  return el("figure", {}, el("figcaption", {}, label, copier), pre);
+  return el("figure", {}, el("figcaption", {}, label, copier(pre)), pre);
 }
 
 function table([head, marks, ...rest]) {
@@ -23245,14 +23265,15 @@ function table([head, marks, ...rest]) {
   return el("div", { className: "wide", tabIndex: 0 }, body);
 }
 
-// What may stand within a paragraph: maths, left as it was written; an escaped sign; code; a link or an image; emphasis; a line
-// break; a bare address. What could be looked for without an end has one.
+// What may stand within a paragraph: maths, left as it was written; an escaped sign; code; a link or an image;
+// emphasis; a line break; a bare address. What could be looked for without an end has one.
 const SPAN = new RegExp([
-  /(?<maths>\\\([^\n]{1,500}?\\\)|\\\[[^\n]{1,500}?\\\]|[$]{2}[^$\n]{1,500}[$]{2}|[$](?! )[^$\n]{1,200}(?<! )[$](?!\d))/,
+  /(?<maths>\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\]|[$]{2}[^$\n]{1,500}[$]{2}|[$](?! )[^$\n]{1,200}(?<! )[$](?!\d))/,
   /\\(?<sign>[!-/:-@[-`{-~])/, /(?<!`)(?<tick>`{1,3})(?!`)(?<code>[^]+?)(?<!`)\k<tick>(?!`)/,
   /!?\[(?<words>(?:[^[\]]|\[[^[\]]*\]){0,500})\][(](?<target>[^\s()]*(?:[(][^\s()]*[)][^\s()]*)*)(?: "[^"]*")?[)]/,
   /(?<pair>[*]{2}|~~|(?<![\p{L}\p{N}])__)(?!\s)(?<strong>[^]{1,1000}?)(?<!\s)\k<pair>(?![*])/,
-  /[*](?![\s*])(?<em>[^]{1,1000}?)(?<![\s*])[*](?![*])|(?<![\p{L}\p{N}_])_(?![\s_])(?<low>[^]{1,1000}?)(?<![\s_])_(?![\p{L}\p{N}_])/,
+  /[*](?![\s*])(?<em>[^]{1,1000}?)(?<![\s*])[*](?![*])/,
+  /(?<![\p{L}\p{N}_])_(?![\s_])(?<low>[^]{1,1000}?)(?<![\s_])_(?![\p{L}\p{N}_])/,
   /\n/, /https?:[/][/](?:[^\s<>"`*[\]()]|[(][^\s<>"`*[\]()]*[)]){1,2000}(?<![.,;:!?'])/,
 ].map((part) => part.source).join("|"), "gu");
 
@@ -23283,8 +23304,8 @@ function link(href, nodes) {
   return el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, nodes);
 }
 
-/** An image is loaded only on request, since its address could carry the conversation to its host; but at once where it is
- *  one of this server's. */
+/** An image is loaded only on request, since its address could carry the conversation to its host; but at once where
+ *  it is one of this server's. */
 function image(src, alt) {
   if (!/^(https?:[/][/]|data:image[/])/i.test(src)) return null;
   if (src.startsWith(`${BASE}/v1/files/answer-`)) return el("img", { alt: alt || "Image", src });
@@ -23362,7 +23383,8 @@ function keep(one = chat) {
     if (one === chat) store("open", one.id, true);
   }
   const titles = Object.entries({ "": "Chats", ...read("chats") });
-  $("chats").replaceChildren(...titles.map(([id, title]) => el("option", { value: id, selected: id === chat.id }, title)));
+  const option = ([id, title]) => el("option", { value: id, selected: id === chat.id }, title);
+  $("chats").replaceChildren(...titles.map(option));
   document.title = `${chat.title} – chatproxy`;
   if (document.activeElement !== $("title")) $("title").value = chat.title;
   $("delete").hidden = !chat.turns.length;
@@ -23400,9 +23422,8 @@ function questionView(turn) {
     $("question").focus();
     return true;
   };
-  const edit = button("Edit", () => mayDrop(turn, 1) && takeOut() && fillBox(turn), "small");
-  const drop = button("Delete", () => confirm("Delete this question and its answer?") && takeOut(2), "small");
-  [edit.ariaLabel, drop.ariaLabel] = [`Edit ${of}`, `Delete ${of}`];
+  const edit = button("Edit", () => mayDrop(turn, 1) && takeOut() && fillBox(turn), "small", of);
+  const drop = button("Delete", () => confirm("Delete this question and its answer?") && takeOut(2), "small", of);
   return { node: el("div", { className: "question", role: "group", ariaLabel: "Question" },
     el("div", { className: "words", dir: "auto" }, turn.content),
     turn.files.length ? el("ul", { className: "row" }, turn.files.map((file) => chipOf(file))) : "",
@@ -23420,7 +23441,7 @@ function answerView(turn) {
     show(turn.content);
   };
   const end = () => {
-    const copier = button("Copy", () => copy(turn.content, text, copier), "small");
+    const copy = copier(text, "small", () => turn.content);
     const again = button("Try again", () => {
       if (!mayDrop(turn, 0)) return;
       cut(chat.turns.indexOf(turn));
@@ -23430,7 +23451,7 @@ function answerView(turn) {
     const goOn = turn.more && !later(turn) ? button("Go on", () => answer(turn), "small main") : "";
     const note = el("span", { className: turn.bad ? "trouble" : "quiet" }, turn.note);
     if (turn.lacking) note.append(" ", el("a", { href: `${BASE}/tokens` }, "Look at the accounts"));
-    hands.replaceChildren(turn.content ? copier : "", again, goOn, note);
+    hands.replaceChildren(turn.content ? copy : "", again, goOn, note);
   };
   paint();
   end();
@@ -23502,13 +23523,17 @@ function busy(controller, said) {
   showAttached();
 }
 
-const contentOf = ({ content, files }) => (files?.length ? [{ type: "text", text: content }, ...files.map(({ id, type }) =>
-  (type.startsWith("image/") ? { type: "input_image", file_id: id } : { type: "file", file: { file_id: id } }))] : content);
+function contentOf({ content, files }) {
+  const part = ({ id, type }) =>
+    (type.startsWith("image/") ? { type: "input_image", file_id: id } : { type: "file", file: { file_id: id } });
+  return files?.length ? [{ type: "text", text: content }, ...files.map(part)] : content;
+}
 
 /** What is said of an answer that could not be had. */
 function noteOf(error) {
   if (error instanceof TypeError) return "The connection to the server broke.";
-  return error.message + (error.status === 429 && error.wait > 0 ? ` It ends at ${clock(Date.now() + error.wait * 1000)}.` : "");
+  const ends = error.status === 429 && error.wait > 0;
+  return error.message + (ends ? ` It ends at ${clock(Date.now() + error.wait * 1000)}.` : "");
 }
 
 /** Have the chat answered, in a turn of its own or further in one that is there. */
@@ -23518,7 +23543,7 @@ async function answer(turn = null) {
   if (settings.system) messages.unshift({ role: "system", content: settings.system });
   if (turn) messages.push({ role: "user", content: GO_ON });
   turn ??= push({ role: "assistant", content: "", reasoning: "" });
-  Object.assign(turn, { note: "", bad: false, failed: false, more: true }); // so it is found if the page is closed meanwhile
+  Object.assign(turn, { note: "", bad: false, failed: false, more: true }); // for a page that is closed meanwhile
   const { node, paint, end } = view(turn);
   node.lastChild.replaceChildren();
   node.ariaBusy = "true";
@@ -23575,7 +23600,8 @@ function showAttached() {
 
 /** A small picture of a picture; "" of anything else. */
 async function thumbnail(file) {
-  const bitmap = file.type.startsWith("image/") && await createImageBitmap(file, { resizeHeight: 80 }).catch(() => null);
+  if (!file.type.startsWith("image/")) return "";
+  const bitmap = await createImageBitmap(file, { resizeHeight: 80 }).catch(() => null);
   if (!bitmap) return "";
   const canvas = el("canvas", { width: bitmap.width, height: bitmap.height });
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
@@ -23595,8 +23621,9 @@ async function attach(file) {
   request.upload.onprogress = ({ loaded, total }) => { bar.value = loaded / total; };
   request.onloadend = () => {
     const said = request.responseText ? JSON.parse(request.responseText) : {};
+    const problem = said.error?.message || "It could not be sent.";
     if (request.status === 200) one.id = said.id, bar.remove();
-    else bar.replaceWith(el("span", { className: "trouble", role: "alert" }, said.error?.message || "It could not be sent."));
+    else bar.replaceWith(el("span", { className: "trouble", role: "alert" }, problem));
     showAttached();
   };
   const form = new FormData();
@@ -23615,23 +23642,13 @@ function removal(one, request) {
   } }, "×");
 }
 
-function take(event, files) {
-  if (!files.length) return; // text goes into the box as usual
-  event.preventDefault();
-  [...files].forEach(attach);
-}
-
 $("attach").onclick = () => $("file").click();
-$("file").onchange = (event) => {
-  take(event, $("file").files);
-  $("file").value = ""; // so that the same file may be chosen again
+$("question").onpaste = (event) => {
+  const { files } = event.clipboardData;
+  if (files.length) event.preventDefault(); // text goes into the box as usual
+  [...files].forEach(attach);
 };
-$("question").onpaste = (event) => take(event, event.clipboardData.files);
-$("chat").ondragover = $("chat").ondragleave = $("chat").ondrop = (event) => {
-  $("ask").classList.toggle("over", event.type === "dragover");
-  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
-  if (event.type === "drop") take(event, event.dataTransfer.files);
-};
+onFiles($("file"), $("chat"), $("ask"), (files) => files.forEach(attach));
 
 // Chats and settings.
 
@@ -23660,7 +23677,8 @@ onSubmit("set", () => {
   const [key, remember] = [$("key").value.trim(), $("remember").checked];
   store("key", remember ? key : null);
   store("key", remember ? null : key, true);
-  store("settings", Object.assign(settings, { effort: $("effort").value, system: $("system").value, keep: $("keep").checked }));
+  Object.assign(settings, { effort: $("effort").value, system: $("system").value, keep: $("keep").checked });
+  store("settings", settings);
   $("settings").close();
   loadModels();
   if (chat.turns.at(-1)?.failed) cut(chat.turns.length - 1), fillBox(), answer();
@@ -23963,9 +23981,8 @@ class Demo(Application):
     MAX_FILES = MAX_TALKS = 200  # kept at a time
     conduit = True  # whether turns are given one
     estuary = True  # whether files are where only the account gets them
-    drawing_time: float | None = (
-        0.5  # seconds that a drawing takes behind the answer's end; None: it is in the answer
-    )
+    # Seconds that a drawing takes behind the answer's end; None: it is in the answer.
+    drawing_time: float | None = 0.5
 
     router = Router()
 
