@@ -22295,7 +22295,7 @@ body {
   margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
   font: 15px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums;
 }
-h1, h2, p { margin: 0; font-size: 1em; }
+h1, h2, h3, p { margin: 0; font-size: 1em; }
 a, h1 { color: var(--accent); }
 button, input, select, textarea {
   font: inherit; color: inherit; background: var(--card); max-width: 100%;
@@ -22306,7 +22306,8 @@ button, input, select, textarea {
 button { cursor: pointer; }
 button:disabled { opacity: 0.45; cursor: default; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; min-height: 1.6rem; }
+button, summary, header a { min-height: 1.6rem; }
+button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; }
 button.bad { color: var(--bad); }
 input { accent-color: var(--accent); }
 input[type="checkbox"] { width: 1.1rem; height: 1.1rem; }
