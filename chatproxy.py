@@ -418,7 +418,7 @@ class Settings:
     auto_continue: int = setting(
         "3",
         _number(0, 100),
-        "how many times an answer that was cut for length is gone on with",
+        "how many times an answer that was cut for its length is continued",
     )
     check_model: bool = setting("false", BOOLEAN, "refuse models that the account does not list")
     upload_by_url: bool = setting(
