@@ -23369,6 +23369,7 @@ function store(name, value, tab = false) {
 
 const settings = { model: "", effort: "", system: "", keep: true, ...read("settings") };
 const blank = () => ({ id: String(Date.now()), title: "New chat", turns: [] });
+const kept = (id) => (read(`chat ${id}`)?.turns ? read(`chat ${id}`) : blank());
 const keyOf = () => read("key", true) ?? read("key") ?? "";
 const auth = () => (keyOf() ? { authorization: `Bearer ${keyOf()}` } : {});
 const atEnd = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 48;
@@ -23383,7 +23384,7 @@ function keep(one = chat) {
     store(`chat ${one.id}`, one);
     if (one === chat) store("open", one.id, true);
   }
-  const titles = Object.entries({ "": "Chats", ...read("chats") });
+  const titles = [["", "Chats"], ...Object.entries(read("chats") || {}).reverse()];
   const option = ([id, title]) => el("option", { value: id, selected: id === chat.id }, title);
   $("chats").replaceChildren(...titles.map(option));
   document.title = `${chat.title} – chatproxy`;
@@ -23417,7 +23418,7 @@ const chipOf = ({ name, thumb }, ...more) =>
 function questionView(turn) {
   const of = turn.content.slice(0, 40);
   const takeOut = (number) => {
-    running?.abort();
+    stop();
     cut(chat.turns.indexOf(turn), number);
     keep();
     $("question").focus();
@@ -23445,6 +23446,7 @@ function answerView(turn) {
     const copy = copier(text, "small", () => turn.content);
     const again = button("Try again", () => {
       if (!mayDrop(turn, 0)) return;
+      stop();
       cut(chat.turns.indexOf(turn));
       if ($("question").value === chat.turns.at(-1).content) fillBox();
       answer();
@@ -23481,7 +23483,7 @@ function cut(from, number = Infinity) {
 
 /** Show a chat, the end first, and never for longer than a page may stand still. */
 async function openChat(one) {
-  running?.abort();
+  stop();
   for (const { node } of views.values()) node.remove();
   views.clear();
   chat = one;
@@ -23522,6 +23524,12 @@ function busy(controller, said) {
   put($("go"), controller ? "Stop" : "Send", { className: controller ? "stop" : "main" });
   put($("status"), said);
   showAttached();
+}
+
+/** End the answer that is being written, since something else takes its place. */
+function stop() {
+  running?.abort();
+  busy(null, "");
 }
 
 function contentOf({ content, files }) {
@@ -23581,12 +23589,12 @@ async function answer(turn = null) {
   Object.assign(turn, { note: problem ? noteOf(problem) : ENDS[ended] ?? ended, bad: problem !== null,
     failed: problem !== null && !turn.content, lacking: /^(no_account|login_required)$/.test(problem?.code),
     more: !/^(stop|content_filter)$/.test(ended) && turn.content !== "" });
-  if (chat !== mine) return keep(mine); // another chat was opened
   node.ariaBusy = "false";
-  busy(null, turn.note || "The answer is complete.");
   draw();
   end();
-  keep();
+  keep(mine);
+  if (running !== control) return;
+  busy(null, turn.note || "The answer is complete.");
   if (turn.failed && !$("question").value && !attached.length) fillBox(chat.turns.at(-2));
   if (problem?.status === 401) openSettings(problem.message);
 }
@@ -23659,13 +23667,16 @@ function beginAnew() {
   $("question").focus();
 }
 
-$("chats").onchange = () => { openChat(read(`chat ${$("chats").value}`) || blank()); };
+const mayLeave = () => settings.keep || !chat.turns.length || confirm("Throw this chat away?");
+
+$("chats").onchange = () => (mayLeave() ? openChat(kept($("chats").value)) : keep());
 $("title").onchange = () => { chat.title = $("title").value.trim() || chat.title, keep(); };
-$("new").onclick = () => (settings.keep || !chat.turns.length || confirm("Throw this chat away?")) && beginAnew();
+$("new").onclick = () => mayLeave() && beginAnew();
 $("delete").onclick = () => {
   if (!confirm(`Delete “${chat.title}”?`)) return;
   const { [chat.id]: gone, ...rest } = read("chats") || {};
   if (gone) store("chats", rest), localStorage.removeItem(`${SPACE} chat ${chat.id}`);
+  chat.turns = []; // so that an answer that ends now does not keep it
   beginAnew();
 };
 $("export").onclick = () => {
@@ -23704,10 +23715,13 @@ document.onkeydown = ({ key }) => {
   if (key === "Escape" && !$("settings").open) running?.abort();
 };
 window.onpagehide = () => keep();
+window.onstorage = ({ key }) => { // another tab has gone on with this chat, or deleted it
+  if (key === `${SPACE} chat ${chat.id}` && !running) openChat(kept(chat.id));
+};
 const typed = new URLSearchParams(location.search).get("q");
 $("question").value = typed || read("draft", true) || "";
 if (typed) history.replaceState(null, "", location.pathname);
-openChat((!typed && read(`chat ${read("open", true)}`)) || blank());
+openChat(typed ? blank() : kept(read("open", true)));
 if (typed && $("chat").dataset.asks) $("ask").requestSubmit(); // it was typed, not followed from another site
 loadModels();
 $("question").focus();

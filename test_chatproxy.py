@@ -11535,11 +11535,67 @@ def test_chats_stay_until_they_are_deleted(
     assert "Secret" not in page.evaluate("JSON.stringify(localStorage)")
     there.agrees = False
     page.locator("#new").click()
-    assert there.questions == ["Delete “Cats, mostly”?", "Throw this chat away?"]
-    assert page.locator("article").count() == 1
+    page.locator("#chats").select_option("About dogs")
+    assert there.questions == ["Delete “Cats, mostly”?", *["Throw this chat away?"] * 2]
+    assert page.locator("article").count() == 1 and page.title() == "Secret – chatproxy"
     there.agrees = True
     page.locator("#new").click()
     assert page.locator("article").count() == 0
+
+
+@in_a_browser
+def test_whatever_takes_the_place_of_an_answer_that_is_being_written_goes_on(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", **OPEN)
+    there = tab(proxy.url)
+    page = there.page
+    stop, send = (page.get_by_role("button", name=name, exact=True) for name in ("Stop", "Send"))
+
+    def begin(text: str) -> None:
+        """A question whose answer is not at its end before it is stopped."""
+        weather.words, weather.pace = ["slow"] * 500, 0.05
+        question_of(there, text)
+        page.locator("article").last.get_by_text("slow").wait_for()
+        assert stop.is_visible()
+        weather.words, weather.pace = ["A whole answer."], 0.0
+
+    begin("one")
+    there.press("New chat")
+    assert send.is_visible() and page.locator("article").count() == 0
+    question_of(there, "two")
+    there.sees("A whole answer.")
+    begin("three")
+    page.get_by_role("button", name="Try again").first.click()  # of the answer before
+    page.locator("article", has_text="A whole answer.").wait_for()
+    send.wait_for()
+    assert page.locator("article").count() == 1
+    begin("four")
+    page.get_by_role("button", name="Delete two").click()
+    send.wait_for()
+    assert page.locator("article").count() == 1
+    begin("five")
+    there.press("Delete")
+    page.wait_for_timeout(300)
+    assert "five" not in page.evaluate("JSON.stringify(localStorage)") and send.is_visible()
+    # What another tab does with the chat that is shown is seen here, and what it deletes is not kept again.
+    page.locator("#chats").select_option("one")
+    page.locator(".question", has_text="one").wait_for()
+    id = page.evaluate("chat.id")
+    other = page.context.new_page()
+    other.goto(proxy.url)
+    other.locator("#chats").select_option("one")
+    other.locator(".question", has_text="one").wait_for()
+    other.on("dialog", lambda dialog: dialog.accept())
+    other.locator("#delete").click()
+    page.locator("#empty").wait_for()
+    page.reload()
+    assert f"chat {id}" not in page.evaluate("JSON.stringify(localStorage)")
+    # And what is kept there but none of ours is passed over.
+    page.evaluate("localStorage.setItem(`${SPACE} chats`, '[1]'), localStorage.setItem(`${SPACE} settings`, '3')")
+    page.reload()
+    question_of(there, "six")
+    there.sees("A whole answer.")
 
 
 @in_a_browser
