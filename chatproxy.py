@@ -22620,7 +22620,7 @@ function removeLater(where, what, ids, path, body, method) {
   };
   removal = (keepalive = false) => {
     end("");
-    change(where, path, body, () => `Removed ${what}.`, method, { keepalive });
+    return change(where, path, body, () => `Removed ${what}.`, method, { keepalive });
   };
   const wait = setTimeout(() => removal(), 10_000);
   say(where, `${what} will be removed in 10 seconds. `);
@@ -22994,6 +22994,7 @@ function showFresh(name = "", key = "") {
 }
 
 $("to-chat").href = `${BASE}/chat`;
+$("dialog").onclose = () => $("inside").replaceChildren(); // a key that was typed does not stay behind
 const refreshWork = chart($("work"));
 for (const state of ["", ...STATES]) {
   const chip = button(`${state || "all"} `, () => look({ state }), state && `dot ${state}`);
@@ -23021,7 +23022,10 @@ onSubmit("sign-in", async () => {
   const first = $("pool").hidden ? $("key") : $("start").hidden ? $("search") : document.querySelector(".device");
   first.focus({ preventScroll: true });
 });
-$("sign-out").onclick = () => api("DELETE", "/tokens/session").then(() => signedOut(""), poll);
+$("sign-out").onclick = async () => {
+  await removal?.();
+  api("DELETE", "/tokens/session").then(() => signedOut(""), poll);
+};
 $("search").oninput = () => look({ q: $("search").value.trim() });
 $("back").onclick = () => look({ offset: Math.max(0, wanted.offset - PAGE) });
 $("next").onclick = () => look({ offset: wanted.offset + PAGE });

@@ -11952,6 +11952,11 @@ def test_accounts_are_sorted_selected_over_pages_and_exported(
     page.get_by_label("Search accounts").fill("person1")
     there.sees("1–20 of 20")
     there.sees("Select all on this page")  # nothing unseen is selected any more
+    page.get_by_label("Select all on this page").check()
+    page.locator("[data-do=remove]").click()
+    there.press("Sign out")
+    page.get_by_label("Admin key").wait_for()
+    wait_until(lambda: len(proxy.store.accounts()) == 100)  # which is not forgotten
 
 
 @in_a_browser
