@@ -21892,10 +21892,13 @@ def tokens_list(app: App, request: Request) -> Reply:
         states[has] += 1
         if state in (None, "", has) and word in f"{row.email} {row.id} {row.plan} {row.kind}".lower():
             found.append(account)
+    order = query.get("order", "asc")
+    if order not in ("asc", "desc"):
+        raise unfit("order", "must be asc or desc.")
     if sort := query.get("sort"):
         if sort not in _SORTS:
             raise unfit("sort", f"must be one of {', '.join(_SORTS)}.")
-        found.sort(key=lambda one: _SORTS[sort](one, app.ledger), reverse=query.get("order") == "desc")
+        found.sort(key=lambda one: _SORTS[sort](one, app.ledger), reverse=order == "desc")
     offset = _whole(query, "offset", 0, 10**9)
     limit = _whole(query, "limit", 50, MAX_LISTED)
     page = [account_facts(one, app.ledger, now) for one in found[offset : offset + limit]]
@@ -21905,10 +21908,10 @@ def tokens_list(app: App, request: Request) -> Reply:
 
 
 def _unless_known(request: Request, value: Any) -> Reply:
-    """A JSON value as an answer; 304 when the client has it already."""
+    """A JSON value as an answer; 304 when the client has it already. A proxy that compresses makes its tag a weak one."""
     reply = json_reply(value)
     reply.headers["ETag"] = f'"{hashlib.sha256(reply.body).hexdigest()[:32]}"'
-    if request.headers.get("if-none-match") == reply.headers["ETag"]:
+    if request.headers.get("if-none-match", "").removeprefix("W/") == reply.headers["ETag"]:
         return Reply(304, headers=reply.headers)
     return reply
 
