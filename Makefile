@@ -11,7 +11,7 @@ demo: .venv/run
 	$(BIN)/python chatproxy.py serve --demo
 
 test: .venv/test
-	$(BIN)/python -m pytest -q -rs -n 2 test_chatproxy.py
+	$(BIN)/python -m pytest -q -rs -n 3 test_chatproxy.py
 
 bench: .venv/test
 	$(BIN)/python test_chatproxy.py bench
