@@ -11589,7 +11589,9 @@ def test_whatever_takes_the_place_of_an_answer_that_is_being_written_goes_on(
     page.reload()
     assert f"chat {id}" not in page.evaluate("JSON.stringify(localStorage)")
     # And what is kept there but none of ours is passed over.
-    page.evaluate("localStorage.setItem(`${SPACE} chats`, '[1]'), localStorage.setItem(`${SPACE} settings`, '3')")
+    page.evaluate(
+        "localStorage.setItem(`${SPACE} chats`, '[1]'), localStorage.setItem(`${SPACE} settings`, '3')"
+    )
     page.reload()
     question_of(there, "six")
     there.sees("A whole answer.")
