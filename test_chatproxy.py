@@ -3200,8 +3200,9 @@ def test_an_account_moves_on_from_a_proxy_that_does_not_connect(
                     while more := there.recv(65536):
                         client.sendall(more)
 
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        dead = f"http://user:secret@127.0.0.1:{closed.getsockname()[1]}"
+    closed = socket.socket()  # its port is taken, so that nobody else listens there either
+    closed.bind(("127.0.0.1", 0))
+    dead = f"http://user:secret@127.0.0.1:{closed.getsockname()[1]}"
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
     alive = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -10244,8 +10245,9 @@ def test_junk_tokens_leave_nothing_and_reach_nothing(start: Start, weather: Weat
 
 def test_guests_share_a_small_pool_of_connections() -> None:
     handles, route = cp.Handles(LOOP, together=True, most=3), cp.Egress("", "")
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        dead = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+    closed = socket.socket()  # its port is taken, so that nobody else listens there either
+    closed.bind(("127.0.0.1", 0))
+    dead = f"http://127.0.0.1:{closed.getsockname()[1]}/"
     for name in "abcde":
         call = handles.call(name, route, "GET", "http://127.0.0.1:1/", [], None, cp.Watch(), 1.0)
         call.__exit__()
