@@ -6,7 +6,7 @@
 """chatproxy turns ChatGPT web accounts into an OpenAI-compatible API (and Anthropic's, and Ollama's) on your own server.
 
     python chatproxy.py serve --demo      try it with no account and no network
-    python chatproxy.py accounts add -    paste tokens, one a line
+    python chatproxy.py accounts add -    paste tokens, one per line
     python chatproxy.py serve             then point any OpenAI client at http://127.0.0.1:5005/v1
 
 The file reads from top to bottom: a section uses only those above it. A request travels the other way: a dialect
@@ -408,7 +408,7 @@ class Settings:
         "3", _number(0, 100), "further attempts before an answer begins, each on the next account"
     )
     history_disabled: bool = setting(
-        "true", BOOLEAN, "temporary chats; false keeps them upstream and tells their ids"
+        "true", BOOLEAN, "temporary chats; false keeps them upstream and returns their ids"
     )
     enable_limit: bool = setting("true", BOOLEAN, "an account that was told to wait is left alone until then")
     random_token: bool = setting("true", BOOLEAN, "pick accounts at random; false: in turn")
@@ -464,7 +464,7 @@ class Settings:
         fixed=True,
     )
     max_body_mb: int = setting("20", _number(1, 2048), "largest request body, in MiB")
-    max_connections: int = setting("2048", _number(1, 100_000), "most client connections at a time")
+    max_connections: int = setting("2048", _number(1, 100_000), "maximum client connections")
     max_connections_per_address: int = setting(
         "256",
         _number(0, 100_000),
@@ -483,7 +483,7 @@ class Settings:
     workers: int = setting(
         "1",
         WORKER_COUNT,
-        "processes that share the work; `auto` is one a CPU",
+        "processes that share the work; `auto` is one per CPU",
         fixed=True,
     )
     store_url: str | None = setting(
@@ -5020,7 +5020,7 @@ _COOKIE_PART = re.compile(rf"{re.escape(SESSION_COOKIE)}\.(\d)")
 
 
 def given_tokens(text: str, place: str = "") -> Iterator[Given]:
-    """The tokens in a text: one a line, where `#` begins a comment; the parts of a session cookie on lines that follow one
+    """The tokens in a text: one per line, where `#` begins a comment; the parts of a session cookie on lines that follow one
     another; JSON of other programs (see `tokens_in`), on one line or several. What is none of them stands for itself."""
     held: list[Given] = []  # the parts of a session cookie
     for unit in _units(text, place):
@@ -12769,7 +12769,7 @@ class Codex(Turns):
                 return
             self.pool.told_to_wait(account, f"{CODEX} {DRAWING}", 86400.0)
         elif refused.reason == "excluded":
-            self.pool.learned(account, codex="no", reason="its plan does not include Codex")
+            self.pool.learned(account, codex="no", reason="the Codex backend does not take it")
             refused.headers["Retry-After"] = "30"
         elif refused.reason == "missing" and not account.row.guest:
             alike = [one for one in self.pool.codex_accounts() if one.gateway == account.gateway]
@@ -17867,7 +17867,7 @@ class Keys:
         if request.method not in ("POST", "PATCH") or request.path in ASKS_NOBODY:
             self.ledger.count(user.id)
         elif left := self.ledger.admit(user.id, user.limit):
-            text = f"The {user.limit} requests that this API user has a day are used up; come back tomorrow."
+            text = f"This API user's limit of {user.limit} a day is used up; come back tomorrow."
             raise ApiError("rate_limit_exceeded", text, headers={"Retry-After": str(math.ceil(left))})
 
     def _admit_own(self, request: Request, key: str, digest: bytes) -> bool:
@@ -21801,7 +21801,7 @@ def tokens_upload(app: App, request: Request) -> Reply:
     `{"status": "success", "tokens_count": N, …}`"""
     texts = parse_form(request.headers, request.body).get("text")
     if not texts:
-        raise invalid("text", "Send the tokens in the form field `text`, one a line.")
+        raise invalid("text", "Send the tokens in the form field `text`, one per line.")
     return _imported(app, [(one.file_name or "", one.text()) for one in texts])
 
 
@@ -22455,8 +22455,8 @@ th, td { text-align: start; padding: 0.4rem 0.5rem; border-bottom: 1px solid var
 th button { border: 0; padding: 0; color: inherit; background: none; }
 th[aria-sort="ascending"] button::after { content: " ▲" / ""; }
 th[aria-sort="descending"] button::after { content: " ▼" / ""; }
-td:nth-child(2) { width: 30%; min-width: 12rem; }
-td:nth-child(3) { min-width: 11rem; }
+td:nth-child(2) { width: 30%; min-width: 11rem; }
+td:nth-child(3) { min-width: 9rem; }
 td:last-child { text-align: end; }
 td button, summary + * { margin-inline-start: 0.3rem; }
 .over { border-color: var(--accent); }
@@ -22471,12 +22471,13 @@ pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); bor
 .plot { display: flex; gap: 2px; height: 8rem; margin-bottom: 1.2rem; border-block: 1px solid var(--line); }
 .plot div { position: relative; flex: 1; display: flex; flex-direction: column-reverse; }
 .plot div::after { content: attr(data-label); position: absolute; top: 100%; color: var(--quiet); font-size: 0.7rem; }
-.plot div::after, :is(th, td):nth-child(n+4) { white-space: nowrap; }
+.plot div::after, td:is(:nth-child(6), :nth-child(7), :last-child) { white-space: nowrap; }
+:is(th, td):nth-child(n+4) { overflow-wrap: normal; }
 .plot .at { background: var(--soft); }
 :is(.answers, .requests) { background: var(--good); }
 .failures { border: 2px solid var(--bad); }
 .key { display: inline-block; width: 0.7rem; height: 0.7rem; margin-inline-end: 0.3rem; }
-@media (max-width: 72rem) { /* each account is a card, whose values have names */
+@media (max-width: 75rem) { /* each account is a card, whose values have names */
   thead tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; }
   th { border: 0; }
   tbody tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; padding: 0.4rem 0; border-bottom: 1px solid var(--line); }
@@ -22533,14 +22534,14 @@ TOKENS_HTML = r"""
     </section>
     <form id="add" class="card stack">
       <h2>Add accounts</h2>
-      <label>Tokens, one a line, or what a file of them has
+      <label>Tokens, one per line, or a file's contents
         <textarea id="text" rows="4" spellcheck="false"></textarea></label>
       <div class="row">
         <button class="main">Add</button>
         <button type="button" class="device">Sign in with a code</button>
         <label class="row">or drop files here, or <input id="files" type="file" multiple></label>
       </div>
-      <p class="quiet">Files: tokens one a line, an export, ChatGPT-to-API's <code>access_tokens.json</code>, Codex's
+      <p class="quiet">Files: tokens one per line, an export, ChatGPT-to-API's <code>access_tokens.json</code>, Codex's
         <code>auth.json</code>, those of chat2api's data folder together.</p>
       <p id="added" role="status"></p>
     </form>
@@ -22838,7 +22839,10 @@ async function signIn() {
     while (said.isConnected && $("dialog").open && Date.now() < end) {
       await new Promise((done) => setTimeout(done, interval * 1000));
       const { status, id, email } = await api("POST", "/tokens/device/result", { device, code });
-      if (status === "stored") return $("dialog").close(), say($("said"), `Signed in: ${email || id}.`), poll();
+      if (status !== "stored") continue;
+      $("dialog").close();
+      say($("added"), ""); // which may say why something else could not be added
+      return say($("said"), `Signed in: ${email || id}.`), poll();
     }
     put(said, "Nobody signed in in time; begin again.");
   } catch (error) {
@@ -22875,7 +22879,7 @@ function chart(box, of = "", kinds = ["answers", "failures"]) {
       const label = span.value === "day" ? clock(each.start).slice(-5) : time(each.start).slice(0, 5);
       return el("div", { "data-label": index % 6 ? "" : label, onpointerenter: () => point(index) }, bars);
     }));
-    put(total, `${words(Object.fromEntries([...kinds, "tokens"].map(sum)))}; at most ${num(most)} at a time`);
+    put(total, `${words(Object.fromEntries([...kinds, "tokens"].map(sum)))}; most in ${span.value === "day" ? "an hour" : "a day"}: ${num(most)}`);
     slider.max = work.length - 1;
     point(work.length - 1);
   };
@@ -23082,7 +23086,7 @@ article, .question { content-visibility: auto; contain-intrinsic-size: auto 10re
 .question { display: flow-root; margin: 1.25rem 0; }
 .words { white-space: pre-wrap; background: var(--soft); border-radius: 14px; padding: 0.6rem 1rem; }
 .words, .question .row { width: fit-content; max-width: 88%; margin-inline-start: auto; margin-bottom: 0.3rem; }
-.file { border: 1px solid var(--line); border-radius: 8px; padding: 0.2rem 0.5rem; }
+.file { border: 1px solid var(--line); border-radius: 8px; padding: 0.2rem 0.5rem; flex: none; max-width: 100%; }
 .file img { height: 2.5rem; border-radius: 5px; }
 details { margin-bottom: 0.8rem; }
 details > div, blockquote { border-inline-start: 3px solid var(--line); padding-inline-start: 0.9rem; }
@@ -23143,7 +23147,7 @@ CHAT_HTML = r"""
     <form id="set" class="stack">
       <h2 id="settings-title">Settings</h2>
       <p id="why" class="quiet"></p>
-      <label>API key; none is needed while you are signed in to the accounts
+      <label>API key; not needed while you are signed in at Accounts
         <input id="key" type="password" autocomplete="off" pattern="[!-~]*"></label>
       <label class="row"><input id="remember" type="checkbox"> Remember the key in this browser, beyond this tab</label>
       <label>Effort<select id="effort" aria-label="Effort"><option value="">the model's own</option>
@@ -26154,7 +26158,7 @@ class Doctor:
             told = f"this machine's clock is {abs(drift):,.0f} s {'behind' if drift > 0 else 'ahead'}"
             yield bad("clock", told, "set it: `timedatectl set-ntp true`; tokens end by it")
         else:
-            yield well("clock", "right")
+            yield well("clock", "correct")
 
     def _accounts(self) -> Iterator[Finding]:
         """The accounts by state."""
@@ -26818,7 +26822,7 @@ def pasted_lines() -> list[str]:
     to itself cuts lines at 4,095 characters."""
     if not sys.stdin.isatty():
         return sys.stdin.read().splitlines()
-    click.echo("Paste tokens, one a line (they are not shown), then press Ctrl-D:", err=True)
+    click.echo("Paste tokens, one per line (they are not shown), then press Ctrl-D:", err=True)
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     raw = termios.tcgetattr(terminal)
@@ -26866,7 +26870,7 @@ def cli(env_file: str | None) -> None:
 
     \b
     chatproxy.py serve --demo      try it: no account, no network
-    chatproxy.py accounts add -    paste tokens, one a line
+    chatproxy.py accounts add -    paste tokens, one per line
     chatproxy.py serve             listen on http://127.0.0.1:5005/v1
     """
 
@@ -27559,7 +27563,7 @@ def errors(markdown: bool) -> None:
 @AS_JSON
 @setting_flags()
 def doctor(flags: Mapping[str, str | None], as_json: bool) -> None:
-    """Say whether it will work here, and what to do for each thing that will not. Exit status 1 when something will not."""
+    """Check whether it will work here, and what to do for each thing that will not. Exit status 1 when something will not."""
     worst = "ok"
     try:
         settings = resolve(gathered(flags, given_file()))
@@ -27618,7 +27622,7 @@ BELOW = click.option("--root", default="/", hidden=True)
 @BELOW
 @setting_flags()
 def unit(flags: Mapping[str, str | None], own: bool, install: bool, yes: bool, root: str) -> None:
-    """Print units of systemd's for this file, this interpreter and these settings, or install them."""
+    """Print systemd units for this file, this interpreter and these settings, or install them."""
     service = _service(flags, own, root)
     if not install:
         click.echo(service.printed(), nl=False)
@@ -27650,7 +27654,7 @@ def uninstall(flags: Mapping[str, str | None], own: bool, purge: bool, yes: bool
 @BELOW
 @setting_flags()
 def upgrade(flags: Mapping[str, str | None], own: bool, file: str, root: str) -> None:
-    """Have another FILE as the program of what `unit --install` set up, going back when that is not ready in 10 s."""
+    """Replace the program that `unit --install` set up with FILE, and go back when that is not ready in 10 s."""
     try:
         _service(flags, own, root).upgrade(pathlib.Path(file), click.echo)
     except (ServiceError, StoreError, OSError) as error:
@@ -27708,7 +27712,7 @@ def _from_file(file: str, data: bytes, folder: str) -> Store:
 @AS_JSON
 @setting_flags("data_dir", "store_url")
 def store_restore(flags: Mapping[str, str | None], file: str, as_json: bool) -> None:
-    """Have what `store backup` has written to FILE, instead of all that is here. A copy of that is kept.
+    """Replace all that is here with what `store backup` has written to FILE. A copy of what was here is kept.
 
     Refresh tokens that were exchanged since are no good any more: those accounts have to be signed in to again.
     """
@@ -27792,7 +27796,7 @@ def _store_accounts(settings: Settings, texts: list[tuple[str, str]], as_json: b
 def accounts_add(
     flags: Mapping[str, str | None], tokens: tuple[str, ...], password: bool, as_json: bool
 ) -> None:
-    """Add accounts by access, refresh or session TOKEN; `-` reads them from standard input, one a line.
+    """Add accounts by access, refresh or session TOKEN; `-` reads them from standard input, one per line.
 
     A workspace id may follow a token after a comma. `login-free` adds an account without a token.
     """
@@ -27813,7 +27817,7 @@ def accounts_add(
 @AS_JSON
 @setting_flags("data_dir", "store_url", "impersonate", "proxy_url")
 def accounts_import(flags: Mapping[str, str | None], files: tuple[str, ...], as_json: bool) -> None:
-    """Add accounts from FILEs: tokens one a line, what `accounts export` wrote, chat2api's data folder with its seeds,
+    """Add accounts from FILEs: tokens one per line, what `accounts export` wrote, chat2api's data folder with its seeds,
     ChatGPT-to-API's access_tokens.json, Codex's auth.json; `-` is standard input. Tokens of one account become one.
     """
     settings = settled(flags)
@@ -27871,7 +27875,7 @@ def accounts_export(flags: Mapping[str, str | None], file: str, as_json: bool) -
     with open(descriptor, "w", encoding="utf-8") as lines:
         for row in rows:
             lines.write(exported(row) + "\n")
-    told = f"{len(rows)} accounts written to {path}; whoever has this file has the accounts"
+    told = f"{len(rows)} account{'' if len(rows) == 1 else 's'} written to {path}; whoever has this file has them"
     click.echo(compact({"file": path, "accounts": len(rows)}) if as_json else told)
 
 
@@ -27961,7 +27965,7 @@ def accounts_remove(flags: Mapping[str, str | None], ids: tuple[str, ...], as_js
 @AS_JSON
 @setting_flags("data_dir", "store_url")
 def accounts_disable(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
-    """Take accounts out by their ID, until they are enabled again."""
+    """Disable accounts by their ID, until they are enabled again."""
     _swap(settled(flags), ids, "ready", DISABLED, as_json)
 
 
@@ -27970,7 +27974,7 @@ def accounts_disable(flags: Mapping[str, str | None], ids: tuple[str, ...], as_j
 @AS_JSON
 @setting_flags("data_dir", "store_url")
 def accounts_enable(flags: Mapping[str, str | None], ids: tuple[str, ...], as_json: bool) -> None:
-    """Take accounts in again that were disabled, by their ID."""
+    """Enable accounts that were disabled, by their ID."""
     _swap(settled(flags), ids, DISABLED, "ready", as_json)
 
 
@@ -28148,7 +28152,7 @@ def user_list(flags: Mapping[str, str | None], as_json: bool) -> None:
 @click.argument("id", metavar="ID")
 @click.option("--name", help="Another name.")
 @click.option("--limit", type=click.IntRange(0, MAX_REQUESTS), help="Most requests a day.")
-@click.option("--no-limit", is_flag=True, help="As many requests as it likes.")
+@click.option("--no-limit", is_flag=True, help="No daily limit.")
 @click.option("--rotate", is_flag=True, help="Another token, which is printed; the old one ends.")
 @AS_JSON
 @setting_flags("data_dir", "store_url")
