@@ -23,6 +23,7 @@ import bisect
 import codecs
 import contextlib
 import datetime
+import difflib
 import email.utils
 import errno
 import fcntl
@@ -592,6 +593,18 @@ def read_variables(path: str) -> dict[str, str]:
             value = value[1:-1]
         found[name] = value
     return found
+
+
+def unknown_variables(path: str) -> list[str]:
+    """A sentence for each variable of a file that no setting has, with the setting that may be meant; who misspells
+    AUTHORIZATION believes that there is a key."""
+    names = [name for row in fields(Settings) for name in (row.name.upper(), row.metadata["alias"]) if name]
+    sentences = []
+    for name in sorted(read_variables(path).keys() - set(names)):
+        alike = difflib.get_close_matches(name, names, 1)
+        meant = f"; {alike[0]} may be meant" if alike else ""
+        sentences.append(f"{name} in {path!r} is the name of no setting{meant}")
+    return sentences
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -26399,7 +26412,8 @@ class Service:
             if row.name == "data_dir" and not self.own:
                 continue
             hidden = masks and row.metadata["secret"]
-            lines.append(f'{row.name.upper()}="{"(as given)" if hidden else origin.text}"')
+            line = f'{row.name.upper()}="{origin.text}"'
+            lines.append(f"# {row.name.upper()} as it was given, which is not shown" if hidden else line)
         if not self.own:
             lines.append('DATA_DIR="/var/lib/chatproxy"')
         return "\n".join(lines) + "\n"
@@ -26844,7 +26858,9 @@ def _pasted(terminal: int) -> list[str]:
                 data.append(byte)
             elif data and data[-1] != 0x0A:
                 data.pop()
-        click.echo(f"\r{len(data)} characters, {data.count(10)} lines", err=True, nl=end >= 0)
+        lines = data.count(10)
+        told = f"{len(data)} characters, {lines} line{'' if lines == 1 else 's'}"
+        click.echo(f"\r{told}", err=True, nl=end >= 0)
         if end >= 0:
             break
     return data.decode("utf-8", "replace").splitlines()
@@ -26895,6 +26911,7 @@ def serve(flags: Mapping[str, str | None], demo: bool, anyone: bool) -> None:
             fail(str(error))
         give_back_memory()
         start_logging(settings)
+        log_unknown_variables(given_file())
         os.umask(0o077)
         try:
             certificate = Certificate(settings)
@@ -26935,7 +26952,15 @@ def _read_settings(
         settings = replace(settings, proxy_url=(), data_dir=demo_folder, store_url=None, workers=1)
     if not anyone:
         refuse_openness(running.in_force(settings) if running else settings)
+    if running:  # a start says it once it can log
+        log_unknown_variables(file)
     return settings
+
+
+def log_unknown_variables(file: str) -> None:
+    """Says which variables of a file, if there is one, have no effect."""
+    for told in unknown_variables(file) if file else ():
+        log(logging.WARNING, told)
 
 
 def refuse_openness(settings: Settings) -> None:
@@ -27186,6 +27211,8 @@ class Daemon:
         where = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.server_port}{server.prefix and '/***'}/v1"
         count = len(app.pool.accounts())
         line = f"listening on {where}, {count} account{'' if count == 1 else 's'}"
+        if app.keys.keyless and not self.demo:
+            line += ", no API key needed"
         if self.demo:
             key = "one of AUTHORIZATION" if self.settings.authorization else f"`{DEMO_KEY}` or none"
             line += f", answers from the embedded demo upstream, API key {key}"
@@ -27568,11 +27595,13 @@ def doctor(flags: Mapping[str, str | None], as_json: bool) -> None:
     try:
         settings = resolve(gathered(flags, given_file()))
         findings: Iterable[Finding] = Doctor(settings).findings()
-        first = [well("settings", "can be used")]
+        unknown = unknown_variables(given_file()) if given_file() else []
+        first = [warn("settings", told, "correct the name, or take the line out") for told in unknown]
         try:
             refuse_openness(settings)
+            first = first or [well("settings", "can be used")]
         except SettingError as error:
-            first = [bad("settings", str(error), "set a key, or start it with --open if that is meant")]
+            first += [bad("settings", str(error), "set a key, or start it with --open if that is meant")]
     except SettingError as error:
         findings, first = [], [bad("settings", str(error), "set it to something that is accepted")]
     marks = {"ok": "ok  ", "warn": "look", "bad": "BAD ", "skip": "-   "}
@@ -27702,8 +27731,9 @@ def _from_file(file: str, data: bytes, folder: str) -> Store:
     except OSError as error:
         fail(f"{file}: {error.strerror or error}")
     except (StoreError, StoreUnavailable) as error:
-        said = error.cause if isinstance(error, StoreUnavailable) else str(error).replace(str(copy), "it")
-        fail(f"{file}: not a copy of a store: {said.partition('; ')[0]}")
+        said = error.cause if isinstance(error, StoreUnavailable) else str(error)
+        cause = said.rpartition("cannot be used: ")[2].partition("; ")[0]
+        fail(f"{file}: not a copy of a store: {cause}")
     return store
 
 

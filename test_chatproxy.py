@@ -985,9 +985,9 @@ def test_a_folder_that_cannot_be_used_stops_the_start_with_one_line() -> None:
 
 def test_a_start_says_where_how_many_accounts_and_what_next(tmp_path: pathlib.Path) -> None:
     with Served(env={"DATA_DIR": str(tmp_path)}) as served:
-        assert "0 accounts; add one with" in served.lines[-1]
+        assert "0 accounts, no API key needed; add one with" in served.lines[-1]
     assert run("accounts", "add", cp.demo_token("alice"), env={"DATA_DIR": str(tmp_path)}).returncode == 0
-    with Served(env={"DATA_DIR": str(tmp_path)}) as served:
+    with Served(env={"DATA_DIR": str(tmp_path), "AUTHORIZATION": KEY}) as served:
         assert served.lines[-1].rstrip().endswith(", 1 account")
 
 
@@ -18902,6 +18902,15 @@ def test_settings_come_from_a_flag_a_variable_a_file_or_a_credential_in_that_ord
     assert found["tls_cert"].text == str(credentials / "tls_cert")  # a place, and not what is there
     shown = run("--env-file", str(file), "config", env={"HOME": "/nonexistent"}).stdout
     assert "RETRY_TIMES" in shown and "of-the-file" not in shown and "(file)" in shown
+    file.write_text("AUTHORISATION=key\nPROT=0\nXYZZY=1\n")
+    told = [
+        f"AUTHORISATION in {str(file)!r} is the name of no setting; AUTHORIZATION may be meant",
+        f"PROT in {str(file)!r} is the name of no setting; PORT may be meant",
+        f"XYZZY in {str(file)!r} is the name of no setting",
+    ]
+    assert cp.unknown_variables(str(file)) == told
+    findings = run("--env-file", str(file), "doctor", "--port", "0", env={"HOME": str(tmp_path)}).stdout
+    assert all(f"settings: {one}\n" in findings for one in told) and "settings: can be used" not in findings
     file.write_text("RETRY_TIMES=1\nnot a variable\n")
     refused = run("--env-file", str(file), "config")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "line 2" in refused.stderr
@@ -18927,10 +18936,11 @@ def test_settings_are_read_anew_with_no_connection_lost(tmp_path: pathlib.Path, 
             assert next(lines).startswith("data: ")
             assert kept.get(f"{served.url}/health").status_code == 200
             before = kept._transport._pool.connections[0]  # type: ignore[attr-defined]
-            variables(file, authorization="another,third", heartbeat="3", port="1", log_level="debug")
+            variables(file, authorization="another,third", heartbeat="3", port="1", log_levle="debug")
             served.signal(signal.SIGHUP)
             wait_until(lambda: any("settings read anew" in line for line in served.lines))
             assert any("need_a_new_start=PORT" in line for line in served.lines)
+            assert sum("LOG_LEVLE" in line and "LOG_LEVEL may be meant" in line for line in served.lines) == 1
             assert kept.get(f"{served.url}/v1/models", headers=new).status_code == 200
             assert kept.get(f"{served.url}/v1/models", headers=old).status_code == 401
             assert administrator.get("/tokens/list").status_code == 401  # by a key that is none any more
@@ -19680,7 +19690,7 @@ def test_the_unit_is_accepted_and_found_safe_by_systemd(tmp_path: pathlib.Path) 
     }
     service, listen, variables_file = files.values()
     assert "TimeoutStopSec=75\n" in service and "ListenStream=127.0.0.1:5444\n" in listen
-    assert 'HEARTBEAT="9"\n' in variables_file and 'AUTHORIZATION="(as given)"\n' in variables_file
+    assert 'HEARTBEAT="9"\n' in variables_file and "# AUTHORIZATION as it" in variables_file
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed")
     own = run("unit", "--user", env=env)
@@ -20271,6 +20281,7 @@ def test_what_is_put_back_is_what_this_program_could_have_written(tmp_path: path
             db.commit()
         refused = run("store", "restore", str(bad), env=env)
         assert refused.returncode == 2 and "not a copy of a store" in refused.stderr, (change, refused)
+        assert "'it'" not in refused.stderr
     assert run("store", "restore", str(copy), env=env).returncode == 0
     # Who was signed out stays so.
     assert store.session("an administrator's") == 0.0 and store.visit("a browser's") is None
