@@ -27237,7 +27237,8 @@ class Daemon:
 def cannot_listen(host: str, port: int, error: OSError) -> str:
     """What to say where a socket cannot be bound."""
     name = "PORT" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "HOST"
-    return f"{name}: cannot listen on {host}:{port}: {error.strerror or error}"
+    advice = "; stop what listens there, or set another PORT" if error.errno == errno.EADDRINUSE else ""
+    return f"{name}: cannot listen on {host}:{port}: {error.strerror or error}{advice}"
 
 
 def bound(settings: Settings) -> socket.socket:

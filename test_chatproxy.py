@@ -975,6 +975,7 @@ def test_a_taken_port_stops_the_start_with_one_line(tmp_path: pathlib.Path) -> N
         port = str(taken.getsockname()[1])
         ended = run("serve", "--port", port, env={"DATA_DIR": str(tmp_path)})
     assert ended.returncode == 2 and f"PORT: cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "set another PORT" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 
