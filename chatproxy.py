@@ -22468,7 +22468,7 @@ th, td { text-align: start; padding: 0.4rem 0.5rem; border-bottom: 1px solid var
 th button { border: 0; padding: 0; color: inherit; background: none; }
 th[aria-sort="ascending"] button::after { content: " ▲" / ""; }
 th[aria-sort="descending"] button::after { content: " ▼" / ""; }
-td:nth-child(2) { width: 30%; min-width: 11rem; }
+td:nth-child(2) { min-width: 12.5rem; }
 td:nth-child(3) { min-width: 9rem; }
 td:last-child { text-align: end; }
 td button, summary + * { margin-inline-start: 0.3rem; }
@@ -22885,14 +22885,15 @@ function chart(box, of = "", kinds = ["answers", "failures"]) {
   };
   const show = () => {
     const sum = (kind) => [kind, work.reduce((all, each) => all + each[kind], 0)];
-    const most = Math.max(...work.map((each) => kinds.reduce((all, kind) => all + each[kind], 0)), 1);
+    const most = Math.max(...work.map((each) => kinds.reduce((all, kind) => all + each[kind], 0)));
     plot.replaceChildren(...work.map((each, index) => {
       const bars = kinds.map((kind) => el("i", { className: kind, hidden: !each[kind] }));
-      bars.forEach((bar, at) => { bar.style.height = `${(each[kinds[at]] / most) * 100}%`; });
+      bars.forEach((bar, at) => { bar.style.height = `${(each[kinds[at]] / (most || 1)) * 100}%`; });
       const label = span.value === "day" ? clock(each.start).slice(-5) : time(each.start).slice(0, 5);
       return el("div", { "data-label": index % 6 ? "" : label, onpointerenter: () => point(index) }, bars);
     }));
-    put(total, `${words(Object.fromEntries([...kinds, "tokens"].map(sum)))}; most in ${span.value === "day" ? "an hour" : "a day"}: ${num(most)}`);
+    const all = words(Object.fromEntries([...kinds, "tokens"].map(sum)));
+    put(total, `${all}; most in ${span.value === "day" ? "an hour" : "a day"}: ${num(most)}`);
     slider.max = work.length - 1;
     point(work.length - 1);
   };
