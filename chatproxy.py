@@ -601,7 +601,7 @@ def unknown_variables(path: str) -> list[str]:
     names = [name for row in fields(Settings) for name in (row.name.upper(), row.metadata["alias"]) if name]
     sentences = []
     for name in sorted(read_variables(path).keys() - set(names)):
-        alike = difflib.get_close_matches(name, names, 1)
+        alike = difflib.get_close_matches(name.upper(), names, 1)
         meant = f"; {alike[0]} may be meant" if alike else ""
         sentences.append(f"{name} in {path!r} is the name of no setting{meant}")
     return sentences
@@ -6600,6 +6600,10 @@ class SignIn:
         self.verifier = secrets.token_urlsafe(48)
         self.redirect = f"http://localhost:{CALLBACK_PORT}/auth/callback"
 
+    def close(self) -> None:
+        """Closes its connections."""
+        self.handles.close()
+
     def address(self) -> str:
         """The URL at which the person signs in; the browser is sent back to `redirect` with `code` and `state`."""
         query = {
@@ -6684,12 +6688,6 @@ class PasswordSignIn(SignIn):
     def tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
         """The access token and the refresh token ("" for none); ApiError invalid_credentials, mfa_required or
         challenge_required. `code` is a one-time code, "" for none."""
-        try:
-            return self._tokens_for(username, password, code)
-        finally:
-            self.handles.close()
-
-    def _tokens_for(self, username: str, password: str, code: str) -> tuple[str, str]:
         query = {
             "client_id": REFRESH_CLIENT,
             "audience": "https://api.openai.com/v1",
@@ -21675,8 +21673,8 @@ def auth_login(app: App, request: Request) -> Reply:
     check_types(body, {"code": _TEXT, "store": _FLAG})
     username = required(body, "username")
     password = required(body, "password")
-    sign_in = PasswordSignIn(app.settings, app.loop, request.watch)
-    access, refresh = sign_in.tokens_for(username, password, body.get("code") or "")
+    with contextlib.closing(PasswordSignIn(app.settings, app.loop, request.watch)) as sign_in:
+        access, refresh = sign_in.tokens_for(username, password, body.get("code") or "")
     try:
         row = with_access_token(AccountRow("", REFRESH if refresh else ACCESS, refresh or access), access)
         if body.get("store") is True:
@@ -21856,8 +21854,8 @@ def tokens_export(app: App, request: Request) -> Reply:
 def device_begins(app: App, request: Request) -> Reply:
     """begins a sign-in with a code: `{"device", "code", "address", "interval", "seconds"}`; a person types the code at the
     address, and who asked looks for the result every `interval` seconds"""
-    sign_in = SignIn(app.settings, app.loop, request.watch)
-    device, code, interval = sign_in.device()
+    with contextlib.closing(SignIn(app.settings, app.loop, request.watch)) as sign_in:
+        device, code, interval = sign_in.device()
     told = {"device": device, "code": code, "address": sign_in.device_address}
     return json_reply(told | {"interval": interval, "seconds": SIGN_IN_TIME})
 
@@ -21866,8 +21864,8 @@ def device_begins(app: App, request: Request) -> Reply:
 def device_result(app: App, request: Request) -> Reply:
     """whether somebody has signed in with `{"device", "code"}`: `{"status": "waiting"}`, or "stored" with the account"""
     body = request.json()
-    sign_in = SignIn(app.settings, app.loop, request.watch)
-    tokens = sign_in.device_tokens(required(body, "device"), required(body, "code"))
+    with contextlib.closing(SignIn(app.settings, app.loop, request.watch)) as sign_in:
+        tokens = sign_in.device_tokens(required(body, "device"), required(body, "code"))
     if tokens is None:
         return json_reply({"status": "waiting"})
     try:
@@ -22339,6 +22337,8 @@ input[type="checkbox"] { width: 1.1rem; height: 1.1rem; }
 ul { list-style: none; margin: 0; padding: 0; }
 textarea { width: 100%; resize: vertical; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.9em; }
+pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); border-radius: 8px; }
+table { border-collapse: collapse; }
 dialog {
   border: 1px solid var(--line); border-radius: 14px; background: var(--card); color: inherit;
   width: min(42rem, 100% - 2rem);
@@ -22463,7 +22463,6 @@ main { max-width: 80rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
 .waiting, .expired { --dot: var(--warn); }
 .dead { --dot: var(--bad); }
 .dot::before { content: "● " / ""; color: var(--dot, var(--quiet)); }
-table { border-collapse: collapse; }
 th, td { text-align: start; padding: 0.4rem 0.5rem; border-bottom: 1px solid var(--line); }
 th button { border: 0; padding: 0; color: inherit; background: none; }
 th[aria-sort="ascending"] button::after { content: " ▲" / ""; }
@@ -22478,7 +22477,6 @@ li { padding: 0.3rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; margin: 0; }
 dt { color: var(--quiet); }
 dd { margin: 0; }
-pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); border-radius: 8px; }
 .code { font-size: 1.6rem; letter-spacing: 0.1em; }
 :is(#said, #added, #users-said, #seeds-said, #fresh):empty { display: none; }
 .plot { display: flex; gap: 2px; height: 8rem; margin-bottom: 1.2rem; border-block: 1px solid var(--line); }
@@ -23120,10 +23118,9 @@ article::after, details > div, blockquote { color: var(--quiet); }
 .md code { background: var(--soft); border-radius: 5px; padding: 0.1em 0.3em; }
 .md figure { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
 figcaption { display: flex; padding: 0.25rem 0.8rem; background: var(--soft); align-items: center; }
-.md pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--card); }
+.md pre { background: var(--card); border-radius: 0; }
 .md pre code { background: none; padding: 0; }
 .md .wide { overflow-x: auto; overflow-wrap: normal; }
-.md table { border-collapse: collapse; }
 .md :is(th, td) { border: 1px solid var(--line); padding: 0.3rem 0.65rem; text-align: start; }
 .md .center { text-align: center; }
 .md .end { text-align: end; }

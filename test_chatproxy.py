@@ -2009,6 +2009,12 @@ def test_somebody_signs_in_with_a_code_on_the_page(start: Callable[..., Proxy], 
     admin(proxy, "POST", "/tokens/device/result", json=asked)
     (again,) = proxy.app.pool.accounts()
     assert (again.id, again.row.state) == (account.id, "ready")
+    # No connection is left over by those who look whether somebody has signed in.
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        admin(proxy, "POST", "/tokens/device", json={})
+        admin(proxy, "POST", "/tokens/device/result", json=asked)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 4)
 
 
 def test_an_upload_may_be_as_large_as_a_body(start: Callable[..., Proxy]) -> None:
@@ -18904,11 +18910,12 @@ def test_settings_come_from_a_flag_a_variable_a_file_or_a_credential_in_that_ord
     assert found["tls_cert"].text == str(credentials / "tls_cert")  # a place, and not what is there
     shown = run("--env-file", str(file), "config", env={"HOME": "/nonexistent"}).stdout
     assert "RETRY_TIMES" in shown and "of-the-file" not in shown and "(file)" in shown
-    file.write_text("AUTHORISATION=key\nPROT=0\nXYZZY=1\n")
+    file.write_text("AUTHORISATION=key\nPROT=0\nXYZZY=1\nport=1\n")
     told = [
         f"AUTHORISATION in {str(file)!r} is the name of no setting; AUTHORIZATION may be meant",
         f"PROT in {str(file)!r} is the name of no setting; PORT may be meant",
         f"XYZZY in {str(file)!r} is the name of no setting",
+        f"port in {str(file)!r} is the name of no setting; PORT may be meant",
     ]
     assert cp.unknown_variables(str(file)) == told
     findings = run("--env-file", str(file), "doctor", "--port", "0", env={"HOME": str(tmp_path)}).stdout
