@@ -3161,7 +3161,7 @@ class Loop:
         self._numbers = itertools.count()
         self.ticking: dict[Ticking, None] = {}
         self._longest = (0.0, 0.0)  # seconds: of the last minute's turns, and of the minute's before
-        self._closed = False
+        self.closed = False
         self.watch(self._bell, select.EPOLLIN, self._heard)
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self._thread.start()
@@ -3175,7 +3175,7 @@ class Loop:
 
     def run(self, call: Callable[[], object]) -> None:
         """Has the loop call something, and returns once it has."""
-        if self._closed or threading.current_thread() is self._thread:
+        if self.closed or threading.current_thread() is self._thread:
             call()
             return
         done = threading.Event()
@@ -3188,14 +3188,14 @@ class Loop:
 
         self.soon(then)
         while not done.wait(1.0):
-            if self._closed:
+            if self.closed:
                 return
 
     def close(self) -> None:
-        """Ends the thread; what it was carrying stays where it is."""
+        """Ends the thread; what it was carrying stays where it is, and whoever waits for a call is told."""
 
         def end() -> None:
-            self._closed = True
+            self.closed = True
 
         self.soon(end)
         self._thread.join(5.0)
@@ -3247,7 +3247,7 @@ class Loop:
         soon = self._soon
         rings = self._rings
         tick = rotate = time.monotonic()
-        while not self._closed:
+        while not self.closed:
             for watch in rings:
                 watch.ring()
             rings.clear()
@@ -3814,7 +3814,7 @@ class Call(Ticking):
     def start(self) -> None:
         """Waits for the first byte of the body (or its end): status and headers are known then."""
         self.begin()
-        self._watch.wait(lambda: self._ahead or self._over)
+        self._wait(lambda: self._ahead or self._over)
         if not self._ahead:
             self._raise_failure()
         self._told()
@@ -3823,7 +3823,7 @@ class Call(Ticking):
         """The next bytes, b"" at the end."""
         if self._rests and not self._ahead:
             self._loop.soon(self._on_room)
-        self._watch.wait(lambda: self._ahead or self._over)
+        self._wait(lambda: self._ahead or self._over)
         if not self._ahead:
             self._raise_failure()
         parts = []
@@ -3860,7 +3860,7 @@ class Call(Ticking):
                 outlet.on_room = self._on_room
 
         self._loop.soon(begin)
-        self._watch.wait(lambda: self._held)
+        self._wait(lambda: self._held)
         if self._given is None:
             self._raise_failure()
         return self._given
@@ -3881,6 +3881,12 @@ class Call(Ticking):
         if not self.status:
             self._told()
         return Answer(self.status, self.headers, b"".join(parts))
+
+    def _wait(self, done: Callable[[], object]) -> None:
+        """Waits for something that the loop does; a loop that is closed does no more."""
+        self._watch.wait(lambda: done() or self._loop.closed)
+        if not done():
+            raise overloaded("The server is shutting down")
 
     def _told(self) -> None:
         """Status and headers are known."""
@@ -21793,10 +21799,11 @@ def _named(app: App, request: Request, most: int = 10_000) -> list[Account]:
 
 def _imported(app: App, texts: list[tuple[str, str]]) -> Reply:
     added, seeds = import_texts(app.pool, texts)
+    first = "; ".join(added.faults[:5])
     if added.faults and not added.rows and not seeds:
-        raise invalid("text", f"None of the lines is a token: {'; '.join(added.faults[:5])}.")
-    for fault in added.faults:
-        log(logging.WARNING, "line of an upload left out", fault=fault)
+        raise invalid("text", f"None of the lines is a token: {first}.")
+    if added.faults:
+        log(logging.WARNING, "lines of an upload were left out", count=len(added.faults), first=first)
     if seeds and app.mirror:
         app.mirror.reload_visits()
         app.mirror.belongings.reload()
@@ -23294,7 +23301,7 @@ const SPAN = new RegExp([
   /(?<maths>\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\]|[$]{2}[^$\n]{1,500}[$]{2}|[$](?! )[^$\n]{1,200}(?<! )[$](?!\d))/,
   /\\(?<sign>[!-/:-@[-`{-~])/, /(?<!`)(?<tick>`{1,3})(?!`)(?<code>[^]+?)(?<!`)\k<tick>(?!`)/,
   /!?\[(?<words>(?:[^[\]]|\[[^[\]]*\]){0,500})\][(](?<target>[^\s()]*(?:[(][^\s()]*[)][^\s()]*)*)(?: "[^"]*")?[)]/,
-  /(?<pair>[*]{2}|~~|(?<![\p{L}\p{N}])__)(?!\s)(?<strong>[^]{1,1000}?)(?<!\s)\k<pair>(?![*])/,
+  /(?<pair>[*]{2}|~~|(?<![\p{L}\p{N}])__)(?![*]{3}|\s)(?<strong>[^]{1,1000}?)(?<!\s)\k<pair>(?![*])/,
   /[*](?![\s*])(?<em>[^]{1,1000}?)(?<![\s*])[*](?![*])/,
   /(?<![\p{L}\p{N}_])_(?![\s_])(?<low>[^]{1,1000}?)(?<![\s_])_(?![\p{L}\p{N}_])/,
   /\n/, /https?:[/][/](?:[^\s<>"`*[\]()]|[(][^\s<>"`*[\]()]*[)]){1,2000}(?<![.,;:!?'])/,
@@ -23327,11 +23334,13 @@ function link(href, nodes) {
   return el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer nofollow" }, nodes);
 }
 
+const DRAWING = /^[/]v1[/]files[/]answer-[0-9a-f]{32}[/]content[?]/; // no other address here is asked unasked
+
 /** An image is loaded only on request, since its address could carry the conversation to its host; but at once where
  *  it is one of this server's. */
 function image(src, alt) {
   if (!/^(https?:[/][/]|data:image[/])/i.test(src)) return null;
-  if (src.startsWith(`${BASE}/v1/files/answer-`)) return el("img", { alt: alt || "Image", src });
+  if (DRAWING.test(src.replace(BASE, ""))) return el("img", { alt: alt || "Image", src });
   const { host } = el("a", { href: src });
   return button(`Show image ${alt} ${host && `from ${host}`}`, (event) => {
     event.preventDefault(); // the image may stand within a link

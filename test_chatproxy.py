@@ -11723,8 +11723,9 @@ def test_reasoning_is_folded_and_drawings_of_this_server_are_shown(
 ) -> None:
     proxy = start("alice", **OPEN)
     there = tab(proxy.url)
-    own = f"{proxy.url}/v1/files/answer-1/content?x=1"
-    weather.words = [f"![cat]({own}) ![dog](https://evil.example/dog.png)"]
+    own = f"{proxy.url}/v1/files/answer-{'0' * 32}/content?x=1"
+    other = f"{proxy.url}/v1/files/answer-{'0' * 32}/../../../tokens/add/mine"
+    weather.words = [f"![cat]({own}) ![dog](https://evil.example/dog.png) ![cow]({other})"]
     thoughts = [{"summary": "First", "content": "I look."}, {"summary": "Second", "content": "I see."}]
     weather.before = [
         {"author": {"role": "assistant"}, "content": {"content_type": "thoughts", "thoughts": thoughts}}
@@ -11733,6 +11734,7 @@ def test_reasoning_is_folded_and_drawings_of_this_server_are_shown(
     there.page.on("request", lambda request: asked.append(request.url))
     question_of(there, "draw")
     there.page.get_by_role("button", name="Show image dog from evil.example").wait_for()
+    there.page.get_by_role("button", name="Show image cow").wait_for()
     assert there.page.locator("article img").get_attribute("src") == own
     assert own in asked and all(url.startswith(proxy.url) for url in asked)
     assert not there.page.get_by_text("I look.").is_visible()
@@ -11872,6 +11874,22 @@ def test_a_long_chat_never_holds_the_page_up(
         page.evaluate("cut(200), keep()")
     # 50 ms is the aim, on a machine that does nothing else.
     assert min(max(run, default=0) for run in runs) <= 100, runs
+
+
+@in_a_browser
+def test_an_answer_made_to_be_expensive_is_shown_at_once(
+    start: Callable[..., Proxy], tab: Callable[..., Tab]
+) -> None:
+    page = tab(start("alice", **OPEN).url).page
+    shown = """text => {
+        const began = performance.now();
+        markdown(document.createElement("div"))(text);
+        return performance.now() - began;
+    }"""
+    for one in ("*", "**a ", "_a", "__a ", "[", "![a](", "`a ", "\\(", "$$a", "> ", "- ", "1. a\n   > b\n", "```\n", "|"):
+        text = one * (100_000 // len(one)) + "x"
+        took = min(page.evaluate(shown, text) for _ in range(2))
+        assert took < 1000, (one, took)  # 300 ms on a machine that does nothing else
 
 
 @in_a_browser
@@ -19291,6 +19309,22 @@ def test_the_watchdog_hears_nothing_while_the_loop_is_stuck() -> None:
     loop.close()
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_whoever_waits_for_a_loop_that_is_closed_is_told(begun: bool) -> None:
+    loop = cp.Loop()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        if begun:
+            loop.soon(lambda: loop.at(time.monotonic() + 0.2, lambda: setattr(loop, "closed", True)))
+        else:
+            loop.close()
+        call = cp.Handles(loop).call("mine", cp.Egress("", ""), "GET", url, [], None, cp.Watch(), 60.0)
+        with pytest.raises(cp.ApiError, match="shutting down") as told, call:
+            call.whole()
+    assert told.value.code == "overloaded"
+    loop.close()
+
+
 def test_a_given_socket_is_one_of_tcp_for_this_process_and_else_it_says_so(tmp_path: pathlib.Path) -> None:
     env = {
         "PATH": os.environ["PATH"],
@@ -24305,6 +24339,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      'able = [one for one in accounts if one.row.kind != LOGIN_FREE and one.row.state == "ready"]',
      "able = [one for one in accounts if one.row.kind != LOGIN_FREE]",
      "test_of_a_large_pool_a_few_accounts_of_every_plan_are_asked_for_models"),
+    ("a row of stars is looked through from each of them", r"(?![*]{3}|\s)(?<strong>", r"(?!\s)(?<strong>",
+     "test_an_answer_made_to_be_expensive"),
+    ("whoever waits for a closed loop waits for ever", "lambda: done() or self._loop.closed", "done",
+     "test_whoever_waits_for_a_loop"),
+    ("any path of this server is an image's", "/^[/]v1[/]files[/]answer-[0-9a-f]{32}[/]content[?]/", "/^[/]v1[/]files[/]answer-/",
+     "test_reasoning_is_folded"),
     ("plans are left out of the list of models",
      "asked = list(dict.fromkeys([*plans.values(), *able]))", "asked = list(able)",
      "test_of_a_large_pool_a_few_accounts_of_every_plan_are_asked_for_models"),
