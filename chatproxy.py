@@ -2629,12 +2629,12 @@ class Store:
         rows = self._rows("SELECT seed, account, added, used, owner FROM seeds WHERE seed=?", seed)
         return Seed(*rows[0]) if rows else None
 
-    def put_seed(self, seed: str, account: str, now: float) -> None:
-        """A seed gets an account; what belongs to it stays."""
+    def put_seeds(self, accounts: Mapping[str, str], now: float) -> None:
+        """Seeds get accounts; what belongs to them stays."""
         changes = "ON CONFLICT(seed) DO UPDATE SET account=excluded.account, used=excluded.used"
-        owner = f"seed-{secrets.token_hex(16)}"
-        values = (seed, account, now, now, owner)
-        self._write(f"INSERT INTO seeds VALUES (?, ?, ?, ?, ?) {changes}", *values)
+        rows = [(seed, id, now, now, f"seed-{secrets.token_hex(16)}") for seed, id in accounts.items()]
+        with self.writing() as db:
+            db.executemany(f"INSERT INTO seeds VALUES (?, ?, ?, ?, ?) {changes}", rows)
 
     def remove_seeds(self, seed: str | None = None) -> int:
         """Removes a seed (all of them: None), with its visits and what is known to belong to it; how many there were."""
@@ -18855,7 +18855,7 @@ class Mirror:
             row = callers_token(text)
         except ValueError:
             account = self._seed_of(request, text)
-            self.store.put_seed(text, account.id, time.time())
+            self.store.put_seeds({text: account.id}, time.time())
             self.store.put_visit(self._digest(token), text, until)
         else:
             account = self._own_account(request, row)
@@ -18934,7 +18934,7 @@ class Mirror:
             raise ApiError("no_account", NO_SESSION, headers={"Retry-After": "60"})
         load = Counter(one.account for one in self.store.seeds())
         account = min(usable, key=lambda one: load[one.id])
-        self.store.put_seed(seed, account.id, time.time())
+        self.store.put_seeds({seed: account.id}, time.time())
         return account
 
     def _visits(self, digest: str) -> bool:
@@ -22030,7 +22030,7 @@ def bind_seed(pool: Pool, seed: str, token: str) -> Account:
             "token",
             f"names an account that has no session cookie ({SESSION_COOKIE}), which the mirror needs.",
         )
-    pool.store.put_seed(seed, account.id, time.time())
+    pool.store.put_seeds({seed: account.id}, time.time())
     return account
 
 
@@ -22128,32 +22128,33 @@ def _map_in(text: str) -> dict[str, Any]:
 def import_seeds(store: Store, seeds: Mapping[str, Any], chats: Mapping[str, Any]) -> int:
     """Stores chat2api's seed_map.json (`{seed: {"token", "conversations": [id]}}`) and conversation_map.json (`{id: {"title",
     "create_time", …}}`): how many seeds there were. Seeds that are known stay on their accounts."""
-    rows = store.accounts("guest=0")
-    now = time.time()
-    count = 0
+    ids_by_name: dict[
+        str, str
+    ] = {}  # of accounts, which a seed names by either token or by what they make an id of
+    for row in store.accounts("guest=0"):
+        ids_by_name |= {row.secret: row.id, row.access_token: row.id, row.id: row.id}
+    accounts: dict[str, str] = {}
+    chats_of: dict[str, list[str]] = {}
     for seed, said in seeds.items():
         fits = 0 < len(seed) <= MAX_SEED and seed.isprintable() and seed != ALL_SEEDS
         if not isinstance(said, dict) or not fits:
             continue
         token = str(said.get("token") or "")
-        account = ""
+        accounts[seed] = ""
         with contextlib.suppress(ValueError):
-            id = recognise(token).id
-            account = next(
-                (row.id for row in rows if row.id == id or token in (row.secret, row.access_token)), ""
-            )
-        if store.seed(seed) is None:
-            store.put_seed(seed, account, now)
+            accounts[seed] = ids_by_name.get(recognise(token).id) or ids_by_name.get(token, "")
         listed = said.get("conversations")
-        ids = (
-            [one for one in listed if isinstance(one, str) and _UUID.fullmatch(one)]
-            if isinstance(listed, list)
-            else []
-        )
-        if known := store.seed(seed):
-            store.put_belongings(_imported_chat(id, known.owner, account, chats.get(id), now) for id in ids)
-        count += 1
-    return count
+        ids = listed if isinstance(listed, list) else []
+        chats_of[seed] = [one for one in ids if isinstance(one, str) and _UUID.fullmatch(one)]
+    now = time.time()
+    known = {one.seed for one in store.seeds()}
+    store.put_seeds({seed: id for seed, id in accounts.items() if seed not in known}, now)
+    store.put_belongings(
+        _imported_chat(id, one.owner, accounts[one.seed], chats.get(id), now)
+        for one in store.seeds()
+        for id in chats_of.get(one.seed, ())
+    )
+    return len(accounts)
 
 
 def _imported_chat(id: str, owner: str, account: str, said: Any, now: float) -> Belonging:
