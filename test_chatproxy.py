@@ -5521,6 +5521,7 @@ def test_calls_and_results_in_the_history_reach_the_model(proxy: Proxy, weather:
         "type": "function",
         "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
     }
+    image = {"type": "image_url", "image_url": {"url": data_url(picture())}}
     proxy.say(
         tools=[WEATHER_TOOL],
         messages=[
@@ -5529,16 +5530,18 @@ def test_calls_and_results_in_the_history_reach_the_model(proxy: Proxy, weather:
             {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
             {"role": "assistant", "content": "ok", "function_call": {"name": "get_time", "arguments": ""}},
             {"role": "function", "name": "get_time", "content": [{"type": "text", "text": "noon"}]},
+            {"role": "function", "name": "get_time", "content": [image]},
         ],
     )
-    messages = [(one["author"]["role"], one["content"]["parts"][0]) for one in weather.asked()["messages"]][
-        2:
-    ]
+    asked = weather.asked()["messages"][2:]
+    assert [len(one["metadata"].get("attachments", ())) for one in asked] == [0, 0, 0, 0, 1]
+    messages = [(one["author"]["role"], one["content"]["parts"][0]) for one in asked]
     assert messages == [
         ("assistant", '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>'),
         ("tool", "Result of get_weather (call call_1):\nsunny"),
         ("assistant", 'ok\n<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'),
         ("tool", "Result of get_time:\nnoon"),
+        ("tool", "Result of get_time:"),
     ]
 
 
@@ -6515,6 +6518,14 @@ def test_a_history_that_began_elsewhere_goes_on_here(proxy: Proxy, weather: Weat
     assert "Result of exec (call c4):\nsaid" in weather.told()
 
 
+def test_what_was_said_between_calls_stays_between_them() -> None:
+    call = cp.FunctionCall("c1", "get_time", "{}")
+    said = cp.Message("assistant", (cp.Text("Before."), call, cp.Text("After.")))
+    items = cp.as_items([said], lambda file: {})
+    assert [one["type"] for one in items] == ["message", "function_call", "message"]
+    assert [items[i]["content"][0]["text"] for i in (0, 2)] == ["Before.", "After."]
+
+
 def test_what_a_response_was_made_from_is_listed(proxy: Proxy, weather: Weather) -> None:
     history = json.loads(json.dumps(HISTORY).replace("PICTURE", data_url(picture())))
     id = response_events(proxy, input=history)[-1]["response"]["id"]
@@ -6964,9 +6975,13 @@ def test_ollamas_clients_call_tools_and_send_pictures(proxy: Proxy, weather: Wea
         {"role": "tool", "content": "2", "tool_name": "g", "images": [picture()]},
         {"role": "tool", "content": "1"},
     ]
-    client.chat("gpt-4o", messages=[SAID_HI, {"role": "assistant", "tool_calls": functions}, *results])
+    called: list[Any] = [SAID_HI, {"role": "assistant", "tool_calls": functions}]
+    client.chat("gpt-4o", messages=[*called, *results])
     assert "Result of g:\n2" in weather.told() and "Result of f:\n1" in weather.told()
     assert weather.asked()["messages"][2]["metadata"]["attachments"]
+    unnamed: Any = [{"role": "tool", "content": text} for text in ("1", "2")]
+    client.chat("gpt-4o", messages=[*called, *unnamed])
+    assert "Result of f:\n1" in weather.told() and "Result of g:\n2" in weather.told()
 
 
 def test_ollamas_clients_complete_prompts(proxy: Proxy, weather: Weather) -> None:
@@ -10147,13 +10162,14 @@ def test_odd_requirements_are_the_upstreams_fault_and_end_no_solver(
     proxy = start("alice", retry_times="0", arkose_token_url=f"{weather.url}/arkose")
     monkeypatch.setattr(proxy.app.site, "prepare", lambda account: None)  # it would take some of the answers
     weather.difficulty = "0007"  # one in six of the hardest that are asked for is given up
-    for odd in ODD_ANSWERS:
+    asked_for = [(odd, path) for odd in ODD_ANSWERS for path in ("/chat-requirements", "/finalize")]
+    for odd, path in asked_for:
         answer = {"token": "good", "expire_after": 540} | odd
 
         def give(request: cp.Request, answer: dict[str, Any] = answer) -> cp.Reply:
             return cp.Reply(200, json.dumps(answer).encode())
 
-        weather.add("/chat-requirements", give)
+        weather.add(path, give)
         weather.add("/arkose", status(200, {"token": "a\r\nX-Evil: 1"}))
         answered = proxy.ask()
         assert answered.status_code in (200, 403, 502), (odd, answered.text)
@@ -16692,6 +16708,13 @@ def test_files_are_told_with_their_bytes(start: Start, codex: Weather, size: int
     }
     client.responses.create(model="gpt-5.5", previous_response_id=response.id, input="again")
     assert sent_to_codex(codex)["input"][0]["content"][0] == given
+    called: Any = [
+        SAID_HI,
+        {"type": "function_call", "call_id": "c1", "name": "read", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [kept]},
+    ]
+    client.responses.create(model="gpt-5.5", input=called)
+    assert sent_to_codex(codex)["input"][2]["output"] == [content[1]]
     file = {"type": "file", "file": {"filename": "a.pdf", "file_data": data_url(pdf, "application/pdf")}}
     proxy.say(model="gpt-5.5", messages=[part_message(file)])
     assert sent_to_codex(codex)["input"][0]["content"][0] == given
@@ -22461,7 +22484,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "test_text_that_may_begin_a_stop_sequence_stays_before_a_call"),
     ('what a model said is kept out of order',
      'for is_item, run in itertools.groupby(message.parts, lambda part: type(part) in AS_ITEM):', 'for is_item, run in [(flag, [p for p in message.parts if (type(p) in AS_ITEM) is flag]) for flag in (False, True)]:',
-     'test_a_history_that_began_elsewhere_goes_on_here'),
+     'test_what_was_said_between_calls'),
     ('a compaction is told before it is whole',
      '        """It comes when it is whole."""\n', '        super().take_text(text)\n',
      'test_a_conversation_is_made_shorter_and_gone_on_with'),
@@ -22536,7 +22559,7 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "test_two_processes_exchange_a_token_once"),
     ("a result's files are lost",
      "inner = part.parts if isinstance(part, ToolResult) else (part,)", "inner = (part,)",
-     "test_calls_and_results_in_the_history_reach_the_model"),
+     "test_files_are_told_with_their_bytes"),
     ("responses of an earlier version are gone on from without what was said",
      "if not isinstance(items, list):  # as", "if False:  # as",
      "test_a_response_is_gone_on_from_with_its_files_and_calls"),
