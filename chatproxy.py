@@ -22635,10 +22635,14 @@ function removeLater(where, what, ids, path, body, method) {
   if (!confirm(`Remove ${what}?`)) return;
   removal?.();
   for (const id of ids) leaving.add(id), picked.delete(id);
+  const undo = button("Undo", () => { end(`Kept ${what}.`), poll(); }, "small");
+  const notice = el("p", { className: "wide", role: "status" }, `${what} will be removed in 10 seconds. `, undo);
   const end = (text) => {
     clearTimeout(wait);
     removal = null;
     leaving.clear();
+    if (document.activeElement === undo) where.parentElement.querySelector("input[id]").focus();
+    notice.remove();
     say(where, text);
   };
   removal = (keepalive = false) => {
@@ -22646,9 +22650,9 @@ function removeLater(where, what, ids, path, body, method) {
     return change(where, path, body, () => `Removed ${what}.`, method, { keepalive });
   };
   const wait = setTimeout(() => removal(), 10_000);
-  say(where, `${what} will be removed in 10 seconds. `);
-  where.append(button("Undo", () => { end(`Kept ${what}.`), poll(); }, "small"));
-  where.lastChild.focus();
+  say(where, "");
+  where.after(notice);
+  undo.focus();
   poll();
 }
 
@@ -22658,7 +22662,10 @@ function sync(parent, items, id, rows, make) {
   const place = [...parent.children].findIndex((row) => row.contains(focused));
   const shown = items.filter((item) => !leaving.has(item[id]));
   const ids = new Set(shown.map((item) => item[id]));
-  for (const [key, row] of rows) if (!ids.has(key)) rows.delete(key), row.node.remove();
+  const emails = new Map(items.map((item) => [item[id], item.email])); // an account's may become known
+  for (const [key, row] of rows) {
+    if (!ids.has(key) || (row.email ?? emails.get(key)) !== emails.get(key)) rows.delete(key), row.node.remove();
+  }
   shown.forEach((item, index) => {
     if (!rows.has(item[id])) rows.set(item[id], make(item));
     const row = rows.get(item[id]);
@@ -22699,9 +22706,11 @@ function accountRow({ id, email }) {
   const remove = button("Remove", () => act("remove", [id]), "small bad", name);
   const node = el("tr", { role: "row" }, el("td", { role: "cell" }, box), cells,
     el("td", { role: "cell" }, look, ask, toggle, remove));
-  const row = { node, name, note: "" }; // the note is what the last check found
+  const row = { node, name, email, note: "", of: null }; // what the last check found, and what the server said with it
   box.onchange = () => { picked[box.checked ? "add" : "delete"](id), showPicked(); };
   row.update = (account) => {
+    row.of ??= account.told;
+    if (row.of !== account.told) row.note = "";
     const said = stateOf(account) + (row.note && row.note !== account.told ? ` – ${row.note}` : "");
     put(who, name, { title: id });
     put(spent, allowance(account) && `Codex: ${allowance(account)}`);
@@ -22783,7 +22792,8 @@ async function check(ids) {
   const some = (found) => found.slice(0, 5).map(name).join("; ") + more(found);
   const [bad, skipped] = [ids.filter((id) => results[id]), ids.filter((id) => results[id] == null)];
   const works = ids.length - bad.length - skipped.length;
-  for (const id of ids) if (accounts.has(id)) accounts.get(id).note = (results[id] ?? "not asked") || "works";
+  const noteOf = (id) => ({ note: (results[id] ?? "not asked") || "works", of: null });
+  for (const id of ids) if (accounts.has(id)) Object.assign(accounts.get(id), noteOf(id));
   say($("said"), `Checked ${num(works + bad.length)} of ${count(ids.length, "account")}: ${num(works)} work, `
     + `${num(bad.length)} do not${bad.length ? ` (${some(bad)})` : ""}.`
     + (skipped.length ? ` Not asked, since disabled or without a token: ${some(skipped)}.` : ""));
@@ -22900,8 +22910,9 @@ function chart(box, of = "", kinds = ["answers", "failures"]) {
     }));
     const all = words(Object.fromEntries([...kinds, "tokens"].map(sum)));
     put(total, `${all}; most in ${span.value === "day" ? "an hour" : "a day"}: ${num(most)}`);
-    slider.max = work.length - 1;
-    point(work.length - 1);
+    const last = String(work.length - 1);
+    point(slider.max === last ? slider.value : last); // where somebody reads already
+    slider.max = last;
   };
   const refresh = async () => {
     const fresh = (await get(`/tokens/work?${new URLSearchParams({ of, span: span.value })}`)).work;
@@ -23001,10 +23012,12 @@ async function upload(files) {
     `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}${
       seeds ? `, ${count(seeds, "seed")}` : ""}.${faults.length ? ` ${num(faults.length)} left out: see above.` : ""}`);
   if (!result) return;
-  $("text").value = result.left_out.map(({ file, first, last }, index) => {
+  const left = result.left_out.map(({ file, first, last }, index) => {
     const text = texts[files.findIndex(({ name }) => name === file)];
     return `# ${result.faults[index]}\n${text.split(/\r\n?|\n/).slice(first - 1, last).join("\n")}`;
-  }).join("\n");
+  });
+  const typed = files[0].name && $("text").value; // and not added yet
+  $("text").value = [typed, ...left].filter(Boolean).join("\n");
 }
 
 /** Show the new key of a user this once, here and in the ways to connect; or no more. */
@@ -23378,7 +23391,7 @@ const GO_ON = "Go on exactly where you stopped, and repeat nothing.";
 const ENDS = { stop: "", length: "The answer was cut for its length.",
   content_filter: "The upstream's content filter ended this answer." };
 const views = new Map(); // turn -> {node, paint, end}
-let chat = null; // {id, title, turns: [{role, content, reasoning, files, note, bad, failed, lacking, more}]}
+let chat = null; // {id, title, named, turns: [{role, content, reasoning, files, note, bad, failed, lacking, more}]}
 let running = null; // the AbortController of the answer that is being written
 let attached = []; // {id, name, type, thumb, chip}: the files of the next question
 
@@ -23391,15 +23404,19 @@ function read(name, tab = false) {
   }
 }
 
+/** Keep something like that: whether there was room. */
 function store(name, value, tab = false) {
   try {
     (tab ? sessionStorage : localStorage).setItem(`${SPACE} ${name}`, JSON.stringify(value));
+    return true;
   } catch {
     put($("trouble"), "This browser has no room left for this chat; export your chats, and delete some.");
+    return false;
   }
 }
 
 const settings = { model: "", effort: "", system: "", keep: true, ...read("settings") };
+const alter = (changes) => store("settings", Object.assign(settings, read("settings"), changes)); // other tabs' too
 const blank = () => ({ id: String(Date.now()), title: "New chat", turns: [] });
 const kept = (id) => (read(`chat ${id}`)?.turns ? read(`chat ${id}`) : blank());
 const keyOf = () => read("key", true) ?? read("key") ?? "";
@@ -23409,13 +23426,16 @@ const toEnd = () => { $("log").scrollTop = $("log").scrollHeight; };
 const later = (turn) => chat.turns.length - chat.turns.indexOf(turn) - 1;
 const mayDrop = (turn, own) => later(turn) <= own || confirm(`Drop the ${count(later(turn), "turn")} after it?`);
 
-/** Keep a chat as it is, and show the titles of all. */
+/** Keep a chat as it is, once there is something in it. */
 function keep(one = chat) {
-  if (settings.keep && one.turns.length) {
-    store("chats", { ...read("chats"), [one.id]: one.title });
-    store(`chat ${one.id}`, one);
-    if (one === chat) store("open", one.id, true);
+  if (settings.keep && (one.turns.length || read(`chat ${one.id}`))) {
+    const listed = { ...read("chats"), [one.id]: one.title };
+    if (store("chats", listed) && store(`chat ${one.id}`, one)) put($("trouble"), "");
   }
+  showTitles();
+}
+
+function showTitles() {
   const titles = [["", "Chats"], ...Object.entries(read("chats") || {}).reverse()];
   const option = ([id, title]) => el("option", { value: id, selected: id === chat.id }, title);
   $("chats").replaceChildren(...titles.map(option));
@@ -23426,10 +23446,12 @@ function keep(one = chat) {
 
 function openSettings(why) {
   put($("why"), why);
+  if ($("settings").open) return; // where somebody may be typing
+  Object.assign(settings, read("settings"));
   for (const name of ["effort", "system"]) $(name).value = settings[name];
   $("key").value = keyOf();
   [$("keep").checked, $("remember").checked] = [settings.keep, Boolean(read("key"))];
-  if (!$("settings").open) $("settings").showModal();
+  $("settings").showModal();
 }
 
 async function loadModels() {
@@ -23476,13 +23498,7 @@ function answerView(turn) {
   };
   const end = () => {
     const copy = copier(text, "small", () => turn.content);
-    const again = button("Try again", () => {
-      if (!mayDrop(turn, 0)) return;
-      stop();
-      cut(chat.turns.indexOf(turn));
-      if ($("question").value === chat.turns.at(-1).content) fillBox();
-      answer();
-    }, "small");
+    const again = button("Try again", () => mayDrop(turn, 0) && answerAnew(turn), "small");
     const goOn = turn.more && !later(turn) ? button("Go on", () => answer(turn), "small main") : "";
     const note = el("span", { className: turn.bad ? "trouble" : "quiet" }, turn.note);
     if (turn.lacking) note.append(" ", el("a", { href: `${BASE}/tokens` }, "Look at the accounts"));
@@ -23519,7 +23535,8 @@ async function openChat(one) {
   for (const { node } of views.values()) node.remove();
   views.clear();
   chat = one;
-  keep();
+  store("open", one.id, true);
+  showTitles();
   $("empty").hidden = chat.turns.length > 0;
   let began = performance.now();
   for (const turn of [...chat.turns].reverse()) {
@@ -23546,7 +23563,7 @@ function fillBox({ content, files } = { content: "", files: [] }) {
 
 function ask(content, files = []) {
   if (chat.turns.at(-1)?.failed) cut(chat.turns.length - 2); // it is no part of the chat
-  if (!chat.turns.length) chat.title = content.slice(0, 60) || files[0].name;
+  if (!chat.turns.length && !chat.named) chat.title = content.slice(0, 60) || files[0].name;
   push({ role: "user", content, files });
   answer();
 }
@@ -23577,6 +23594,14 @@ function noteOf(error) {
   return error.message + (ends ? ` It ends at ${clock(Date.now() + error.wait * 1000)}.` : "");
 }
 
+/** Have the question before an answer answered once more. */
+function answerAnew(turn) {
+  stop();
+  cut(chat.turns.indexOf(turn));
+  if ($("question").value === chat.turns.at(-1).content) fillBox();
+  answer();
+}
+
 /** Have the chat answered, in a turn of its own or further in one that is there. */
 async function answer(turn = null) {
   const [mine, control] = [chat, new AbortController()];
@@ -23585,6 +23610,7 @@ async function answer(turn = null) {
   if (turn) messages.push({ role: "user", content: GO_ON });
   turn ??= push({ role: "assistant", content: "", reasoning: "" });
   Object.assign(turn, { note: "", bad: false, failed: false, more: true }); // for a page that is closed meanwhile
+  keep(mine);
   const { node, paint, end } = view(turn);
   node.lastChild.replaceChildren();
   node.ariaBusy = "true";
@@ -23652,18 +23678,19 @@ async function thumbnail(file) {
 /** Upload a file for the next question. */
 async function attach(file) {
   const request = new XMLHttpRequest(); // fetch() tells no progress
-  const one = { id: "", name: file.name, type: file.type, thumb: await thumbnail(file) };
+  const one = { id: "", name: file.name, type: file.type, thumb: "" };
   const bar = el("progress", { max: 1, value: 0, ariaLabel: `Upload of ${file.name}` });
   one.chip = chipOf(one, bar, removal(one, request));
   attached.push(one);
   showAttached();
   request.open("POST", `${BASE}/v1/files`);
+  request.responseType = "json"; // null for what is none, as a proxy's page
   for (const [name, value] of Object.entries(auth())) request.setRequestHeader(name, value);
   request.upload.onprogress = ({ loaded, total }) => { bar.value = loaded / total; };
   request.onloadend = () => {
-    const said = request.responseText ? JSON.parse(request.responseText) : {};
-    const problem = said.error?.message || "It could not be sent.";
-    if (request.status === 200) one.id = said.id, bar.remove();
+    const { id, error } = request.response || {};
+    const problem = error?.message || "It could not be sent.";
+    if (request.status === 200 && id) one.id = id, bar.remove();
     else bar.replaceWith(el("span", { className: "trouble", role: "alert" }, problem));
     showAttached();
   };
@@ -23671,6 +23698,8 @@ async function attach(file) {
   form.append("purpose", "user_data");
   form.append("file", file);
   request.send(form);
+  one.thumb = await thumbnail(file);
+  if (one.thumb) one.chip.prepend(el("img", { src: one.thumb, alt: "" }));
 }
 
 /** A button that takes a file back. */
@@ -23694,7 +23723,6 @@ onFiles($("file"), $("chat"), $("ask"), (files) => files.forEach(attach));
 // Chats and settings.
 
 function beginAnew() {
-  store("open", null, true);
   openChat(blank());
   $("question").focus();
 }
@@ -23702,7 +23730,10 @@ function beginAnew() {
 const mayLeave = () => settings.keep || !chat.turns.length || confirm("Throw this chat away?");
 
 $("chats").onchange = () => (mayLeave() ? openChat(kept($("chats").value)) : keep());
-$("title").onchange = () => { chat.title = $("title").value.trim() || chat.title, keep(); };
+$("title").onchange = () => {
+  Object.assign(chat, { title: $("title").value.trim() || chat.title, named: true });
+  keep();
+};
 $("new").onclick = () => mayLeave() && beginAnew();
 $("delete").onclick = () => {
   if (!confirm(`Delete “${chat.title}”?`)) return;
@@ -23721,13 +23752,12 @@ onSubmit("set", () => {
   const [key, remember] = [$("key").value.trim(), $("remember").checked];
   store("key", remember ? key : null);
   store("key", remember ? null : key, true);
-  Object.assign(settings, { effort: $("effort").value, system: $("system").value, keep: $("keep").checked });
-  store("settings", settings);
+  alter({ effort: $("effort").value, system: $("system").value, keep: $("keep").checked });
   $("settings").close();
   loadModels();
-  if (chat.turns.at(-1)?.failed) cut(chat.turns.length - 1), fillBox(), answer();
+  if ($("why").textContent && chat.turns.at(-1)?.failed) answerAnew(chat.turns.at(-1));
 });
-$("model").onchange = () => store("settings", Object.assign(settings, { model: $("model").value }));
+$("model").onchange = () => alter({ model: $("model").value });
 $("to-tokens").href = `${BASE}/tokens`;
 $("empty").append(...EXAMPLES.map((text) => button(text, () => ask(text))));
 onSubmit("ask", () => {
@@ -23748,11 +23778,21 @@ document.onkeydown = ({ key }) => {
 };
 window.onpagehide = () => keep();
 window.onstorage = ({ key }) => { // another tab has gone on with this chat, or deleted it
-  if (key === `${SPACE} chat ${chat.id}` && !running) openChat(kept(chat.id));
+  if (key === `${SPACE} chats`) showTitles();
+  if (key !== `${SPACE} chat ${chat.id}` || running) return;
+  const fresh = read(`chat ${chat.id}`);
+  if (!fresh) return beginAnew();
+  const isOther = (turn, index) => JSON.stringify(turn) !== JSON.stringify(fresh.turns[index]);
+  const [first, follow] = [chat.turns.findIndex(isOther), atEnd()];
+  if (first >= 0) cut(first);
+  chat = { ...fresh, turns: chat.turns };
+  fresh.turns.slice(chat.turns.length).forEach(push);
+  showTitles();
+  if (follow) toEnd();
 };
 const typed = new URLSearchParams(location.search).get("q");
 $("question").value = typed || read("draft", true) || "";
-if (typed) history.replaceState(null, "", location.pathname);
+if (typed) history.replaceState(null, "", location.pathname), store("draft", typed, true);
 openChat(typed ? blank() : kept(read("open", true)));
 if (typed && $("chat").dataset.asks) $("ask").requestSubmit(); // it was typed, not followed from another site
 loadModels();

@@ -11286,6 +11286,52 @@ def test_the_pool_is_looked_after_on_its_page(
 
 
 @in_a_browser
+def test_what_somebody_is_at_on_the_page_outlasts_what_happens_meanwhile(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab], tmp_path: pathlib.Path
+) -> None:
+    refresh = "rt_" + "r" * 40
+    proxy = start("alice", "bob")
+    there = tab(f"{proxy.url}/tokens")
+    page = there.page
+    there.sign_in()
+    # A removal can be taken back whatever else is done in its ten seconds.
+    there.row("bob@").get_by_role("button", name="Remove").click()
+    there.row("alice@").get_by_role("button", name="Check").click()
+    there.sees("Checked 1 of 1 account: 1 work")
+    there.row("alice@").get_by_text("works").wait_for()
+    there.press("Undo")
+    there.row("bob@").wait_for()
+    assert page.evaluate("document.activeElement.id") == "search"
+    # What a check found is said until the server says something else.
+    (alice,) = proxy.store.accounts("email=?", "alice@demo.example")
+    proxy.app.pool.disable([alice.id], True)
+    there.row("alice@").get_by_text("disabled").wait_for()
+    assert "works" not in there.row("alice@").inner_text()
+    # Files leave alone what was typed and is not added yet.
+    box = page.get_by_label("Tokens, one per line")
+    box.fill("half of a paste")
+    file = tmp_path / "tokens.txt"
+    file.write_text(f"{refresh}\nnonsense")
+    page.locator("#files").set_input_files(file)
+    there.sees("1 account added")
+    wait_until(lambda: box.input_value() == "half of a paste\n# tokens.txt, line 2: not a token\nnonsense")
+    # A row is called by the e-mail address as soon as that is known.
+    weather.refresh_tokens[refresh] = "carol"
+    (account,) = proxy.store.accounts("email is null or email=''")
+    page.get_by_role("button", name=f"Check {account.id}").click()
+    page.get_by_role("button", name="Check carol@demo.example").wait_for()
+    # Who reads a chart stays where they are when there is news.
+    slider = page.locator("#work").get_by_role("slider")
+    slider.focus()
+    slider.press("ArrowLeft")
+    place, said = slider.input_value(), slider.get_attribute("aria-valuetext")
+    proxy.say()
+    page.evaluate("poll()")
+    page.locator("#work").get_by_text("1 answer, 0 failures").first.wait_for()
+    assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == (place, said)
+
+
+@in_a_browser
 def test_api_users_are_made_and_removed_on_the_page(
     start: Callable[..., Proxy], tab: Callable[..., Tab]
 ) -> None:
@@ -11482,6 +11528,7 @@ def test_a_failed_question_comes_back_and_poisons_nothing(
     proxy = start("alice", max_body_mb="1", **OPEN)
     there = tab(proxy.url)
     box = there.page.get_by_label("Message", exact=True)
+    there.page.set_default_timeout(60_000)  # so long a text is much work for a browser itself
     question_of(there, "x" * (1 << 20))
     there.sees("MAX_BODY_MB")
     assert len(box.input_value()) == 1 << 20
@@ -11564,6 +11611,76 @@ def test_chats_stay_until_they_are_deleted(
     there.agrees = True
     page.locator("#new").click()
     assert page.locator("article").count() == 0
+    # A title that was typed first stays, and a question is kept before it is answered.
+    page.evaluate("alter({ keep: true })")
+    page.get_by_label("Title of this chat").fill("Animals")
+    weather.words, weather.pace = ["slow"] * 500, 0.05
+    question_of(there, "About birds")
+    there.sees("slowslow")
+    assert page.title() == "Animals – chatproxy"
+    assert "About birds" in page.evaluate("localStorage.getItem(`${SPACE} chat ${chat.id}`)")
+    there.press("Stop")
+    # What finds no room is said, until it finds some.
+    page.evaluate("""() => {
+        for (let size = 1 << 22; size; size >>= 1) {
+            try { localStorage.setItem(`filling ${size}`, "x".repeat(size)); } catch { continue; }
+        }
+    }""")
+    weather.words, weather.pace = ["word "] * 100, 0.0
+    question_of(there, "About fish")
+    there.sees("This browser has no room left for this chat")
+    page.evaluate("""() => {
+        const filling = Object.keys(localStorage).filter((key) => key.startsWith("filling"));
+        for (const key of filling) localStorage.removeItem(key);
+    }""")
+    question_of(there, "About bees")
+    wait_until(lambda: page.locator("#trouble").inner_text() == "")
+    assert "About fish" in page.evaluate("localStorage.getItem(`${SPACE} chat ${chat.id}`)")
+
+
+@in_a_browser
+def test_two_tabs_follow_each_other(
+    start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
+) -> None:
+    proxy = start("alice", **OPEN)
+    there = tab(proxy.url)
+    page = there.page
+    other = page.context.new_page()
+    other.goto(proxy.url)
+    # Neither takes back what the other has set.
+    other.get_by_label("Model", exact=True).select_option("o3")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    there.press("Save")
+    other.get_by_role("button", name="Settings").click()
+    other.get_by_label("Effort").select_option("high")
+    other.get_by_role("button", name="Save").click()
+    kept = json.loads(page.evaluate("localStorage.getItem(`${SPACE} settings`)"))
+    assert (kept["model"], kept["system"], kept["effort"]) == ("o3", "Be brief.", "high")
+    page.get_by_label("Model", exact=True).select_option("gpt-4o")
+    kept = json.loads(page.evaluate("localStorage.getItem(`${SPACE} settings`)"))
+    assert (kept["model"], kept["system"], kept["effort"]) == ("gpt-4o", "Be brief.", "high")
+    # What one asks appears in the other, which goes on to show what it showed.
+    question_of(there, "one")
+    there.sees("Hello wide world.")
+    other.locator("#chats").select_option("one")
+    other.locator("article").wait_for()
+    page.evaluate("document.querySelector('article').dataset.mark = 'mine'")
+    weather.words = ["And this."]
+    other.get_by_label("Message", exact=True).fill("two")
+    other.get_by_label("Message", exact=True).press("Enter")
+    there.sees("And this.")
+    page.get_by_role("button", name="Delete two").wait_for()
+    assert page.locator("article").first.get_attribute("data-mark") == "mine"
+    assert page.locator("article").count() == 2
+    other.on("dialog", lambda dialog: dialog.accept())
+    other.get_by_role("button", name="Delete one").click()
+    page.locator(".question", has_text="one").wait_for(state="detached")
+    other.get_by_role("button", name="Delete two").click()
+    page.locator("#empty").wait_for()
+    page.reload()  # what was deleted stays deleted
+    assert page.locator("#chats option").all_inner_texts() == ["Chats", "one"]
+    assert page.locator(".question").count() == 0
 
 
 @in_a_browser
@@ -11657,7 +11774,17 @@ def test_files_are_attached_pasted_and_dropped(
     page.reload()
     assert page.locator(".question li").all_inner_texts() == ["p.png", "pasted.txt", "dropped.txt"]
     assert page.locator(".question img").evaluate("image => image.naturalHeight") == 80
-    # A file that cannot be sent says so in its place, and holds nothing else up.
+    # A picture that takes the browser its time is sent meanwhile; a file that a proxy refuses says so in its place.
+    page.evaluate("() => { createImageBitmap = () => new Promise(() => {}); }")
+    page.locator("#file").set_input_files({"name": "d.png", "mimeType": "image/png", "buffer": picture(8, 8)})
+    page.locator("#files progress").wait_for(state="detached")
+    page.get_by_role("button", name="Remove d.png").click()
+    page.route("**/v1/files", lambda route: route.fulfill(status=502, body="<html>Bad gateway</html>"))
+    page.locator("#file").set_input_files({"name": "c.txt", "mimeType": "text/plain", "buffer": b"c"})
+    there.sees("It could not be sent.")
+    page.get_by_role("button", name="Remove c.txt").click()
+    page.unroute("**/v1/files")
+    # So does one that the upstream refuses, and it holds nothing else up.
     weather.add("/files", *[status(500)] * 9)
     page.locator("#file").set_input_files({"name": "b.txt", "mimeType": "text/plain", "buffer": b"b"})
     page.locator("#files .trouble").wait_for()
@@ -11828,6 +11955,8 @@ def test_a_question_in_the_address_is_asked_when_it_was_typed(
     there.page.wait_for_timeout(500)
     assert there.page.get_by_label("Message", exact=True).input_value() == "Buy it"
     assert weather.count("/conversation") == count
+    there.page.reload()
+    assert there.page.get_by_label("Message", exact=True).input_value() == "Buy it"
 
 
 @in_a_browser
@@ -11856,6 +11985,26 @@ def test_who_is_signed_in_to_the_accounts_needs_no_key_to_chat(
     other = there.page.context.new_page()
     other.goto(proxy.url)
     assert other.evaluate("auth()") == {"authorization": f"Bearer {KEY}"}
+    # A question that was refused for its key is asked again with the right one, and only then.
+    weather.words = ["Welcome."]
+    there.page.get_by_role("button", name="Settings").click()
+    there.page.get_by_label("API key").fill("cp-wrong")
+    there.press("Save")
+    there.page.keyboard.press("Escape")
+    question_of(there, "again")
+    there.sees("Incorrect API key provided")
+    there.page.get_by_label("API key").fill(KEY)
+    there.press("Save")
+    there.sees("Welcome.")
+    assert there.page.get_by_label("Message", exact=True).input_value() == ""
+    weather.add("/conversation", *[status(500)] * 9)
+    question_of(there, "once more")
+    there.page.locator("article .trouble").wait_for()
+    asked = weather.count("/conversation")
+    there.page.get_by_role("button", name="Settings").click()
+    there.press("Save")
+    there.page.wait_for_timeout(500)
+    assert weather.count("/conversation") == asked
 
 
 @in_a_browser
@@ -24701,6 +24850,60 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ("a decision in mid-stream is the loop's",
      "_LIGHT.issuperset(map(type, events))", "True",
      "test_a_decision_in_mid_stream_is_made_while_the_loop_is_full"),
+    ('the way back from a removal goes with the next message',
+     '  where.after(notice);\n', '  where.append(notice);\n',
+     'somebody_is_at_on_the_page'),
+    ('the focus falls to nothing after a removal is taken back',
+     '    if (document.activeElement === undo) where.parentElement.querySelector("input[id]").focus();\n', '',
+     'somebody_is_at_on_the_page'),
+    ('what a check found is said for ever',
+     '    if (row.of !== account.told) row.note = "";\n', '',
+     'somebody_is_at_on_the_page'),
+    ('a file wipes out what was typed',
+     'const typed = files[0].name && $("text").value;', 'const typed = "";',
+     'somebody_is_at_on_the_page'),
+    ('a row never learns its e-mail address',
+     ' || (row.email ?? emails.get(key)) !== emails.get(key)', '',
+     'somebody_is_at_on_the_page'),
+    ('a chart jumps away from who reads it',
+     'point(slider.max === last ? slider.value : last);', 'point(last);',
+     'somebody_is_at_on_the_page'),
+    ('the first question takes the place of a title',
+     'if (!chat.turns.length && !chat.named)', 'if (!chat.turns.length)',
+     'chats_stay_until'),
+    ('a question is kept no sooner than its answer',
+     '  keep(mine);\n  const { node, paint, end }', '  const { node, paint, end }',
+     'chats_stay_until'),
+    ('a browser that has room again is said to have none',
+     ' put($("trouble"), "");\n  }\n  showTitles();\n', ' ;\n  }\n  showTitles();\n',
+     'chats_stay_until'),
+    ('a tab takes back what another has set',
+     'Object.assign(settings, read("settings"), changes)', 'Object.assign(settings, changes)',
+     'two_tabs_follow'),
+    ('the settings are shown as they were in this tab',
+     '  Object.assign(settings, read("settings"));\n', '',
+     'two_tabs_follow'),
+    ('a tab does not hear of the chats of another',
+     '  if (key === `${SPACE} chats`) showTitles();\n', '',
+     'two_tabs_follow'),
+    ('news of another tab builds the whole chat anew',
+     '  if (first >= 0) cut(first);\n', '  cut(0);\n',
+     'two_tabs_follow'),
+    ('the last question of a chat cannot be deleted',
+     ' && (one.turns.length || read(`chat ${one.id}`))', ' && one.turns.length',
+     'two_tabs_follow'),
+    ('a proxy that answers an upload with a page breaks the script',
+     '  request.responseType = "json";', '  request.responseType = "document";',
+     'files_are_attached'),
+    ('an upload waits for its small picture',
+     '  request.send(form);\n  one.thumb = await thumbnail(file);\n', '  one.thumb = await thumbnail(file);\n  request.send(form);\n',
+     'files_are_attached'),
+    ('a question from a link is lost with a reload',
+     ', store("draft", typed, true)', '',
+     'question_in_the_address'),
+    ('saving the settings asks a failed question again',
+     'if ($("why").textContent && chat.turns', 'if (chat.turns',
+     'signed_in_to_the_accounts'),
 ]  # fmt: skip
 MUTANT_TIME = 120  # seconds after which a fault is noticed: by a hang
 
