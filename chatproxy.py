@@ -22656,6 +22656,10 @@ function removeLater(where, what, ids, path, body, method) {
   poll();
 }
 
+/** Where the focus goes when what had it is gone. */
+const home = () =>
+  ($("pool").hidden ? $("key") : $("start").hidden ? $("search") : document.querySelector(".device"));
+
 /** Make `parent` show `items`, touching only what differs; `make` returns a row {node, update}. */
 function sync(parent, items, id, rows, make) {
   const focused = document.activeElement;
@@ -22674,7 +22678,7 @@ function sync(parent, items, id, rows, make) {
   });
   if (place < 0 || document.activeElement === focused) return;
   const next = parent.children[Math.min(place, parent.children.length - 1)];
-  (focused.isConnected ? focused : next?.querySelector("button") || $("search")).focus({ preventScroll: true });
+  (focused.isConnected ? focused : next?.querySelector("button") || home()).focus({ preventScroll: true });
 }
 
 const isLost = (state) => state === "expired" || state === "dead";
@@ -22994,6 +22998,7 @@ function show(list, people, mirror) {
   sync($("users"), people.users, "user_id", users, userRow);
   $("add-seed").hidden = !mirror.enabled && !mirror.seeds.length;
   sync($("seeds"), mirror.seeds, "seed", seeds, seedRow);
+  if (document.activeElement.closest("[hidden]")) home().focus({ preventScroll: true });
 }
 
 /** Look at other accounts: another page, or from the first page another state, search or order. */
@@ -23059,8 +23064,7 @@ onSubmit("sign-in", async () => {
   const body = { key: $("key").value.trim() };
   await api("POST", "/tokens/session", body).then(poll, (error) => put($("sign-in-said"), error.message));
   $("sign-in").reset();
-  const first = $("pool").hidden ? $("key") : $("start").hidden ? $("search") : document.querySelector(".device");
-  first.focus({ preventScroll: true });
+  home().focus({ preventScroll: true });
 });
 $("sign-out").onclick = async () => {
   await removal?.();
@@ -23439,9 +23443,9 @@ function showTitles() {
   const titles = [["", "Chats"], ...Object.entries(read("chats") || {}).reverse()];
   const option = ([id, title]) => el("option", { value: id, selected: id === chat.id }, title);
   $("chats").replaceChildren(...titles.map(option));
+  $("delete").hidden = !chat.turns.length && !titles.some(([id]) => id === chat.id);
   document.title = `${chat.title} – chatproxy`;
   if (document.activeElement !== $("title")) $("title").value = chat.title;
-  $("delete").hidden = !chat.turns.length;
 }
 
 function openSettings(why) {
@@ -23785,7 +23789,7 @@ window.onstorage = ({ key }) => { // another tab has gone on with this chat, or 
   const isOther = (turn, index) => JSON.stringify(turn) !== JSON.stringify(fresh.turns[index]);
   const [first, follow] = [chat.turns.findIndex(isOther), atEnd()];
   if (first >= 0) cut(first);
-  chat = { ...fresh, turns: chat.turns };
+  Object.assign(chat, { ...fresh, turns: chat.turns });
   fresh.turns.slice(chat.turns.length).forEach(push);
   showTitles();
   if (follow) toEnd();

@@ -11329,6 +11329,10 @@ def test_what_somebody_is_at_on_the_page_outlasts_what_happens_meanwhile(
     page.evaluate("poll()")
     page.locator("#work").get_by_text("1 answer, 0 failures").first.wait_for()
     assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == (place, said)
+    # The focus stays on the page when all that it could be on is gone.
+    proxy.app.pool.remove()
+    page.locator("#start").wait_for()
+    assert page.evaluate("document.activeElement.textContent") == "Sign in with a code"
 
 
 @in_a_browser
@@ -11681,6 +11685,9 @@ def test_two_tabs_follow_each_other(
     page.reload()  # what was deleted stays deleted
     assert page.locator("#chats option").all_inner_texts() == ["Chats", "one"]
     assert page.locator(".question").count() == 0
+    page.locator("#delete").click()
+    assert page.locator("#chats option").all_inner_texts() == ["Chats"]
+    assert page.locator("#delete").is_hidden()
 
 
 @in_a_browser
@@ -24904,6 +24911,12 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ('saving the settings asks a failed question again',
      'if ($("why").textContent && chat.turns', 'if (chat.turns',
      'signed_in_to_the_accounts'),
+    ('the focus falls to nothing with the last account',
+     '  if (document.activeElement.closest("[hidden]")) home().focus({ preventScroll: true });\n', '',
+     'somebody_is_at_on_the_page'),
+    ('a chat without a question cannot be deleted',
+     '!chat.turns.length && !titles.some(([id]) => id === chat.id)', '!chat.turns.length',
+     'two_tabs_follow'),
 ]  # fmt: skip
 MUTANT_TIME = 120  # seconds after which a fault is noticed: by a hang
 
