@@ -22495,6 +22495,7 @@ dd { margin: 0; }
 .plot .at { background: var(--soft); }
 :is(.answers, .requests) { background: var(--good); }
 .failures { border: 2px solid var(--bad); }
+[type="range"] { padding-inline: 0; }
 .key { display: inline-block; width: 0.7rem; height: 0.7rem; margin-inline-end: 0.3rem; }
 @media (max-width: 75rem) { /* each account is a card, whose values have names */
   thead tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; }
