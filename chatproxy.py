@@ -21797,6 +21797,9 @@ def _named(app: App, request: Request, most: int = 10_000) -> list[Account]:
     return [one for id in ids if (one := app.pool.find(id)) and not one.row.guest]
 
 
+MAX_LEFT_OUT_LINES = 1000  # lines of an upload that its answer names
+
+
 def _imported(app: App, texts: list[tuple[str, str]]) -> Reply:
     added, seeds = import_texts(app.pool, texts)
     first = "; ".join(added.faults[:5])
@@ -21808,9 +21811,17 @@ def _imported(app: App, texts: list[tuple[str, str]]) -> Reply:
         app.mirror.reload_visits()
         app.mirror.belongings.reload()
     told = {"status": "success", "tokens_count": _count_of(app), "stored": len(added.rows)}
-    told |= {"known": added.known, "merged": added.merged, "seeds": seeds, "faults": added.faults}
-    left_out = [{"file": one.place, "first": one.first, "last": one.last} for one in added.left_out]
-    return json_reply(told | {"left_out": left_out})
+    told |= {"known": added.known, "merged": added.merged, "seeds": seeds}
+    left_out = [
+        {"file": one.place, "first": one.first, "last": one.last}
+        for one in added.left_out[:MAX_LEFT_OUT_LINES]
+    ]
+    told |= {
+        "faults": added.faults[:MAX_LEFT_OUT_LINES],
+        "left_out": left_out,
+        "left_out_count": len(added.left_out),
+    }
+    return json_reply(told)
 
 
 @ROUTER.on("POST", "/tokens/upload", access="admin")
@@ -22937,11 +22948,12 @@ function signedOut(text) {
   $("dialog").close();
   $("sign-in").hidden = false;
   $("pool").hidden = $("sign-out").hidden = true;
-  $("text").value = ""; // no token stays behind on a page that may be left alone
+  for (const form of document.forms) form.reset(); // no token stays behind on a page that may be left alone
   for (const kept of [told, picked, leaving]) kept.clear();
   showFresh();
   sync($("rows"), [], "id", accounts, accountRow);
   sync($("users"), [], "user_id", users, userRow);
+  sync($("seeds"), [], "seed", seeds, seedRow);
   put($("trouble"), "");
   put($("sign-in-said"), text);
   $("key").focus();
@@ -23009,18 +23021,18 @@ function look(other) {
   return poll();
 }
 
-/** Add what is in files. What was left out is in the box afterwards, each line below the reason. */
+/** Add what is in files. What was left out is in the box afterwards, each line below the reason: the first ones. */
 async function upload(files) {
   const body = new FormData();
   for (const file of files) body.append("text", file);
-  const texts = await Promise.all(files.map((file) => file.text()));
-  const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, faults }) =>
+  const lines = await Promise.all(files.map(async (file) => (await file.text()).split(/\r\n?|\n/)));
+  const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, left_out_count }) =>
     `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}${
-      seeds ? `, ${count(seeds, "seed")}` : ""}.${faults.length ? ` ${num(faults.length)} left out: see above.` : ""}`);
+      seeds ? `, ${count(seeds, "seed")}` : ""}.${left_out_count ? ` ${num(left_out_count)} left out: see above.` : ""}`);
   if (!result) return;
   const left = result.left_out.map(({ file, first, last }, index) => {
-    const text = texts[files.findIndex(({ name }) => name === file)];
-    return `# ${result.faults[index]}\n${text.split(/\r\n?|\n/).slice(first - 1, last).join("\n")}`;
+    const those = lines[files.findIndex(({ name }) => name === file)].slice(first - 1, last);
+    return `# ${result.faults[index]}\n${those.join("\n")}`;
   });
   const typed = files[0].name && $("text").value; // and not added yet
   $("text").value = [typed, ...left].filter(Boolean).join("\n");
@@ -23155,7 +23167,7 @@ figcaption { display: flex; padding: 0.25rem 0.8rem; background: var(--soft); al
 """
 
 CHAT_HTML = r"""
-<main id="chat" data-step="" data-asks="">
+<main id="chat" data-step="">
   <h1 class="spoken">Chat</h1>
   <header class="row">
     <select id="chats" aria-label="Chats in this browser"></select>
@@ -23202,7 +23214,7 @@ CHAT_JS = r"""
 // Markdown. Blocks are found line by line, and a line is looked at a fixed number of times a level; spans are
 // found in one walk along the text. So an answer made to be expensive costs no more than its length.
 const DEEPEST = 20;
-const FENCE = /^[ \t]*(`{3,}|~{3,})([^`]*)$/;
+const FENCE = /^[ \t]*(`{3,}|~{3,}(?!~))([^`]*)$/;
 const ITEM = /^[ \t]*([-*+]|[0-9]{1,9}[.)])[ \t]+/;
 // The kinds of blocks by how they begin, the first that fits; maths of more than a line end on another one.
 const KINDS = {
@@ -23795,11 +23807,10 @@ window.onstorage = ({ key }) => { // another tab has gone on with this chat, or 
   showTitles();
   if (follow) toEnd();
 };
-const typed = new URLSearchParams(location.search).get("q");
+const typed = new URLSearchParams(location.search).get("q"); // the reader asks it, since any site can lead here
 $("question").value = typed || read("draft", true) || "";
 if (typed) history.replaceState(null, "", location.pathname), store("draft", typed, true);
 openChat(typed ? blank() : kept(read("open", true)));
-if (typed && $("chat").dataset.asks) $("ask").requestSubmit(); // it was typed, not followed from another site
 loadModels();
 $("question").focus();
 """
@@ -23810,16 +23821,15 @@ TOKENS_PAGE = built_page(
     TOKENS_HTML,
     f"{BASE_JS}const CLIENTS = {compact(SNIPPETS)};\n{TOKENS_JS}",
 )
-# The chat page by the last step of its path, and by whether it may ask what its address has as `q`.
+# The chat page by the last step of its path.
 CHAT_PAGES = {
-    (step, asks): built_page(
+    step: built_page(
         "chatproxy",
         BASE_CSS + CHAT_CSS,
-        CHAT_HTML.replace('step=""', f'step="{step}"').replace('asks=""', 'asks="yes"' if asks else ""),
+        CHAT_HTML.replace('step=""', f'step="{step}"'),
         BASE_JS + CHAT_JS,
     )
     for step in ("", "chat")
-    for asks in (True, False)
 }
 
 
@@ -23943,11 +23953,10 @@ def mirrored(app: App, request: Request) -> Reply | Stream | Upgrade:
 
 @ROUTER.on("GET", "/", "/chat", access="public")
 def chat_page(app: App, request: Request) -> Reply:
-    """a chat page against this server's own API, which begins with the question `q`; what Ollama says there, to a client that is
+    """a chat page against this server's own API, with the question `q` in its box; what Ollama says there, to a client that is
     no browser"""
     if "text/html" in request.headers.get("accept", ""):
-        typed = request.headers.get("sec-fetch-site") == "none"  # and no page's link
-        return CHAT_PAGES[request.path[1:], typed]
+        return CHAT_PAGES[request.path[1:]]
     return Reply(body=b"Ollama is running", content_type="text/plain; charset=utf-8")
 
 
