@@ -21812,16 +21812,10 @@ def _imported(app: App, texts: list[tuple[str, str]]) -> Reply:
         app.mirror.belongings.reload()
     told = {"status": "success", "tokens_count": _count_of(app), "stored": len(added.rows)}
     told |= {"known": added.known, "merged": added.merged, "seeds": seeds}
-    left_out = [
-        {"file": one.place, "first": one.first, "last": one.last}
-        for one in added.left_out[:MAX_LEFT_OUT_LINES]
-    ]
-    told |= {
-        "faults": added.faults[:MAX_LEFT_OUT_LINES],
-        "left_out": left_out,
-        "left_out_count": len(added.left_out),
-    }
-    return json_reply(told)
+    listed = added.left_out[:MAX_LEFT_OUT_LINES]
+    left_out = [{"file": one.place, "first": one.first, "last": one.last} for one in listed]
+    told |= {"faults": added.faults[:MAX_LEFT_OUT_LINES], "left_out_count": len(added.left_out)}
+    return json_reply(told | {"left_out": left_out})
 
 
 @ROUTER.on("POST", "/tokens/upload", access="admin")
