@@ -22320,7 +22320,7 @@ BASE_CSS = r"""
 [hidden] { display: none !important; }
 body {
   margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
-  font: 15px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  font: 15px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums; accent-color: var(--accent);
 }
 h1, h2, h3, p { margin: 0; font-size: 1em; }
 a, h1 { color: var(--accent); }
@@ -22335,11 +22335,9 @@ button:disabled { opacity: 0.45; cursor: default; }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 button, summary, header a { min-height: 1.6rem; }
 button.small { padding: 0.1rem 0.55rem; font-size: 0.85rem; }
-button.bad { color: var(--bad); }
-input { accent-color: var(--accent); }
 input[type="checkbox"] { width: 1.1rem; height: 1.1rem; }
-.quiet, summary, th { color: var(--quiet); }
-.trouble { color: var(--bad); }
+.quiet, summary, th, dt { color: var(--quiet); }
+.trouble, button.bad { color: var(--bad); }
 .row { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; }
 .stack { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0.75rem; }
 .stack > label:not(.row) { display: grid; gap: 0.25rem; }
@@ -22350,6 +22348,8 @@ input[type="checkbox"] { width: 1.1rem; height: 1.1rem; }
 ul { list-style: none; margin: 0; padding: 0; }
 textarea { width: 100%; resize: vertical; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.9em; }
+pre code { font-size: 1em; }
+[role="status"]:empty { position: absolute; }
 pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); border-radius: 8px; }
 table { border-collapse: collapse; }
 dialog {
@@ -22365,9 +22365,9 @@ const $ = (id) => document.getElementById(id);
 
 // Everything is asked below the path this page stands at. The origin is spelled out because a path that
 // begins with two slashes would otherwise name another host.
-const STEP = $("tokens") ? "tokens" : $("chat").dataset.step;
-const BASE = location.origin + location.pathname.replace(STEP ? new RegExp(`[/]${STEP}[/]*$`) : "", "")
-  .replace(/[/]+$/, "");
+const { step } = document.querySelector("main").dataset;
+const BASE = location.origin + location.pathname.replace(new RegExp(`[/]*${step}[/]*$`), "");
+for (const link of document.links) link.href = BASE + link.pathname;
 
 /** A new element. `props` are properties where it has such, else attributes; strings become text. */
 function el(tag, props = {}, ...children) {
@@ -22384,12 +22384,7 @@ function el(tag, props = {}, ...children) {
 const button = (text, onclick, className = "", of = "") =>
   el("button", { type: "button", onclick, className, ariaLabel: of ? `${text} ${of}` : null }, text);
 
-function onSubmit(id, act) {
-  $(id).onsubmit = (event) => {
-    event.preventDefault();
-    act();
-  };
-}
+document.onsubmit = (event) => event.preventDefault(); // every form has a script of its own
 
 /** Write only what differs, so that selections, screen readers and layout are left alone. */
 function put(node, text, props) {
@@ -22398,8 +22393,8 @@ function put(node, text, props) {
   }
 }
 
-/** The response if it is a success or news of none, else an Error with what the server said: `status` (0: not reached),
- *  `code` and `wait` (seconds, NaN for none). */
+/** The response if it is a success or news of none, else an Error: what the server said and until when, its `code`, and
+ *  the `status` (0: not reached). */
 async function send(method, path, body, more = {}) {
   const json = body && !(body instanceof FormData);
   const headers = { ...(json ? { "content-type": "application/json" } : {}), ...more.headers };
@@ -22409,8 +22404,9 @@ async function send(method, path, body, more = {}) {
   const status = response?.status || 0;
   const error = (await response?.json().catch(() => null))?.error;
   const plain = status ? `The server answered with ${status}.` : "The server cannot be reached.";
-  const wait = Number(response?.headers.get("retry-after") || NaN);
-  throw Object.assign(new Error(error?.message || error || plain), { status, code: error?.code, wait });
+  const wait = status === 429 ? Number(response.headers.get("retry-after")) : 0;
+  const ends = wait > 0 ? ` It ends at ${clock(Date.now() + wait * 1000)}.` : "";
+  throw Object.assign(new Error((error?.message || error || plain) + ends), { status, code: error?.code });
 }
 
 const api = async (...request) => JSON.parse(await (await send(...request)).text() || "null");
@@ -22427,13 +22423,9 @@ function clock(moment) {
 /** A button that copies what `shown` has, or selects it where the browser has no clipboard: over plain HTTP. */
 function copier(shown, className = "small", text = () => shown.textContent) {
   return button("Copy", async ({ target }) => {
-    try {
-      await navigator.clipboard.writeText(text());
-      target.textContent = "Copied";
-    } catch {
-      getSelection().selectAllChildren(shown);
-      target.textContent = "Selected";
-    }
+    const copied = await navigator.clipboard?.writeText(text()).then(() => true, () => false);
+    if (!copied) getSelection().selectAllChildren(shown);
+    target.textContent = copied ? "Copied" : "Selected";
     setTimeout(() => { target.textContent = "Copy"; }, 1500);
   }, className);
 }
@@ -22471,7 +22463,7 @@ main { max-width: 80rem; margin: 0 auto; padding: 1.25rem 1rem 3rem; }
 }
 #chips { flex: 1 1 max(17rem, 100% - 16rem); }
 #chips button { border-radius: 99px; }
-[aria-pressed="true"], tr:has(:checked) { border-color: var(--accent); background: var(--soft); }
+[aria-pressed="true"], tr:has(:checked), .over { border-color: var(--accent); background: var(--soft); }
 .ready { --dot: var(--good); }
 .waiting, .expired { --dot: var(--warn); }
 .dead { --dot: var(--bad); }
@@ -22484,14 +22476,12 @@ td:nth-child(2) { min-width: 12.5rem; }
 td:nth-child(3) { min-width: 9rem; }
 td:last-child { text-align: end; }
 td button, summary + * { margin-inline-start: 0.3rem; }
-.over { border-color: var(--accent); }
 #users, #seeds { max-height: 24rem; overflow-y: auto; }
 li { padding: 0.3rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.2rem 1rem; margin: 0; }
-dt { color: var(--quiet); }
 dd { margin: 0; }
 .code { font-size: 1.6rem; letter-spacing: 0.1em; }
-:is(#said, #added, #users-said, #seeds-said, #fresh):empty { display: none; }
+#fresh:empty { display: none; }
 .plot { display: flex; gap: 2px; height: 8rem; margin-bottom: 1.2rem; border-block: 1px solid var(--line); }
 .plot div { position: relative; flex: 1; display: flex; flex-direction: column-reverse; }
 .plot div::after { content: attr(data-label); position: absolute; top: 100%; color: var(--quiet); font-size: 0.7rem; }
@@ -22503,10 +22493,8 @@ dd { margin: 0; }
 [type="range"] { padding-inline: 0; }
 .key { display: inline-block; width: 0.7rem; height: 0.7rem; margin-inline-end: 0.3rem; }
 @media (max-width: 75rem) { /* each account is a card, whose values have names */
-  thead tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; }
-  th { border: 0; }
-  tbody tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; padding: 0.4rem 0; border-bottom: 1px solid var(--line); }
-  td { border: 0; padding-block: 0.15rem; }
+  tr { display: flex; flex-wrap: wrap; gap: 0 0.8rem; padding: 0.4rem 0; border-bottom: 1px solid var(--line); }
+  th, td { border: 0; padding-block: 0.15rem; }
   td:nth-child(2) { width: calc(100% - 3.5rem); }
   td:nth-child(3) { width: 100%; }
   td:nth-child(n+4)::before { content: attr(data-label); color: var(--quiet); }
@@ -22515,10 +22503,10 @@ dd { margin: 0; }
 """
 
 TOKENS_HTML = r"""
-<main id="tokens" class="stack">
+<main id="tokens" class="stack" data-step="tokens">
   <header class="row">
     <h1 class="grow">Accounts</h1>
-    <a id="to-chat">Chat</a>
+    <a id="to-chat" href="/chat">Chat</a>
     <button id="sign-out" type="button" hidden>Sign out</button>
   </header>
   <p id="trouble" class="trouble" role="status"></p>
@@ -22560,7 +22548,7 @@ TOKENS_HTML = r"""
     <form id="add" class="card stack">
       <h2>Add accounts</h2>
       <label>Tokens, one per line, or a file's contents
-        <textarea id="text" rows="4" spellcheck="false"></textarea></label>
+        <textarea id="text" rows="4" spellcheck="false" autocomplete="off"></textarea></label>
       <div class="row">
         <button class="main">Add</button>
         <button type="button" class="device">Sign in with a code</button>
@@ -22588,7 +22576,8 @@ TOKENS_HTML = r"""
       <ul id="seeds" class="wide"></ul>
       <p id="seeds-said" class="wide" role="status"></p>
       <input id="seed" class="grow" required maxlength="200" placeholder="Seed" aria-label="Seed" autocomplete="off">
-      <input id="seed-account" class="grow" required placeholder="Account: id or e-mail" aria-label="Account">
+      <input id="seed-account" class="grow" required placeholder="Account: id or e-mail" aria-label="Account"
+        autocomplete="off">
       <button class="main">Give it this account</button>
     </form>
   </div>
@@ -22623,11 +22612,11 @@ function say(where, text, error) {
   put(where, error ? error.message : text);
 }
 
-/** Have the server change something, say what `told` makes of its answer, and look again. */
-async function change(where, path, body, told, method = "POST", more = {}) {
+/** Have the server change something, say what `outcome` makes of its answer, and look again. */
+async function change(where, path, body, outcome, method = "POST", more = {}) {
   try {
     const result = await api(method, path, body, more);
-    say(where, told(result));
+    say(where, outcome(result));
     return result;
   } catch (error) {
     say(where, "", error);
@@ -22671,10 +22660,9 @@ function sync(parent, items, id, rows, make) {
   const focused = document.activeElement;
   const place = [...parent.children].findIndex((row) => row.contains(focused));
   const shown = items.filter((item) => !leaving.has(item[id]));
-  const ids = new Set(shown.map((item) => item[id]));
-  const emails = new Map(items.map((item) => [item[id], item.email])); // an account's may become known
+  const emails = new Map(shown.map((item) => [item[id], item.email])); // an account's may become known
   for (const [key, row] of rows) {
-    if (!ids.has(key) || (row.email ?? emails.get(key)) !== emails.get(key)) rows.delete(key), row.node.remove();
+    if (!emails.has(key) || (row.email ?? emails.get(key)) !== emails.get(key)) rows.delete(key), row.node.remove();
   }
   shown.forEach((item, index) => {
     if (!rows.has(item[id])) rows.set(item[id], make(item));
@@ -22751,7 +22739,8 @@ function userRow({ user_id, name }) {
   const [token, use] = [el("code"), el("span", { className: "quiet grow" })];
   const limit = el("input", { type: "number", min: 0, placeholder: "no limit", ariaLabel: `Requests a day of ${of}` });
   const alter = (body, done) => change(said, "/admin/users/change", { user_id, ...body }, () => done);
-  limit.onchange = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${of}.`);
+  const changed = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${of}.`);
+  limit.onchange = () => limit.reportValidity() && changed(); // what is no number has no value
   const work = button("Use", () => openDialog(of, (box) => chart(box, user_id, ["requests"])), "small", of);
   const rotate = button("New key", async () => {
     if (!confirm(`Give ${of} a new key? The old one ends at once.`)) return;
@@ -22836,13 +22825,10 @@ function exportThem(ids) {
       + "live in one place alone: stop this server before you use the file elsewhere.");
     const go = el("button", { className: "main" }, "Download");
     const form = el("form", { className: "stack" }, warning, key, go, said);
-    form.onsubmit = (event) => {
-      event.preventDefault();
-      send("POST", "/tokens/export", { ids, key: key.value.trim() }).then(async (response) => {
-        download("chatproxy-accounts.jsonl", await response.blob());
-        $("dialog").close();
-      }, (error) => put(said, error.message));
-    };
+    form.onsubmit = () => send("POST", "/tokens/export", { ids, key: key.value.trim() }).then(async (response) => {
+      download("chatproxy-accounts.jsonl", await response.blob());
+      $("dialog").close();
+    }, (error) => put(said, error.message));
     box.append(form);
   });
 }
@@ -22885,8 +22871,7 @@ async function signIn() {
     }
     put(said, "Nobody signed in in time; begin again.");
   } catch (error) {
-    said.className = "trouble";
-    put(said, error.message);
+    say(said, "", error);
   }
 }
 
@@ -22936,20 +22921,12 @@ function chart(box, of = "", kinds = ["answers", "failures"]) {
   return refresh;
 }
 
+/** Show the sign-in, by loading the page anew where anything is shown: nothing stays on one that may be left alone. */
 function signedOut(text) {
-  clearTimeout(timer);
-  asked++;
-  $("dialog").close();
-  $("sign-in").hidden = false;
-  $("pool").hidden = $("sign-out").hidden = true;
-  for (const form of document.forms) form.reset(); // no token stays behind on a page that may be left alone
-  for (const kept of [told, picked, leaving]) kept.clear();
-  showFresh();
-  sync($("rows"), [], "id", accounts, accountRow);
-  sync($("users"), [], "user_id", users, userRow);
-  sync($("seeds"), [], "seed", seeds, seedRow);
+  if (!$("pool").hidden) return history.replaceState(text, ""), location.reload();
   put($("trouble"), "");
-  put($("sign-in-said"), text);
+  put($("sign-in-said"), history.state || ""); // what that left
+  $("sign-in").hidden = false;
   $("key").focus();
 }
 
@@ -22978,7 +22955,7 @@ async function poll() {
     show(...all);
   } catch (error) {
     if (mine !== asked) return;
-    if (error.status === 401) return signedOut($("pool").hidden ? "" : "Your sign-in has ended.");
+    if (error.status === 401) return signedOut("Your sign-in has ended.");
     put($("trouble"), `${error.message}${seen ? ` What you see is from ${clock(seen)}.` : ""} Trying again…`);
   }
   if (mine === asked && !document.hidden) timer = setTimeout(poll, 3000);
@@ -23020,9 +22997,10 @@ async function upload(files) {
   const body = new FormData();
   for (const file of files) body.append("text", file);
   const lines = await Promise.all(files.map(async (file) => (await file.text()).split(/\r\n?|\n/)));
-  const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, left_out_count }) =>
-    `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}${
-      seeds ? `, ${count(seeds, "seed")}` : ""}.${left_out_count ? ` ${num(left_out_count)} left out: see above.` : ""}`);
+  const result = await change($("added"), "/tokens/upload", body, ({ stored, known, merged, seeds, ...more }) =>
+    `${count(stored - known, "account")} added, ${num(known)} known before${merged ? `, ${num(merged)} merged` : ""}`
+      + `${seeds ? `, ${count(seeds, "seed")}` : ""}.`
+      + (more.left_out_count ? ` ${num(more.left_out_count)} left out: see above.` : ""));
   if (!result) return;
   const left = result.left_out.map(({ file, first, last }, index) => {
     const those = lines[files.findIndex(({ name }) => name === file)].slice(first - 1, last);
@@ -23045,7 +23023,6 @@ function showFresh(name = "", key = "") {
   if (key) $("connect").open = true, copy.focus();
 }
 
-$("to-chat").href = `${BASE}/chat`;
 $("dialog").onclose = () => $("inside").replaceChildren(); // a key that was typed does not stay behind
 const refreshWork = chart($("work"));
 for (const state of ["", ...STATES]) {
@@ -23067,12 +23044,12 @@ $("client").append(...Object.keys(CLIENTS).map((name) => el("option", {}, name))
 $("client").after(copier($("snippet")));
 showFresh();
 for (const each of document.querySelectorAll(".device")) each.onclick = signIn;
-onSubmit("sign-in", async () => {
+$("sign-in").onsubmit = async () => {
   const body = { key: $("key").value.trim() };
   await api("POST", "/tokens/session", body).then(poll, (error) => put($("sign-in-said"), error.message));
   $("sign-in").reset();
   home().focus({ preventScroll: true });
-});
+};
 $("sign-out").onclick = async () => {
   await removal?.();
   api("DELETE", "/tokens/session").then(() => signedOut(""), poll);
@@ -23086,28 +23063,30 @@ $("all").onchange = () => {
 };
 $("pick-all").onclick = async () => {
   const query = new URLSearchParams({ q: wanted.q, state: wanted.state, ids: true, limit: 0 });
-  const { ids } = picked.size < matching ? await get(`/tokens/list?${query}`).catch(() => ({ ids: [] })) : { ids: [] };
+  const none = picked.size >= matching;
+  const all = none ? { ids: [] } : await get(`/tokens/list?${query}`).catch((error) => say($("said"), "", error));
+  if (!all) return;
   picked.clear();
-  for (const id of ids) picked.add(id);
+  for (const id of all.ids) if (!leaving.has(id)) picked.add(id);
   $("all").focus();
   poll();
 };
 for (const each of BULK) each.onclick = () => act(each.dataset.do, [...picked]);
-onSubmit("add", () => $("text").value.trim() && upload([new File([$("text").value], "")]));
+$("add").onsubmit = () => $("text").value.trim() && upload([new File([$("text").value], "")]);
 onFiles($("files"), $("add"), $("add"), upload);
-onSubmit("add-seed", async () => {
+$("add-seed").onsubmit = async () => {
   const [seed, token] = [$("seed").value.trim(), $("seed-account").value.trim()];
   const made = await change($("seeds-said"), "/seedtoken", { seed, token }, () => `${seed} has this account now.`);
   if (made) $("add-seed").reset();
-});
-onSubmit("add-user", async () => {
+};
+$("add-user").onsubmit = async () => {
   const name = $("user-name").value.trim();
   const limit = $("user-limit").value ? Number($("user-limit").value) : null;
   const made = name && await change($("users-said"), "/admin/users/add", { name, limit }, () => `Added ${name}.`);
   if (!made) return;
   $("user-name").value = $("user-limit").value = "";
   showFresh(name, made.token);
-});
+};
 document.onvisibilitychange = () => document.hidden || poll();
 window.onpagehide = () => removal?.(true);
 poll();
@@ -23120,12 +23099,11 @@ CHAT_CSS = r"""
 #chat > header { padding: 0.6rem 1rem; border-bottom: 1px solid var(--line); background: var(--card); }
 #title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #log { overflow-y: auto; padding: 1.5rem max(1rem, calc(50% - 23rem)); }
+#empty:not(:only-child), article:not(:last-child) .main { display: none; }
 #empty { justify-content: center; padding-top: 20vh; text-align: center; }
 #ask { padding: 0.75rem max(1rem, calc(50% - 23rem)) 1rem; }
 #ask.over #question { border-color: var(--accent); background: var(--soft); }
 #question { field-sizing: content; max-height: 40vh; resize: none; width: auto; }
-.stop { color: var(--bad); border-color: var(--bad); }
-.stop::before { content: "■ " / ""; }
 article, .question { content-visibility: auto; contain-intrinsic-size: auto 10rem; }
 .question { display: flow-root; margin: 1.25rem 0; }
 .words { white-space: pre-wrap; background: var(--soft); border-radius: 14px; padding: 0.6rem 1rem; }
@@ -23133,9 +23111,8 @@ article, .question { content-visibility: auto; contain-intrinsic-size: auto 10re
 .file { border: 1px solid var(--line); border-radius: 8px; padding: 0.2rem 0.5rem; flex: none; max-width: 100%; }
 .file img { height: 2.5rem; border-radius: 5px; }
 details { margin-bottom: 0.8rem; }
-details > div, blockquote { border-inline-start: 3px solid var(--line); padding-inline-start: 0.9rem; }
-article[aria-busy="true"]::after { content: "● ● ●"; animation: wait 1.2s infinite alternate; }
-article::after, details > div, blockquote { color: var(--quiet); }
+details > div, blockquote { border-inline-start: 3px solid var(--line); padding-inline: 0.9rem; color: var(--quiet); }
+article[aria-busy="true"]::after { content: "● ● ●"; animation: wait 1.2s infinite alternate; color: var(--quiet); }
 @keyframes wait { to { opacity: 0.25; } }
 @media (prefers-reduced-motion: reduce) { article::after { animation: none !important; } }
 .md > *, .md blockquote, .md figure { margin: 0 0 0.8rem; }
@@ -23147,15 +23124,12 @@ article::after, details > div, blockquote { color: var(--quiet); }
 .md :is(ul, ol) { padding-inline-start: 1.5rem; }
 .md li:has(> input) { list-style: none; }
 .md li > input { float: inline-start; margin: 0.25rem 0.5rem 0 -1.5rem; }
-.md code { background: var(--soft); border-radius: 5px; padding: 0.1em 0.3em; }
+.md :not(pre) > code { background: var(--soft); border-radius: 5px; padding: 0.1em 0.3em; }
 .md figure { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
 figcaption { display: flex; padding: 0.25rem 0.8rem; background: var(--soft); align-items: center; }
 .md pre { background: var(--card); border-radius: 0; }
-.md pre code { background: none; padding: 0; }
 .md .wide { overflow-x: auto; overflow-wrap: normal; }
 .md :is(th, td) { border: 1px solid var(--line); padding: 0.3rem 0.65rem; text-align: start; }
-.md .center { text-align: center; }
-.md .end { text-align: end; }
 .md img { display: block; max-width: 100%; }
 .math { white-space: pre-wrap; }
 """
@@ -23170,7 +23144,7 @@ CHAT_HTML = r"""
     <button id="new" type="button">New chat</button>
     <button id="delete" type="button" class="bad">Delete</button>
     <button id="to-settings" type="button">Settings</button>
-    <a id="to-tokens">Accounts</a>
+    <a id="to-tokens" href="/tokens">Accounts</a>
   </header>
   <div id="log" role="log" aria-live="off" aria-label="Conversation" tabindex="0">
     <div id="empty" class="row">
@@ -23314,7 +23288,7 @@ function codeBlock([first, ...inner]) {
 function table([head, marks, ...rest]) {
   const sides = cellsOf(marks).map((mark) => (/:$/.test(mark) ? (mark[0] === ":" ? "center" : "end") : ""));
   const row = (line, tag) => cellsOf(line).slice(0, sides.length).map((cell, index) =>
-    el(tag, { className: sides[index], dir: "auto" }, spans(cell)));
+    el(tag, { style: `text-align: ${sides[index]}`, dir: "auto" }, spans(cell)));
   const rows = [row(head, "th"), ...rest.map((line) => row(line, "td"))];
   const body = el("table", {}, rows.map((cells) => el("tr", {}, cells)));
   return el("div", { className: "wide", tabIndex: 0 }, body);
@@ -23386,25 +23360,22 @@ function markdown(root) {
 /** The data of the server-sent events of `body`, which may be split anywhere, even within a character. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = "", done = false; !done;) {
-    const part = await reader.read();
+  for (let rest = "", part = {}; !part.done;) {
+    part = await reader.read();
     const lines = (rest + (part.value || "")).split("\n");
-    done = part.done;
     rest = lines.pop();
     for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
   }
 }
 
 const SPACE = `chatproxy ${BASE}`;
-const EXAMPLES = ["Explain how a rainbow forms", "Write a Python script that renames photos by date",
-  "Compare tea and coffee in a table"];
 const GO_ON = "Go on exactly where you stopped, and repeat nothing.";
 const ENDS = { stop: "", length: "The answer was cut for its length.",
   content_filter: "The upstream's content filter ended this answer." };
 const views = new Map(); // turn -> {node, paint, end}
 let chat = null; // {id, title, named, turns: [{role, content, reasoning, files, note, bad, failed, lacking, more}]}
 let running = null; // the AbortController of the answer that is being written
-let attached = []; // {id, name, type, thumb, chip}: the files of the next question
+let attached = []; // {id, name, thumb, chip}: the files of the next question
 
 /** What is kept under a name in this browser, or for this `tab` alone; null for nothing. */
 function read(name, tab = false) {
@@ -23487,9 +23458,8 @@ function questionView(turn) {
     cut(chat.turns.indexOf(turn), number);
     keep();
     $("question").focus();
-    return true;
   };
-  const edit = button("Edit", () => mayDrop(turn, 1) && takeOut() && fillBox(turn), "small", of);
+  const edit = button("Edit", () => { if (mayDrop(turn, 1)) takeOut(), fillBox(turn); }, "small", of);
   const drop = button("Delete", () => confirm("Delete this question and its answer?") && takeOut(2), "small", of);
   return { node: el("div", { className: "question", role: "group", ariaLabel: "Question" },
     el("div", { className: "words", dir: "auto" }, turn.content),
@@ -23510,7 +23480,7 @@ function answerView(turn) {
   const end = () => {
     const copy = copier(text, "small", () => turn.content);
     const again = button("Try again", () => mayDrop(turn, 0) && answerAnew(turn), "small");
-    const goOn = turn.more && !later(turn) ? button("Go on", () => answer(turn), "small main") : "";
+    const goOn = turn.more ? button("Go on", () => answer(turn), "small main") : "";
     const note = el("span", { className: turn.bad ? "trouble" : "quiet" }, turn.note);
     if (turn.lacking) note.append(" ", el("a", { href: `${BASE}/tokens` }, "Look at the accounts"));
     hands.replaceChildren(turn.content ? copy : "", again, goOn, note);
@@ -23528,16 +23498,13 @@ function view(turn) {
 
 function push(turn) {
   chat.turns.push(turn);
-  $("empty").hidden = true;
   $("log").append(view(turn).node);
-  for (const { end } of views.values()) end?.(); // an answer that is not the last does not go on
   return turn;
 }
 
 /** Take turns out of the chat, from one on. */
 function cut(from, number = Infinity) {
   for (const turn of chat.turns.splice(from, number)) view(turn).node.remove(), views.delete(turn);
-  $("empty").hidden = chat.turns.length > 0;
 }
 
 /** Show a chat, the end first, and never for longer than a page may stand still. */
@@ -23548,7 +23515,6 @@ async function openChat(one) {
   chat = one;
   store("open", one.id, true);
   showTitles();
-  $("empty").hidden = chat.turns.length > 0;
   let began = performance.now();
   for (const turn of [...chat.turns].reverse()) {
     if (chat !== one) return;
@@ -23572,16 +23538,9 @@ function fillBox({ content, files } = { content: "", files: [] }) {
   showAttached();
 }
 
-function ask(content, files = []) {
-  if (chat.turns.at(-1)?.failed) cut(chat.turns.length - 2); // it is no part of the chat
-  if (!chat.turns.length && !chat.named) chat.title = content.slice(0, 60) || files[0].name;
-  push({ role: "user", content, files });
-  answer();
-}
-
 function busy(controller, said) {
   running = controller;
-  put($("go"), controller ? "Stop" : "Send", { className: controller ? "stop" : "main" });
+  put($("go"), controller ? "Stop" : "Send", { className: controller ? "bad" : "main" });
   put($("status"), said);
   showAttached();
 }
@@ -23592,18 +23551,8 @@ function stop() {
   busy(null, "");
 }
 
-function contentOf({ content, files }) {
-  const part = ({ id, type }) =>
-    (type.startsWith("image/") ? { type: "input_image", file_id: id } : { type: "file", file: { file_id: id } });
-  return files?.length ? [{ type: "text", text: content }, ...files.map(part)] : content;
-}
-
-/** What is said of an answer that could not be had. */
-function noteOf(error) {
-  if (error instanceof TypeError) return "The connection to the server broke.";
-  const ends = error.status === 429 && error.wait > 0;
-  return error.message + (ends ? ` It ends at ${clock(Date.now() + error.wait * 1000)}.` : "");
-}
+const contentOf = ({ content, files = [] }) =>
+  [{ type: "text", text: content }, ...files.map(({ id }) => ({ type: "file", file: { file_id: id } }))];
 
 /** Have the question before an answer answered once more. */
 function answerAnew(turn) {
@@ -23655,7 +23604,8 @@ async function answer(turn = null) {
     ended ||= "Stopped.";
   }
   cancelAnimationFrame(frame);
-  Object.assign(turn, { note: problem ? noteOf(problem) : ENDS[ended] ?? ended, bad: problem !== null,
+  const broken = problem instanceof TypeError ? "The connection to the server broke." : problem?.message;
+  Object.assign(turn, { note: broken ?? ENDS[ended] ?? ended, bad: problem !== null,
     failed: problem !== null && !turn.content, lacking: /^(no_account|login_required)$/.test(problem?.code),
     more: !/^(stop|content_filter)$/.test(ended) && turn.content !== "" });
   node.ariaBusy = "false";
@@ -23689,7 +23639,7 @@ async function thumbnail(file) {
 /** Upload a file for the next question. */
 async function attach(file) {
   const request = new XMLHttpRequest(); // fetch() tells no progress
-  const one = { id: "", name: file.name, type: file.type, thumb: "" };
+  const one = { id: "", name: file.name, thumb: "" };
   const bar = el("progress", { max: 1, value: 0, ariaLabel: `Upload of ${file.name}` });
   one.chip = chipOf(one, bar, removal(one, request));
   attached.push(one);
@@ -23714,14 +23664,12 @@ async function attach(file) {
 }
 
 /** A button that takes a file back. */
-function removal(one, request) {
-  return el("button", { type: "button", className: "small", ariaLabel: `Remove ${one.name}`, onclick: () => {
-    request?.abort();
-    attached = attached.filter((each) => each !== one);
-    showAttached();
-    $("question").focus();
-  } }, "×");
-}
+const removal = (one, request) => button("Remove", () => {
+  request?.abort();
+  attached = attached.filter((each) => each !== one);
+  showAttached();
+  $("question").focus();
+}, "small", one.name);
 
 $("attach").onclick = () => $("file").click();
 $("question").onpaste = (event) => {
@@ -23738,6 +23686,12 @@ function beginAnew() {
   $("question").focus();
 }
 
+/** Leave a chat that was deleted. */
+function letGo() {
+  chat.turns = []; // so that an answer that ends now does not keep it
+  beginAnew();
+}
+
 const mayLeave = () => settings.keep || !chat.turns.length || confirm("Throw this chat away?");
 
 $("chats").onchange = () => (mayLeave() ? openChat(kept($("chats").value)) : keep());
@@ -23750,8 +23704,7 @@ $("delete").onclick = () => {
   if (!confirm(`Delete “${chat.title}”?`)) return;
   const { [chat.id]: gone, ...rest } = read("chats") || {};
   if (gone) store("chats", rest), localStorage.removeItem(`${SPACE} chat ${chat.id}`);
-  chat.turns = []; // so that an answer that ends now does not keep it
-  beginAnew();
+  letGo();
 };
 $("export").onclick = () => {
   const chats = Object.keys(read("chats") || {}).map((id) => read(`chat ${id}`));
@@ -23759,7 +23712,7 @@ $("export").onclick = () => {
 };
 $("to-settings").onclick = () => openSettings("");
 $("settings-no").onclick = () => $("settings").close();
-onSubmit("set", () => {
+$("set").onsubmit = () => {
   const [key, remember] = [$("key").value.trim(), $("remember").checked];
   store("key", remember ? key : null);
   store("key", remember ? null : key, true);
@@ -23767,17 +23720,18 @@ onSubmit("set", () => {
   $("settings").close();
   loadModels();
   if ($("why").textContent && chat.turns.at(-1)?.failed) answerAnew(chat.turns.at(-1));
-});
+};
 $("model").onchange = () => alter({ model: $("model").value });
-$("to-tokens").href = `${BASE}/tokens`;
-$("empty").append(...EXAMPLES.map((text) => button(text, () => ask(text))));
-onSubmit("ask", () => {
+$("ask").onsubmit = () => {
   if (running) return running.abort();
   const [content, files] = [$("question").value.trim(), attached];
   if ((!content && !files.length) || $("go").disabled) return;
   fillBox();
-  ask(content, files.map(({ id, name, type, thumb }) => ({ id, name, type, thumb })));
-});
+  if (chat.turns.at(-1)?.failed) cut(chat.turns.length - 2); // it is no part of the chat
+  if (!chat.turns.length && !chat.named) chat.title = content.slice(0, 60) || files[0].name;
+  push({ role: "user", content, files: files.map(({ id, name, thumb }) => ({ id, name, thumb })) });
+  answer();
+};
 $("question").oninput = () => store("draft", $("question").value, true);
 $("question").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
@@ -23790,9 +23744,10 @@ document.onkeydown = ({ key }) => {
 window.onpagehide = () => keep();
 window.onstorage = ({ key }) => { // another tab has gone on with this chat, or deleted it
   if (key === `${SPACE} chats`) showTitles();
-  if (key !== `${SPACE} chat ${chat.id}` || running) return;
+  if (key !== `${SPACE} chat ${chat.id}`) return;
   const fresh = read(`chat ${chat.id}`);
-  if (!fresh) return beginAnew();
+  if (!fresh) return letGo();
+  if (running) return;
   const isOther = (turn, index) => JSON.stringify(turn) !== JSON.stringify(fresh.turns[index]);
   const [first, follow] = [chat.turns.findIndex(isOther), atEnd()];
   if (first >= 0) cut(first);

@@ -11373,6 +11373,14 @@ def test_api_users_are_made_and_removed_on_the_page(
     limit.press("Tab")
     there.sees("Changed the limit")
     assert proxy.store.users()[0].limit is None
+    limit.fill("7")
+    limit.press("Tab")
+    wait_until(lambda: proxy.store.users()[0].limit == 7)
+    limit.fill("")
+    limit.press_sequentially("1e")  # which has no value, as an empty one has none
+    limit.press("Tab")
+    there.page.wait_for_timeout(300)
+    assert proxy.store.users()[0].limit == 7
     there.page.get_by_role("button", name="New key <b>bob</b>").click()
     fresh = there.page.locator("#fresh code").inner_text()
     assert proxy.ask(key=token).status_code == 401 and proxy.ask(key=fresh).status_code == 200
@@ -11749,8 +11757,10 @@ def test_whatever_takes_the_place_of_an_answer_that_is_being_written_goes_on(
     other.locator("#chats").select_option("one")
     other.locator(".question", has_text="one").wait_for()
     other.on("dialog", lambda dialog: dialog.accept())
+    begin("one more")
     other.locator("#delete").click()
     page.locator("#empty").wait_for()
+    assert send.is_visible()
     page.reload()
     assert f"chat {id}" not in page.evaluate("JSON.stringify(localStorage)")
     # And what is kept there but none of ours is passed over.
@@ -11771,6 +11781,9 @@ def test_files_are_attached_pasted_and_dropped(
     page = there.page
     files: Any = [{"name": "a.txt", "mimeType": "text/plain", "buffer": b"some text"}]
     files += [{"name": "p.png", "mimeType": "image/png", "buffer": picture(640, 480)}]
+    files += [
+        {"name": "v.svg", "mimeType": "image/svg+xml", "buffer": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
+    ]
     page.locator("#file").set_input_files(files)
     page.locator("#files img").wait_for()
     give = "const give = new DataTransfer(); give.items.add(new File(['{0}'], '{0}.txt', {{type: 'text/plain'}}));"
@@ -11789,12 +11802,13 @@ def test_files_are_attached_pasted_and_dropped(
     (message,) = weather.asked()["messages"]
     assert [one["name"] for one in message["metadata"]["attachments"]] == [
         "p.png",
+        "v.svg",
         "pasted.txt",
         "dropped.txt",
     ]
     assert message["content"]["content_type"] == "multimodal_text"  # the picture is shown to the model as one
     page.reload()
-    assert page.locator(".question li").all_inner_texts() == ["p.png", "pasted.txt", "dropped.txt"]
+    assert page.locator(".question li").all_inner_texts() == ["p.png", "v.svg", "pasted.txt", "dropped.txt"]
     assert page.locator(".question img").evaluate("image => image.naturalHeight") == 80
     # A picture that takes the browser its time is sent meanwhile; a file that a proxy refuses says so in its place.
     page.evaluate("() => { createImageBitmap = () => new Promise(() => {}); }")
@@ -11959,6 +11973,10 @@ def test_errors_of_a_chat_say_what_to_do_in_their_place(
     assert (
         page.get_by_role("link", name="Look at the accounts").get_attribute("href") == f"{proxy.url}/tokens"
     )
+    # An answer goes on as long as it is the last one.
+    assert page.get_by_role("button", name="Go on").count() == 0
+    page.get_by_role("button", name="Delete five").click()
+    page.get_by_role("button", name="Go on").wait_for()
 
 
 @in_a_browser
@@ -12161,6 +12179,18 @@ def test_accounts_are_sorted_selected_over_pages_and_exported(
     there.press("Undo")
     there.sees("Kept 99 accounts.")
     assert len(proxy.store.accounts()) == 120
+    # What is about to be removed is not selected, and a selection outlasts what cannot be had.
+    page.locator("#rows tr").first.get_by_role("button", name="Remove").click()
+    page.get_by_label("Select all on this page").check()
+    page.route("**/tokens/list?*ids=true*", lambda route: route.abort())
+    page.get_by_role("button", name="Select all 100 that match").click()
+    there.sees("The server cannot be reached.")
+    there.sees("49 selected")
+    assert page.evaluate("picked.size") == 49
+    page.unroute("**/tokens/list?*ids=true*")
+    page.get_by_role("button", name="Select all 100 that match").click()
+    there.sees("99 selected")
+    there.press("Undo")
     page.get_by_label("Search accounts").fill("person1")
     there.sees("1–20 of 20")
     there.sees("Select all on this page")  # nothing unseen is selected any more
@@ -12247,6 +12277,10 @@ def test_the_page_is_quiet_while_nobody_looks_and_loud_when_it_is_cut_off(
     page.unroute("**/tokens/*")
     page.evaluate("poll()")
     wait_until(lambda: page.locator("#trouble").inner_text() == "")
+    # And so is the end of a sign-in.
+    page.context.clear_cookies()
+    there.sees("Your sign-in has ended.")
+    assert page.evaluate("document.activeElement.id") == "key" and page.locator("#rows tr").count() == 0
 
 
 AXE = pathlib.Path(axe_playwright_python.__file__).parent / "axe.min.js"
@@ -24919,12 +24953,30 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ('an upload waits for its small picture',
      '  request.send(form);\n  one.thumb = await thumbnail(file);\n', '  one.thumb = await thumbnail(file);\n  request.send(form);\n',
      'files_are_attached'),
-    ('seeds stay behind on a page that was signed out',
-     '  sync($("seeds"), [], "seed", seeds, seedRow);\n', '',
+    ('what was seen and typed stays behind on a page that was signed out',
+     'return history.replaceState(text, ""), location.reload();', '$("pool").hidden = true;',
      'pool_is_looked_after_on_its_page'),
-    ('what was typed stays behind on a page that was signed out',
-     '  for (const form of document.forms) form.reset();', '',
-     'pool_is_looked_after_on_its_page'),
+    ('nobody is told that a sign-in has ended',
+     'put($("sign-in-said"), history.state || "");', 'put($("sign-in-said"), "");',
+     'quiet_while_nobody_looks'),
+    ('what is no number lifts the limit of a user',
+     'limit.reportValidity() && changed()', 'changed()',
+     'users_are_made_and_removed_on_the_page'),
+    ('an answer that is not the last goes on',
+     '#empty:not(:only-child), article:not(:last-child) .main {', '#empty:not(:only-child) {',
+     'errors_of_a_chat'),
+    ('a chat that was deleted in another tab is kept by the answer that is being written',
+     '  if (!fresh) return letGo();\n  if (running) return;\n', '  if (running) return;\n  if (!fresh) return letGo();\n',
+     'whatever_takes_the_place'),
+    ('what is about to be removed is selected',
+     'for (const id of all.ids) if (!leaving.has(id)) picked.add(id);', 'for (const id of all.ids) picked.add(id);',
+     'accounts_are_sorted'),
+    ('a selection is lost with the connection',
+     '  if (!all) return;\n  picked.clear();\n', '  picked.clear();\n  if (!all) return;\n',
+     'accounts_are_sorted'),
+    ('a picture of a kind that the upstream does not see spoils the question',
+     '({ type: "file", file: { file_id: id } }))];', '({ type: "input_image", file_id: id }))];',
+     'files_are_attached'),
     ('a row of tildes is looked at again and again',
      '~{3,}(?!~)', '~{3,}',
      'made_to_be_expensive'),
