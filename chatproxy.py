@@ -22740,6 +22740,7 @@ function userRow({ user_id, name }) {
   const limit = el("input", { type: "number", min: 0, placeholder: "no limit", ariaLabel: `Requests a day of ${of}` });
   const alter = (body, done) => change(said, "/admin/users/change", { user_id, ...body }, () => done);
   const changed = () => alter({ limit: limit.value ? Number(limit.value) : null }, `Changed the limit of ${of}.`);
+  limit.setAttribute("form", ""); // Enter in it adds no user
   limit.onchange = () => limit.reportValidity() && changed(); // what is no number has no value
   const work = button("Use", () => openDialog(of, (box) => chart(box, user_id, ["requests"])), "small", of);
   const rotate = button("New key", async () => {

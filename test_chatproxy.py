@@ -11373,9 +11373,11 @@ def test_api_users_are_made_and_removed_on_the_page(
     limit.press("Tab")
     there.sees("Changed the limit")
     assert proxy.store.users()[0].limit is None
+    there.page.get_by_label("Name", exact=True).fill("carol")
     limit.fill("7")
-    limit.press("Tab")
+    limit.press("Enter")  # which adds no user
     wait_until(lambda: proxy.store.users()[0].limit == 7)
+    assert len(proxy.store.users()) == 1
     limit.fill("")
     limit.press_sequentially("1e")  # which has no value, as an empty one has none
     limit.press("Tab")
@@ -24959,6 +24961,9 @@ MUTANTS: list[tuple[str, str, str, str]] = [
     ('nobody is told that a sign-in has ended',
      'put($("sign-in-said"), history.state || "");', 'put($("sign-in-said"), "");',
      'quiet_while_nobody_looks'),
+    ('who changes a limit adds a user',
+     '  limit.setAttribute("form", "");', '',
+     'users_are_made_and_removed_on_the_page'),
     ('what is no number lifts the limit of a user',
      'limit.reportValidity() && changed()', 'changed()',
      'users_are_made_and_removed_on_the_page'),
