@@ -22133,9 +22133,8 @@ def _map_in(text: str) -> dict[str, Any]:
 def import_seeds(store: Store, seeds: Mapping[str, Any], chats: Mapping[str, Any]) -> int:
     """Stores chat2api's seed_map.json (`{seed: {"token", "conversations": [id]}}`) and conversation_map.json (`{id: {"title",
     "create_time", …}}`): how many seeds there were. Seeds that are known stay on their accounts."""
-    ids_by_name: dict[
-        str, str
-    ] = {}  # of accounts, which a seed names by either token or by what they make an id of
+    # The ids of accounts by what a seed may name one by: either token, or what that makes an id of.
+    ids_by_name: dict[str, str] = {}
     for row in store.accounts("guest=0"):
         ids_by_name |= {row.secret: row.id, row.access_token: row.id, row.id: row.id}
     accounts: dict[str, str] = {}
@@ -22349,7 +22348,7 @@ ul { list-style: none; margin: 0; padding: 0; }
 textarea { width: 100%; resize: vertical; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.9em; }
 pre code { font-size: 1em; }
-[role="status"]:empty { position: absolute; }
+[role="status"]:empty { position: absolute; } /* it is there before what it says, and takes no room */
 pre { margin: 0; padding: 0.8rem; overflow-x: auto; background: var(--soft); border-radius: 8px; }
 table { border-collapse: collapse; }
 dialog {
@@ -23101,7 +23100,7 @@ CHAT_CSS = r"""
 #title { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #log { overflow-y: auto; padding: 1.5rem max(1rem, calc(50% - 23rem)); }
 #empty:not(:only-child), article:not(:last-child) .main { display: none; }
-#empty { justify-content: center; padding-top: 20vh; text-align: center; }
+#empty { padding-top: 20vh; text-align: center; }
 #ask { padding: 0.75rem max(1rem, calc(50% - 23rem)) 1rem; }
 #ask.over #question { border-color: var(--accent); background: var(--soft); }
 #question { field-sizing: content; max-height: 40vh; resize: none; width: auto; }
@@ -23148,9 +23147,7 @@ CHAT_HTML = r"""
     <a id="to-tokens" href="/tokens">Accounts</a>
   </header>
   <div id="log" role="log" aria-live="off" aria-label="Conversation" tabindex="0">
-    <div id="empty" class="row">
-      <p class="wide">Ask anything. This page talks to your own server; chats stay in this browser.</p>
-    </div>
+    <p id="empty">Ask anything. This page talks to your own server; chats stay in this browser.</p>
   </div>
   <form id="ask" class="row">
     <p id="trouble" class="trouble wide" role="alert"></p>
