@@ -99,6 +99,7 @@ hypothesis_settings.register_profile(
     "here", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 hypothesis_settings.load_profile("here")
+alone = pytest.mark.alone  # by the clock: run after the others, with the machine to itself
 
 
 # --- the weather, the server under test, and what both are watched with --------------------------------------------
@@ -2317,6 +2318,7 @@ def test_an_administrator_signs_in_on_the_page(start: Callable[..., Proxy]) -> N
         assert refused.status_code == 401 and "set-cookie" not in refused.headers
 
 
+@alone
 def test_guessing_keys_becomes_slow(start: Callable[..., Proxy]) -> None:
     proxy = start("alice")
 
@@ -8477,6 +8479,7 @@ def test_draining_tells_open_websockets_1001_at_once(site: Site) -> None:
     assert all(end is None or end.code == 1006 for end in (site.end() for _ in range(6)))
 
 
+@alone
 def test_a_silent_client_is_pinged_then_dropped_in_time() -> None:
     start = time.monotonic()
     with pair(idle=0.4, patience=0.6) as (it, peer), aside(it.receive):
@@ -8497,6 +8500,7 @@ def test_any_byte_is_a_sign_of_life_and_a_reader_that_was_away_blames_nobody() -
             peer.sock.shutdown(socket.SHUT_RDWR)
 
 
+@alone
 def test_an_idle_connection_does_not_wake_its_thread_and_chatter_stretches_nothing() -> None:
     def chatter(frame: bytes) -> None:
         while True:
@@ -8523,6 +8527,7 @@ def test_an_idle_connection_does_not_wake_its_thread_and_chatter_stretches_nothi
         assert code == 1006 and 0.25 < seconds < 1
 
 
+@alone
 @pytest.mark.parametrize("sips", [True, False])
 def test_a_client_that_hardly_reads_holds_neither_senders_nor_the_reader(sips: bool) -> None:
     def sip() -> None:
@@ -8852,6 +8857,7 @@ def test_the_versions_of_curl_cffi_that_may_be_installed_are_those_that_were_tri
         assert hasattr(cp.lib, name)
 
 
+@alone
 def test_what_waits_or_takes_long_is_never_the_loops(
     start: Start, weather: Weather, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8900,6 +8906,7 @@ def test_what_waits_or_takes_long_is_never_the_loops(
     assert proxy.app.loop.longest() < 0.5  # by the clock: the interpreter is shared, and so is the machine
 
 
+@alone
 @pytest.mark.skipif(sys.platform != "linux", reason="the load client is for Linux")
 def test_a_thousand_streams_go_on_while_connections_come_and_go(tmp_path: pathlib.Path) -> None:
     with standin() as upstream:
@@ -8910,11 +8917,11 @@ def test_a_thousand_streams_go_on_while_connections_come_and_go(tmp_path: pathli
             rig = Rig(upstream, server, None)
             rig.run(server, rig.load(server, 1, connections=8, requests=4))
             for _ in range(2):  # a machine that others use too may stand still for longer than a client waits
-                streams = start_client(rig.load(server, 24, "pace=0.4", connections=1000, ramp=3.0))
+                streams = start_client(rig.load(server, 12, "pace=0.8", connections=1000, ramp=3.0))
                 time.sleep(4)
                 brief = rig.load(server, 1, stream=False, connections=200, requests=1, ramp=4.0)
                 passing, carried = start_client(brief)(), streams()
-                if not passing["failures"] and not carried["failures"]:
+                if not passing["failures"] and not carried["failures"] and carried["gap"] < 10:
                     break
             longest = re.search(rb"(?m)^chatproxy_loop_seconds ([\d.e-]+)$", server.get("/metrics")[1])
     assert not passing["failures"] and not carried["failures"], (passing, carried)
@@ -10853,6 +10860,7 @@ def test_what_is_kept_of_a_response_is_bounded_at_once(start: Start, monkeypatch
     assert web(proxy, "GET", f"/v1/responses/{kept[-1]}", ben).status_code == 404
 
 
+@alone
 def test_1000_junk_keys_disturb_no_customer(tmp_path: pathlib.Path, weather: Weather) -> None:
     """As many a second as 10,000 a minute are, from many addresses."""
     weather.add("/v1/models", *[status(401, {"error": {"code": "invalid_api_key"}})] * 3000)
@@ -11406,6 +11414,7 @@ def test_api_users_are_made_and_removed_on_the_page(
     assert proxy.ask(key=fresh).status_code == 401
 
 
+@alone
 @in_a_browser
 def test_the_page_shows_10_000_accounts_and_24_hours(
     start: Callable[..., Proxy], tab: Callable[..., Tab]
@@ -12055,6 +12064,7 @@ def test_who_is_signed_in_to_the_accounts_needs_no_key_to_chat(
     assert weather.count("/conversation") == asked
 
 
+@alone
 @in_a_browser
 def test_a_long_chat_never_holds_the_page_up(
     start: Callable[..., Proxy], weather: Weather, tab: Callable[..., Tab]
@@ -12089,6 +12099,7 @@ def test_a_long_chat_never_holds_the_page_up(
     assert min(max(run, default=0) for run in runs) <= 100, runs
 
 
+@alone
 @in_a_browser
 def test_an_answer_made_to_be_expensive_is_shown_at_once(
     start: Callable[..., Proxy], tab: Callable[..., Tab]
@@ -12682,6 +12693,7 @@ def test_no_secret_reaches_log_errors_or_metrics(tmp_path: pathlib.Path, weather
             assert secret[40:80] not in log + said
 
 
+@alone
 def test_the_program_serves_soon_after_it_is_loaded(tmp_path: pathlib.Path) -> None:
     """Half a second on a quiet machine; here as a ratio to loading it, which a busy one slows down as much."""
     loaded, ready = [], []
@@ -14871,6 +14883,7 @@ def test_every_fault_of_a_frame_is_found_before_what_follows() -> None:
                 assert took(it.receive)[0] == code, data[:40]
 
 
+@alone
 def test_a_client_that_sips_does_not_hold_a_single_sender() -> None:
     def sip() -> None:
         while peer.sock.recv(1000):
@@ -14884,6 +14897,7 @@ def test_a_client_that_sips_does_not_hold_a_single_sender() -> None:
     assert code == 1006 and seconds < 1.2
 
 
+@alone
 def test_an_idle_connection_does_not_hold_up_the_end(site: Site) -> None:
     with socket.create_connection(site.address, timeout=20) as idle:
         idle.sendall(HEALTH)
