@@ -21633,6 +21633,7 @@ def test_a_database_that_is_killed_cuts_no_stream_and_loses_nothing_acknowledged
     assert two.troubles() == []
 
 
+@alone
 def test_a_request_that_waits_for_the_database_goes_on_when_that_is_back(
     postgres: Postgres, mint: Mint, cluster: Callable[..., Cluster]
 ) -> None:
