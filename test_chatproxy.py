@@ -1454,6 +1454,7 @@ def test_methods_are_answered_as_http_wants_it(proxy: Proxy) -> None:
     assert error_of(httpx.get(f"{proxy.url}/v1/nothing")) == (404, "not_found")
 
 
+@alone
 def test_limits_have_their_own_answers(start: Callable[..., Proxy]) -> None:
     proxy = start("alice", max_body_mb="1", read_timeout="1")
     line = b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -1476,6 +1477,7 @@ def test_limits_have_their_own_answers(start: Callable[..., Proxy]) -> None:
     assert talk(proxy.address, b"") == b""
 
 
+@alone
 def test_a_dripping_client_is_cut_off(start: Callable[..., Proxy]) -> None:
     proxy = start("alice", read_timeout="1")
     began = time.monotonic()
@@ -1545,6 +1547,7 @@ def test_a_prefix_hides_everything_else(start: Callable[..., Proxy]) -> None:
     assert answer.choices[0].message.content == "Hello wide world."
 
 
+@alone
 def test_https_is_served_with_a_certificate(start: Callable[..., Proxy], tmp_path: pathlib.Path) -> None:
 
     authority = trustme.CA()
@@ -3537,6 +3540,7 @@ def test_a_whole_answer_without_its_last_event_is_whole(
     assert text_of(chunks) == "Done" and text.endswith("data: [DONE]\n\n")
 
 
+@alone
 @pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n"])
 def test_an_upstream_that_lingers_after_the_end_is_not_waited_for(
     start: Callable[..., Proxy], weather: Weather, end: bytes
@@ -4463,6 +4467,7 @@ def test_a_limit_for_uploads_leaves_chats_alone(start: Callable[..., Proxy], wea
     assert error_of(proxy.ask(messages=asked))[0] == 429 and weather.count("/files") == 1
 
 
+@alone
 def test_an_account_that_may_upload_is_found_among_those_that_may_not(
     start: Callable[..., Proxy], weather: Weather
 ) -> None:
@@ -5716,6 +5721,7 @@ def test_deep_json_and_deep_schemas_kill_nobody(proxy: Proxy, weather: Weather) 
     assert error_of(proxy.ask(response_format=enum)) == (502, "invalid_structured_output")
 
 
+@alone
 def test_a_schema_that_refers_to_itself_without_end_is_given_up_on() -> None:
     start = time.monotonic()
     many = {"$defs": {"e": {"enum": list(range(100_000))}}, "anyOf": [{"$ref": "#/$defs/e"}] * 1000}
@@ -8465,6 +8471,7 @@ def test_a_fault_of_ours_is_told_with_1011_and_nothing_is_sent_after_the_end(sit
     assert took(site.open.get().send, "x")[0] == 1006
 
 
+@alone
 @plain_and_secure
 def test_draining_tells_open_websockets_1001_at_once(site: Site) -> None:
     peers = [site.peer() for _ in range(5)]
@@ -8487,6 +8494,7 @@ def test_a_silent_client_is_pinged_then_dropped_in_time() -> None:
         assert peer.frame() == (0, b"") and 0.95 < time.monotonic() - start < 1.6
 
 
+@alone
 def test_any_byte_is_a_sign_of_life_and_a_reader_that_was_away_blames_nobody() -> None:
     with pair(masked(0x81, b"one") + masked(0x81, b"two"), idle=0.1, patience=0.25) as (it, peer):
         assert it.receive() == "one"
@@ -8559,6 +8567,7 @@ def test_no_two_threads_are_inside_the_socket_at_once(monkeypatch: pytest.Monkey
     assert set(crowds) == {1}
 
 
+@alone
 def test_neither_pings_nor_fragments_nor_what_was_read_take_memory() -> None:
     pings, big = masked(0x89, b"x" * 125) * 100, masked(0x81, b"x" * 500_000)
     bits = masked(0, b"\xc3") + masked(0, b"") * 10 + masked(0, b"\xa9")
@@ -8585,6 +8594,7 @@ KINDS = st.sampled_from([0x81, 0x01, 0x00, 0x80, 0x88, 0x89, 0x8A]) | st.integer
 FRAMES = st.builds(masked, KINDS, st.binary(max_size=140)) | st.builds(closing, st.integers(0, 65535))
 
 
+@alone
 @given(st.lists(st.binary(max_size=40) | FRAMES, max_size=8), st.integers(0, 60))
 def test_random_frames_never_hang_or_raise_anything_but_closed(parts: list[bytes], split: int) -> None:
     data = b"".join(parts)
@@ -8825,6 +8835,7 @@ def test_connections_without_a_request_have_no_thread(proxy: Proxy, monkeypatch:
     wait_until(lambda: proxy.server.connections() == 0)
 
 
+@alone
 def test_an_idle_connection_is_closed_in_time(start: Start) -> None:
     proxy = start("alice", read_timeout="1")
     for first in (b"", HEALTH):
@@ -9179,6 +9190,7 @@ def test_an_agent_that_comes_back_while_it_is_pinged_is_asked(start: Callable[..
         assert asked.result().json()["content"] == "You said hi" and len(back.asked) == 1
 
 
+@alone
 def test_a_silent_agent_has_the_time_of_the_whole_exchange_and_no_other_is_asked(
     start: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -11088,6 +11100,7 @@ def test_one_address_does_not_take_all_places_of_new_tokens(start: Start, weathe
         }
 
 
+@alone
 def test_who_leaves_while_waiting_makes_nobody_wait_longer() -> None:
     guesses, gone = cp.Guesses(), cp.Watch()
     request = cp.Request("GET", "/", {}, {}, cp.Blob(), "127.0.0.1", gone)
@@ -17439,6 +17452,7 @@ def test_the_upstreams_words_are_for_the_client_alone(
     assert "SECRETTEXT" not in caplog.text + "".join(str(record.__dict__) for record in caplog.records)
 
 
+@alone
 def test_what_is_held_back_has_an_end() -> None:
     waiting = sse({"type": "response.in_progress", "response": {"x": "y" * 1000}}) * 1000
     decoder = cp.CodexDecoder(True, cp.Names())
@@ -19841,6 +19855,7 @@ class Wire:
         self.other.hearers[kind](self.number, json.loads(json.dumps(said)))
 
 
+@alone
 def test_an_agent_that_left_unheard_is_gone_as_soon_as_it_is_asked() -> None:
     first, second = Wire(0), Wire(1)
     first.other, second.other = second, first
@@ -21766,6 +21781,7 @@ def test_a_process_that_stands_still_in_a_transaction_is_not_waited_for(
     assert [user.name for user in one.users()] == ["bob"]
 
 
+@alone
 def test_reads_do_not_wait_for_those_who_wait_to_write(two_stores: tuple[cp.Store, cp.Store]) -> None:
     one, other = two_stores
     holding, release = threading.Event(), threading.Event()
