@@ -21661,11 +21661,22 @@ def test_a_request_that_waits_for_the_database_goes_on_when_that_is_back(
     one.start()
     url = one.instances[0].url
     assert asked(url, user, "warm-up").good
-    postgres.kill()
-    starting = threading.Timer(0.5, postgres.start)
-    starting.start()
-    outcomes = all_at_once(5, lambda number: asked(url, user, "patient", number))
-    starting.join()
+    back: list[float] = []
+
+    def restart() -> None:
+        time.sleep(0.5)
+        postgres.start()
+
+    for _ in range(3):  # a busy machine may start a database for longer than a request waits for it
+        postgres.kill()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            began, starting = time.monotonic(), pool.submit(restart)
+            starting.add_done_callback(lambda _: back.append(time.monotonic()))
+            outcomes = all_at_once(5, lambda number: asked(url, user, "patient", number))
+            starting.result()
+        if back[-1] - began < cp.STORE_PATIENCE - 2:
+            break
+        wait_until(lambda: asked(url, user, "again").good, 30)
     assert [one for one in outcomes if not one.good] == []
 
 
