@@ -23684,8 +23684,11 @@ function beginAnew() {
   $("question").focus();
 }
 
-/** Leave a chat that was deleted. */
-function letGo() {
+/** Delete the chat. */
+function forget() {
+  const { [chat.id]: gone, ...rest } = read("chats") || {};
+  if (gone) store("chats", rest);
+  if (read(`chat ${chat.id}`)) localStorage.removeItem(`${SPACE} chat ${chat.id}`);
   chat.turns = []; // so that an answer that ends now does not keep it
   beginAnew();
 }
@@ -23698,12 +23701,7 @@ $("title").onchange = () => {
   keep();
 };
 $("new").onclick = () => mayLeave() && beginAnew();
-$("delete").onclick = () => {
-  if (!confirm(`Delete “${chat.title}”?`)) return;
-  const { [chat.id]: gone, ...rest } = read("chats") || {};
-  if (gone) store("chats", rest), localStorage.removeItem(`${SPACE} chat ${chat.id}`);
-  letGo();
-};
+$("delete").onclick = () => { if (confirm(`Delete “${chat.title}”?`)) forget(); };
 $("export").onclick = () => {
   const chats = Object.keys(read("chats") || {}).map((id) => read(`chat ${id}`));
   download("chats.json", new Blob([JSON.stringify({ chats }, null, 1)], { type: "application/json" }));
@@ -23740,12 +23738,12 @@ document.onkeydown = ({ key }) => {
   if (key === "Escape" && !$("settings").open) running?.abort();
 };
 window.onpagehide = () => keep();
-window.onstorage = ({ key }) => { // another tab has gone on with this chat, or deleted it
+window.onstorage = ({ key, newValue }) => { // another tab has gone on with this chat, or deleted it
   if (key === `${SPACE} chats`) showTitles();
   if (key !== `${SPACE} chat ${chat.id}`) return;
+  if (newValue === null) return forget(); // whatever was written here before that was known
   const fresh = read(`chat ${chat.id}`);
-  if (!fresh) return letGo();
-  if (running) return;
+  if (!fresh || running) return;
   const isOther = (turn, index) => JSON.stringify(turn) !== JSON.stringify(fresh.turns[index]);
   const [first, follow] = [chat.turns.findIndex(isOther), atEnd()];
   if (first >= 0) cut(first);

@@ -11794,6 +11794,14 @@ def test_whatever_takes_the_place_of_an_answer_that_is_being_written_goes_on(
     assert send.is_visible()
     page.reload()
     assert f"chat {id}" not in page.evaluate("JSON.stringify(localStorage)")
+    # Nor is it when this tab had kept it once more before it heard of that.
+    begin("seven")
+    page.evaluate(
+        "keep(), onstorage(new StorageEvent('storage', {key: `${SPACE} chat ${chat.id}`, newValue: null}))"
+    )
+    page.locator("#empty").wait_for()
+    page.wait_for_timeout(300)
+    assert "seven" not in page.evaluate("JSON.stringify(localStorage)") and send.is_visible()
     # And what is kept there but none of ours is passed over.
     page.evaluate(
         "localStorage.setItem(`${SPACE} chats`, '[1]'), localStorage.setItem(`${SPACE} settings`, '3')"
@@ -25020,7 +25028,10 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      '#empty:not(:only-child), article:not(:last-child) .main {', '#empty:not(:only-child) {',
      'errors_of_a_chat'),
     ('a chat that was deleted in another tab is kept by the answer that is being written',
-     '  if (!fresh) return letGo();\n  if (running) return;\n', '  if (running) return;\n  if (!fresh) return letGo();\n',
+     '  if (newValue === null) return', '  if (newValue === null && !running) return',
+     'whatever_takes_the_place'),
+    ('a chat that was kept here before its deletion in another tab was known stays',
+     '  if (newValue === null) return', '  if (!read(`chat ${chat.id}`)) return',
      'whatever_takes_the_place'),
     ('what is about to be removed is selected',
      'for (const id of all.ids) if (!leaving.has(id)) picked.add(id);', 'for (const id of all.ids) picked.add(id);',
