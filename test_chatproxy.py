@@ -11472,16 +11472,14 @@ def test_a_person_chats_and_stops(
     }
     weather.before = [{"author": {"role": "assistant"}, **thought}]
     question = page.get_by_label("Message")
-    question.fill("hello")
-    question.press("Enter")
+    question_of(there, "hello")
     there.sees("Hello wide world.")
     assert weather.asked()["model"] == "o3"
     assert not page.get_by_text("I think.").is_visible()
     page.get_by_text("Reasoning").click()
     assert page.get_by_text("I think.").is_visible()
     weather.before, weather.pace, weather.words = [], 0.05, [f"w{i} " for i in range(400)]
-    question.fill("more")
-    question.press("Enter")
+    question_of(there, "more")
     there.sees("w0 w1 w2")  # while it streams
     there.press("Stop")
     there.sees("Stopped.")
@@ -11494,8 +11492,7 @@ def test_a_person_chats_and_stops(
     told = [one["content"]["parts"][0] for one in weather.asked()["messages"]]
     assert told[:2] == ["hello", "Hello wide world."] and told[-1] == "and now" and "I think" not in str(told)
     weather.add("/conversation", *[status(500)] * 4)
-    question.fill("oops")
-    question.press("Enter")
+    question_of(there, "oops")
     there.sees("The upstream failed with status 500")
     assert question.input_value() == "oops"
     page.get_by_role("button", name="Try again").last.click()
@@ -11572,11 +11569,11 @@ def test_the_pages_fit_a_narrow_screen(
 OPEN = {"authorization": "", "admin_key": ""}  # settings of a server that answers its own machine's pages
 
 
-def question_of(there: Tab, text: str, enter: bool = True) -> None:
-    """Asks something on the chat page."""
+def question_of(there: Tab, text: str) -> None:
+    """Asks something on the chat page, once the answer before is complete, which shows earlier than it ends."""
+    there.page.get_by_role("button", name="Send", exact=True).wait_for()
     there.page.get_by_label("Message", exact=True).fill(text)
-    if enter:
-        there.page.get_by_label("Message", exact=True).press("Enter")
+    there.page.get_by_label("Message", exact=True).press("Enter")
 
 
 @in_a_browser
@@ -11713,11 +11710,10 @@ def test_two_tabs_follow_each_other(
     other.get_by_role("button", name="Settings").click()
     other.get_by_label("Effort").select_option("high")
     other.get_by_role("button", name="Save").click()
-    kept = json.loads(page.evaluate("localStorage.getItem(`${SPACE} settings`)"))
-    assert (kept["model"], kept["system"], kept["effort"]) == ("o3", "Be brief.", "high")
+    kept = "['model', 'system', 'effort'].map((name) => read('settings')[name])"
+    wait_until(lambda: page.evaluate(kept) == ["o3", "Be brief.", "high"])
     page.get_by_label("Model", exact=True).select_option("gpt-4o")
-    kept = json.loads(page.evaluate("localStorage.getItem(`${SPACE} settings`)"))
-    assert (kept["model"], kept["system"], kept["effort"]) == ("gpt-4o", "Be brief.", "high")
+    assert page.evaluate(kept) == ["gpt-4o", "Be brief.", "high"]
     # What one asks appears in the other, which goes on to show what it showed.
     question_of(there, "one")
     there.sees("Hello wide world.")
@@ -12068,6 +12064,7 @@ def test_who_is_signed_in_to_the_accounts_needs_no_key_to_chat(
     there.page.get_by_role("button", name="Settings").click()
     there.page.get_by_label("API key").fill("cp-wrong")
     there.press("Save")
+    there.sees("Incorrect API key provided")
     there.page.keyboard.press("Escape")
     question_of(there, "again")
     there.sees("Incorrect API key provided")
@@ -12295,7 +12292,7 @@ def test_the_page_is_quiet_while_nobody_looks_and_loud_when_it_is_cut_off(
     page.evaluate("poll().then(poll)")
     wait_until(lambda: seen[-4:] == [304] * 4)  # nothing has changed
     page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true}); poll()")
-    page.wait_for_timeout(300)
+    page.wait_for_timeout(1000)
     count = len(seen)
     page.wait_for_timeout(3500)
     assert len(seen) == count
