@@ -18504,7 +18504,8 @@ def test_every_way_out_of_the_page_leads_through_the_mirror(
             return probe({ ...boot.urls, socket: (await answer.json()).websocket_url });
         }"""
     )
-    assert len(told) >= 20 and set(told.values()) == {"ok"}, told
+    assert len(told) >= 20
+    assert {way: said for way, said in told.items() if said != "ok"} == {}
     one.page.wait_for_timeout(300)
 
 
