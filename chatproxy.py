@@ -4404,11 +4404,11 @@ def accept_key(key: str) -> str:
 class WebSocket:
     """A connection after its handshake; its owner closes the socket once it is over.
 
-    The loop reads it. A message goes to who listens, in the loop, or waits for `receive`, with no more read until then.
-    Whoever sends does not wait: what the client does not take at once is sent by the loop. `ahead` was read after the
-    request, `most` is a message's size in bytes. Seconds: after `idle` without a byte the client is sent a ping, after
-    `patience` more it is gone (it has as long to answer a Close), and so it is when a frame is not out within
-    `send_timeout`.
+    The loop reads it, once somebody listens or receives. A message goes to who listens, in the loop, or waits for
+    `receive`, with no more read until then. Whoever sends does not wait: what the client does not take at once is sent
+    by the loop. `ahead` was read after the request, `most` is a message's size in bytes. Seconds: after `idle` without
+    a byte the client is sent a ping, after `patience` more it is gone (it has as long to answer a Close), and so it is
+    when a frame is not out within `send_timeout`.
     """
 
     MAX_UNSENT, MAX_FRAMES = 100, 200  # frames that wait to be sent; that are taken in a turn of the loop
@@ -4417,8 +4417,6 @@ class WebSocket:
         self, sock: socket.socket, loop: Loop, ahead: bytes = b"", *, most: int = 1_000_000,
         idle: float = 15, patience: float = 10, send_timeout: float = 30,
     ) -> None:  # fmt: skip
-        # Who takes messages of bytes: else they are refused.
-        self.heard_bytes: Callable[[bytes], None] | None = None
         self._is_text = True  # whether the message under way is a text
         sock.setblocking(False)
         self._sock = sock
@@ -4440,14 +4438,15 @@ class WebSocket:
         self._begun = False  # whether a message is under way; kept as bytes: empty fragments know no limit
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._texts: deque[str] = deque()  # messages that nobody has received
-        self._busy = False  # whether somebody has one, and has not come for the next
+        self._busy = True  # whether nobody has come, for the first message or after the one before
         self._more = False  # whether there are more frames than were taken in a turn
         self._next_look = math.inf
         self._watch = Watch()
-        self._heard: Callable[[str], None] | None = None
+        self._heard: Callable[[str], object] | None = None
+        self._heard_bytes: Callable[[bytes], object] | None = None
         self._ended: list[Callable[[], object]] = []
         self.needed = 0  # how many wait for what it will say: a server that ends leaves it its time
-        loop.soon(self._enter)
+        loop.soon(self._await)
 
     def receive(self, deadline: float = math.inf) -> str | None:
         """The next whole text message; None, then and ever after, once the client has said or answered Close.
@@ -4472,11 +4471,14 @@ class WebSocket:
             return None
         raise self._end()
 
-    def listen(self, heard: Callable[[str], None]) -> None:
-        """Has every further message given to `heard`, in the loop."""
+    def listen(
+        self, heard: Callable[[str], object], heard_bytes: Callable[[bytes], object] | None = None
+    ) -> None:
+        """Has every further message given to `heard`, in the loop, one of bytes to `heard_bytes`: without it, as with
+        `receive`, the client is refused."""
 
         def begin() -> None:
-            self._heard, self._busy = heard, False
+            self._heard, self._heard_bytes, self._busy = heard, heard_bytes, False
             self._go_on()
 
         self._loop.soon(begin)
@@ -4587,10 +4589,6 @@ class WebSocket:
                 self._unsent.popleft()
 
     # -- in the loop ---------------------------------------------------------------------------------------------
-
-    def _enter(self) -> None:
-        self._take_frames()
-        self._await()
 
     def _await(self) -> None:
         """Watches the socket for what is wanted of it, and the time."""
@@ -4714,8 +4712,8 @@ class WebSocket:
             if final and not self._is_text:
                 whole = bytes(self._message)
                 self._message.clear()
-                if self._last is None and self.heard_bytes:
-                    self.heard_bytes(whole)
+                if self._last is None and self._heard_bytes:
+                    self._heard_bytes(whole)
             elif final:
                 text = self._message.decode()
                 self._message.clear()
@@ -4741,7 +4739,7 @@ class WebSocket:
             raise Closed(1002, "a frame has a reserved bit or opcode, or no mask")
         if (size > 125 or not final) if opcode >= _CLOSE else self._begun != (opcode == _CONTINUATION):
             raise Closed(1002, "a control frame is fragmented or too long, or fragments are out of order")
-        if opcode == _BINARY and not self.heard_bytes:
+        if opcode == _BINARY and not self._heard_bytes:
             raise Closed(1003, "only text messages are read here")
         if size > 125:
             start, least = (8, 126) if size == 126 else (14, 65536)
@@ -19938,9 +19936,11 @@ def bridge(
     def ended(code: int, reason: str) -> None:
         web.close(code if code in _CODES else 1011, reason)
 
-    web.heard_bytes = lambda data: from_visitor(data, False)
-    web.listen(lambda text: from_visitor(text.encode("utf-8", "replace"), True))
-    upstream.listen(from_upstream, ended)
+    upstream.listen(from_upstream, ended)  # before it is said anything that it may answer
+    web.listen(
+        lambda text: from_visitor(text.encode("utf-8", "replace"), True),
+        lambda data: from_visitor(data, False),
+    )
     if not web.at_end(upstream.close):
         upstream.leave()
 

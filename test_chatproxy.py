@@ -8471,6 +8471,18 @@ def test_a_fault_of_ours_is_told_with_1011_and_nothing_is_sent_after_the_end(sit
     assert took(site.open.get().send, "x")[0] == 1006
 
 
+@pytest.mark.parametrize("split", [0, 3, 11])
+def test_nothing_is_read_before_somebody_is_there_for_it(split: int) -> None:
+    got = queue.Queue[Any]()
+    early, later = masked(0x82, b"bytes"), masked(0x81, b"text")
+    with pair(early[:split]) as (it, peer):
+        peer.send(early[split:] + later)
+        for _ in range(3):
+            LOOP.run(int)
+        it.listen(got.put, got.put)
+        assert [got.get(timeout=20), got.get(timeout=20)] == [b"bytes", "text"]
+
+
 @alone
 @plain_and_secure
 def test_draining_tells_open_websockets_1001_at_once(site: Site) -> None:
@@ -18969,19 +18981,53 @@ def test_beside_an_open_mirror_no_browser_administers_without_a_key(start: Start
     assert httpx.get(f"{proxy.url}/tokens/list", headers=by_browser).status_code == 401
 
 
+def greeting_of_a_mirrored_socket(proxy: Proxy) -> bytes:
+    """What a browser sends that opens the site's socket through the mirror."""
+    browser = visit(proxy, "anna")
+    told = browser.post(f"{proxy.url}/backend-api/celsius/ws/user", json={}, headers=BEARER).json()
+    place = urllib.parse.urlsplit(told["websocket_url"])
+    lines = [
+        f"GET /~mirror/ws/{place.netloc}{place.path}?{place.query} HTTP/1.1",
+        f"Host: {proxy.url[7:]}",
+        "Cookie: " + "; ".join(f"{name}={value}" for name, value in browser.cookies.items()),
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: " + "A" * 22 + "==",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def test_what_is_said_as_soon_as_a_socket_is_open_is_answered(
+    mirrored: MirroredSite, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, upstream=mirrored.url)
+    said = b'{"type":"echo","text":"early"}'
+
+    def slowly(listen: Callable[..., None]) -> Callable[..., None]:
+        def listen_slowly(*given: Any) -> None:
+            listen(*given)
+            time.sleep(0.3)  # long enough for an answer, as on a busy machine
+
+        return listen_slowly
+
+    monkeypatch.setattr(cp.WebSocket, "listen", slowly(cp.WebSocket.listen))
+    monkeypatch.setattr(cp.UpstreamSocket, "listen", slowly(cp.UpstreamSocket.listen))
+    with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=20) as sock:
+        sock.sendall(greeting_of_a_mirrored_socket(proxy) + masked(0x81, said))
+        got = b""
+        while said not in got:
+            more = sock.recv(65536)
+            assert more, got
+            got += more
+
+
 def test_a_socket_that_is_not_read_takes_little_room(mirrored: MirroredSite, start: Start) -> None:
     proxy = start(f"{cp.SESSION_COOKIE}={SESSION}", **MIRRORED, upstream=mirrored.url)
-    browser = visit(proxy, "anna")
-    place = browser.post(f"{proxy.url}/backend-api/celsius/ws/user", json={}, headers=BEARER).json()[
-        "websocket_url"
-    ]
-    parts = urllib.parse.urlsplit(place)
-    cookies = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
-    lines = [f"GET /~mirror/ws/{parts.netloc}{parts.path}?{parts.query} HTTP/1.1", f"Host: {proxy.url[7:]}", f"Cookie: {cookies}",
-             "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: " + "A" * 22 + "==", "", ""]  # fmt: skip
+    greeting = greeting_of_a_mirrored_socket(proxy)
     with socket.create_connection(("127.0.0.1", int(proxy.url.rpartition(":")[2])), timeout=20) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.sendall("\r\n".join(lines).encode())
+        sock.sendall(greeting)
         assert b" 101 " in sock.recv(4096)
         wait_until(lambda: mirrored.push("alice", {"type": "hello"}) == 1)
         for _ in range(200):
@@ -24315,8 +24361,18 @@ MUTANTS: list[tuple[str, str, str, str]] = [
      "if (size > 125 or not final) if opcode >= _CLOSE else", "if False if opcode >= _CLOSE else",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
     ("binary messages are text",
-     "if opcode == _BINARY and not self.heard_bytes:", "if False:",
+     "if opcode == _BINARY and not self._heard_bytes:", "if False:",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
+    ("a message that comes before its listener is judged without it",
+     "self._busy = True  # whether nobody", "self._busy = False  # whether nobody",
+     "test_nothing_is_read_before_somebody_is_there_for_it"),
+    ("the visitor is heard before the site is",
+     "    upstream.listen(from_upstream, ended)  # before it is said anything that it may answer\n    web.listen(\n"
+     '        lambda text: from_visitor(text.encode("utf-8", "replace"), True),\n'
+     "        lambda data: from_visitor(data, False),\n    )\n",
+     '    web.listen(\n        lambda text: from_visitor(text.encode("utf-8", "replace"), True),\n'
+     "        lambda data: from_visitor(data, False),\n    )\n    upstream.listen(from_upstream, ended)\n",
+     "test_what_is_said_as_soon_as_a_socket_is_open_is_answered"),
     ("a length may be in a longer form",
      "if size < least or size >> 63:", "if size >> 63:",
      "test_every_fault_of_a_frame_is_found_before_what_follows"),
