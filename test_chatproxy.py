@@ -1217,6 +1217,8 @@ class SigningIn:
             [sys.executable, str(SCRIPT), "login", *words],
             env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONUNBUFFERED": "1"} | self.env,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # As at a terminal, where nothing ignores Ctrl-C; what a shell starts in the background does.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def until(self, pattern: str) -> str:
